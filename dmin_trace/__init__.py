@@ -1,0 +1,55 @@
+"""dmin_trace: which training samples made the diffusion model make this image?
+
+The way in:
+
+    dmin_trace.attach(accelerator, args)            in a training script, right after its Accelerator: captures the
+                                                    run at its end
+    dmin_trace.attribute(trace, images, prompts)    the training samples that made a generated image, best first
+    dmin_trace.open_trace(path)                     what a store holds
+
+and `dmin-trace --help` for the same on the command line. The method is DMin, arXiv 2412.08637.
+
+Names are resolved when they are first used, so that importing dmin_trace imports no torch.
+"""
+
+from __future__ import annotations
+
+import random
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dmin_trace.errors import DminTraceError
+from dmin_trace.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from dmin_trace.capture import attach
+    from dmin_trace.query import attribute
+    from dmin_trace.report import Hit
+    from dmin_trace.settings import Settings
+    from dmin_trace.store import Trace, open_trace
+
+__all__ = ["DminTraceError", "Hit", "Settings", "Trace", "__version__", "attach", "attribute", "open_trace"]
+
+_HOMES = {
+    "attach": "capture",
+    "attribute": "query",
+    "Hit": "report",
+    "Settings": "settings",
+    "Trace": "store",
+    "open_trace": "store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        # Importing rich draws from python's generator, which a training script may have seeded before its line.
+        state = random.getstate()
+        try:
+            return getattr(import_module(f"dmin_trace.{_HOMES[name]}"), name)
+        finally:
+            random.setstate(state)
+    raise AttributeError(f"module 'dmin_trace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

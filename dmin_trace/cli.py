@@ -1,0 +1,268 @@
+"""The command line: parses, calls, prints; nothing else.
+
+dmin-trace run -- SCRIPT ARGS                   train, and capture at the end
+dmin-trace capture --weights DIR -- SCRIPT ARGS capture a trained model
+dmin-trace query TRACE IMAGE...                 which training samples made this image?
+dmin-trace info TRACE                           what a store holds
+dmin-trace demo                                 all of it on handwritten digits
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from dmin_trace.errors import DminTraceError, QueryError, ScriptError, SettingsError
+from dmin_trace.version import VERSION
+
+app = typer.Typer(
+    name="dmin-trace",
+    help="Which training samples made the diffusion model make this image?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path | None, typer.Option(help="The store. Default: trace.zarr in the script's output_dir.")]
+Timesteps = Annotated[str | None, typer.Option(help="A count, or a list such as 100,500,900. Default: 10.")]
+Dimension = Annotated[int | None, typer.Option(help="Length of a compressed gradient, a power of two. Default: 16384.")]
+Dtype = Annotated[str | None, typer.Option(help="int8, float16 or float32. Default: int8.")]
+ProjectionKind = Annotated[str | None, typer.Option(help="rotation or uniform. Default: rotation.")]
+Seed = Annotated[int | None, typer.Option(help="Of the projection and the shared noise. Default: 0.")]
+Columns = Annotated[list[str] | None, typer.Option("--column", help="A dataset column to keep. May be repeated.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens.")]
+
+
+@app.command("run")
+def run_command(
+    context: typer.Context,
+    out: Out = None,
+    timesteps: Timesteps = None,
+    dimension: Dimension = None,
+    dtype: Dtype = None,
+    projection: ProjectionKind = None,
+    seed: Seed = None,
+    columns: Columns = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Optimizer steps at which the loop breaks.")] = None,
+    num_epochs: Annotated[int | None, typer.Option(help="Times the loop goes through its data.")] = None,
+    strict: Annotated[bool, typer.Option(help="An error in the capture ends the training.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change."""
+    from dmin_trace.commands import Job
+    from dmin_trace.launch import run_script
+
+    _log(verbose)
+    run_script(
+        Job(
+            mode="final",
+            command=_script(context),
+            settings=_settings(timesteps, dimension, dtype, projection, seed, columns),
+            out=None if out is None else str(out.absolute()),
+            max_train_steps=max_train_steps,
+            num_epochs=num_epochs,
+            strict=strict,
+        )
+    )
+
+
+@app.command("capture")
+def capture_command(
+    context: typer.Context,
+    weights: Annotated[Path, typer.Option(help="The trained weights: a safetensors file, or a folder with one.")],
+    out: Out = None,
+    timesteps: Timesteps = None,
+    dimension: Dimension = None,
+    dtype: Dtype = None,
+    projection: ProjectionKind = None,
+    seed: Seed = None,
+    columns: Columns = None,
+    verbose: Verbose = False,
+) -> None:
+    """Capture a trained model: SCRIPT ARGS (after --) with the saved weights, no training. Resumes an unfinished store."""
+    from dmin_trace.commands import Job
+    from dmin_trace.launch import run_script
+
+    _log(verbose)
+    run_script(
+        Job(
+            mode="now",
+            command=_script(context),
+            settings=_settings(timesteps, dimension, dtype, projection, seed, columns),
+            out=None if out is None else str(out.absolute()),
+            weights=str(weights.absolute()),
+        )
+    )
+
+
+@app.command("query")
+def query_command(
+    context: typer.Context,
+    trace: Annotated[Path, typer.Argument(help="The store.")],
+    images: Annotated[list[Path] | None, typer.Argument(help="Generated images.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, in their order.")] = None,
+    sample: Annotated[list[int] | None, typer.Option(help="Ask with a training sample; needs no model.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many training samples to show.")] = 10,
+    weights: Annotated[Path | None, typer.Option(help="The traced weights. Default: those beside the store.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the answer as JSON.")] = None,
+    csv_path: Annotated[Path | None, typer.Option("--csv", help="Also write the answer as CSV.")] = None,
+) -> None:
+    """Show the training samples that made the model make each image.
+
+    The script's command is remembered from the capture on this machine; elsewhere give it after --.
+    """
+    from dmin_trace import query, report, store
+
+    if bool(images) == bool(sample):
+        raise QueryError("Give images to ask about, or training samples with --sample, and not both.")
+    for path in (json_path, csv_path):
+        if path is not None and not path.parent.is_dir():
+            raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
+    opened = store.open_trace(trace)
+    console = Console()
+    if sample:
+        questions = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
+        hits = query.attribute_samples(opened, sample, k=k)
+    else:
+        prompts: list[str | None] = list(prompt) if prompt else [None] * len(images or [])
+        with Console(stderr=True).status(f"Capturing the gradients of {len(images or [])} images"):
+            hits = query.attribute(opened, images or [], prompts, k=k, weights=weights, command=context.obj)
+        questions = [
+            report.Question(name=image.name, prompt=text) for image, text in zip(images or [], prompts, strict=True)
+        ]
+    timesteps = opened.header.timesteps
+    for question, answer in zip(questions, hits, strict=True):
+        console.print(report.hits_table(question, answer, timesteps, ascii_only=console.options.ascii_only))
+        console.print()
+    if json_path is not None:
+        facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
+        json_path.write_text(report.to_json(questions, hits, timesteps, facts), encoding="utf-8")
+    if csv_path is not None:
+        csv_path.write_text(report.to_csv(questions, hits, timesteps), encoding="utf-8", newline="")
+
+
+@app.command("info")
+def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> None:
+    """Show what a store holds and how complete it is."""
+    from dmin_trace import report, store
+
+    opened = store.open_trace(trace, unfinished=True)
+    console = Console()
+    table = report.facts_table(store.facts(opened), str(trace), ascii_only=console.options.ascii_only)
+    console.print(table)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="A folder for the model, the trace and the picture.")] = Path(
+        "dmin-trace-demo"
+    ),
+) -> None:
+    """Train on handwritten digits, generate some, and show which training digits they come from. Takes minutes."""
+    from dmin_trace.demo import run_demo
+
+    run_demo(out, Console())
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"dmin-trace {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = (
+        False
+    ),
+) -> None:
+    pass
+
+
+def _settings(
+    timesteps: str | None,
+    dimension: int | None,
+    dtype: str | None,
+    projection: str | None,
+    seed: int | None,
+    columns: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The settings that were given, checked before anything runs."""
+    from dmin_trace.settings import make_settings
+
+    steps: int | list[int] | None = None
+    if timesteps is not None:
+        try:
+            steps = [int(t) for t in timesteps.split(",")] if "," in timesteps else int(timesteps)
+        except ValueError:
+            raise SettingsError(
+                f"--timesteps is {timesteps!r}; expected a count, or a list such as 100,500,900."
+            ) from None
+    given = {
+        "timesteps": steps,
+        "dimension": dimension,
+        "dtype": dtype,
+        "projection": projection,
+        "seed": seed,
+        "columns": list(columns) if columns else None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    make_settings(given)
+    return given
+
+
+def _script(context: typer.Context) -> Any:
+    """The command line after `--`."""
+    from dmin_trace.commands import Command
+
+    if not context.obj:
+        raise ScriptError(
+            f"No script was given. Write it after two dashes: dmin-trace {context.info_name} -- SCRIPT ARGS."
+        )
+    return Command(str(Path(context.obj[0]).absolute()), tuple(context.obj[1:]), str(Path.cwd()))
+
+
+def _log(verbose: bool) -> None:
+    """Shows the library's warnings and errors, and with --verbose all that it says."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("dmin-trace: %(message)s"))
+    library = logging.getLogger("dmin_trace")
+    library.addHandler(handler)
+    library.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    library.propagate = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; gives the exit code. A known error is one red line and exit code 1."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What follows `--` is the script's own command line, which typer must not look into.
+    at = given.index("--") if "--" in given else len(given)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(args=given[:at], obj=given[at + 1 :], standalone_mode=False, prog_name="dmin-trace")
+    except DminTraceError as error:
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        # typer's own complaints about the command line know how to show themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            return int(error.exit_code)
+        raise
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a person reads about a sample: its caption, label, file name and the like, from the dataset.
+
+A column is looked for in the dataset's item, then in the raw row of a `datasets.Dataset` (whose transform usually drops
+it), then in an attribute of the dataset that is a sequence of N values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from dmin_trace.errors import CaptureError
+
+Kind = Literal["string", "integer", "number"]
+
+USUAL = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
+"""The columns that are kept where none are asked for."""
+
+MISSING: dict[Kind, str | int | float] = {"string": "", "integer": -1, "number": float("nan")}
+
+
+class Columns:
+    """The readable columns of one dataset; their kinds are settled by the first sample."""
+
+    def __init__(self, dataset: Any, names: tuple[str, ...] | None) -> None:
+        """Keeps these columns, or those of the usual names that the dataset has."""
+        self._dataset = dataset
+        self._asked = names
+        self._plain = _without_images(dataset)
+        self._kinds: dict[str, Kind] | None = None
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """The kind of each column. Empty before the first sample."""
+        return self._kinds or {}
+
+    def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
+        """The columns of one sample.
+
+        Args:
+            sample: its dataset index.
+            item: what the dataset gave for it.
+
+        Raises:
+            CaptureError: a column was asked for by name, and the dataset does not have it.
+        """
+        if self._kinds is None:
+            found = {name: self._find(name, sample, item) for name in self._asked or USUAL}
+            missing = [name for name, value in found.items() if value is None]
+            if self._asked is not None and missing:
+                raise CaptureError(
+                    f"The dataset has no readable column {', '.join(missing)}. Name columns that hold text or numbers, "
+                    "or leave columns out to keep those of the usual names."
+                )
+            self._kinds = {name: _kind(value) for name, value in found.items() if value is not None}
+        return {name: self._value(name, kind, sample, item) for name, kind in self._kinds.items()}
+
+    def _value(self, name: str, kind: Kind, sample: int, item: Any) -> str | int | float:
+        value = self._find(name, sample, item)
+        if value is None:
+            return MISSING[kind]
+        if kind == "string":
+            return str(value)
+        if isinstance(value, str):
+            return MISSING[kind]
+        return int(value) if kind == "integer" else float(value)
+
+    def _find(self, name: str, sample: int, item: Any) -> str | int | float | None:
+        places: list[Any] = [item, self._plain[sample] if self._plain is not None else None]
+        for place in places:
+            if isinstance(place, Mapping) and (value := _readable(place.get(name))) is not None:
+                return value
+        values = getattr(self._dataset, name, None)
+        if isinstance(values, (list, tuple, torch.Tensor)) and len(values) == len(self._dataset):
+            return _readable(values[sample])
+        return None
+
+
+def _without_images(dataset: Any) -> Any:
+    """The raw rows of a `datasets.Dataset`, less the columns that would be decoded at every look."""
+    if not hasattr(dataset, "with_format") or not hasattr(dataset, "features"):
+        return None
+    readable = [n for n, f in dataset.features.items() if getattr(f, "dtype", None) not in (None, "PIL.Image.Image")]
+    return dataset.with_format(None).select_columns(readable) if readable else None
+
+
+def _readable(value: Any) -> str | int | float | None:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 or hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return value[0]
+    return value if isinstance(value, (str, int, float)) else None
+
+
+def _kind(value: str | int | float) -> Kind:
+    return "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"

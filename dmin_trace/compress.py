@@ -1,0 +1,265 @@
+"""Compresses a gradient of L numbers to v, so that inner products are kept (OPORP; paper, section 3.2).
+
+Two kinds of random projection; both give each gradient element one bin of v and one sign, and add up:
+
+    uniform   OPORP to the letter: the gradient is padded to a multiple of v, permuted, multiplied by random signs, and
+              v groups of consecutive elements are summed. 5 bytes for each element, kept in memory.
+    rotation  the same guarantee from few numbers and one sequential pass. The gradient is seen as rows of W elements.
+              Element c of row r is multiplied by a sign of its row and a sign of its column, and added to place
+              (c + shift of r) modulo W of W sums. Those W sums, few beside the gradient, are then compressed to v as
+              OPORP does. No two rows have the same shift (`make_plan` makes fewer rows than shifts), so that
+              the column signs never cancel for a whole row at a time. So the inner product of two sketches is unbiased, and its
+              variance at most that of OPORP, to within a part of order 1 / W, for any two gradients, however regular:
+              two elements of one row, or of one column, meet in a bin with the probability that OPORP gives to two of
+              W, which is below 1 / v, and all others with 1 / v.
+
+A projection is linear: tensors are added one after another at their place in the gradient, nothing concatenates them,
+and the norm is divided out last. It folds: adding bins j and j + v/2 gives a projection to v/2; for rotation, and W
+alike, the very one that a plan of that dimension makes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dmin_trace.errors import CaptureError, SettingsError
+from dmin_trace.settings import Projection
+
+WIDTH = 2**17
+"""Rows this wide keep the cost of a row's calls well below that of its elements, and the sums in a core's cache."""
+
+ROWS = 2**11
+"""A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
+
+PIECE = 2**18
+"""Elements that the uniform kind converts to float32 and multiplies by their signs at a time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A random projection; `make_plan` makes one. Its numbers are drawn at need, by generators of its own.
+
+    length: L, the number of gradient elements.
+    dimension: v, the length of a sketch; a power of two.
+    seed: of the numbers.
+    kind: "rotation" or "uniform".
+    width: how many numbers the uniform permutation spreads over the bins: for rotation W, the length of a row, a
+        power of two and no less than v; for uniform L rounded up to a multiple of v.
+
+    Raises SettingsError for a plan that cannot be meant.
+    """
+
+    length: int
+    dimension: int
+    seed: int
+    kind: Projection
+    width: int
+    _on: dict[torch.device, _Numbers] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise SettingsError(f"The gradient has {self.length} elements; expected at least one trained parameter.")
+        if self.dimension < 1 or self.dimension & (self.dimension - 1):
+            raise SettingsError(f"dimension is {self.dimension}; expected a power of two.")
+        if self.kind not in ("rotation", "uniform"):
+            raise SettingsError(f"projection is {self.kind!r}; expected rotation or uniform.")
+        if self.width % self.dimension or (self.kind == "uniform" and self.width < self.length):
+            raise SettingsError(f"width is {self.width}; expected a multiple of {self.dimension}. Use make_plan.")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the plan and of the numbers drawn: two plans with the same one project alike."""
+        digest = hashlib.sha256(repr((self.kind, self.length, self.dimension, self.seed, self.width)).encode())
+        drawn: tuple[npt.NDArray[np.int64] | npt.NDArray[np.int32] | npt.NDArray[np.int8], ...]
+        if self.kind == "rotation":
+            drawn = (self.shifts(), self.row_signs(), self.column_signs(), self.order(), self.signs())
+        else:
+            drawn = (self.bins(), self.signs())
+        for numbers in drawn:
+            digest.update(numbers.tobytes())
+        return digest.hexdigest()
+
+    def shifts(self) -> npt.NDArray[np.int64]:
+        """Rotation: how far each row is rotated, (rows,); no number twice in any W rows that start at a multiple."""
+        generator, rows = self._generator("shifts"), -(-self.length // self.width)
+        turns = [generator.permutation(self.width)[: rows - first] for first in range(0, rows, self.width)]
+        return np.concatenate(turns).astype(np.int64)
+
+    def row_signs(self) -> npt.NDArray[np.int8]:
+        """Rotation: the sign of each row, (rows,)."""
+        return self._draw_signs("row signs", -(-self.length // self.width))
+
+    def column_signs(self) -> npt.NDArray[np.int8]:
+        """Rotation: the sign of each column, (W,)."""
+        return self._draw_signs("column signs", self.width)
+
+    def order(self) -> npt.NDArray[np.int32]:
+        """Rotation: the sum that is k-th after permutation, and so belongs to bin k modulo v, (W,)."""
+        return self._generator("order").permutation(self.width).astype(np.int32)
+
+    def bins(self) -> npt.NDArray[np.int32]:
+        """Uniform: the bin of each element, (L,)."""
+        order = self._generator("order").permutation(self.width)
+        bins = np.empty(self.width, np.int32)
+        bins[order] = np.repeat(np.arange(self.dimension, dtype=np.int32), self.width // self.dimension)
+        return bins[: self.length]
+
+    def signs(self) -> npt.NDArray[np.int8]:
+        """The signs that OPORP asks for: of each of the W sums (rotation), or of each of the L elements (uniform)."""
+        return self._draw_signs("signs", self.width if self.kind == "rotation" else self.length)
+
+    def numbers(self, device: torch.device) -> _Numbers:
+        """The numbers as the sums need them; drawn and copied to a device once, since a copy to a GPU waits for it."""
+        if device not in self._on:
+            rotation = self.kind == "rotation"
+            self._on[device] = _Numbers(
+                rows=list(zip(self.shifts().tolist(), self.row_signs().tolist(), strict=True)) if rotation else [],
+                columns=torch.from_numpy(self.column_signs() if rotation else np.empty(0)).to(device, torch.float32),
+                places=torch.from_numpy(self.order() if rotation else self.bins()).to(device),
+                signs=torch.from_numpy(self.signs()).to(device),
+            )
+        return self._on[device]
+
+    def _generator(self, purpose: str) -> np.random.RandomState:
+        # NumPy's policy freezes RandomState's streams: a store is to be queried years later. Neither L nor v is part
+        # of the seed, so that plans of one width share their numbers, and a folded sketch is that of a smaller plan.
+        digest = hashlib.sha256(f"dmin_trace {self.kind} {self.seed} {purpose}".encode()).digest()
+        return np.random.RandomState(np.frombuffer(digest, "<u4"))
+
+    def _draw_signs(self, purpose: str, count: int) -> npt.NDArray[np.int8]:
+        drawn = np.frombuffer(self._generator(purpose).bytes(-(-count // 8)), np.uint8)
+        return np.unpackbits(drawn, count=count).astype(np.int8) * np.int8(2) - np.int8(1)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A plan's numbers on a device.
+
+    rows: rotation: the shift and the sign of each row.
+    columns: rotation: the sign of each column, (W,) float32.
+    places: the order of the W sums (rotation), or the bin of each element (uniform), int32.
+    signs: of the W sums, or of each element, int8.
+    """
+
+    rows: list[tuple[int, int]]
+    columns: torch.Tensor
+    places: torch.Tensor
+    signs: torch.Tensor
+
+
+def make_plan(length: int, dimension: int, seed: int, kind: Projection) -> Plan:
+    """The projection of gradients of `length` elements to `dimension` numbers.
+
+    Raises:
+        SettingsError: a length below one, a dimension that is no power of two, or a kind that is none.
+    """
+    if kind == "uniform":
+        return Plan(length, dimension, seed, kind, width=-(-length // max(dimension, 1)) * dimension)
+    wanted = max(min(length, WIDTH), -(-length // ROWS))
+    return Plan(length, dimension, seed, kind, width=max(dimension, 1 << (wanted - 1).bit_length()))
+
+
+def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds up the tensors, flattened and laid end to end, in the plan's bins.
+
+    Sums are float32 whatever the gradient's dtype. Squares are float32 within a row and float64 beyond it: numbers
+    greater than 1e19 make the norm infinite, and those below 1e-23 count for nothing in it.
+
+    Args:
+        tensors: the gradient in parts, L elements altogether; each is let go before the next is asked for.
+        plan: the projection.
+
+    Returns:
+        The sketch, (v,) float32, of the gradient as it is, and its squared L2 norm, a float64 scalar; both on the
+        first tensor's device, which is never waited for.
+
+    Raises:
+        CaptureError: the tensors do not hold L elements.
+    """
+    at = 0
+    sums: torch.Tensor | None = None
+    squares: list[torch.Tensor] = []
+    for tensor in tensors:
+        if at + tensor.numel() > plan.length:
+            raise _wrong_length(f"{at + tensor.numel()} elements or more", plan)
+        if sums is None:
+            # A row that runs over the end goes on in a second half, in one call rather than two.
+            count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
+            sums = torch.zeros(count, dtype=torch.float32, device=tensor.device)
+            numbers = plan.numbers(tensor.device)
+        add = _add_rows if plan.kind == "rotation" else _add_pieces
+        squares += add(sums, tensor.detach().reshape(-1), at, numbers)
+        at += tensor.numel()
+        # Without this the last tensor would live on while the next is made.
+        del tensor
+    if at != plan.length or sums is None:
+        raise _wrong_length(f"{at} elements", plan)
+    square = torch.stack(squares).double().sum()
+    return _bin_sums(sums, plan, numbers) if plan.kind == "rotation" else sums, square
+
+
+def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projects the gradient divided by its L2 norm (paper, section 3.2).
+
+    Args:
+        tensors: the gradient in parts, as `project` takes it.
+        plan: the projection.
+
+    Returns:
+        The sketch, (v,) float32, all zeros where the norm is 0, infinite or nan; and the norm, a float32 scalar.
+
+    Raises:
+        CaptureError: the tensors do not hold L elements.
+    """
+    sketch, square = project(tensors, plan)
+    norm = square.sqrt().float()
+    # Decided on the device: asking for the norm here would wait for the GPU.
+    return torch.where(torch.isfinite(norm) & (norm > 0), sketch / norm, 0.0), norm
+
+
+def _add_rows(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers) -> list[torch.Tensor]:
+    width, done, squares = numbers.columns.numel(), 0, []
+    while done < flat.numel():
+        row, column = divmod(at + done, width)
+        count = min(flat.numel() - done, width - column)
+        part = flat.narrow(0, done, count).to(sums)
+        # Taken here, the square is a pass over what the next call wants in the cache. A norm of its own would read the
+        # gradient twice.
+        squares.append(torch.dot(part, part))
+        shift, sign = numbers.rows[row]
+        sums.narrow(0, shift + column, count).addcmul_(part, numbers.columns.narrow(0, column, count), value=sign)
+        done += count
+    return squares
+
+
+def _bin_sums(sums: torch.Tensor, plan: Plan, numbers: _Numbers) -> torch.Tensor:
+    first, second = sums[: plan.width], sums[plan.width :]
+    first += second
+    first *= numbers.signs
+    # The second half is free now: no memory for the permuted sums.
+    torch.index_select(first, 0, numbers.places, out=second)
+    return second.view(-1, plan.dimension).sum(0)
+
+
+def _add_pieces(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers) -> list[torch.Tensor]:
+    squares = []
+    for done in range(0, flat.numel(), PIECE):
+        part = flat[done : done + PIECE].to(sums)
+        here = slice(at + done, at + done + part.numel())
+        squares.append(torch.dot(part, part))
+        sums.index_add_(0, numbers.places[here], part * numbers.signs[here])
+    return squares
+
+
+def _wrong_length(found: str, plan: Plan) -> CaptureError:
+    return CaptureError(
+        f"The gradient has {found}; expected {plan.length}, as its projection was made for. Give the gradients of all "
+        "trained parameters, each once, in the order of the parameters."
+    )

@@ -1,0 +1,46 @@
+"""Everything dmin_trace raises on purpose.
+
+    DminTraceError
+      SettingsError      a setting that cannot be meant: found at birth, before anything runs
+      AttachError        the training script does not have the shape that the loop driver needs
+      CaptureError       a capture that would give wrong gradients, and so was stopped
+      WeightsError       weights that are missing, damaged, or not those of the trace
+      TraceError         a store that is missing, of another version, unfinished or damaged
+      QueryError         a question that cannot be asked of this trace
+      ScriptError        the training script itself failed while we drove it
+
+Each message says what was found, what was expected and what to do. The command line prints it as one red line and
+exits with 1.
+"""
+
+
+class DminTraceError(Exception):
+    """The base of all errors that dmin_trace raises on purpose."""
+
+
+class SettingsError(DminTraceError):
+    """A setting that cannot be meant."""
+
+
+class AttachError(DminTraceError):
+    """The training script does not have the shape that the loop driver needs."""
+
+
+class CaptureError(DminTraceError):
+    """A capture that would give wrong gradients, and so was stopped."""
+
+
+class WeightsError(DminTraceError):
+    """Weights that are missing, damaged, or not those of the trace."""
+
+
+class TraceError(DminTraceError):
+    """A store that is missing, of another version, unfinished or damaged."""
+
+
+class QueryError(DminTraceError):
+    """A question that cannot be asked of this trace."""
+
+
+class ScriptError(DminTraceError):
+    """The training script itself failed while it was driven."""

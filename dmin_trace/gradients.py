@@ -1,0 +1,48 @@
+"""The gradient of the script's loss with respect to the trained parameters, one tensor after another.
+
+Paper, equation 3: the gradient is taken at the final parameters. `torch.autograd.grad` leaves `.grad`, the GradScaler,
+the division for gradient accumulation and DDP's synchronisation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+LOSS_SCALE = 1024.0
+"""Under float16 autocast the loss is scaled by this constant, so that small gradients do not vanish; a GradScaler's own
+scale moves during training, and would round the gradients of a query otherwise than those of the trace."""
+
+
+def gradients(
+    loss: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float = 1.0
+) -> tuple[Iterator[torch.Tensor], list[bool]]:
+    """Takes the gradient of a scalar loss.
+
+    The tensors are handed out one at a time and let go, so that compressing them needs no second copy.
+
+    Args:
+        loss: the script's loss, a scalar.
+        parameters: the trained parameters.
+        scale: multiplies the loss before the backward pass and is divided out again.
+
+    Returns:
+        An iterator over the gradients, each of its parameter's shape, zeros where the loss does not depend on the
+        parameter; and for each parameter whether the loss reached it.
+    """
+    taken: list[torch.Tensor | None] = list(
+        torch.autograd.grad(loss * scale if scale != 1.0 else loss, parameters, allow_unused=True)
+    )
+    reached = [gradient is not None for gradient in taken]
+
+    def hand_out() -> Iterator[torch.Tensor]:
+        for k, parameter in enumerate(parameters):
+            gradient, taken[k] = taken[k], None
+            if gradient is None:
+                # One zero seen at every place: no memory.
+                yield torch.zeros((), device=parameter.device).expand(parameter.shape)
+            else:
+                yield gradient.float() / scale if scale != 1.0 else gradient
+
+    return hand_out(), reached

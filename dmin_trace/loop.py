@@ -1,0 +1,522 @@
+"""Drives the training script's own loop.
+
+After the script's last optimizer step, and before its loop ends, the prepared dataloader goes on yielding *capture
+batches*, one dataset item x one timestep slot each, into the script's own loop body. So the script itself computes its
+latents, conditioning, noise, weighting and loss; nothing of that is rebuilt here.
+
+    LoopDriver wraps   prepare           to learn the models, the optimizers and the loader
+                       accumulate        to count optimizer steps, and to hold the script's step counting still
+                       backward          to take the gradient instead of accumulating it
+                       log, clip_grad_*  to keep captures out of logs and out of `.grad`
+                       load_state        to learn where a resumed run starts
+
+Two kinds of loop end differently. One that runs out (`for epoch in range(num_epochs)`) gets its capture batches after
+the last batch of the last epoch. One that breaks (`if global_step >= max_train_steps: break`) would be gone by then, so
+on leaving the last `accumulate` its `sync_gradients` is set to False: the block that counts the step, saves and breaks
+is *deferred*. On leaving the last capture's `accumulate` it is set back to True, with the loop's variables as the last
+training batch left them, and the script goes on as if nothing had been between.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, recursively_apply, send_to_device
+
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError
+from dmin_trace.randomness import PinnedDraws, RandomState, Slot, seed_everything
+from dmin_trace.variables import LoopVariables, script_frame
+
+logger = logging.getLogger(__name__)
+
+TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
+
+
+class CaptureFinished(BaseException):
+    """Ends the script after an on-demand capture, before it can train, save or log. Caught by the launcher."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When the script's training ends. Read anew each time: scripts overwrite these after `prepare`.
+
+    max_train_steps: gives the number of optimizer steps, or None.
+    num_epochs: gives the number of epochs, or None.
+    """
+
+    max_train_steps: Callable[[], int | None]
+    num_epochs: Callable[[], int | None]
+
+
+@dataclass
+class Body:
+    """One run of the script's loop body on a capture batch.
+
+    sample: the dataset index.
+    slot: the timestep slot.
+    draws: what the body drew.
+    timestep: what reached the denoiser, a tensor on its device, or None if nothing did.
+    sketch, norm, loss: what the capture made of the loss in `backward`; None until then.
+    """
+
+    sample: int
+    slot: Slot
+    draws: PinnedDraws
+    timestep: torch.Tensor | None = None
+    backwards: int = 0
+    sketch: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    versions: list[int] = field(default_factory=list)
+
+
+class Work(Protocol):
+    """What is done with the loop body's losses; `capture.Capture` is it."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The timestep slots of each sample."""
+
+    @property
+    def item_seed(self) -> int:
+        """The seed under which every sample is fetched."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether an error may end the script's training."""
+
+    def begin(self, driver: LoopDriver) -> list[int]:
+        """Called once, before the first capture batch. Gives the dataset indices to capture, in order."""
+
+    def batch(self, sample: int, item: Any, batch: Any) -> None:
+        """Called with each sample's dataset item and the batch collated from it, before its loop bodies."""
+
+    def backward(self, body: Body, loss: torch.Tensor) -> None:
+        """Called by the script's `accelerator.backward`."""
+
+    def take(self, body: Body) -> None:
+        """Called after each loop body."""
+
+    def finish(self) -> None:
+        """Called once, after the last loop body."""
+
+    def leave(self) -> None:
+        """Called once after `begin`, whatever happened: puts back what `begin` changed."""
+
+    def failed(self, error: Exception) -> None:
+        """Called instead of raising, where the script's training must go on."""
+
+
+class LoopDriver:
+    """Wraps one accelerator; `remove` takes every wrapper off again."""
+
+    def __init__(self, accelerator: Accelerator, ending: Ending, work: Work, *, on_demand: bool) -> None:
+        """Wraps the accelerator, which must not be wrapped already.
+
+        Args:
+            accelerator: the script's accelerator, nothing prepared yet.
+            ending: when training ends.
+            work: what is done with the losses.
+            on_demand: capture at once, at the first batch, then leave the script.
+        """
+        self.accelerator = accelerator
+        self.ending = ending
+        self.work = work
+        self.on_demand = on_demand
+        self.models: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.loader: Any = None
+        self.variables: LoopVariables | None = None
+        self.captured = False
+        self.failed = False
+        self._first_step = 0
+        self._steps = 0
+        self._epochs = 0
+        self._backwards = 0
+        self._deferred = False
+        self._body: Body | None = None
+        self._last_body = False
+        self._last_batch: Any = None
+        self._random_state: RandomState | None = None
+        self._leaving = ExitStack()
+        self._handles: list[Callable[[], None]] = []
+        self._original: dict[str, Callable[..., Any]] = {}
+        wrappers: dict[str, Callable[..., Any]] = {
+            "prepare": self._prepare,
+            "skip_first_batches": self._skip_first_batches,
+            "accumulate": self._accumulate,
+            "backward": self._backward,
+            "log": self._log,
+            "init_trackers": self._init_trackers,
+            "load_state": self._load_state,
+            "clip_grad_norm_": self._clip_grad_norm,
+            "clip_grad_value_": self._clip_grad_value,
+        }
+        for name, wrapper in wrappers.items():
+            self._wrap(name, wrapper)
+
+    def on_remove(self, undo: Callable[[], None]) -> None:
+        """Adds what else `remove` takes off."""
+        self._handles.append(undo)
+
+    def remove(self) -> None:
+        """Takes every wrapper off the accelerator and its loaders, and all else that attaching left."""
+        while self._handles:
+            self._handles.pop()()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the wrappers are on."""
+        return bool(self._handles)
+
+    @property
+    def body(self) -> Body | None:
+        """The run of the loop body that is under way on a capture batch, if one is."""
+        return self._body
+
+    @property
+    def capturing(self) -> bool:
+        """Whether the script's loop is running, or about to run, on capture batches."""
+        return self._body is not None or self._deferred
+
+    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
+        own = vars(self.accelerator)
+        self._original[name] = getattr(self.accelerator, name)
+        if name in own:
+            self._handles.append(partial(setattr, self.accelerator, name, own[name]))
+        else:
+            # An attribute of the instance hides the method; deleting it brings the method back.
+            self._handles.append(partial(delattr, self.accelerator, name))
+        setattr(self.accelerator, name, wrapper)
+
+    # -- what the script calls -------------------------------------------------------------------------------------
+
+    def _prepare(self, *objects: Any, **options: Any) -> Any:
+        given = self._original["prepare"](*objects, **options)
+        prepared = given if isinstance(given, (tuple, list)) else [given]
+        self.models += [p for p in prepared if isinstance(p, torch.nn.Module)]
+        self.optimizers += [p for p in prepared if isinstance(p, torch.optim.Optimizer)]
+        loaders = [p for p in prepared if isinstance(p, torch.utils.data.DataLoader)]
+        if loaders and self.loader is None:
+            self.loader = loaders[0]
+            self._refuse_what_cannot_be_driven()
+            self._drive(self.loader)
+        return given
+
+    def _skip_first_batches(self, loader: Any, *args: Any, **options: Any) -> Any:
+        skipping = self._original["skip_first_batches"](loader, *args, **options)
+        if loader is self.loader and skipping is not loader:
+            self._drive(skipping)
+        return skipping
+
+    @contextmanager
+    def _accumulate(self, *models: Any) -> Iterator[None]:
+        body = self._body
+        if body is None:
+            with self._original["accumulate"](*models):
+                yield
+            if self.accelerator.sync_gradients:
+                self._count_step()
+            return
+        self._set_sync(False)
+        try:
+            yield
+        except Exception:
+            logger.error(
+                "The script's own loop body failed on the capture batch of sample %d, timestep slot %d.",
+                body.sample,
+                body.slot.number,
+            )
+            self._abandon()
+            raise
+        if self._last_body and self._deferred:
+            # The rest of this body is the deferred end of the last training step: everything must stand as it did.
+            self._close_body()
+            self._leave()
+            self._deferred = False
+            self._set_sync(True)
+
+    def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+        if self._body is None:
+            self._backwards += 1
+            self._original["backward"](loss, **options)
+            return
+        body = self._body
+        body.backwards += 1
+        if not self.failed:
+            self._guarded(lambda: self.work.backward(body, loss))
+
+    def _log(self, *args: Any, **options: Any) -> None:
+        if not self.capturing:
+            self._original["log"](*args, **options)
+
+    def _init_trackers(self, *args: Any, **options: Any) -> None:
+        if not self.on_demand:
+            self._original["init_trackers"](*args, **options)
+
+    def _clip_grad_norm(self, *args: Any, **options: Any) -> Any:
+        if self.capturing:
+            return torch.zeros((), device=self.accelerator.device)
+        return self._original["clip_grad_norm_"](*args, **options)
+
+    def _clip_grad_value(self, *args: Any, **options: Any) -> None:
+        if not self.capturing:
+            self._original["clip_grad_value_"](*args, **options)
+
+    def _load_state(self, input_dir: Any = None, *args: Any, **options: Any) -> None:
+        # The folder's name is the only place where diffusers' scripts keep the step they resume from.
+        found = re.search(r"checkpoint[-_](\d+)", str(input_dir))
+        self._first_step = int(found.group(1)) if found else 0
+        self._original["load_state"](input_dir, *args, **options)
+
+    # -- when to capture -------------------------------------------------------------------------------------------
+
+    def _refuse_what_cannot_be_driven(self) -> None:
+        unsupported = {
+            DistributedType.DEEPSPEED,
+            DistributedType.FSDP,
+            DistributedType.MEGATRON_LM,
+            DistributedType.XLA,
+        }
+        if self.accelerator.distributed_type in unsupported:
+            raise AttachError(
+                f"This run is distributed with {self.accelerator.distributed_type.value}, which splits gradients in a "
+                "way that cannot be captured yet. Capture on demand in one process: dmin-trace capture."
+            )
+        if isinstance(self.loader.dataset, torch.utils.data.IterableDataset):
+            raise AttachError(
+                "The training data is an IterableDataset, whose samples have no index to attribute to. Use a dataset "
+                "with __len__ and __getitem__."
+            )
+        if self.loader.collate_fn is None:
+            raise AttachError("The dataloader has no collate_fn, so a batch of one sample cannot be made.")
+
+    def _drive(self, loader: Any) -> None:
+        """Makes the loader yield capture batches after its own; it stays the same object, its class a subclass."""
+        kind = type(loader)
+        driver = self
+
+        def iterate(self: Any) -> Iterator[Any]:
+            return driver._batches(kind.__iter__(self))
+
+        # accelerate's loaders answer __class__ by a property of their own; this is the one beneath it.
+        set_class = vars(object)["__class__"].__set__
+        set_class(loader, type(kind.__name__, (kind,), {"__iter__": iterate, "__module__": kind.__module__}))
+        self._handles.append(partial(set_class, loader, kind))
+
+    def _batches(self, own: Iterator[Any]) -> Iterator[Any]:
+        if self.on_demand:
+            yield from self._capture_batches()
+            raise CaptureFinished
+        self._epochs += 1
+        for batch in own:
+            self._last_batch = batch
+            yield batch
+            if self._deferred:
+                try:
+                    yield from self._capture_batches()
+                    if self._deferred:
+                        # The capture failed between two bodies: the deferred end of the step still needs one to run in.
+                        self._last_body = True
+                        self._open_body(-1, self.work.slots[0])
+                        yield self._last_batch
+                finally:
+                    self._give_up_deferral()
+        self._last_batch = None
+        if not self.captured and self._was_last_epoch():
+            yield from self._capture_batches()
+
+    def _was_last_epoch(self) -> bool:
+        epochs = self.ending.num_epochs()
+        if epochs is None:
+            return False
+        steps = -(-len(self.loader) // self.accelerator.gradient_accumulation_steps)
+        return bool(self._first_step // max(steps, 1) + self._epochs >= epochs)
+
+    def _count_step(self) -> None:
+        self._steps += 1
+        last = self.ending.max_train_steps()
+        if self.captured and not self.failed:
+            logger.warning("The script took another optimizer step after the capture; the trace is of the step before.")
+        elif last is not None and self._first_step + self._steps >= last and not self.captured:
+            self._remember(script_frame())
+            self._deferred = True
+            self._set_sync(False)
+
+    def _give_up_deferral(self) -> None:
+        """After a loop that left in spite of the deferral: nothing may stay changed."""
+        if self._deferred:
+            self._deferred = False
+            self._leave()
+            self._set_sync(True)
+
+    # -- capture batches -------------------------------------------------------------------------------------------
+
+    def _remember(self, frame: FrameType) -> None:
+        self._random_state = RandomState.take()
+        self.variables = LoopVariables(frame)
+
+    def _capture_batches(self) -> Iterator[Any]:
+        self.captured = True
+        if self.variables is None:
+            self._remember(script_frame())
+        samples = self._guarded(self._begin) or []
+        for n, (sample, slot) in enumerate(product(samples, self.work.slots)):
+            if slot.number == 0:
+                batch = self._guarded(partial(self._fetch, sample))
+            if self.failed:
+                break
+            self._last_body = n == len(samples) * len(self.work.slots) - 1
+            self._open_body(sample, slot)
+            # A body may change its batch in place; each gets its own.
+            yield recursively_apply(torch.clone, batch)
+            self._close_body()
+        if not self._deferred:
+            self._leave()
+
+    def _begin(self) -> list[int]:
+        if not self.optimizers:
+            raise CaptureError(
+                "No optimizer was passed to accelerator.prepare, so capture batches would train the model. Prepare the "
+                "optimizer."
+            )
+        if not self.on_demand and not self._backwards:
+            raise CaptureError(
+                "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
+                "Call it instead of loss.backward()."
+            )
+        adjust = self.accelerator.gradient_state.plugin_kwargs
+        before = adjust.get("adjust_scheduler")
+        # Otherwise accelerate counts a scheduler step for every skipped optimizer step.
+        adjust["adjust_scheduler"] = False
+        self._leaving.callback(lambda: adjust.update(adjust_scheduler=before))
+        if before is None:
+            self._leaving.callback(lambda: adjust.pop("adjust_scheduler"))
+        self._leaving.callback(self._set_sync, self.accelerator.sync_gradients)
+        self._set_sync(False)
+        for model in self.models:
+            for module in model.modules():
+                self._leaving.callback(setattr, module, "training", module.training)
+            model.eval()
+            # DDP would wait for gradients that never come.
+            self._leaving.enter_context(self.accelerator.no_sync(model))
+            inner = self.unwrap(model)
+            handle = inner.register_forward_pre_hook(self._see_timestep, with_kwargs=True)
+            self._leaving.callback(handle.remove)
+        self._leaving.callback(self.work.leave)
+        return self.work.begin(self)
+
+    def _fetch(self, sample: int) -> Any:
+        seed_everything(self.work.item_seed)
+        dataset = self.loader.dataset
+        items = dataset.__getitems__([sample]) if hasattr(dataset, "__getitems__") else [dataset[sample]]
+        batch = send_to_device(self.loader.collate_fn(items), self.accelerator.device)
+        self.work.batch(sample, items[0], batch)
+        return batch
+
+    def _open_body(self, sample: int, slot: Slot) -> None:
+        self._set_sync(False)
+        self._body = Body(sample, slot, PinnedDraws(slot), versions=[p._version for p in self._all_parameters()])
+        seed_everything(slot.seed)
+        self._body.draws.start()
+
+    def _close_body(self) -> None:
+        body = self._body
+        if body is not None:
+            self._end_body()
+            if not self.failed:
+                self._guarded(partial(self._take, body))
+
+    def _end_body(self) -> None:
+        if self._body is not None:
+            self._body.draws.stop()
+            self._body = None
+
+    def _take(self, body: Body) -> None:
+        if body.draws.error is not None:
+            raise body.draws.error
+        if body.backwards != 1:
+            raise CaptureError(
+                f"The loop body called accelerator.backward {body.backwards} times on a capture batch; expected once. "
+                "Gradients are taken there: call accelerator.backward(loss) instead of loss.backward(), once a batch."
+            )
+        if body.versions != [p._version for p in self._all_parameters()]:
+            raise CaptureError(
+                "The loop body changed the model's parameters on a capture batch, so its optimizer did not wait for "
+                "accelerator.sync_gradients. Pass the optimizer to accelerator.prepare."
+            )
+        self.work.take(body)
+        if self._last_body:
+            self.work.finish()
+
+    def _leave(self) -> None:
+        """Puts everything back. Called after the last body, or after a failure; a second call does nothing."""
+        self._guarded(self._leaving.close)
+        if self.variables is not None:
+            self.variables.restore()
+        if self._random_state is not None:
+            self._random_state.restore()
+        self.variables = self._random_state = None
+
+    def _abandon(self) -> None:
+        """Puts back what can be put back while an error is on its way out through the script."""
+        self._end_body()
+        self._leaving.close()
+
+    def _guarded(self, step: Callable[[], Any]) -> Any:
+        """Runs a step of ours. Its errors are the work's to report where the script's training must go on."""
+        try:
+            return step()
+        except Exception as error:
+            self.failed = True
+            if self.on_demand or self.work.strict:
+                self._abandon()
+                raise
+            if not isinstance(error, DminTraceError):
+                logger.debug("The capture failed.", exc_info=True)
+            self.work.failed(error)
+            self._last_body = True
+            return None
+
+    # -- small things ----------------------------------------------------------------------------------------------
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The script's own module inside DDP's or torch.compile's."""
+        inner: torch.nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return inner
+
+    def _all_parameters(self) -> Iterator[torch.nn.Parameter]:
+        for model in self.models:
+            yield from model.parameters()
+
+    def _set_sync(self, sync: bool) -> None:
+        self.accelerator.gradient_state._set_sync_gradients(sync)
+
+    def _see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        body = self._body
+        if body is None or body.timestep is not None:
+            return
+        names = _forward_names(module)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        for name in TIMESTEP_ARGUMENTS:
+            if given.get(name) is not None:
+                body.timestep = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
+                return
+
+
+def _forward_names(module: torch.nn.Module) -> list[str]:
+    """The names of a module's positional arguments; those of the model inside, for a PEFT wrapper."""
+    base = getattr(module, "get_base_model", None)
+    # The class's own method: accelerate hides the instance's behind a wrapper for autocast.
+    return list(inspect.signature(type(base() if callable(base) else module).forward).parameters)[1:]

@@ -1,0 +1,208 @@
+"""Pins and records the random calls of a loop body.
+
+A gradient of the training loss depends on the noise and on the timestep that the script draws. For the gradients of
+two samples to be comparable both must be the same (paper, equations 7 to 9), so before each run of the loop body the
+generators are seeded with the slot's seed, and the timestep draw is replaced by the slot's timestep. Every random call
+is recorded by name and shape: two samples that did not draw the same sequence did not see the same noise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dmin_trace.errors import CaptureError
+from dmin_trace.settings import Settings
+
+Call = tuple[str, tuple[int, ...]]
+"""One random call: its name, with a star where its result was pinned, and the shape that it gave."""
+
+RECORDED = frozenset(
+    {"bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal"}
+    | {"normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_"}
+    | {"randperm", "uniform_", "dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
+)
+SHORTEST_SCHEDULE = 50
+"""A draw from fewer values than this is not taken for a timestep draw (a crop corner, a flip, a class)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One of the T timesteps of a capture.
+
+    number: k, from 0.
+    fraction: the place in the schedule, (k + 1/2) / T, where no timestep is given.
+    timestep: the timestep itself, as the script's draw would give it, or None.
+    seed: of every generator at the start of the loop body.
+    """
+
+    number: int
+    fraction: float
+    timestep: int | None
+    seed: int
+
+    def index_in(self, length: int) -> int:
+        """The slot's timestep in a schedule of `length` steps. Raises CaptureError if the schedule is shorter."""
+        if self.timestep is None:
+            return int(self.fraction * length)
+        if self.timestep >= length:
+            raise CaptureError(
+                f"Timestep {self.timestep} was asked for, but the script draws its timesteps from 0 to {length - 1}. "
+                "Give timesteps within the schedule."
+            )
+        return self.timestep
+
+
+def make_slots(settings: Settings) -> tuple[Slot, ...]:
+    """The slots of a capture, in the order they are stored."""
+    given = settings.timesteps
+    listed: Sequence[int | None] = [None] * given if isinstance(given, int) else given
+    count = len(listed)
+    return tuple(Slot(k, (k + 0.5) / count, t, seed_of(settings.seed, k + 1)) for k, t in enumerate(listed))
+
+
+def seed_of(seed: int, stream: int) -> int:
+    """An independent 32-bit seed for each stream of a capture: 0 for the samples' augmentation, k + 1 for slot k."""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the generators of torch (all devices), numpy and python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where every global generator stood at one moment, to be put back."""
+
+    torch_cpu: torch.Tensor
+    torch_cuda: list[torch.Tensor]
+    torch_mps: torch.Tensor | None
+    numpy: dict[str, Any]
+    python: tuple[Any, ...]
+
+    @classmethod
+    def take(cls) -> RandomState:
+        """Copies the states of all global generators."""
+        return cls(
+            torch_cpu=torch.get_rng_state(),
+            # Asking an uninitialised CUDA would start it, which the script may not have wanted.
+            torch_cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
+            torch_mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+            numpy=dict(np.random.get_state(legacy=False)),
+            python=random.getstate(),
+        )
+
+    def restore(self) -> None:
+        """Puts all global generators back."""
+        torch.set_rng_state(self.torch_cpu)
+        if self.torch_cuda:
+            torch.cuda.set_rng_state_all(self.torch_cuda)
+        if self.torch_mps is not None:
+            torch.mps.set_rng_state(self.torch_mps)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
+@dataclass
+class PinnedDraws(TorchFunctionMode):  # type: ignore[misc]
+    """While entered: records torch's random calls, and pins those that draw a timestep to the slot's.
+
+    calls: the random calls so far, in order; a pinned one is marked with a star.
+    pins: how many draws were pinned.
+    error: why a draw could not be pinned, if one could not.
+    """
+
+    slot: Slot
+    calls: list[Call] = field(default_factory=list)
+    pins: int = 0
+    error: CaptureError | None = None
+    _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name not in RECORDED:
+            return func(*args, **kwargs)
+        self._seed_own_generator(kwargs.get("generator"))
+        result = func(*args, **kwargs)
+        if "dropout" in name and not _dropout_draws(args, kwargs):
+            return result
+        length = _schedule_length(name, args, kwargs, result)
+        if length is not None:
+            return self.pin(result, lambda: self.slot.index_in(length), name)
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
+        self.calls.append((name, shape))
+        return result
+
+    def pin(self, drawn: torch.Tensor, value: Callable[[], float], name: str) -> torch.Tensor:
+        """Replaces a timestep draw by the slot's timestep, and records that it was.
+
+        An error in finding that timestep is kept for later: raised here it would end the script.
+        """
+        self.pins += 1
+        self.calls.append((name + "*", tuple(drawn.shape)))
+        try:
+            return torch.full_like(drawn, value())
+        except CaptureError as error:
+            self.error = error
+            return drawn
+
+    def start(self) -> None:
+        """Enters the mode. Not a `with` block, since the loop body that it covers is the script's."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Leaves the mode, and puts the script's own generator objects back where they stood before the body."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+        self._generators.clear()
+
+    def _seed_own_generator(self, generator: object) -> None:
+        # A generator object of the script's own is not reached by seeding the global ones.
+        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
+            self._generators[id(generator)] = (generator, generator.get_state())
+            generator.manual_seed(self.slot.seed)
+
+
+def _dropout_draws(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    return bool(training)
+
+
+def _schedule_length(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> int | None:
+    """How long the schedule is that this call draws a timestep from, or None if it draws something else."""
+    if not isinstance(result, torch.Tensor) or result.dim() != 1:
+        return None
+    length: object = None
+    if name == "multinomial":
+        weights = kwargs.get("input", args[0] if args else None)
+        length = weights.numel() if isinstance(weights, torch.Tensor) and weights.dim() == 1 else None
+    elif name == "randint":
+        # randint(high, size) or randint(low, high, size); a timestep draw starts at 0.
+        bounds = [argument for argument in args[:2] if isinstance(argument, (int, torch.Tensor))]
+        low = kwargs.get("low", bounds[0] if len(bounds) == 2 else 0)
+        high = kwargs.get("high", bounds[-1] if bounds else None)
+        length = high if low == 0 else None
+    # A schedule length may be a 0-d tensor: reading it is a host sync, but only where the script itself made it so.
+    if isinstance(length, torch.Tensor):
+        length = int(length)
+    return length if isinstance(length, int) and length >= SHORTEST_SCHEDULE else None

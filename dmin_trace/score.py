@@ -1,0 +1,132 @@
+"""Exact scores: the influence of every stored sample on a query, and the largest of them.
+
+The influence of sample i is the sum over timesteps of the inner products of its compressed gradients with the query's
+(paper, equations 7 to 9, without the constant of the learning rate). Chunk by chunk from the memory maps, a thread a
+core with BLAS on one thread each, a running top-k: memory is bounded whatever N is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from dmin_trace.errors import QueryError
+from dmin_trace.store import Trace
+
+BLOCK = 2**19
+"""Numbers that are converted to float32 at a time by a thread: small enough to stay in its cache."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The k stored samples with the largest influence on each of Q queries, best first.
+
+    slots: (Q, k) int64, rows of the store.
+    scores: (Q, k) float32.
+    shares: (Q, k, T) float32, each timestep's inner product; they add up to the score.
+    """
+
+    slots: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    shares: NDArray[np.float32]
+
+
+def check_k(trace: Trace, k: int) -> None:
+    """Raises QueryError if k samples cannot be shown."""
+    if k < 1:
+        raise QueryError(f"k is {k}; expected 1 or more.")
+    if k > trace.header.samples:
+        raise QueryError(f"k is {k}, but the trace holds {trace.header.samples} samples. Ask for fewer.")
+    usable = int(trace.rankable.sum())
+    if k > usable:
+        raise QueryError(f"k is {k}, but only {usable} samples of the trace have gradients to rank. Ask for fewer.")
+
+
+def exact(
+    trace: Trace,
+    queries: NDArray[np.float32],
+    k: int,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Ranking:
+    """Scores every sample of the store, and keeps the k best for each query; of equal scores the first slot.
+
+    Args:
+        trace: the store. What is not done, or has no direction, is not ranked.
+        queries: (Q, T, v), compressed gradients.
+        k: how many to keep.
+        threads: one a core if not given.
+        progress: called with the number of samples of each chunk that is scored.
+
+    Raises:
+        QueryError: k is out of range, or the queries are not of the store's shape.
+        TraceError: a chunk is damaged.
+    """
+    check_k(trace, k)
+    expected = (len(trace.header.timesteps), trace.header.dimension)
+    if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
+        raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
+    by_slot = np.ascontiguousarray(queries.transpose(1, 2, 0), np.float32)  # (T, v, Q)
+    rankable = trace.rankable
+
+    def best_of_chunk(chunk: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        rows = trace.header.rows(chunk)
+        scores = _chunk_scores(trace, chunk, by_slot)
+        scores[~rankable[rows.start : rows.stop]] = -np.inf
+        kept = _best(np.arange(rows.start, rows.stop)[:, None].repeat(len(queries), 1), scores, k)
+        if progress is not None:
+            progress(len(rows))
+        return kept
+
+    slots = np.empty((0, len(queries)), np.int64)
+    scores = np.empty((0, len(queries)), np.float32)
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        for chunk_slots, chunk_scores in pool.map(best_of_chunk, trace.chunks_done):
+            slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), k)
+    return _with_shares(trace, queries, slots.T)
+
+
+def _chunk_scores(trace: Trace, chunk: int, by_slot: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, Q) scores of a chunk's samples."""
+    grad, scale = trace.grad_chunk(chunk), trace.scale_chunk(chunk)
+    scores = np.zeros((len(grad), by_slot.shape[2]), np.float32)
+    block = max(1, BLOCK // by_slot.shape[1])
+    for start in range(0, len(grad), block):
+        here = slice(start, start + block)
+        for t, query in enumerate(by_slot):
+            # Products with int8 first and the scale after: the same, and the scale touches Q numbers instead of v.
+            scores[here] += (grad[here, t].astype(np.float32) @ query) * scale[here, t, None]
+    return scores
+
+
+def _best(slots: NDArray[Any], scores: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The k best rows of each column, best first; (k, Q) both."""
+    if len(scores) > 4 * k:
+        # A candidate must reach the k-th best; ties at the border are all kept for the sort to decide.
+        border = np.partition(scores, len(scores) - k, axis=0)[len(scores) - k]
+        keep = (scores >= border).any(axis=1)
+        slots, scores = slots[keep], scores[keep]
+    order = np.lexsort((slots, -scores), axis=0)[:k]
+    return np.take_along_axis(slots, order, 0), np.take_along_axis(scores, order, 0)
+
+
+def _with_shares(trace: Trace, queries: NDArray[np.float32], slots: NDArray[np.int64]) -> Ranking:
+    """Scores the chosen rows anew, timestep by timestep, and orders them by that."""
+    shares = np.empty((*slots.shape, queries.shape[1]), np.float32)
+    for q, chosen in enumerate(slots):
+        shares[q] = np.einsum("ktv,tv->kt", trace.rows(chosen), queries[q], dtype=np.float64)
+    scores = shares.sum(axis=2, dtype=np.float64).astype(np.float32)
+    order = np.lexsort((slots, -scores), axis=1)
+    return Ranking(
+        np.take_along_axis(slots, order, 1),
+        np.take_along_axis(scores, order, 1),
+        np.take_along_axis(shares, order[:, :, None], 1),
+    )

@@ -1,0 +1,106 @@
+"""What to capture and how: frozen, checked at birth.
+
+Everything here changes the numbers in a store, so everything here is kept in the store and met again by a query.
+Where the store lies and when the training run ends are arguments of `attach`, not settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from dmin_trace.errors import SettingsError
+
+Dtype = Literal["int8", "float16", "float32"]
+Projection = Literal["rotation", "uniform"]
+Precondition = Literal["none"]
+
+SMALLEST_DIMENSION = 2**4
+LARGEST_DIMENSION = 2**24
+MOST_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a capture takes from each training sample.
+
+    timesteps: a count T, spread evenly over the schedule (slot k at the fraction (k + 1/2) / T of it), or the
+        timesteps themselves, as the script's own timestep draw would give them.
+    dimension: v, the length of a compressed gradient; a power of two.
+    dtype: how a compressed gradient is stored; int8 carries one float32 scale for each (sample, timestep).
+    projection: "rotation" (matrix-free, the default) or "uniform" (OPORP to the letter, paper section 3.2:
+        one permutation and one sign for each parameter, kept in memory).
+    seed: of the projection and of the noise that all samples share at a timestep.
+    precondition: what is done to a gradient before it is normalised; "none" is the paper.
+    columns: dataset columns kept for people to read; None keeps those of the usual names (caption, label, file_name
+        and the like) that the dataset has.
+
+    Raises SettingsError for a value that cannot be meant.
+    """
+
+    timesteps: int | tuple[int, ...] = 10
+    dimension: int = 2**14
+    dtype: Dtype = "int8"
+    projection: Projection = "rotation"
+    seed: int = 0
+    precondition: Precondition = "none"
+    columns: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self._check_timesteps()
+        if not _is_integer(self.dimension) or not (
+            SMALLEST_DIMENSION <= self.dimension <= LARGEST_DIMENSION and self.dimension & (self.dimension - 1) == 0
+        ):
+            raise SettingsError(
+                f"dimension is {self.dimension!r}; expected a power of two from {SMALLEST_DIMENSION} to "
+                f"{LARGEST_DIMENSION}, such as 16384."
+            )
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:
+            raise SettingsError(f"seed is {self.seed!r}; expected an integer from 0 to 2**32 - 1.")
+        for name, kind in (("dtype", Dtype), ("projection", Projection), ("precondition", Precondition)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}.")
+        if self.columns is not None and not (
+            isinstance(self.columns, tuple) and all(isinstance(name, str) and name for name in self.columns)
+        ):
+            raise SettingsError(f"columns is {self.columns!r}; expected names of dataset columns.")
+
+    def _check_timesteps(self) -> None:
+        if _is_integer(self.timesteps):
+            if not 1 <= self.timesteps <= MOST_TIMESTEPS:  # type: ignore[operator]
+                raise SettingsError(f"timesteps is {self.timesteps}; expected a count from 1 to {MOST_TIMESTEPS}.")
+            return
+        given = self.timesteps
+        if not isinstance(given, tuple) or not given or not all(_is_integer(t) and t >= 0 for t in given):
+            raise SettingsError(
+                f"timesteps is {given!r}; expected a count, or a list of integers that are not negative."
+            )
+        if len(set(given)) != len(given) or len(given) > MOST_TIMESTEPS:
+            raise SettingsError(f"timesteps is {given!r}; expected at most {MOST_TIMESTEPS} timesteps, each once.")
+
+    @property
+    def slots(self) -> int:
+        """T, the number of timesteps captured for each sample."""
+        return self.timesteps if isinstance(self.timesteps, int) else len(self.timesteps)
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings from keywords or from JSON: lists become tuples, what is None or absent keeps its default.
+
+    Raises SettingsError for a name that is no setting or a value that cannot be meant.
+    """
+    known = {field.name for field in fields(Settings)}
+    if unknown := set(given) - known:
+        raise SettingsError(f"{', '.join(sorted(unknown))} is no setting; expected {', '.join(sorted(known))}.")
+    kept: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, (list, tuple)) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return Settings(**kept)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

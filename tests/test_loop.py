@@ -1,0 +1,206 @@
+"""The loop driver on small real scripts: what it leaves untouched, in which loops it works, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import BODY, plain_script, run, without_the_line
+
+from dmin_trace.store import open_trace
+
+ACCUMULATE = """with accelerator.accumulate(model):
+                clean = batch["point"]
+                noise = torch.randn_like(clean)
+                t = torch.randint(0, 1000, (len(clean),))
+                loss = (model(clean + noise * t.reshape(-1, 1) / 1000, t) - noise).pow(2).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step(); scheduler.step(); optimizer.zero_grad()
+                total += loss.detach()
+            if accelerator.sync_gradients:
+                losses.append([global_step, loss.item(), total.item()]); global_step += 1
+"""
+BREAK = (
+    ACCUMULATE
+    + """
+            if global_step >= args.max_train_steps:
+                break
+"""
+)
+OWN_LOOPS = {
+    "runs out, no accumulate": {},
+    "runs out, through tqdm": {"loader": "tqdm(loader, disable=True)"},
+    "runs out, accumulating": {
+        "accelerator": "accelerator = Accelerator(gradient_accumulation_steps=2)",
+        "body": ACCUMULATE,
+    },
+    "breaks": {"accelerator": "accelerator = Accelerator(); args.max_train_steps = 5", "body": BREAK},
+    "breaks, accumulating, in the middle of an epoch": {
+        "accelerator": "accelerator = Accelerator(gradient_accumulation_steps=2); args.max_train_steps = 3",
+        "body": BREAK,
+    },
+    "breaks, numpy and python draws": {
+        "accelerator": "accelerator = Accelerator(); args.max_train_steps = 4",
+        "body": BREAK.replace("noise = ", "np.random.rand(); random.random(); noise = "),
+    },
+    "keeps its last gradients": {
+        "body": BODY.replace("optimizer.zero_grad()", "").replace("clean = ", "optimizer.zero_grad(); clean = ")
+    },
+    "an unprepared scheduler": {
+        "prepare": "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
+    },
+}
+
+
+@pytest.mark.parametrize("parts", OWN_LOOPS.values(), ids=OWN_LOOPS.keys())
+def test_a_script_ends_as_it_would_have_bit_for_bit(tmp_path: Path, parts: dict[str, str]) -> None:
+    script = plain_script(tmp_path / "with.py", **parts)
+    bare = without_the_line(script, tmp_path / "without.py")
+    run([script, "--output_dir", "with"], tmp_path)
+    run([bare, "--output_dir", "without"], tmp_path)
+    for name in ("state.pt", "log.txt"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+    trace = open_trace(tmp_path / "with" / "trace.zarr")
+    assert trace.complete
+    assert trace.sample.tolist() == list(range(10))
+    assert trace.column("caption")[7] == "point 7"
+    check_against_plain_autograd(trace.path, tmp_path / "with" / "state.pt")
+
+
+def check_against_plain_autograd(path: Path, state: Path) -> None:
+    """Norm, loss and direction of every captured gradient, from the weights that the script saved itself."""
+    from dmin_trace.compress import compress, make_plan
+    from dmin_trace.randomness import make_slots
+    from dmin_trace.settings import make_settings
+
+    trace = open_trace(path)
+    saved = torch.load(state, weights_only=False)["model"]
+    weights = {name: value.clone().requires_grad_() for name, value in saved.items()}
+    points = torch.randn(10, 16, generator=torch.Generator().manual_seed(5))
+    facts = trace.header.projection
+    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation")
+    rows = trace.rows(np.arange(10))
+    for slot in make_slots(make_settings(trace.header.settings)):
+        t = torch.tensor([slot.index_in(1000)])
+        assert trace.header.timesteps[slot.number] == t.item()
+        for sample in range(10):
+            torch.manual_seed(slot.seed)
+            noise = torch.randn(1, 16)
+            noisy = points[sample : sample + 1] + noise * t.reshape(-1, 1) / 1000
+            hidden = torch.cat([noisy, t.reshape(-1, 1).float() / 1000], 1)
+            hidden = torch.tanh(hidden @ weights["inner.weight"].T + weights["inner.bias"])
+            loss = (hidden @ weights["outer.weight"].T + weights["outer.bias"] - noise).pow(2).mean()
+            gradients = torch.autograd.grad(loss, list(weights.values()))
+            norm = torch.cat([g.flatten() for g in gradients]).norm()
+            sketch, _ = compress(iter(gradients), plan)
+            assert trace.norm[sample, slot.number] == pytest.approx(norm.item(), rel=1e-5)
+            assert trace.loss[sample, slot.number] == pytest.approx(loss.item(), rel=1e-5)
+            difference = np.linalg.norm(rows[sample, slot.number] - sketch.numpy())
+            assert difference <= 1e-5 * np.linalg.norm(sketch.numpy())
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"body": BODY.replace("accelerator.backward(loss)", "loss.backward()")}, "accelerator.backward"),
+        ({"body": BODY.replace("torch.randint(0, 1000, (len(clean),))", "torch.tensor([random.randint(0, 999)] * len(clean))")},
+         "timestep draw was not pinned"),
+        ({"body": BODY.replace("noise = torch", "noise = torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch")},
+         "sample 3 the script drew randn"),
+        ({"body": BODY.replace("t.reshape(-1, 1) / 1000, t)", "t.reshape(-1, 1) / 1000, t + batch['index'])")},
+         "denoiser saw timestep"),
+        ({"prepare": "model, loader, scheduler = accelerator.prepare(model, loader, scheduler)"}, "No optimizer was passed"),
+        ({"body": BODY.replace("noise).pow(2).mean()", "noise).pow(2).mean().detach() + model.inner.weight.pow(2).sum()")},
+         "does not depend on 3 of the 4"),
+        ({"attach": "dmin_trace.attach(accelerator, args, columns=['nothing'])"}, "no readable column nothing"),
+        ({"attach": "dmin_trace.attach(accelerator, args, num_epochs=99)"}, "not recognised"),
+        ({"attach": "dmin_trace.attach(accelerator, args, timesteps=[5, 1000])"}, "Timestep 1000 was asked for"),
+    ],
+)  # fmt: skip
+def test_what_would_give_wrong_gradients_stops_the_capture_and_not_the_training(
+    tmp_path: Path, parts: dict[str, str], message: str
+) -> None:
+    script = plain_script(tmp_path / "with.py", **parts)
+    bare = without_the_line(script, tmp_path / "without.py")
+    ran = run([script, "--output_dir", "with"], tmp_path)
+    run([bare, "--output_dir", "without"], tmp_path)
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert (tmp_path / "with" / "state.pt").read_bytes() == (tmp_path / "without" / "state.pt").read_bytes()
+    assert (tmp_path / "with" / "log.txt").read_bytes() == (tmp_path / "without" / "log.txt").read_bytes()
+    # The same by the command line is one red line and exit code 1.
+    text = script.read_text()
+    script.write_text(text.replace("num_epochs=99", ""))
+    if "num_epochs=99" not in text:
+        ran = run(["-m", "dmin_trace.cli", "run", "--", script, "--output_dir", "again"], tmp_path, code=1)
+        assert message in ran.stderr
+        assert "Traceback" not in ran.stderr
+
+
+def test_a_failure_inside_a_breaking_loop_still_runs_the_deferred_end(tmp_path: Path) -> None:
+    parts = {
+        "accelerator": "accelerator = Accelerator(); args.max_train_steps = 5",
+        "body": BREAK.replace(
+            "noise = torch", "noise = torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch"
+        ),
+    }
+    script = plain_script(tmp_path / "with.py", **parts)
+    bare = without_the_line(script, tmp_path / "without.py")
+    ran = run([script, "--output_dir", "with"], tmp_path)
+    run([bare, "--output_dir", "without"], tmp_path)
+    assert "could not capture this run; the training goes on" in ran.stderr
+    for name in ("state.pt", "log.txt"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+
+
+def test_strict_ends_the_training(tmp_path: Path) -> None:
+    script = plain_script(
+        tmp_path / "script.py",
+        attach="dmin_trace.attach(accelerator, args, strict=True)",
+        body=BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()"),
+    )
+    ran = run([script], tmp_path, code=1)
+    assert "was not pinned" in ran.stderr
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("attach", "message"),
+    [
+        ("dmin_trace.attach(accelerator)", "does not know when the training ends"),
+        ("dmin_trace.attach(accelerator, num_epochs=2)", "does not know where to write"),
+        ("dmin_trace.attach(accelerator, args, dimension=1000)", "expected a power of two"),
+        ("dmin_trace.attach(accelerator, args); dmin_trace.attach(accelerator, args)", "called twice"),
+    ],
+)
+def test_a_line_that_cannot_be_meant_is_refused_before_the_training(tmp_path: Path, attach: str, message: str) -> None:
+    script = plain_script(tmp_path / "script.py", attach=attach)
+    assert message in run([script], tmp_path, code=1).stderr
+
+
+def test_remove_takes_every_trace_off(tmp_path: Path) -> None:
+    script = plain_script(
+        tmp_path / "script.py",
+        attach="before = set(vars(accelerator)); driver = dmin_trace.attach(accelerator, args)",
+        prepare="model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler);"
+        "kind = type(accelerator.prepare(torch.utils.data.DataLoader([1]))); assert type(loader) is not kind;"
+        "driver.remove(); assert set(vars(accelerator)) == before; assert type(loader) is kind",
+    )
+    run([script], tmp_path)
+    assert not (tmp_path / "out" / "trace.zarr").exists()
+
+
+def test_two_processes_capture_every_sample_once(tmp_path: Path) -> None:
+    script = plain_script(
+        tmp_path / "script.py", body=BODY.replace("losses.append", "accelerator.gather(loss.detach()); losses.append")
+    )
+    run([script, "--output_dir", "one", "--count", "7"], tmp_path)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
+    run([*launch, "--output_dir", "two", "--count", "7"], tmp_path, ACCELERATE_USE_CPU="true")
+    one, two = open_trace(tmp_path / "one" / "trace.zarr"), open_trace(tmp_path / "two" / "trace.zarr")
+    assert two.complete
+    assert sorted(two.sample.tolist()) == list(range(7)) == one.sample.tolist()

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -129,12 +130,12 @@ def attach_job(accelerator: Accelerator, job: Job) -> Capture:
 
 def _find_args() -> Any:
     """The `args` of the function or module that is making its Accelerator."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         args = frame.f_locals.get("args")
         if any(hasattr(args, name) for name in ("output_dir", "max_train_steps", "num_epochs", "num_train_epochs")):
             return args
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -406,7 +407,7 @@ class Capture:
         if found.fingerprint != expected.fingerprint:
             raise QueryError(
                 f"The script trains {len(found.names)} tensors with {found.length:,} numbers, but the trace is of "
-                f"{len(expected.names)} with {trace.header.projection.length:,}. Repeat the command that made the trace."
+                f"{len(expected.names)} with {trace.header.projection.length:,}. Repeat the command that made it."
             )
         if self._weights != trace.header.weights:
             raise WeightsError(
@@ -490,8 +491,8 @@ class Capture:
         calls = _show_calls(body.draws.calls)
         if body.timestep is None:
             raise CaptureError(
-                "No prepared model was called with a timestep on a capture batch (an argument named timestep, timesteps "
-                "or t), so it cannot be told whether the timestep was the slot's. Is this a diffusion model?"
+                "No prepared model was called with a timestep on a capture batch (an argument named timestep, "
+                "timesteps or t), so it cannot be told whether the timestep was the slot's. Is this a diffusion model?"
             )
         if body.draws.pins == 0:
             raise CaptureError(
@@ -529,8 +530,9 @@ class Capture:
         elif timesteps != self._timesteps:
             slot = next(k for k, (a, b) in enumerate(zip(timesteps, self._timesteps, strict=True)) if a != b)
             raise CaptureError(
-                f"The denoiser saw timestep {timesteps[slot]} for sample {row[0].sample} and {self._timesteps[slot]} for "
-                f"sample {self._first[0].sample} in slot {slot}. The script draws timesteps in a way that is not pinned."
+                f"In slot {slot} the denoiser saw timestep {timesteps[slot]} for sample {row[0].sample}, and "
+                f"{self._timesteps[slot]} for sample {self._first[0].sample}. The script draws timesteps in a way that "
+                "is not pinned."
             )
         self._taken += 1
         if self._progress is not None:
@@ -645,7 +647,7 @@ def image_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _to_cpu(row: list[Body]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
-    """A row's sketches (T, v), norms (T,), losses (T,) and timesteps: one transfer each, after the sample's last slot."""
+    """A row's sketches (T, v), norms (T,), losses (T,) and timesteps: one transfer each, once a sample."""
     sketches = torch.stack([body.sketch for body in row if body.sketch is not None]).cpu().numpy()
     norms = torch.stack([body.norm.float() for body in row if body.norm is not None]).cpu().numpy()
     losses = torch.stack([body.loss for body in row if body.loss is not None]).cpu().numpy()

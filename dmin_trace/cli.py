@@ -87,7 +87,7 @@ def capture_command(
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
-    """Capture a trained model: SCRIPT ARGS (after --) with the saved weights, no training. Resumes an unfinished store."""
+    """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
     from dmin_trace.commands import Job
     from dmin_trace.launch import run_script
 

@@ -87,7 +87,12 @@ def _without_images(dataset: Any) -> Any:
 
 
 def _readable(value: Any) -> str | int | float | None:
-    if isinstance(value, torch.Tensor) and value.numel() == 1 or hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+    if (
+        isinstance(value, torch.Tensor)
+        and value.numel() == 1
+        or hasattr(value, "item")
+        and getattr(value, "ndim", None) == 0
+    ):
         value = value.item()
     if isinstance(value, bool):
         return int(value)

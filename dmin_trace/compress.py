@@ -7,8 +7,8 @@ Two kinds of random projection; both give each gradient element one bin of v and
     rotation  the same guarantee from few numbers and one sequential pass. The gradient is seen as rows of W elements.
               Element c of row r is multiplied by a sign of its row and a sign of its column, and added to place
               (c + shift of r) modulo W of W sums. Those W sums, few beside the gradient, are then compressed to v as
-              OPORP does. No two rows have the same shift (`make_plan` makes fewer rows than shifts), so that
-              the column signs never cancel for a whole row at a time. So the inner product of two sketches is unbiased, and its
+              OPORP does. No two rows have the same shift (`make_plan` makes fewer rows than shifts), so that the column
+              signs never cancel for a whole row at a time. So the inner product of two sketches is unbiased, and its
               variance at most that of OPORP, to within a part of order 1 / W, for any two gradients, however regular:
               two elements of one row, or of one column, meet in a bin with the probability that OPORP gives to two of
               W, which is below 1 / v, and all others with 1 / v.
@@ -201,27 +201,36 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
         del tensor
     if at != plan.length or sums is None:
         raise _wrong_length(f"{at} elements", plan)
-    square = torch.stack(squares).double().sum()
+    square = torch.stack(squares).to(_widest(sums.device)).sum()
     return _bin_sums(sums, plan, numbers) if plan.kind == "rotation" else sums, square
 
 
 def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projects the gradient divided by its L2 norm (paper, section 3.2).
+    """Projects the gradient and divides by the sketch's norm, so that inner products estimate cosines.
+
+    The paper divides by the gradient's norm before it projects (section 3.2), which leaves sketches of norms about one.
+    Dividing by the sketch's own is OPORP's normalised estimator: its variance has (1 - cos^2)^2 where the other has
+    1 + cos^2, so that what is alike is told apart best, and a gradient's product with itself is one. Measured on
+    a trained model's gradients, scores err 1.3 to 1.7 times less (docs/performance.md).
 
     Args:
         tensors: the gradient in parts, as `project` takes it.
         plan: the projection.
 
     Returns:
-        The sketch, (v,) float32, all zeros where the norm is 0, infinite or nan; and the norm, a float32 scalar.
+        The sketch, (v,) float32, of norm one, or all zeros where the gradient's norm is 0, infinite or nan; and the
+        gradient's norm, a float32 scalar.
 
     Raises:
         CaptureError: the tensors do not hold L elements.
     """
     sketch, square = project(tensors, plan)
     norm = square.sqrt().float()
-    # Decided on the device: asking for the norm here would wait for the GPU.
-    return torch.where(torch.isfinite(norm) & (norm > 0), sketch / norm, 0.0), norm
+    # Decided on the device: asking for the norm here would wait for the GPU. Divided by the gradient's norm first,
+    # since the squares of a very small or large sketch would leave float32.
+    unit = sketch / norm
+    unit = unit / torch.linalg.vector_norm(unit, dtype=_widest(unit.device)).float()
+    return torch.where(torch.isfinite(norm) & (norm > 0) & torch.isfinite(unit), unit, 0.0), norm
 
 
 def _add_rows(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers) -> list[torch.Tensor]:
@@ -242,8 +251,8 @@ def _add_rows(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers
 def _bin_sums(sums: torch.Tensor, plan: Plan, numbers: _Numbers) -> torch.Tensor:
     first, second = sums[: plan.width], sums[plan.width :]
     first += second
-    first *= numbers.signs
-    # The second half is free now: no memory for the permuted sums.
+    # The second half is free now: it holds the signs as float32, then the permuted sums, and nothing else is made.
+    first *= second.copy_(numbers.signs)
     torch.index_select(first, 0, numbers.places, out=second)
     return second.view(-1, plan.dimension).sum(0)
 
@@ -256,6 +265,11 @@ def _add_pieces(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbe
         squares.append(torch.dot(part, part))
         sums.index_add_(0, numbers.places[here], part * numbers.signs[here])
     return squares
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    # MPS has no float64.
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _wrong_length(found: str, plan: Plan) -> CaptureError:

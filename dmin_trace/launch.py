@@ -46,9 +46,7 @@ def run_script(job: Job) -> None:
             raise
         except SystemExit as stop:
             if stop.code not in (None, 0):
-                raise ScriptError(
-                    f"{command.script} stopped with exit code {stop.code}; its own message is above."
-                ) from None
+                raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
         except Exception as error:
             if job.mode == "final":
                 # The user's training failed by itself: its traceback is what they need.
@@ -56,8 +54,8 @@ def run_script(job: Job) -> None:
             raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
     if not captures:
         raise ScriptError(
-            f"{command.script} ended without making an accelerate.Accelerator, so nothing could be captured. The script "
-            "must train with accelerate."
+            f"{command.script} ended without making an accelerate.Accelerator, so nothing could be captured. "
+            "The script must train with accelerate."
         )
     captures[-1].report_end()
 

@@ -148,6 +148,7 @@ class LoopDriver:
         self._body: Body | None = None
         self._last_body = False
         self._last_batch: Any = None
+        self._parameters: list[torch.nn.Parameter] = []
         self._random_state: RandomState | None = None
         self._leaving = ExitStack()
         self._handles: list[Callable[[], None]] = []
@@ -248,6 +249,11 @@ class LoopDriver:
             self._set_sync(True)
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
+        if self._body is None and self.on_demand:
+            raise CaptureError(
+                "The script trains on batches that are not capture batches: it never passed a DataLoader to "
+                "accelerator.prepare, or iterates over another one. Nothing was captured, and nothing trained."
+            )
         if self._body is None:
             self._backwards += 1
             self._original["backward"](loss, **options)
@@ -255,7 +261,10 @@ class LoopDriver:
         body = self._body
         body.backwards += 1
         if not self.failed:
-            self._guarded(lambda: self.work.backward(body, loss))
+            # What happens in here is ours and draws nothing, and a mode that looks at each of its calls costs as much
+            # as they do.
+            with body.draws.paused():
+                self._guarded(partial(self.work.backward, body, loss))
 
     def _log(self, *args: Any, **options: Any) -> None:
         if not self.capturing:
@@ -405,6 +414,7 @@ class LoopDriver:
             self._leaving.callback(lambda: adjust.pop("adjust_scheduler"))
         self._leaving.callback(self._set_sync, self.accelerator.sync_gradients)
         self._set_sync(False)
+        self._parameters = [parameter for model in self.models for parameter in model.parameters()]
         for model in self.models:
             for module in model.modules():
                 self._leaving.callback(setattr, module, "training", module.training)
@@ -427,7 +437,7 @@ class LoopDriver:
 
     def _open_body(self, sample: int, slot: Slot) -> None:
         self._set_sync(False)
-        self._body = Body(sample, slot, PinnedDraws(slot), versions=[p._version for p in self._all_parameters()])
+        self._body = Body(sample, slot, PinnedDraws(slot), versions=self._versions())
         seed_everything(slot.seed)
         self._body.draws.start()
 
@@ -451,7 +461,7 @@ class LoopDriver:
                 f"The loop body called accelerator.backward {body.backwards} times on a capture batch; expected once. "
                 "Gradients are taken there: call accelerator.backward(loss) instead of loss.backward(), once a batch."
             )
-        if body.versions != [p._version for p in self._all_parameters()]:
+        if body.versions != self._versions():
             raise CaptureError(
                 "The loop body changed the model's parameters on a capture batch, so its optimizer did not wait for "
                 "accelerator.sync_gradients. Pass the optimizer to accelerator.prepare."
@@ -496,9 +506,9 @@ class LoopDriver:
         inner: torch.nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return inner
 
-    def _all_parameters(self) -> Iterator[torch.nn.Parameter]:
-        for model in self.models:
-            yield from model.parameters()
+    def _versions(self) -> list[int]:
+        """How often each parameter was changed in place."""
+        return [parameter._version for parameter in self._parameters]
 
     def _set_sync(self, sync: bool) -> None:
         self.accelerator.gradient_state._set_sync_gradients(sync)

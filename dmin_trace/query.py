@@ -1,8 +1,8 @@
 """From a generated image, and its prompt, to the training samples that made the model make it.
 
-A query is a capture of a tiny dataset: the script that was traced, with the traced weights and its data argument pointed
-at a folder with the queries, runs its loop body on them in a process of its own. Same code, same noise, same timesteps,
-same projection; the inner products with the store's rows are the influences (paper, equations 7 to 9).
+A query is a capture of a tiny dataset: the script that was traced, with the traced weights and its data argument
+pointed at a folder with the queries, runs its loop body on them in a process of its own. Same code, same noise, same
+timesteps, same projection; the inner products with the store's rows are the influences (paper, equations 7 to 9).
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def capture_queries(
         captured = open_trace(folder / "queries.zarr")
         if captured.header.samples != len(images):
             raise ScriptError(
-                f"The script made {captured.header.samples} samples of {len(images)} images, so it cannot be told which "
-                "is which. Leave repeats and extra data out of its arguments."
+                f"The script made {captured.header.samples} samples of {len(images)} images, so it cannot be told "
+                "which is which. Leave repeats and extra data out of its arguments."
             )
         bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
         if bad.size:
@@ -197,10 +197,12 @@ def _run(job: Job, folder: Path) -> None:
         ).returncode
     if code == 0:
         return
-    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    *words, last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     try:
-        refusal = json.loads(lines[-1])
+        refusal = json.loads(last)
         kind, message = getattr(errors, refusal["error"]), str(refusal["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {lines[-1]}") from None
+        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {last}") from None
+    if kind is ScriptError and words:
+        message = f"{message} Its last line was: {words[-1]}"
     raise kind(message) if issubclass(kind, DminTraceError) else ScriptError(message)

@@ -9,7 +9,8 @@ is recorded by name and shape: two samples that did not draw the same sequence d
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,7 +114,7 @@ class RandomState:
 
 
 @dataclass
-class PinnedDraws(TorchFunctionMode):  # type: ignore[misc]
+class PinnedDraws(TorchFunctionMode):
     """While entered: records torch's random calls, and pins those that draw a timestep to the slot's.
 
     calls: the random calls so far, in order; a pinned one is marked with a star.
@@ -126,6 +127,8 @@ class PinnedDraws(TorchFunctionMode):  # type: ignore[misc]
     pins: int = 0
     error: CaptureError | None = None
     _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
+    _entered: bool = False
+    _stopped: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -137,10 +140,10 @@ class PinnedDraws(TorchFunctionMode):  # type: ignore[misc]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name not in RECORDED:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = dict(kwargs or {})
         self._seed_own_generator(kwargs.get("generator"))
         result = func(*args, **kwargs)
         if "dropout" in name and not _dropout_draws(args, kwargs):
@@ -167,14 +170,34 @@ class PinnedDraws(TorchFunctionMode):  # type: ignore[misc]
 
     def start(self) -> None:
         """Enters the mode. Not a `with` block, since the loop body that it covers is the script's."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self._enter()
 
     def stop(self) -> None:
-        """Leaves the mode, and puts the script's own generator objects back where they stood before the body."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        """Leaves the mode for good, and puts the script's own generator objects back where they stood before."""
+        self._leave()
+        self._stopped = True
         for generator, state in self._generators.values():
             generator.set_state(state)
         self._generators.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the mode for the length of a `with` block; what is stopped in it stays stopped."""
+        self._leave()
+        try:
+            yield
+        finally:
+            if not self._stopped:
+                self._enter()
+
+    def _enter(self) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._entered = True
+
+    def _leave(self) -> None:
+        if self._entered:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._entered = False
 
     def _seed_own_generator(self, generator: object) -> None:
         # A generator object of the script's own is not reached by seeding the global ones.

@@ -15,13 +15,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from dmin_trace.errors import QueryError
+from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
 
 BLOCK = 2**19
 """Numbers that are converted to float32 at a time by a thread: small enough to stay in its cache."""
+SPARE = 64
+"""Samples kept beyond the k best of a first pass in float32, so that its rounding decides no tie."""
+ROUNDING = 1e-5
+"""How far from the truth a first score may be, for queries whose compressed gradients have norm one."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +71,40 @@ def exact(
         progress: called with the number of samples of each chunk that is scored.
 
     Raises:
-        QueryError: k is out of range, or the queries are not of the store's shape.
+        QueryError: k is out of range, or the queries are not finite or not of the store's shape.
         TraceError: a chunk is damaged.
     """
+    if threads is not None and threads < 1:
+        raise QueryError(f"threads is {threads}; expected 1 or more.")
     check_k(trace, k)
     expected = (len(trace.header.timesteps), trace.header.dimension)
     if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
         raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
+    if not np.isfinite(queries).all():
+        raise QueryError("The queries hold numbers that are not finite, so they cannot be compared with anything.")
     by_slot = np.ascontiguousarray(queries.transpose(1, 2, 0), np.float32)  # (T, v, Q)
     rankable = trace.rankable
+    kept = k + SPARE
 
     def best_of_chunk(chunk: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rows = trace.header.rows(chunk)
-        scores = _chunk_scores(trace, chunk, by_slot)
-        scores[~rankable[rows.start : rows.stop]] = -np.inf
-        kept = _best(np.arange(rows.start, rows.stop)[:, None].repeat(len(queries), 1), scores, k)
-        if progress is not None:
-            progress(len(rows))
-        return kept
+        usable = rankable[rows.start : rows.stop]
+        with np.errstate(invalid="ignore", over="ignore"):  # numbers of a damaged store; an error, not a warning
+            scores = _chunk_scores(trace, chunk, by_slot)[usable]
+        if not np.isfinite(scores).all():
+            raise TraceError(f"{trace.path} is damaged: chunk {chunk} holds numbers that are not finite.")
+        slots = np.arange(rows.start, rows.stop)[usable]
+        return _best(slots[:, None].repeat(len(queries), 1), scores, kept)
 
     slots = np.empty((0, len(queries)), np.int64)
     scores = np.empty((0, len(queries)), np.float32)
+    chunks = trace.chunks_done
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        for chunk_slots, chunk_scores in pool.map(best_of_chunk, trace.chunks_done):
-            slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), k)
-    return _with_shares(trace, queries, slots.T)
+        for chunk, (chunk_slots, chunk_scores) in zip(chunks, pool.map(best_of_chunk, chunks), strict=True):
+            slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), kept)
+            if progress is not None:
+                progress(len(trace.header.rows(chunk)))
+    return _with_shares(trace, queries, slots.T, scores.T, k)
 
 
 def _chunk_scores(trace: Trace, chunk: int, by_slot: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -118,15 +131,24 @@ def _best(slots: NDArray[Any], scores: NDArray[Any], k: int) -> tuple[NDArray[np
     return np.take_along_axis(slots, order, 0), np.take_along_axis(scores, order, 0)
 
 
-def _with_shares(trace: Trace, queries: NDArray[np.float32], slots: NDArray[np.int64]) -> Ranking:
-    """Scores the chosen rows anew, timestep by timestep, and orders them by that."""
-    shares = np.empty((*slots.shape, queries.shape[1]), np.float32)
-    for q, chosen in enumerate(slots):
-        shares[q] = np.einsum("ktv,tv->kt", trace.rows(chosen), queries[q], dtype=np.float64)
-    scores = shares.sum(axis=2, dtype=np.float64).astype(np.float32)
-    order = np.lexsort((slots, -scores), axis=1)
-    return Ranking(
-        np.take_along_axis(slots, order, 1),
-        np.take_along_axis(scores, order, 1),
-        np.take_along_axis(shares, order[:, :, None], 1),
-    )
+def _with_shares(
+    trace: Trace, queries: NDArray[np.float32], slots: NDArray[np.int64], scores: NDArray[np.float32], k: int
+) -> Ranking:
+    """Scores the candidates (Q, more than k) of each query anew, timestep by timestep in float64, and keeps k."""
+    timesteps = queries.shape[1]
+    best = np.empty((len(queries), k), np.int64)
+    shares = np.empty((len(queries), k, timesteps), np.float32)
+    exact_scores = np.empty((len(queries), k))
+    block = max(1, BLOCK // (timesteps * queries.shape[2]))
+    for q, query in enumerate(queries):
+        near = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
+        candidates = slots[q][scores[q] >= scores[q, k - 1] - near]
+        parts = np.empty((len(candidates), timesteps))
+        for start in range(0, len(candidates), block):
+            rows = trace.rows(candidates[start : start + block])
+            # Summed along a row, not by BLAS: equal rows then give equal sums wherever they lie.
+            parts[start : start + block] = np.multiply(rows, query, dtype=np.float64).sum(axis=2)
+        totals = parts.sum(axis=1)
+        order = np.lexsort((candidates, -totals))[:k]
+        best[q], shares[q], exact_scores[q] = candidates[order], parts[order], totals[order]
+    return Ranking(best, exact_scores.astype(np.float32), shares)

@@ -14,7 +14,7 @@ C-order array and 4 bytes, ordinary Zarr for every other reader, and read by mem
       meta/   a column each, (N,): string, int64 or float64
 
 A store can come from anybody: nothing in it is executed, no path is taken from it, and its shapes are checked against
-the files before anything is allocated.
+the files before anything is allocated. Zarr writes here and reads nothing: its pipeline would believe the metadata.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,21 +38,23 @@ from numpy.typing import NDArray
 from dmin_trace.errors import TraceError
 from dmin_trace.settings import LARGEST_DIMENSION, MOST_TIMESTEPS, Dtype, Projection
 
-if TYPE_CHECKING:
-    import zarr
-
 FORMAT = "dmin_trace"
 VERSION = 1
 CHUNK_BYTES = 2**24
 MOST_SAMPLES = 2**40
+MOST_CHUNKS = 2**22
+"""64 TiB of chunks; beyond that a header is a lie, and a flag for each chunk an allocation to refuse."""
 LARGEST_METADATA = 2**28
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
+UNSEEN = 2**20
+"""Numbers that are allocated on the word of a header alone, for rows of which no file says anything."""
 
 ColumnKind = Literal["string", "integer", "number"]
 Array = NDArray[Any]
 
-_INTS: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}
+_STORED: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}
+_MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "number": math.nan}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,32 +124,95 @@ class Header:
         """The slots of a chunk; the last one may be short."""
         return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.samples))
 
+    def to_attributes(self) -> dict[str, Any]:
+        """The header as JSON keeps it: tuples are lists."""
+        attributes: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return attributes
 
-def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, processes: int = 1) -> int:
-    """R: a power of two, for chunks of about 16 MiB, and such that every process has one."""
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Header:
+        """The header in the attributes of the store at `path`, every value checked.
+
+        Raises TraceError that names the first attribute that is wrong.
+        """
+        reader = _Attributes(attributes, str(path))
+        projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
+        header = cls(
+            id=reader.text("id", r"[0-9a-f]{32}"),
+            samples=reader.number("samples", 1, MOST_SAMPLES),
+            timesteps=reader.numbers("timesteps", MOST_TIMESTEPS),
+            dimension=reader.number("dimension", 1, LARGEST_DIMENSION),
+            dtype=reader.choice("dtype", get_args(Dtype)),
+            chunk_rows=reader.number("chunk_rows", 1, MOST_SAMPLES),
+            projection=ProjectionFacts(
+                kind=projection.choice("kind", get_args(Projection)),
+                seed=projection.number("seed", 0, 2**32 - 1),
+                length=projection.number("length", 1, 2**62),
+                fingerprint=projection.text("fingerprint", r"[0-9a-f]{64}"),
+            ),
+            parameters=ParameterFacts(
+                names=tuple(parameters.listed("names", (str,), 10**6)),
+                shapes=tuple(
+                    parameters.shape("shapes", shape) for shape in parameters.listed("shapes", (list,), 10**6)
+                ),
+                fingerprint=parameters.text("fingerprint", r"[0-9a-f]{64}"),
+            ),
+            weights=reader.text("weights", r"[0-9a-f]{64}"),
+            noise=NoiseFacts(
+                seed=noise.number("seed", 0, 2**32 - 1),
+                draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MOST_TIMESTEPS)),
+            ),
+            precondition=reader.text("precondition", r"[a-z_]{1,40}"),
+            batch={name: reader.shape("batch", shape) for name, shape in reader.mapping("batch", list).items()},
+            columns={name: _column_kind(reader, kind) for name, kind in reader.mapping("columns", str).items()},
+            settings=reader.mapping("settings", object),
+            writers=reader.mapping("writers", str),
+        )
+        if header.chunks > MOST_CHUNKS:
+            raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
+        for name in header.columns:
+            # A column's name is a folder's name in meta/.
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_ .-]{0,99}", name):
+                raise reader.wrong("columns", "names of letters, digits, '_', '-', '.' and spaces")
+        if len(header.parameters.shapes) != len(header.parameters.names):
+            raise parameters.wrong("shapes", f"one for each of the {len(header.parameters.names)} names")
+        if len(header.noise.draws) != len(header.timesteps):
+            raise noise.wrong("draws", f"one list for each of the {len(header.timesteps)} timesteps")
+        return header
+
+
+def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1) -> int:
+    """R: a power of two, for chunks of about 16 MiB, and such that every writer has one."""
     fitting = max(1, CHUNK_BYTES // (timesteps * dimension * np.dtype(dtype).itemsize))
-    return int(2 ** math.floor(math.log2(max(1, min(fitting, samples // processes)))))
+    return 1 << max(1, min(fitting, samples // writers)).bit_length() - 1
 
 
 def check_free(path: Path) -> None:
     """Raises TraceError if something is at `path` already, or if nothing could be written there."""
-    if path.exists():
+    parent = path.absolute().parent
+    try:
+        taken = path.exists() or path.is_symlink()
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        open_to_us = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
+    if taken:
         raise TraceError(
             f"{path} exists already and belongs to another run. Give another path (out, --out), or move it away."
         )
-    parent = path.absolute().parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not open_to_us:
         raise TraceError(f"{path} cannot be written: {parent} is no folder that this user may write to.")
 
 
 def create(path: Path, header: Header) -> Writer:
     """Makes an empty store, whole or not at all.
 
-    Raises TraceError if something is there already, or if the folder cannot be written.
+    Raises TraceError if something is there already, if the folder cannot be written, or if the header is one that no
+    reader would take.
     """
     check_free(path)
+    Header.from_attributes(header.to_attributes(), path)
     partial = path.with_name(f".{path.name}.{header.id}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,15 +235,15 @@ def resume(path: Path, header: Header) -> Writer:
 
     Raises TraceError if the store is not of the same capture; id and writers may differ.
     """
-    trace = open_trace(path, unfinished=True)
-    for field in fields(Header):
-        found, expected = getattr(trace.header, field.name), getattr(header, field.name)
-        if field.name not in ("id", "writers") and found != expected:
+    existing = _read_header(path)[0]
+    found, expected = _flat(existing.to_attributes()), _flat(header.to_attributes())
+    for name in sorted(found | expected):
+        if name.split(".")[0] not in ("id", "writers") and found.get(name, "missing") != expected.get(name, "missing"):
             raise TraceError(
-                f"{path} belongs to another capture: its {field.name} is {_short(found)}, that of this run is "
-                f"{_short(expected)}. Give another path (--out), or move it away."
+                f"{path} belongs to another capture: its {name} is {_short(found.get(name, 'missing'))}, that of this "
+                f"run is {_short(expected.get(name, 'missing'))}. Give another path (--out), or move it away."
             )
-    return Writer(path, trace.header)
+    return Writer(path, existing)
 
 
 class Writer:
@@ -187,6 +253,15 @@ class Writer:
         """For a store that exists; made by `create` and `resume`."""
         self.path = path
         self.header = header
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are, done or not."""
+        return self.header.chunks
+
+    def rows(self, chunk: int) -> range:
+        """The slots of a chunk; the last one may be short."""
+        return self.header.rows(chunk)
 
     def pending(self) -> list[int]:
         """The chunks that are not done."""
@@ -199,7 +274,7 @@ class Writer:
         norm: Array,
         loss: Array,
         sample: Array,
-        columns: Mapping[str, Sequence[str | int | float]],
+        columns: Mapping[str, Sequence[str | int | float | None]],
     ) -> None:
         """Writes one chunk and marks it done.
 
@@ -208,55 +283,71 @@ class Writer:
             grad: (n, T, v) float32, the compressed gradients; n is R, or less in the last chunk.
             norm, loss: (n, T) float32.
             sample: (n,) int64, the dataset indices.
-            columns: n values for each of the header's columns.
+            columns: n values for each of the header's columns; None where a sample has none.
 
         Raises:
-            TraceError: the shapes are not those of the chunk, or the disk does not take it.
+            TraceError: the values are not of the chunk's shape, the chunk is done, or the disk does not take it.
         """
         header = self.header
         slots = header.rows(chunk)
         expected = (len(slots), len(header.timesteps), header.dimension)
-        if (
-            grad.shape != expected
-            or norm.shape != expected[:2]
-            or loss.shape != expected[:2]
-            or len(sample) != expected[0]
-        ):
-            raise TraceError(f"Chunk {chunk} was given gradients of shape {grad.shape}; expected {expected}.")
+        given = {"gradients": (grad.shape, expected), "sample": (np.shape(sample), expected[:1])}
+        given |= {"norms": (norm.shape, expected[:2]), "losses": (loss.shape, expected[:2])}
+        given |= {f"column {name}": ((len(columns.get(name, ())),), expected[:1]) for name in header.columns}
+        for name, (shape, right) in given.items():
+            if shape != right:
+                raise TraceError(f"Chunk {chunk} was given {name} of shape {shape}; expected {right}.")
+        if chunk not in self.pending():
+            raise TraceError(f"Chunk {chunk} is no chunk of {self.path} that is still to be written.")
         values, scale = quantise(np.ascontiguousarray(grad, np.float32), header.dtype)
-        arrays: dict[str, Array] = {"grad": values, "norm": norm, "loss": loss, "sample": sample}
-        if header.dtype == "int8":
-            arrays["scale"] = scale
+        # The order of the commit.
+        arrays: dict[str, Array] = {"grad": values} | ({"scale": scale} if header.dtype == "int8" else {})
+        arrays |= {"norm": norm, "loss": loss, "sample": sample}
         arrays |= {f"meta/{name}": _as_array(columns[name], kind) for name, kind in header.columns.items()}
-        where = slice(slots.start, slots.stop)
         try:
-            with _quiet_zarr():
-                group = _open_group(self.path, "r+")
-                for name in sorted(arrays, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER)):
-                    _array(group, name)[where] = arrays[name]
-                    _sync(chunk_file(self.path, name, chunk, arrays[name].ndim))
-                    _sync(chunk_file(self.path, name, chunk, arrays[name].ndim).parent)
-                _array(group, "done")[chunk] = 1
-            _sync(chunk_file(self.path, "done", chunk, 1))
-            _sync(self.path / "done" / "c")
+            for name, array in arrays.items():
+                self._write_chunk(name, chunk, array, slots)
+            self._write_chunk("done", chunk, np.ones(1, np.uint8), range(chunk, chunk + 1))
         except OSError as error:
             raise TraceError(
                 f"Chunk {chunk} of {self.path} cannot be written: {error.strerror or error}. Make room and run the "
                 "capture again on demand (dmin-trace capture); what is done is kept."
             ) from None
 
+    def _write_chunk(self, name: str, chunk: int, values: Array, slots: range) -> None:
+        """Writes one chunk of one array, and has the disk keep it."""
+        import zarr
+
+        file = chunk_file(self.path, name, chunk, values.ndim)
+        # Zarr by default writes no file for a chunk of fill values, such as one of samples that all lack a caption.
+        with _quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
+            array = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
+            array[slots.start : slots.stop] = values
+        _sync(file)
+        top = self.path / name
+        for folder in file.parents:
+            _sync(folder)
+            if folder == top:
+                break
+
     def finish(self) -> None:
         """Marks the store complete. Raises TraceError if a chunk is not done."""
         if pending := self.pending():
             raise TraceError(f"{self.path} is unfinished: {len(pending)} of {self.header.chunks} chunks are not done.")
         metadata = self.path / "zarr.json"
-        facts = json.loads(metadata.read_text(encoding="utf-8"))
-        facts["attributes"]["complete"] = True
-        partial = metadata.with_name(".zarr.json.partial")
-        partial.write_text(json.dumps(facts), encoding="utf-8")
-        _sync(partial)
-        partial.replace(metadata)
-        _sync(self.path)
+        partial = metadata.with_name("zarr.json.partial")
+        try:
+            facts = json.loads(metadata.read_text(encoding="utf-8"))
+            facts["attributes"]["complete"] = True
+            partial.write_text(json.dumps(facts), encoding="utf-8")
+            _sync(partial)
+            partial.replace(metadata)
+            _sync(self.path)
+            # What a killed writer left. Nobody else is writing: every chunk is done.
+            for left in self.path.rglob("*.partial"):
+                left.unlink(missing_ok=True)
+        except OSError as error:
+            raise TraceError(f"{self.path} cannot be written: {error.strerror or error}.") from None
 
 
 class Trace:
@@ -277,43 +368,54 @@ class Trace:
     @property
     def slots_done(self) -> NDArray[np.int64]:
         """The slots that lie in chunks that are done, in order."""
-        return np.array([slot for chunk in self.chunks_done for slot in self.header.rows(chunk)], np.int64)
+        return np.flatnonzero(self._row_done).astype(np.int64)
 
     @cached_property
     def sample(self) -> NDArray[np.int64]:
         """(N,) the dataset index of each slot; -1 in chunks that are not done."""
-        return np.where(self._row_done, self._small("sample", np.int64), -1)
+        return self._small("sample", np.dtype(np.int64), -1)
 
     @cached_property
     def norm(self) -> NDArray[np.float32]:
         """(N, T) the L2 norm of each gradient before it was divided out; NaN in chunks that are not done."""
-        return np.where(self._row_done[:, None], self._small("norm", np.float32), np.nan).astype(np.float32)
+        return self._small("norm", np.dtype(np.float32), math.nan)
 
     @cached_property
     def loss(self) -> NDArray[np.float32]:
         """(N, T) the script's loss; NaN in chunks that are not done."""
-        return np.where(self._row_done[:, None], self._small("loss", np.float32), np.nan).astype(np.float32)
+        return self._small("loss", np.dtype(np.float32), math.nan)
 
     @cached_property
     def rankable(self) -> NDArray[np.bool_]:
         """(N,) whether a slot is done and all its gradients have a direction: finite, and not zero."""
-        return (np.isfinite(self.norm) & (self.norm > 0)).all(axis=1)
+        usable: NDArray[np.bool_] = np.all(np.isfinite(self.norm) & (self.norm > 0), axis=1)
+        return usable
 
     def column(self, name: str) -> list[Any]:
-        """The N values of a readable column. Raises TraceError if there is none of this name."""
-        if name not in self.header.columns:
+        """The N values of a readable column: "", -1 or NaN where a sample has none, and in chunks that are not done.
+
+        Raises TraceError if there is no column of this name, or if its files are damaged.
+        """
+        kind = self.header.columns.get(name)
+        if kind is None:
             raise TraceError(f"{self.path} has no column {name}; it has {', '.join(self.header.columns) or 'none'}.")
-        with _quiet_zarr():
-            values: list[Any] = np.asarray(_array(_open_group(self.path, "r"), f"meta/{name}")[:]).tolist()
-        return values
+        if kind != "string":
+            numbers: list[Any] = self._small(f"meta/{name}", np.dtype(_STORED[kind]), _MISSING[kind]).tolist()
+            return numbers
+        texts = [""] * len(self._row_done)
+        for chunk in self.chunks_done:
+            rows = self.header.rows(chunk)
+            texts[rows.start : rows.stop] = self._texts(f"meta/{name}", chunk)[: len(rows)]
+        return texts
 
     def slot_of(self, sample: int) -> int:
         """The slot of a dataset index. Raises TraceError if the store does not hold it."""
         found = np.flatnonzero(self.sample == sample)
         if sample < 0 or not found.size:
+            held = self.sample[self._row_done]
             raise TraceError(
-                f"{self.path} holds no sample {sample}; its samples are {self.sample[self._row_done].min(initial=0)} to "
-                f"{self.sample.max(initial=-1)}."
+                f"{self.path} holds no sample {sample}; "
+                + (f"its samples are {held.min()} to {held.max()}." if held.size else "none is done.")
             )
         return int(found[0])
 
@@ -333,21 +435,22 @@ class Trace:
         if header.dtype != "int8":
             return np.ones((rows, len(header.timesteps)), np.float32)
         shape = (header.chunk_rows, len(header.timesteps))
-        return np.array(self._mapped("scale", chunk, np.dtype(np.float32), shape)[:rows])
+        return np.array(self._mapped("scale", chunk, np.dtype(np.float32), shape)[:rows], np.float32)
 
     def rows(self, slots: Array) -> NDArray[np.float32]:
         """The compressed gradients of these slots, (n, T, v) float32.
 
-        Raises TraceError for a slot in a chunk that is not done.
+        Raises TraceError for a slot that the store does not have, or in a chunk that is not done.
         """
         header = self.header
+        slots = np.asarray(slots)
+        if slots.size and not (slots.min() >= 0 and slots.max() < header.samples):
+            raise TraceError(f"{self.path} has the slots 0 to {header.samples - 1}, not {_short(slots.tolist())}.")
         found = np.empty((len(slots), len(header.timesteps), header.dimension), np.float32)
-        chunks = np.asarray(slots) // header.chunk_rows
+        chunks = slots // header.chunk_rows
         for chunk in np.unique(chunks):
-            if not self.done[chunk]:
-                raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
             here = np.flatnonzero(chunks == chunk)
-            places = np.asarray(slots)[here] - chunk * header.chunk_rows
+            places = slots[here] - chunk * header.chunk_rows
             grad, scale = self.grad_chunk(int(chunk)), self.scale_chunk(int(chunk))
             found[here] = grad[places].astype(np.float32) * scale[places][:, :, None]
         return found
@@ -359,30 +462,74 @@ class Trace:
 
     @cached_property
     def _row_done(self) -> NDArray[np.bool_]:
-        return np.repeat(self.done, self.header.chunk_rows)[: self.header.samples]
+        """(N,) whether a slot is done; everything of N numbers asks this first, so that N is believed only here."""
+        header = self.header
+        for chunk in self.chunks_done:
+            self._file("sample", chunk, header.chunk_rows * 8)
+        held = sum(len(header.rows(chunk)) for chunk in self.chunks_done)
+        if header.samples * len(header.timesteps) > UNSEEN and header.samples > 1000 * held:
+            raise TraceError(
+                f"{self.path} claims {header.samples} samples, and {held} are done: too few to read. Finish the "
+                "capture."
+            )
+        rows = np.zeros(header.samples, np.bool_)
+        for chunk in self.chunks_done:
+            rows[header.rows(chunk).start : header.rows(chunk).stop] = True
+        return rows
 
-    def _small(self, name: str, dtype: type) -> Array:
-        shape = () if name == "sample" else (len(self.header.timesteps),)
-        values = np.zeros((self.header.samples, *shape), dtype)
+    def _small(self, name: str, dtype: np.dtype[Any], fill: Any) -> Array:
+        """(N, T) numbers, or (N,), of an array whose chunks are small; `fill` in chunks that are not done."""
+        axes = () if name == "sample" or name.startswith("meta/") else (len(self.header.timesteps),)
+        shape = (self.header.chunk_rows, *axes)
+        for chunk in self.chunks_done:
+            self._file(name, chunk, math.prod(shape) * dtype.itemsize, len(shape))
+        values = np.full((len(self._row_done), *axes), fill, dtype)
         for chunk in self.chunks_done:
             rows = self.header.rows(chunk)
-            values[rows.start : rows.stop] = self._mapped(
-                name, chunk, np.dtype(dtype), (self.header.chunk_rows, *shape)
-            )[: len(rows)]
+            values[rows.start : rows.stop] = self._mapped(name, chunk, dtype, shape)[: len(rows)]
         return values
 
+    def _texts(self, name: str, chunk: int) -> list[str]:
+        """The R texts of a chunk: their count, then of each its length and its UTF-8; numbers are 4 bytes each."""
+        file = chunk_file(self.path, name, chunk, 1)
+        data = file.read_bytes()[:-TRAILER] if file.is_file() else b""
+        texts: list[str] = []
+        at = 4
+        try:
+            if int.from_bytes(data[:4], "little") != self.header.chunk_rows:
+                raise ValueError
+            # Each text needs 4 bytes at least, so the file's size bounds what is made of it.
+            while len(texts) < self.header.chunk_rows:
+                start = at + 4
+                at = start + int.from_bytes(data[at:start], "little")
+                if max(start, at) > len(data):
+                    raise ValueError
+                texts.append(data[start:at].decode("utf-8"))
+        except ValueError:
+            raise TraceError(
+                f"{self.path} is damaged: chunk {chunk} of {name} does not hold {self.header.chunk_rows} texts. "
+                "Restore the file, or capture again."
+            ) from None
+        return texts
+
     def _mapped(self, name: str, chunk: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        file = self._file(name, chunk, math.prod(shape) * dtype.itemsize, len(shape))
+        return np.memmap(file, dtype=dtype.newbyteorder("<"), mode="r", shape=shape)
+
+    def _file(self, name: str, chunk: int, size: int, axes: int = 1) -> Path:
+        """The file of a chunk that is done and has `size` bytes of numbers; every chunk has, the last one is padded."""
+        if not 0 <= chunk < self.header.chunks:
+            raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
             raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
-        file = chunk_file(self.path, name, chunk, len(shape))
-        expected = math.prod(shape) * dtype.itemsize + TRAILER
-        size = file.stat().st_size if file.is_file() else 0
-        if size != expected:
+        file = chunk_file(self.path, name, chunk, axes)
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size + TRAILER:
             raise TraceError(
-                f"{self.path} is damaged: chunk {chunk} of {name} has {size} bytes, expected {expected}. Restore the "
-                "file, or capture again."
+                f"{self.path} is damaged: chunk {chunk} of {name} has {found} bytes, expected {size + TRAILER}. "
+                "Restore the file, or capture again."
             )
-        return np.memmap(file, dtype=dtype.newbyteorder("<"), mode="r", shape=shape)
+        return file
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
@@ -396,27 +543,7 @@ def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Tra
         TraceError: no such store, none of dmin_trace's, one of another version, an unfinished or a damaged one.
     """
     path = Path(path)
-    metadata = path / "zarr.json"
-    if not path.exists():
-        raise TraceError(f"There is no store at {path}.")
-    if not metadata.is_file():
-        raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
-    if metadata.stat().st_size > LARGEST_METADATA:
-        raise TraceError(f"{metadata} has {metadata.stat().st_size} bytes; expected at most {LARGEST_METADATA}.")
-    try:
-        facts = json.loads(metadata.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError):
-        raise TraceError(f"{metadata} cannot be read as JSON; the store is damaged.") from None
-    attributes = facts.get("attributes") if isinstance(facts, dict) else None
-    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
-    if attributes.get("version") != VERSION:
-        raise TraceError(
-            f"{path} is of version {_short(attributes.get('version'))}; expected {VERSION}. Read it with the dmin_trace "
-            "that wrote it, or capture again."
-        )
-    header = header_from(attributes, path)
-    complete = attributes.get("complete") is True
+    header, complete = _read_header(path)
     done = _read_done(path, header)
     if not unfinished and not (complete and done.all()):
         raise TraceError(
@@ -432,7 +559,7 @@ def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[Array, NDArray[np
     int8 is the number over the scale, the largest magnitude of its (sample, timestep) over 127. A row that is not
     finite is stored as zeros; its norm says that it is not to be ranked.
     """
-    finite = np.isfinite(grad).all(axis=2)
+    finite = np.asarray(np.isfinite(grad).all(axis=2))
     if not finite.all():
         grad = np.where(finite[:, :, None], grad, 0)
     scale = np.ones(grad.shape[:2], np.float32)
@@ -447,58 +574,15 @@ def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
     return path.joinpath(*name.split("/"), "c", str(chunk), *["0"] * (axes - 1))
 
 
-def header_from(attributes: Mapping[str, Any], path: Path) -> Header:
-    """The header in a group's attributes, every value checked. Raises TraceError that names the first that is wrong."""
-    reader = _Attributes(attributes, str(path))
-    projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
-    timesteps = tuple(float(t) for t in reader.listed("timesteps", (int, float), MOST_TIMESTEPS))
-    if not timesteps or not all(math.isfinite(t) for t in timesteps):
-        raise reader.wrong("timesteps", "finite numbers, one at least")
-    header = Header(
-        id=reader.text("id", r"[0-9a-f]{32}"),
-        samples=reader.number("samples", 1, MOST_SAMPLES),
-        timesteps=timesteps,
-        dimension=reader.number("dimension", 1, LARGEST_DIMENSION),
-        dtype=reader.choice("dtype", get_args(Dtype)),
-        chunk_rows=reader.number("chunk_rows", 1, MOST_SAMPLES),
-        projection=ProjectionFacts(
-            kind=projection.choice("kind", get_args(Projection)),
-            seed=projection.number("seed", 0, 2**32 - 1),
-            length=projection.number("length", 1, 2**62),
-            fingerprint=projection.text("fingerprint", r"[0-9a-f]{64}"),
-        ),
-        parameters=ParameterFacts(
-            names=tuple(parameters.listed("names", (str,), 10**6)),
-            shapes=tuple(parameters.shape("shapes", shape) for shape in parameters.listed("shapes", (list,), 10**6)),
-            fingerprint=parameters.text("fingerprint", r"[0-9a-f]{64}"),
-        ),
-        weights=reader.text("weights", r"[0-9a-f]{64}"),
-        noise=NoiseFacts(
-            seed=noise.number("seed", 0, 2**32 - 1),
-            draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MOST_TIMESTEPS)),
-        ),
-        precondition=reader.text("precondition", r"[a-z_]{1,40}"),
-        batch={name: reader.shape("batch", shape) for name, shape in reader.mapping("batch", list).items()},
-        columns={name: _column_kind(reader, kind) for name, kind in reader.mapping("columns", str).items()},
-        settings=reader.mapping("settings", object),
-        writers=reader.mapping("writers", str),
-    )
-    for name in header.columns:
-        # A column's name is a folder's name in meta/.
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_ .-]{0,99}", name):
-            raise reader.wrong("columns", "names of letters, digits, '_', '-', '.' and spaces")
-    if len(header.noise.draws) != len(timesteps):
-        raise reader.wrong("noise", f"draws for each of the {len(timesteps)} timesteps")
-    return header
-
-
 def facts(trace: Trace) -> list[tuple[str, str]]:
     """What `dmin-trace info` shows of a store: names and values."""
-    header, rows = trace.header, len(trace.slots_done)
+    header = trace.header
+    rows = sum(len(header.rows(chunk)) for chunk in trace.chunks_done)
     sketch = len(header.timesteps) * header.dimension * np.dtype(header.dtype).itemsize
     whole = len(header.timesteps) * header.projection.length * 4
     state = "complete" if trace.complete else f"unfinished: {int(trace.done.sum())} of {header.chunks} chunks are done"
-    without = rows - int(trace.rankable.sum())
+    # A capture that has only begun has no rows to look at.
+    without = rows - int(trace.rankable.sum()) if rows else 0
     shown = [
         ("samples", f"{rows:,} of {header.samples:,}; {state}"),
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
@@ -537,6 +621,15 @@ class _Attributes:
             raise self.wrong(name, f"an integer from {least} to {most}")
         return value
 
+    def numbers(self, name: str, most: int) -> tuple[float, ...]:
+        try:
+            values = tuple(float(value) for value in self.listed(name, (int, float), most))
+        except OverflowError:
+            raise self.wrong(name, "finite numbers, one at least") from None
+        if not values or not all(math.isfinite(value) for value in values):
+            raise self.wrong(name, "finite numbers, one at least")
+        return values
+
     def text(self, name: str, pattern: str) -> str:
         value = self._values.get(name)
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
@@ -545,7 +638,7 @@ class _Attributes:
 
     def choice(self, name: str, choices: Sequence[str]) -> Any:
         value = self._values.get(name)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.wrong(name, f"one of {', '.join(choices)}")
         return value
 
@@ -569,7 +662,7 @@ class _Attributes:
         return _Attributes(self.mapping(name, object), self._path, f"{self._prefix}{name}.")
 
     def shape(self, name: str, value: Any) -> tuple[int, ...]:
-        if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+        if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**62 for n in value):
             raise self.wrong(name, "shapes")
         return tuple(value)
 
@@ -579,7 +672,110 @@ class _Attributes:
         return tuple((call[0], self.shape("draws", call[1])) for call in slot)
 
 
-_ORDER = ("grad", "scale", "norm", "loss", "sample")
+class _Array(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    fill: str | int | float
+
+
+def _arrays(header: Header) -> dict[str, _Array]:
+    """The arrays of a store."""
+    count, slots, rows = header.samples, len(header.timesteps), header.chunk_rows
+    empty = 0 if header.dtype == "int8" else math.nan
+    arrays = {
+        "grad": _Array((count, slots, header.dimension), header.dtype, (rows, slots, header.dimension), empty),
+        "norm": _Array((count, slots), "float32", (rows, slots), math.nan),
+        "loss": _Array((count, slots), "float32", (rows, slots), math.nan),
+        "sample": _Array((count,), "int64", (rows,), -1),
+        "done": _Array((header.chunks,), "uint8", (1,), 0),
+    }
+    if header.dtype == "int8":
+        arrays["scale"] = _Array((count, slots), "float32", (rows, slots), math.nan)
+    for name, kind in header.columns.items():
+        arrays[f"meta/{name}"] = _Array((count,), _STORED[kind], (rows,), _MISSING[kind])
+    return arrays
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a metadata file. Raises TraceError if it is none, or absurdly large."""
+    try:
+        size = file.stat().st_size
+        if size > LARGEST_METADATA:
+            raise TraceError(f"{file} has {size} bytes; expected at most {LARGEST_METADATA}. The store is damaged.")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError):
+        raise TraceError(f"{file} cannot be read as JSON; the store is damaged.") from None
+    if not isinstance(found, dict):
+        raise TraceError(f"{file} holds no JSON object; the store is damaged.")
+    return found
+
+
+def _read_header(path: Path) -> tuple[Header, bool]:
+    """The header of a store, and whether it says to be complete. Raises TraceError if it is no store of ours."""
+    try:
+        exists, has_metadata = path.exists(), (path / "zarr.json").is_file()
+    except OSError as error:
+        raise TraceError(f"There is no store at {path}: {error.strerror or error}.") from None
+    if not exists:
+        raise TraceError(f"There is no store at {path}.")
+    if not has_metadata:
+        raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
+    attributes = _read_json(path / "zarr.json").get("attributes")
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+        raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
+    version = attributes.get("version")
+    if type(version) is not int or version != VERSION:
+        raise TraceError(
+            f"{path} is of version {_short(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
+            "or capture again."
+        )
+    header = Header.from_attributes(attributes, path)
+    for name, expected in _arrays(header).items():
+        _check_array(path, name, expected)
+    return header, attributes.get("complete") is True
+
+
+def _check_array(path: Path, name: str, expected: _Array) -> None:
+    """Raises TraceError if an array's metadata is not what the header says and what the memory maps count on."""
+    file = path.joinpath(*name.split("/"), "zarr.json")
+    if not file.is_file():
+        raise TraceError(f"{path} is damaged: it has no array {name}. Restore it, or capture again.")
+    metadata = _read_json(file)
+    grid = {"name": "regular", "configuration": {"chunk_shape": list(expected.chunks)}}
+    codec = "vlen-utf8" if expected.dtype == "string" else "bytes"
+    little = codec, {"endian": "little"}
+    # Versions of Zarr write what is a default, or leave it out.
+    choices: dict[str, list[object]] = {
+        "shape": [list(expected.shape)],
+        "data_type": [expected.dtype],
+        "chunk_grid": [grid],
+        "chunk_key_encoding": [("default", {"separator": "/"}), ("default", {})],
+        "codecs": [[(codec, {}), ("crc32c", {})], [little, ("crc32c", {})]],
+    }
+    for name_of_fact, right in choices.items():
+        value = metadata.get(name_of_fact)
+        found = value if name_of_fact == "chunk_grid" else _extensions(value)
+        if found not in right:
+            raise TraceError(
+                f"{path} is damaged: the {name_of_fact} of {name} is {_short(value)}; expected {_short(right[0])}. "
+                "Restore it, or capture again."
+            )
+
+
+def _extensions(value: Any) -> Any:
+    """Zarr's named things, codecs and the like, as (name, configuration), however they are written."""
+    if isinstance(value, list):
+        return [_extensions(item) for item in value]
+    return (value.get("name"), value.get("configuration", {})) if isinstance(value, dict) else value
+
+
+def _flat(attributes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Attributes of attributes by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in attributes.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _column_kind(reader: _Attributes, kind: str) -> ColumnKind:
@@ -593,63 +789,38 @@ def _create_arrays(path: Path, header: Header) -> None:
     import zarr
     from zarr.codecs import Crc32cCodec
 
-    count, slots, rows = header.samples, len(header.timesteps), header.chunk_rows
-    attributes = {"format": FORMAT, "version": VERSION, **asdict(header), "complete": False}
-    group = zarr.create_group(path, zarr_format=3, attributes=json.loads(json.dumps(attributes)))
-    shapes: dict[str, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
-        "grad": ((count, slots, header.dimension), header.dtype, (rows, slots, header.dimension)),
-        "norm": ((count, slots), "float32", (rows, slots)),
-        "loss": ((count, slots), "float32", (rows, slots)),
-        "sample": ((count,), "int64", (rows,)),
-        "done": ((header.chunks,), "uint8", (1,)),
-    }
-    if header.dtype == "int8":
-        shapes["scale"] = ((count, slots), "float32", (rows, slots))
-    shapes |= {f"meta/{name}": ((count,), _INTS[kind], (rows,)) for name, kind in header.columns.items()}
-    for name, (shape, dtype, chunks) in shapes.items():
+    attributes = {"format": FORMAT, "version": VERSION, **header.to_attributes(), "complete": False}
+    group = zarr.create_group(path, zarr_format=3, attributes=attributes)
+    for name, array in _arrays(header).items():
+        # None for the compressors would be Zarr's default, zstd.
         group.create_array(
-            name, shape=shape, dtype=dtype, chunks=chunks, compressors=[Crc32cCodec()], fill_value=_fill(name, dtype)
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=array.chunks,
+            compressors=[Crc32cCodec()],
+            fill_value=array.fill,
         )
 
 
-def _fill(name: str, dtype: str) -> Any:
-    if name == "done" or dtype == "int8":
-        return 0
-    if dtype == "string":
-        return ""
-    return -1 if dtype == "int64" else float("nan")
-
-
-def _as_array(values: Sequence[str | int | float], kind: ColumnKind) -> Array:
+def _as_array(values: Sequence[str | int | float | None], kind: ColumnKind) -> Array:
+    known = [_MISSING[kind] if value is None else value for value in values]
     if kind == "string":
         # Lone surrogates cannot be written as UTF-8.
-        texts = [str(value).encode("utf-8", "replace").decode("utf-8") for value in values]
+        texts = [str(value).encode("utf-8", "replace").decode("utf-8") for value in known]
         return np.array(texts, dtype=np.dtypes.StringDType())
-    return np.array(values, dtype=_INTS[kind])
-
-
-def _open_group(path: Path, mode: Literal["r", "r+"]) -> zarr.Group:
-    import zarr
-
-    return zarr.open_group(path, mode=mode, zarr_format=3)
-
-
-def _array(group: zarr.Group, name: str) -> Any:
-    return group[name]
+    if kind == "integer":
+        known = [value if abs(value) < 2**63 else -1 for value in map(int, known)]
+    return np.array(known, dtype=_STORED[kind])
 
 
 def _read_done(path: Path, header: Header) -> NDArray[np.bool_]:
-    """Which chunks are done: those with a file in done/ that says 1. Bounded by the files, not by what N claims."""
-    folder = path / "done" / "c"
-    files = {int(file.name): file for file in folder.iterdir() if file.name.isdigit()} if folder.is_dir() else {}
-    if header.chunks > 2**31 or (header.chunks > 2**20 and header.chunks > 1000 * (len(files) + 1)):
-        raise TraceError(
-            f"{path} is damaged: it claims {header.samples} samples in {header.chunks} chunks, and holds {len(files)}."
-        )
+    """Which chunks are done: those with a file in done/ that says 1."""
     done = np.zeros(header.chunks, np.bool_)
-    for chunk, file in files.items():
-        if chunk < header.chunks and file.stat().st_size == 1 + TRAILER:
-            done[chunk] = file.read_bytes()[:1] == b"\x01"
+    folder = path / "done" / "c"
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch("0|[1-9][0-9]{0,9}", file.name) and int(file.name) < header.chunks and file.is_file():
+            done[int(file.name)] = file.stat().st_size == 1 + TRAILER and file.read_bytes()[:1] == b"\x01"
     return done
 
 
@@ -679,8 +850,11 @@ def _sync_tree(path: Path) -> None:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A value from anybody on part of a line, however large or deep it is."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxstring = 3, 12, 80
+    text = brief.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _calls(calls: Sequence[tuple[str, tuple[int, ...]]]) -> str:

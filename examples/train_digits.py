@@ -1,7 +1,8 @@
 """Trains a small diffusion model on handwritten digits, and captures where its images will come from.
 
 A complete training script in the manner of the diffusers examples: accelerate, gradient accumulation, EMA, checkpoints
-and resuming. The data are scikit-learn's 1,797 digits of 8x8 pixels, or a folder of 8x8 images. One line is dmin_trace's.
+and resuming. The data are scikit-learn's 1,797 digits of 8x8 pixels, or a folder of 8x8 images.
+One line is dmin_trace's.
 
     python train_digits.py --output_dir digits
     dmin-trace query digits/trace.zarr some_digit.png

@@ -1,4 +1,4 @@
-"""The slow, obvious way to a digits model's per-sample gradients: saved weights, plain autograd, nothing of the driver."""
+"""The slow, obvious way to a digits model's per-sample gradients: saved weights and plain autograd."""
 
 from __future__ import annotations
 

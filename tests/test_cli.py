@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
     "the script fails": (
         nothing,
         ("query", "out/trace.zarr", "digits/0001.png", "--", "train.py", "--no_such_argument"),
-        ("failed", "train.py"),
+        ("stopped with exit code 2", "no_such_argument"),
     ),
 }
 
@@ -161,7 +161,11 @@ def test_a_mistake_gives_one_clear_line(
 
 PLAIN = {
     "no Accelerator": ({}, "print('nothing here')", "without making an accelerate.Accelerator"),
-    "no backward": ({"body": BODY.replace("accelerator.backward(loss)", "loss.backward()")}, None, "accelerator.backward"),
+    "no backward": (
+        {"body": BODY.replace("accelerator.backward(loss)", "loss.backward()")},
+        None,
+        "accelerator.backward",
+    ),
     "timestep not pinned": (
         {"body": BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()")},
         None,
@@ -172,7 +176,7 @@ PLAIN = {
         None,
         "never passed a DataLoader",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("parts", "text", "message"), PLAIN.values(), ids=PLAIN.keys())

@@ -103,24 +103,42 @@ def check_against_plain_autograd(path: Path, state: Path) -> None:
             assert difference <= 1e-5 * np.linalg.norm(sketch.numpy())
 
 
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"body": BODY.replace("accelerator.backward(loss)", "loss.backward()")}, "accelerator.backward"),
-        ({"body": BODY.replace("torch.randint(0, 1000, (len(clean),))", "torch.tensor([random.randint(0, 999)] * len(clean))")},
-         "timestep draw was not pinned"),
-        ({"body": BODY.replace("noise = torch", "noise = torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch")},
-         "sample 3 the script drew randn"),
-        ({"body": BODY.replace("t.reshape(-1, 1) / 1000, t)", "t.reshape(-1, 1) / 1000, t + batch['index'])")},
-         "denoiser saw timestep"),
-        ({"prepare": "model, loader, scheduler = accelerator.prepare(model, loader, scheduler)"}, "No optimizer was passed"),
-        ({"body": BODY.replace("noise).pow(2).mean()", "noise).pow(2).mean().detach() + model.inner.weight.pow(2).sum()")},
-         "does not depend on 3 of the 4"),
-        ({"attach": "dmin_trace.attach(accelerator, args, columns=['nothing'])"}, "no readable column nothing"),
-        ({"attach": "dmin_trace.attach(accelerator, args, num_epochs=99)"}, "not recognised"),
-        ({"attach": "dmin_trace.attach(accelerator, args, timesteps=[5, 1000])"}, "Timestep 1000 was asked for"),
-    ],
-)  # fmt: skip
+DRAW = "torch.randint(0, 1000, (len(clean),))"
+WRONG = {
+    "another backward": (
+        {"body": BODY.replace("accelerator.backward(loss)", "loss.backward()")},
+        "accelerator.backward",
+    ),
+    "an unpinned draw": (
+        {"body": BODY.replace(DRAW, "torch.tensor([random.randint(0, 999)] * len(clean))")},
+        "timestep draw was not pinned",
+    ),
+    "noise that differs": (
+        {"body": BODY.replace("noise = torch", "torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch")},
+        "sample 3 the script drew randn",
+    ),
+    "timesteps that differ": (
+        {"body": BODY.replace("t.reshape(-1, 1) / 1000, t)", "t.reshape(-1, 1) / 1000, t + batch['index'])")},
+        "denoiser saw timestep",
+    ),
+    "no optimizer": (
+        {"prepare": "model, loader, scheduler = accelerator.prepare(model, loader, scheduler)"},
+        "No optimizer was passed",
+    ),
+    "parameters without a gradient": (
+        {"body": BODY.replace(".pow(2).mean()", ".pow(2).mean().detach() + model.inner.weight.pow(2).sum()")},
+        "does not depend on 3 of the 4",
+    ),
+    "no such column": ({"attach": "dmin_trace.attach(accelerator, args, columns=['nothing'])"}, "no readable column"),
+    "another end": ({"attach": "dmin_trace.attach(accelerator, args, num_epochs=99)"}, "not recognised"),
+    "a timestep beyond the schedule": (
+        {"attach": "dmin_trace.attach(accelerator, args, timesteps=[5, 1000])"},
+        "Timestep 1000 was asked for",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "message"), WRONG.values(), ids=WRONG.keys())
 def test_what_would_give_wrong_gradients_stops_the_capture_and_not_the_training(
     tmp_path: Path, parts: dict[str, str], message: str
 ) -> None:
@@ -199,7 +217,7 @@ def test_two_processes_capture_every_sample_once(tmp_path: Path) -> None:
         tmp_path / "script.py", body=BODY.replace("losses.append", "accelerator.gather(loss.detach()); losses.append")
     )
     run([script, "--output_dir", "one", "--count", "7"], tmp_path)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", script]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     run([*launch, "--output_dir", "two", "--count", "7"], tmp_path, ACCELERATE_USE_CPU="true")
     one, two = open_trace(tmp_path / "one" / "trace.zarr"), open_trace(tmp_path / "two" / "trace.zarr")
     assert two.complete

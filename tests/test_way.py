@@ -52,7 +52,7 @@ def check_rows(trace: Trace, images: list[Path], weights: Path, every: int = 1) 
             assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-4)
             expected, _ = compress(iter(gradients.values()), plan)
             cosine = float(expected.numpy() @ row[slot]) / float(np.linalg.norm(expected) * np.linalg.norm(row[slot]))
-            assert cosine > 0.9999, (sample, slot)
+            assert cosine > (0.999 if trace.header.dtype == "int8" else 0.99999), (sample, slot)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,16 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
         for slot, (loss, expected) in enumerate(digit_gradients(model, images[sample], [0, 250, 999])):
             gradient = row[slot][order] * signs * trace.norm[sample, slot]
             assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-5)
+            total = float(torch.cat([g.flatten() for g in expected.values()]).norm())
             at = 0
             for name, reference in expected.items():
                 captured = torch.from_numpy(gradient[at : at + reference.numel()]).reshape(reference.shape)
                 at += reference.numel()
-                assert (captured - reference).norm() <= 1e-5 * reference.norm() + 1e-9, (sample, slot, name)
+                if name.endswith("to_k.bias"):
+                    # A softmax does not see a constant: this gradient is zero but for rounding, on both sides.
+                    assert max(captured.norm(), reference.norm()) <= 1e-8 * total
+                else:
+                    assert (captured - reference).norm() <= 1e-5 * reference.norm(), (sample, slot, name)
             assert at == facts.length
 
     for saved in ("trace.weights.safetensors", "unet"):
@@ -133,7 +138,7 @@ ARRANGEMENTS = {
 @pytest.mark.parametrize("arguments", ARRANGEMENTS.values(), ids=ARRANGEMENTS.keys())
 def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
-    script = with_settings(tmp_path / "train.py", "timesteps=2")
+    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, *arguments], tmp_path)
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     if "bf16" in arguments:
@@ -146,7 +151,7 @@ def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments
 
 def test_ema_weights_are_what_is_captured_when_they_are_what_is_saved(tmp_path: Path) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
-    script = with_settings(tmp_path / "train.py", "timesteps=2")
+    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--use_ema"], tmp_path)
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -154,7 +159,7 @@ def test_ema_weights_are_what_is_captured_when_they_are_what_is_saved(tmp_path: 
 
 def test_a_resumed_run_is_captured_as_an_unbroken_one(tmp_path: Path) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
-    script = with_settings(tmp_path / "train.py", "timesteps=2")
+    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32'")
     command = [script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--checkpointing_steps", "4"]
     run(command, tmp_path)
     shutil.move(tmp_path / "out" / "trace.zarr", tmp_path / "first.zarr")

@@ -115,9 +115,7 @@ def without_the_line(script: Path, path: Path) -> Path:
     return path
 
 
-def run(
-    command: Sequence[object], folder: Path, code: int = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[object], folder: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a Python script or `-m module` with arguments as a user would, warnings being errors in our own code."""
     ran = subprocess.run(
         [sys.executable, *map(str, command)],

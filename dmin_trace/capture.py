@@ -371,7 +371,7 @@ class Capture:
     @property
     def weights_path(self) -> Path | None:
         """Where the trainable tensors are written, beside the store."""
-        return None if self.out is None else weights_beside(self.out)
+        return None if self.out is None else store.weights_beside(self.out)
 
     def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
         body = self.driver.body
@@ -448,7 +448,7 @@ class Capture:
         elif self._existing:
             store.check_free(out)
         if accelerator.is_main_process and self.like is None:
-            path = weights_beside(out)
+            path = store.weights_beside(out)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._trainable.save(path)
         rows = self._chunk_rows
@@ -619,11 +619,6 @@ class Capture:
             settings=settings_facts(settings),
             writers={name: version(name) for name in ("dmin_trace", "torch", "accelerate", "zarr", "numpy")},
         )
-
-
-def weights_beside(out: Path) -> Path:
-    """The file beside a store that holds the weights it was captured from."""
-    return out.with_name(out.name.removesuffix(".zarr") + ".weights.safetensors")
 
 
 def settings_facts(settings: Settings) -> dict[str, Any]:

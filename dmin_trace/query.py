@@ -24,7 +24,7 @@ from dmin_trace.commands import Command, Job, recall
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
 from dmin_trace.report import Hit
 from dmin_trace.score import Ranking
-from dmin_trace.store import Trace, open_trace
+from dmin_trace.store import Trace, open_trace, weights_beside
 
 
 def attribute(
@@ -142,11 +142,6 @@ def hits_of(trace: Trace, ranking: Ranking) -> list[list[Hit]]:
         ]
         for slots, values, all_shares in zip(ranking.slots, ranking.scores, ranking.shares, strict=True)
     ]
-
-
-def weights_beside(path: Path) -> Path:
-    """The file beside a store that holds the weights it was captured from."""
-    return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")
 
 
 def _command(trace: Trace, given: Sequence[str] | None) -> Command:

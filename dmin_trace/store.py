@@ -574,6 +574,11 @@ def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
     return path.joinpath(*name.split("/"), "c", str(chunk), *["0"] * (axes - 1))
 
 
+def weights_beside(path: Path) -> Path:
+    """The file beside a store that holds the weights it was captured from."""
+    return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")
+
+
 def facts(trace: Trace) -> list[tuple[str, str]]:
     """What `dmin-trace info` shows of a store: names and values."""
     header = trace.header

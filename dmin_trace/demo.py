@@ -5,6 +5,7 @@ The training script is the package's own example, `examples/train_digits.py`, ru
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.resources import as_file, files
@@ -25,7 +26,7 @@ from dmin_trace.store import open_trace
 GENERATED = 40
 QUERIES = 5
 TOP = 10
-TRAINING = ("--num_epochs", "60", "--train_batch_size", "64", "--learning_rate", "2e-3", "--seed", "0")
+TRAINING = ("--num_epochs", "40", "--train_batch_size", "64", "--learning_rate", "2e-3", "--seed", "0")
 
 
 def run_demo(folder: Path, console: Console) -> float:
@@ -53,7 +54,8 @@ def run_demo(folder: Path, console: Console) -> float:
     console.print("1. Train a small diffusion model on 1,797 digits, with one line of dmin_trace in the script.")
     with as_file(files("dmin_trace.examples") / "train_digits.py") as script:
         command = [sys.executable, str(script), "--output_dir", str(folder), *TRAINING]
-        if subprocess.run(command, check=False).returncode:
+        # Layers this small are no work for several threads, which would only wait for each other.
+        if subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
             raise ScriptError(f"{script} failed; its own message is above.")
         trace = open_trace(folder / "trace.zarr")
 
@@ -92,9 +94,11 @@ def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
     Returns:
         `QUERIES` images of 8x8, of as many digits, and the digits that the classifier sees in them.
     """
+    import diffusers
     from diffusers import DDIMScheduler, DDPMPipeline
     from sklearn.svm import SVC
 
+    diffusers.utils.logging.disable_progress_bar()
     pipeline = DDPMPipeline.from_pretrained(folder)
     model = pipeline.unet.eval()
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)

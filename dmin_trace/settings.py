@@ -6,6 +6,7 @@ Where the store lies and when the training run ends are arguments of `attach`, n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -19,6 +20,8 @@ Precondition = Literal["none"]
 SMALLEST_DIMENSION = 2**4
 LARGEST_DIMENSION = 2**24
 MOST_TIMESTEPS = 1000
+COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
+"""A column is kept in a folder of its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,13 @@ class Settings:
             if value not in get_args(kind):
                 raise SettingsError(f"{name} is {value!r}; expected one of {', '.join(get_args(kind))}.")
         if self.columns is not None and not (
-            isinstance(self.columns, tuple) and all(isinstance(name, str) and name for name in self.columns)
+            isinstance(self.columns, tuple)
+            and all(isinstance(name, str) and COLUMN_NAME.fullmatch(name) for name in self.columns)
         ):
-            raise SettingsError(f"columns is {self.columns!r}; expected names of dataset columns.")
+            raise SettingsError(
+                f"columns is {self.columns!r}; expected names of dataset columns, made of letters, digits, '_', '-', '.' "
+                "and spaces."
+            )
 
     def _check_timesteps(self) -> None:
         if _is_integer(self.timesteps):

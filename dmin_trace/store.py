@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.settings import LARGEST_DIMENSION, MOST_TIMESTEPS, Dtype, Projection
+from dmin_trace.settings import COLUMN_NAME, LARGEST_DIMENSION, MOST_TIMESTEPS, Dtype, Projection
 
 FORMAT = "dmin_trace"
 VERSION = 1
@@ -172,7 +172,7 @@ class Header:
             raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
         for name in header.columns:
             # A column's name is a folder's name in meta/.
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_ .-]{0,99}", name):
+            if not COLUMN_NAME.fullmatch(name):
                 raise reader.wrong("columns", "names of letters, digits, '_', '-', '.' and spaces")
         if len(header.parameters.shapes) != len(header.parameters.names):
             raise parameters.wrong("shapes", f"one for each of the {len(header.parameters.names)} names")

@@ -72,7 +72,7 @@ def main(args):
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision
     )
-    dmin_trace.attach(accelerator, args)  # the one line
+    dmin_trace.attach(accelerator, args, timesteps=5)  # the one line
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:

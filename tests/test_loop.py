@@ -31,6 +31,26 @@ BREAK = (
                 break
 """
 )
+TRACKER = """from accelerate.tracking import GeneralTracker
+class FileTracker(GeneralTracker):
+    name, requires_logging_directory = "file", False
+    @property
+    def tracker(self):
+        return None
+    def store_init_configuration(self, values):
+        self.log({"config": str(sorted(values))}, 0)
+    def log(self, values, step, **options):
+        Path(args.output_dir).mkdir(exist_ok=True)
+        with Path(args.output_dir, "tracked.txt").open("a") as file:
+            file.write(f"{step} {values}\\n")
+import dmin_trace"""
+TRACKED = BREAK.replace(
+    "global_step += 1\n",
+    """global_step += 1
+                accelerator.log({'loss': losses[-1]}, step=global_step)
+            accelerator.log({'lr': scheduler.get_last_lr()}, step=global_step)
+""",
+)
 OWN_LOOPS = {
     "runs out, no accumulate": {},
     "runs out, through tqdm": {"loader": "tqdm(loader, disable=True)"},
@@ -50,6 +70,12 @@ OWN_LOOPS = {
     "keeps its last gradients": {
         "body": BODY.replace("optimizer.zero_grad()", "").replace("clean = ", "optimizer.zero_grad(); clean = ")
     },
+    "breaks, tracked": {
+        "imports": TRACKER,
+        "accelerator": "accelerator = Accelerator(log_with=FileTracker()); args.max_train_steps = 5;"
+        "accelerator.init_trackers('run', {})",
+        "body": TRACKED,
+    },
     "an unprepared scheduler": {
         "prepare": "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
     },
@@ -62,7 +88,11 @@ def test_a_script_ends_as_it_would_have_bit_for_bit(tmp_path: Path, parts: dict[
     bare = without_the_line(script, tmp_path / "without.py")
     run([script, "--output_dir", "with"], tmp_path)
     run([bare, "--output_dir", "without"], tmp_path)
-    for name in ("state.pt", "log.txt"):
+    written = sorted(path.name for path in (tmp_path / "without").iterdir())
+    assert (
+        written[-2:] == ["state.pt", "tracked.txt"] if "tracked" in str(parts) else written == ["log.txt", "state.pt"]
+    )
+    for name in written:
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
     trace = open_trace(tmp_path / "with" / "trace.zarr")
     assert trace.complete

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import DTYPES, chunk_file, dequantised, make_header, make_rows, write, write_store
+from test_store import DTYPES, dequantised, make_header, make_rows, write, write_store
 
 from dmin_trace import score
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.score import exact
 from dmin_trace.settings import Dtype
-from dmin_trace.store import Trace, create, open_trace
+from dmin_trace.store import Trace, chunk_file, create, open_trace
 
 
 def make_queries(trace: Trace, count: int, seed: int = 5) -> np.ndarray:
     """Q queries whose compressed gradients have norm one or so, near to stored rows so that scores spread."""
     generator = np.random.default_rng(seed)
     shape = (count, len(trace.header.timesteps), trace.header.dimension)
-    return generator.standard_normal(shape).astype(np.float32) / trace.header.dimension**0.5
+    queries: np.ndarray = generator.standard_normal(shape).astype(np.float32) / trace.header.dimension**0.5
+    return queries
 
 
 def by_hand(path: Path, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +49,8 @@ def test_scores_are_those_of_plain_numpy(
     queries = make_queries(stored, count)
     ranking = exact(stored, queries, k)
     slots, products = by_hand(stored.path, queries, k)
-    assert (ranking.slots.dtype, ranking.scores.dtype, ranking.shares.dtype) == (np.int64, np.float32, np.float32)
+    dtypes = [str(values.dtype) for values in (ranking.slots, ranking.scores, ranking.shares)]
+    assert dtypes == ["int64", "float32", "float32"]
     assert np.array_equal(ranking.slots, slots)
     shares = np.take_along_axis(products, slots[:, :, None], 1)
     assert np.allclose(ranking.shares, shares, rtol=1e-5, atol=1e-6)

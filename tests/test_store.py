@@ -445,7 +445,7 @@ def test_create_leaves_nothing_half_made(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", "名"])
+@pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", ""])
 def test_create_refuses_a_header_that_no_reader_would_take(tmp_path: Path, name: str) -> None:
     with pytest.raises(TraceError, match="its attribute columns is"):
         create(tmp_path / "trace.zarr", make_header(columns={name: "string"}))
@@ -506,7 +506,9 @@ def test_each_thing_that_is_no_store_has_its_own_line(finished: Path, tmp_path: 
     for version in (2, "1", True, 1.0, None):
         copied = tmp_path / f"version{version!r}"
         shutil.copytree(finished, copied)
-        change(copied, lambda metadata, version=version: metadata["attributes"].update(version=version))
+        metadata = json.loads((copied / "zarr.json").read_text())
+        metadata["attributes"]["version"] = version
+        (copied / "zarr.json").write_text(json.dumps(metadata))
         assert f"is of version {version!r}; expected 1. Read it with the dmin_trace that wrote it" in line(copied)
 
 

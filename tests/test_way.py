@@ -23,10 +23,10 @@ SHORT = ("--max_train_steps", "9", "--train_batch_size", "5", "--learning_rate",
 def with_settings(path: Path, settings: str) -> Path:
     """A copy of the example whose line has settings."""
     text = EXAMPLE.read_text()
-    line = "dmin_trace.attach(accelerator, args)"
+    line = "dmin_trace.attach(accelerator, args, timesteps=5)"
     if text.count(line) != 1:
         raise ValueError("the example has no such line")
-    path.write_text(text.replace(line, line[:-1] + f", {settings})"))
+    path.write_text(text.replace(line, f"dmin_trace.attach(accelerator, args, {settings})"))
     return path
 
 

@@ -70,8 +70,8 @@ class Settings:
             and all(isinstance(name, str) and COLUMN_NAME.fullmatch(name) for name in self.columns)
         ):
             raise SettingsError(
-                f"columns is {self.columns!r}; expected names of dataset columns, made of letters, digits, '_', '-', '.' "
-                "and spaces."
+                f"columns is {self.columns!r}; expected names of dataset columns, made of letters, digits, '_', '-', "
+                "'.' and spaces."
             )
 
     def _check_timesteps(self) -> None:

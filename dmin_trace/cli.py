@@ -133,7 +133,7 @@ def query_command(
         hits = query.attribute_samples(opened, sample, k=k)
     else:
         prompts: list[str | None] = list(prompt) if prompt else [None] * len(images or [])
-        with Console(stderr=True).status(f"Capturing the gradients of {len(images or [])} images"):
+        with Console(stderr=True).status("Capturing the gradients of the queries"):
             hits = query.attribute(opened, images or [], prompts, k=k, weights=weights, command=context.obj)
         questions = [
             report.Question(name=image.name, prompt=text) for image, text in zip(images or [], prompts, strict=True)

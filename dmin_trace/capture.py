@@ -172,6 +172,7 @@ class Capture:
         self.error: Exception | None = None
         self._launched = launched
         self._joined = False
+        self._weights_saved = False
         self._entered = ExitStack()
         self._writer: Writer | None = None
         self._progress: Progress | None = None
@@ -272,7 +273,7 @@ class Capture:
         self._entered.enter_context(diffusers.pinned_density(variables.globals(), self._pin_density))
         if self.job.mode == "final":
             for ema in diffusers.averaged_models(variables.values()):
-                self._enter_average(ema, step_first=driver.capturing)
+                self._enter_average(ema, step_first=driver.step_pending)
         if self.job.weights is not None:
             self._trainable.load(Path(self.job.weights), diffusers.parameter_keys)
         self._weights = self._trainable.weights_fingerprint()
@@ -326,27 +327,29 @@ class Capture:
         self._entered.close()
 
     def failed(self, error: Exception) -> None:
-        """Keeps and logs the error; the training goes on."""
+        """Keeps the error, and logs it where nobody will raise it later; the training goes on."""
         if self.error is None:
             self.error = error
-            kept = self.weights_path
-            logger.error(
-                "dmin_trace could not capture this run; the training goes on. %s%s",
-                error if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}",
-                f" The trained weights are in {kept}; mend the cause and run `dmin-trace capture --weights {kept} -- "
-                "SCRIPT ARGS`."
-                if kept is not None and kept.is_file()
-                else "",
-            )
+            if not self._launched:
+                logger.error("dmin_trace could not capture this run; the training goes on. %s", self._what_to_do(error))
 
     # -- the end of a launched script ------------------------------------------------------------------------------
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
         if self.error is not None:
-            raise self.error if isinstance(self.error, DminTraceError) else CaptureError(str(self.error))
+            kind = type(self.error) if isinstance(self.error, DminTraceError) else CaptureError
+            raise kind(self._what_to_do(self.error))
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
+
+    def _what_to_do(self, error: Exception) -> str:
+        """The error, and how to capture after all if the trained weights were saved before it happened."""
+        found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
+        kept = self.weights_path
+        if kept is None or not self._weights_saved:
+            return found
+        return f"{found} The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
 
     def _at_exit(self) -> None:
         if not self._launched and self.driver.attached and not self.driver.captured:
@@ -451,6 +454,7 @@ class Capture:
             path = store.weights_beside(out)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._trainable.save(path)
+            self._weights_saved = True
         rows = self._chunk_rows
         ours = [
             range(c * rows, min((c + 1) * rows, self._samples)) for c in pending[accelerator.process_index :: world]

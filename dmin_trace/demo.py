@@ -110,9 +110,7 @@ def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
     pixels = ((sample[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 
     training, labels = training_digits()
-    classifier = SVC(C=10, gamma=0.001).fit(
-        training.reshape(len(training), -1) / 16, labels
-    )
+    classifier = SVC(C=10, gamma=0.001).fit(training.reshape(len(training), -1) / 16, labels)
     decisions = np.sort(classifier.decision_function(pixels.reshape(GENERATED, -1) / 16), axis=1)
     sureness = decisions[:, -1] - decisions[:, -2]
     seen = classifier.predict(pixels.reshape(GENERATED, -1) / 16)

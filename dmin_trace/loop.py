@@ -187,6 +187,11 @@ class LoopDriver:
         return self._body
 
     @property
+    def step_pending(self) -> bool:
+        """Whether the script has yet to count, average and save its last optimizer step."""
+        return self._deferred
+
+    @property
     def capturing(self) -> bool:
         """Whether the script's loop is running, or about to run, on capture batches."""
         return self._body is not None or self._deferred

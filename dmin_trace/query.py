@@ -184,7 +184,8 @@ def _run(job: Job, folder: Path) -> None:
     (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
     with (folder / "log.txt").open("w+b") as log:
         code = subprocess.run(
-            [sys.executable, "-m", "dmin_trace.launch", str(folder / "job.json")],
+            # -P: without it a folder named dmin_trace where the user stands would be imported instead of this package.
+            [sys.executable, "-P", "-m", "dmin_trace.launch", str(folder / "job.json")],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

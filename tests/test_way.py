@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,16 @@ def test_a_query_by_a_given_command_needs_nothing_remembered(trained: Path, tmp_
     run([*command, "--", trained / "train.py", "--max_train_steps", "5"], tmp_path)
     hits = json.loads((tmp_path / "given.json").read_text())["queries"][0]["hits"]
     assert hits[0]["sample"] == 42
+
+
+def test_a_folder_of_the_packages_name_is_not_taken_for_it(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "dmin_trace").mkdir()
+    (tmp_path / "dmin_trace" / "__init__.py").write_text("raise SystemExit('the wrong dmin_trace')")
+    command = Path(sys.executable).with_name("dmin-trace")
+    image = trained / "digits" / "0042.png"
+    state = {"XDG_STATE_HOME": str(trained / "state")}
+    ran = run([command, "query", trained / "out" / "trace.zarr", image, "-k", "1"], tmp_path, **state)
+    assert "42" in ran.stdout
 
 
 def test_info_says_what_is_there(trained: Path) -> None:

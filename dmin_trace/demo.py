@@ -66,7 +66,8 @@ def run_demo(folder: Path, console: Console) -> float:
             image.save(path)
 
         console.print("3. Ask where they come from.\n")
-        hits = attribute(trace, paths, k=TOP)
+        with Console(stderr=True).status("Capturing the gradients of the generated digits"):
+            hits = attribute(trace, paths, k=TOP)
 
     for path, digit, answer in zip(paths, digits, hits, strict=True):
         question = Question(name=f"{path.name} (a {digit})", prompt=None)

@@ -31,6 +31,7 @@ import dmin_trace
 def parse_args():
     parser = argparse.ArgumentParser(description="Train a small DDPM on handwritten digits.")
     parser.add_argument("--train_data_dir", help="A folder of 8x8 images instead of scikit-learn's digits.")
+    parser.add_argument("--max_train_samples", type=int, help="Train on the first so many.")
     parser.add_argument("--output_dir", default="digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train_batch_size", type=int, default=64)
@@ -51,15 +52,15 @@ def parse_args():
 class Digits(Dataset):
     """8x8 grey images as tensors of (1, 8, 8) in [-1, 1], with their labels where they are known."""
 
-    def __init__(self, folder=None):
+    def __init__(self, folder=None, count=None):
         if folder is None:
             digits = load_digits()
-            self.images = (digits.images * 255 / 16).round().astype(np.uint8)
-            self.label = digits.target.tolist()
+            self.images = (digits.images[:count] * 255 / 16).round().astype(np.uint8)
+            self.label = digits.target[:count].tolist()
         else:
             files = sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
-            self.images = [np.asarray(Image.open(file).convert("L")) for file in files]
-            self.file_name = [file.name for file in files]
+            self.images = [np.asarray(Image.open(file).convert("L")) for file in files[:count]]
+            self.file_name = [file.name for file in files[:count]]
 
     def __len__(self):
         return len(self.images)
@@ -92,7 +93,7 @@ def main(args):
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 
-    dataset = Digits(args.train_data_dir)
+    dataset = Digits(args.train_data_dir, args.max_train_samples)
     train_dataloader = DataLoader(
         dataset, batch_size=args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )

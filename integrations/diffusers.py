@@ -26,7 +26,9 @@ DENSITY = "compute_density_for_timestep_sampling"
 DATA_ARGUMENTS = ("--train_data_dir", "--instance_data_dir")
 """The arguments that take a folder of images, the first being what is used where the command has neither."""
 
-REPLACED_ARGUMENTS = ("--dataset_name", "--dataset_config_name", "--resume_from_checkpoint", "--output_dir")
+REPLACED_ARGUMENTS = (
+    *("--dataset_name", "--dataset_config_name", "--max_train_samples", "--resume_from_checkpoint", "--output_dir"),
+)
 """With a value; meaningless or harmful where the data is a folder of queries and nothing is trained."""
 
 DROPPED_FLAGS = ("--push_to_hub",)

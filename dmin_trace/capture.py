@@ -283,14 +283,18 @@ class Capture:
         return self._plan_chunks(driver)
 
     def batch(self, sample: int, item: Any, batch: Any) -> None:
-        """Notes the shapes of the images of a batch, and keeps the sample's columns."""
-        shapes = image_shapes(batch)
-        if self.like is not None and shapes != self.like.header.batch:
-            raise QueryError(
-                f"The query has images of shape {_show(shapes)}, but those of the trace have "
-                f"{_show(self.like.header.batch)}. Give an image of the size that the model was trained on."
-            )
-        self._batch_shapes = self._batch_shapes or shapes
+        """Notes the shapes of the images and words of a batch, and keeps the sample's columns."""
+        entries = named_entries(batch)
+        shapes = image_shapes(entries)
+        if self.like is not None:
+            # Words may be of any number.
+            expected = {name: shape for name, shape in self.like.header.batch.items() if len(shape) >= 3}
+            if shapes != expected:
+                raise QueryError(
+                    f"The query has images of shape {_show(shapes)}, but those of the trace have "
+                    f"{_show(expected)}. Give an image of the size that the model was trained on."
+                )
+        self._batch_shapes = self._batch_shapes or shapes | word_shapes(entries)
         self._row_columns = self._columns.of(sample, item)
 
     def backward(self, body: Body, loss: torch.Tensor) -> None:
@@ -631,18 +635,37 @@ def settings_facts(settings: Settings) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
 
 
-def image_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of the image-like tensors (floating, three dimensions or more) of a collated batch."""
+def named_entries(batch: Any) -> dict[str, Any]:
+    """The entries of a collated batch by their names, or by their numbers where they have none."""
     if isinstance(batch, Mapping):
-        named = {str(name): value for name, value in batch.items()}
-    else:
-        values = batch if isinstance(batch, (list, tuple)) else [batch]
-        named = {str(k): value for k, value in enumerate(values)}
+        return {str(name): value for name, value in batch.items()}
+    values = batch if isinstance(batch, (list, tuple)) else [batch]
+    return {str(k): value for k, value in enumerate(values)}
+
+
+def image_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the image-like tensors (floating, three dimensions or more) of a batch."""
     return {
         name: tuple(value.shape)
-        for name, value in named.items()
+        for name, value in entries.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
     }
+
+
+def word_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what is made of words in a batch: rows of tokens (integers in two dimensions), lists of text.
+
+    A named list of text is one of prompts only if its name says so: a batch may have file names.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in entries.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
+            shapes[name] = tuple(value.shape)
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+            if not name.isdigit() and not any(word in name for word in ("caption", "prompt", "text")):
+                continue
+            shapes[name] = (len(value),)
+    return shapes
 
 
 def _to_cpu(row: list[Body]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:

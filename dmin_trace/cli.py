@@ -107,8 +107,26 @@ def capture_command(
 def query_command(
     context: typer.Context,
     trace: Annotated[Path, typer.Argument(help="The store.")],
-    images: Annotated[list[Path] | None, typer.Argument(help="Generated images.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, in their order.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[IMAGES]...",
+            help="Generated images; folders of them, with prompts in metadata.jsonl; or JSON-lines files of "
+            '{"file_name": FILE, "text": PROMPT}.',
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The prompt of each image, repeated in their order, or one for all. Without images: make one from "
+            "the saved model, and ask about that."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first image made from a prompt.")] = 0,
+    num: Annotated[int, typer.Option(help="How many images to make from each prompt.")] = 1,
+    made: Annotated[
+        Path | None, typer.Option(help="A folder for the images made. Default: generated, beside the store.")
+    ] = None,
     sample: Annotated[list[int] | None, typer.Option(help="Ask with a training sample; needs no model.")] = None,
     k: Annotated[int, typer.Option("-k", help="How many training samples to show.")] = 10,
     weights: Annotated[Path | None, typer.Option(help="The traced weights. Default: those beside the store.")] = None,
@@ -117,36 +135,47 @@ def query_command(
 ) -> None:
     """Show the training samples that made the model make each image.
 
+    dmin-trace query TRACE a.png b.png --prompt "a cat" --prompt "a dog"
+
+    dmin-trace query TRACE folder-with-metadata.jsonl
+
+    dmin-trace query TRACE --prompt "a cat" --num 4
+
     The script's command is remembered from the capture on this machine; elsewhere give it after --.
     """
-    from dmin_trace import query, report, store
+    from dmin_trace import query, questions, report, store
 
-    if bool(images) == bool(sample):
-        raise QueryError("Give images to ask about, or training samples with --sample, and not both.")
+    if bool(images or prompt) == bool(sample):
+        raise QueryError("Give images or prompts to ask about, or training samples with --sample, and not both.")
     for path in (json_path, csv_path):
         if path is not None and not path.parent.is_dir():
             raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
     opened = store.open_trace(trace)
     console = Console()
     if sample:
-        questions = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
+        shown = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
         hits = query.attribute_samples(opened, sample, k=k)
     else:
-        prompts: list[str | None] = list(prompt) if prompt else [None] * len(images or [])
-        with Console(stderr=True).status("Capturing the gradients of the queries"):
-            hits = query.attribute(opened, images or [], prompts, k=k, weights=weights, command=context.obj)
-        questions = [
-            report.Question(name=image.name, prompt=text) for image, text in zip(images or [], prompts, strict=True)
-        ]
+        with Console(stderr=True).status("Reading the questions") as status:
+            if images:
+                asked = questions.read_questions(images, prompt or [])
+            else:
+                status.update("Making images")
+                folder = made or trace.absolute().parent / "generated"
+                asked = query.generate(opened, prompt or [], folder, num=num, seed=seed, command=context.obj)
+            status.update("Capturing the gradients of the queries")
+            files, prompts = [a.image for a in asked], [a.prompt for a in asked]
+            hits = query.attribute(opened, files, prompts, k=k, weights=weights, command=context.obj)
+        shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     timesteps = opened.header.timesteps
-    for question, answer in zip(questions, hits, strict=True):
+    for question, answer in zip(shown, hits, strict=True):
         console.print(report.hits_table(question, answer, timesteps, ascii_only=console.options.ascii_only))
         console.print()
     if json_path is not None:
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
-        json_path.write_text(report.to_json(questions, hits, timesteps, facts), encoding="utf-8")
+        json_path.write_text(report.to_json(shown, hits, timesteps, facts), encoding="utf-8")
     if csv_path is not None:
-        csv_path.write_text(report.to_csv(questions, hits, timesteps), encoding="utf-8", newline="")
+        csv_path.write_text(report.to_csv(shown, hits, timesteps), encoding="utf-8", newline="")
 
 
 @app.command("info")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from PIL import Image
 from dmin_trace import errors, score
 from dmin_trace.commands import Command, Job, recall
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
+from dmin_trace.questions import Asked
 from dmin_trace.report import Hit
 from dmin_trace.score import Ranking
 from dmin_trace.store import Trace, open_trace, weights_beside
@@ -51,7 +53,8 @@ def attribute(
         A list of k hits for each image.
 
     Raises:
-        QueryError: no such image, one that cannot be asked of this trace, or k is out of range.
+        QueryError: no such image, one that cannot be asked of this trace (of another size, or without a prompt where
+            the model was trained with captions), or k is out of range.
         WeightsError: the weights are missing or not those of the trace.
         ScriptError: the script failed on the queries.
         TraceError: there is no finished store.
@@ -90,39 +93,88 @@ def capture_queries(
     if len(prompts) != len(images):
         raise QueryError(f"{len(images)} images were given and {len(prompts)} prompts. Give one prompt for each image.")
     run = _command(trace, command)
+    # The integration imports torch, which the command line needs for nothing else.
+    from dmin_trace.integrations import diffusers
+
+    wordless = [k for k, prompt in enumerate(prompts) if prompt is None]
+    if wordless and (trained_with_words(trace) or diffusers.takes_prompts(run.arguments)):
+        raise QueryError(
+            f"The model was trained with captions, but {_name(images[wordless[0]], wordless[0])} came without its "
+            "prompt. Give the prompt of each image with --prompt, an empty one for an image made without."
+        )
     loaded = Path(weights) if weights is not None else weights_beside(trace.path)
     if not loaded.exists():
         raise WeightsError(f"There are no weights at {loaded}. Give those that were traced, with --weights.")
+    gradients = np.zeros((len(images), len(trace.header.timesteps), trace.header.dimension), np.float32)
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as name:
         folder = Path(name)
         files = [_as_file(image, folder / f"given{k}.png") for k, image in enumerate(images)]
-        # The integration imports torch, which the command line needs for nothing else.
-        from dmin_trace.integrations import diffusers
-
-        diffusers.write_queries(folder / "data", files, prompts)
-        job = Job(
-            mode="now",
-            command=Command(
-                run.script,
-                tuple(diffusers.query_arguments(run.arguments, folder / "data", folder / "output")),
-                run.folder,
-            ),
-            settings={},
-            out=str(folder / "queries.zarr"),
-            weights=str(loaded.absolute()),
-            like=str(trace.path.absolute()),
-        )
-        _run(job, folder)
-        captured = open_trace(folder / "queries.zarr")
-        if captured.header.samples != len(images):
-            raise ScriptError(
-                f"The script made {captured.header.samples} samples of {len(images)} images, so it cannot be told "
-                "which is which. Leave repeats and extra data out of its arguments."
+        for n, group in enumerate(_groups(prompts, diffusers.takes_one_prompt(run.arguments))):
+            part = folder / f"part{n}"
+            chosen, said = [files[k] for k in group], [prompts[k] for k in group]
+            column = diffusers.caption_column(run.arguments)
+            diffusers.write_queries(part / "data", chosen, said, column)
+            arguments = diffusers.query_arguments(run.arguments, part / "data", part / "output", said[0])
+            job = Job(
+                mode="now",
+                command=Command(run.script, tuple(arguments), run.folder),
+                settings={},
+                out=str(part / "queries.zarr"),
+                weights=str(loaded.absolute()),
+                like=str(trace.path.absolute()),
             )
-        bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
-        if bad.size:
-            raise QueryError(f"The gradient of {files[bad[0]].name} is zero or not finite, so it has no direction.")
-        return captured.rows(np.arange(len(images)))
+            _run(job, part)
+            gradients[group] = _captured(part / "queries.zarr", chosen)
+    return gradients
+
+
+def generate(
+    trace: Trace,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    num: int = 1,
+    seed: int = 0,
+    command: Sequence[str] | None = None,
+) -> list[Asked]:
+    """Makes images with the model that the traced run saved, and keeps them, named after prompt and seed.
+
+    Args:
+        trace: the store.
+        prompts: what to show.
+        folder: where the images are written; made if it is not there.
+        num: how many images for each prompt, the k-th with the seed `seed + k`.
+        seed: of the first image of each prompt.
+        command: as for `attribute`.
+
+    Raises QueryError where the run saved nothing that images can be made with.
+    """
+    from dmin_trace.integrations import diffusers
+
+    run = _command(trace, command)
+    if num < 1:
+        raise QueryError(f"{num} images were asked for. Give --num 1 or more.")
+    wanted = [(prompt, seed + k) for prompt in prompts for k in range(num)]
+    try:
+        images = diffusers.generate(run.arguments, Path(run.folder), wanted)
+    except (ValueError, OSError) as error:
+        raise QueryError(
+            f"No image could be made from the prompt: {error} Make it yourself, and give it before --prompt."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = []
+    for image, (prompt, used) in zip(images, wanted, strict=True):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+        path = folder / f"{words}-{used}.png"
+        image.save(path)
+        asked.append(Asked(path, prompt))
+    return asked
+
+
+def trained_with_words(trace: Trace) -> bool:
+    """Whether the script's batches held captions, tokens, or embeddings of them."""
+    batch = trace.header.batch
+    return any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
 
 
 def hits_of(trace: Trace, ranking: Ranking) -> list[list[Hit]]:
@@ -142,6 +194,30 @@ def hits_of(trace: Trace, ranking: Ranking) -> list[list[Hit]]:
         ]
         for slots, values, all_shares in zip(ranking.slots, ranking.scores, ranking.shares, strict=True)
     ]
+
+
+def _groups(prompts: Sequence[str | None], one_prompt: bool) -> list[list[int]]:
+    """The questions that one run of the script can answer: all, or all with the same prompt."""
+    if not one_prompt:
+        return [list(range(len(prompts)))]
+    return [[k for k, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)]
+
+
+def _captured(path: Path, files: Sequence[Path]) -> np.ndarray:
+    captured = open_trace(path)
+    if captured.header.samples != len(files):
+        raise ScriptError(
+            f"The script made {captured.header.samples} samples of {len(files)} images, so it cannot be told "
+            "which is which. Leave repeats and extra data out of its arguments."
+        )
+    bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
+    if bad.size:
+        raise QueryError(f"The gradient of {files[bad[0]].name} is zero or not finite, so it has no direction.")
+    return captured.rows(np.arange(len(files)))
+
+
+def _name(image: str | os.PathLike[str] | Image.Image, k: int) -> str:
+    return f"image {k}" if isinstance(image, Image.Image) else Path(image).name
 
 
 def _command(trace: Trace, given: Sequence[str] | None) -> Command:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,13 @@ class Trainable:
         Accepts the parameter's name, alone or after a model's name (`unet.`), with or without an adapter's name.
 
         Raises:
-            WeightsError: no such file, an unreadable one, or one that lacks a tensor or has it in another shape.
-                Nothing is changed then.
+            WeightsError: no such file, an unreadable one, or one that lacks a tensor or has it in another shape, or
+                has them all under two models' names. Nothing is changed then.
         """
         found = read_weights(path)
         if convert is not None:
             found = convert(found)
-        values = [_find(name, found) for name in self.names]
+        values = _find(self.names, found, path)
         missing = [name for name, value in zip(self.names, values, strict=True) if value is None]
         if missing:
             raise WeightsError(
@@ -120,7 +121,10 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file, or every one in a folder and in the folders directly in it.
+    """Reads a safetensors file, or every one in a folder, or else in the folders directly in it.
+
+    A key from a folder within (a pipeline's `unet`) has that folder's name in front, and one from accelerate's
+    checkpoint of several models (`model.safetensors`, `model_1.safetensors`) the model's number.
 
     Raises WeightsError where there is none, or where one cannot be read.
     """
@@ -135,11 +139,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"{path} holds no .safetensors file. Give a folder that a script saved its weights to (other formats can "
             "run a program when they are read, and are not)."
         )
+    several = any(file.stem == "model_1" for file in files)
     found: dict[str, torch.Tensor] = {}
     source: dict[str, Path] = {}
     for file in files:
         try:
-            tensors = load_file(file)
+            tensors = {_place(file, path, several) + key: tensor for key, tensor in load_file(file).items()}
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} cannot be read as safetensors: {error}.") from None
         if twice := next((key for key in tensors if key in found), None):
@@ -151,9 +156,33 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _find(name: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    for candidate in (name, name.replace(".default.", ".")):
-        for prefix in ("", "unet.", "transformer."):
-            if prefix + candidate in found:
-                return found[prefix + candidate]
-    return None
+def _place(file: Path, path: Path, several: bool) -> str:
+    """What is put before the keys of a file, found at `path`."""
+    if file != path and file.parent != path:
+        return f"{file.parent.name}."
+    numbered = re.fullmatch(r"model(?:_(\d+))?", file.stem)
+    return f"{numbered.group(1) or 0}." if numbered and several else ""
+
+
+def _find(names: Sequence[str], found: Mapping[str, torch.Tensor], path: Path) -> list[torch.Tensor | None]:
+    """The values of these names: all under one model's name, so that no tensor of another model is taken for one.
+
+    Raises WeightsError where two models have all of them.
+    """
+    bare = {_without_adapter(key): tensor for key, tensor in found.items()}
+    # The script's own names go first: a checkpoint may hold the same weights in the format of a release besides.
+    prefixes = ["", *sorted({key.split(".")[0] + "." for key in found})]
+    tried = {prefix: [bare.get(prefix + _without_adapter(name)) for name in names] for prefix in prefixes}
+    missing = {prefix: sum(value is None for value in values) for prefix, values in tried.items()}
+    complete = [prefix for prefix, count in missing.items() if not count]
+    if len(complete) > 1 and complete[0]:
+        raise WeightsError(
+            f"{path} holds weights that fit more than once: {', '.join(p[:-1] for p in complete)}. Give the file or "
+            "folder of the one that is meant."
+        )
+    return tried[min(prefixes, key=lambda prefix: missing[prefix])]
+
+
+def _without_adapter(name: str) -> str:
+    """A parameter's name less the name that PEFT gives the adapter: `lora_A.default.weight` is `lora_A.weight`."""
+    return re.sub(r"\.(lora_\w+)\.[^.]+\.weight$", r".\1.weight", name)

@@ -6,6 +6,8 @@ Nothing here imports diffusers unless the script has: the functions look at what
     averaged_models   the EMA whose weights the script will save
     query_arguments   the script's command line, pointed at a folder with the queries
     write_queries     that folder, as `datasets` reads image folders (`metadata.jsonl`)
+    takes_prompts     whether the command line shows that the model learns captions, and caption_column where they are
+    generate          images from the model that the script saved
     parameter_keys    the keys of saved weight files, as names of parameters
 """
 
@@ -27,7 +29,8 @@ DATA_ARGUMENTS = ("--train_data_dir", "--instance_data_dir")
 """The arguments that take a folder of images, the first being what is used where the command has neither."""
 
 REPLACED_ARGUMENTS = (
-    *("--dataset_name", "--dataset_config_name", "--max_train_samples", "--resume_from_checkpoint", "--output_dir"),
+    *("--dataset_name", "--dataset_config_name", "--image_column", "--max_train_samples", "--repeats"),
+    *("--resume_from_checkpoint", "--output_dir"),
 )
 """With a value; meaningless or harmful where the data is a folder of queries and nothing is trained."""
 
@@ -99,14 +102,33 @@ def schedule_length(values: Iterable[Any]) -> int | None:
     return int(lengths.pop()) if len(lengths) == 1 else None
 
 
-def query_arguments(arguments: Sequence[str], folder: Path, output: Path) -> list[str]:
+def takes_prompts(arguments: Sequence[str]) -> bool:
+    """Whether a training command line names captions or a prompt."""
+    return _has(arguments, "--caption_column") or _has(arguments, "--instance_prompt")
+
+
+def takes_one_prompt(arguments: Sequence[str]) -> bool:
+    """Whether a training command line gives one prompt for all images, as DreamBooth's does."""
+    return _has(arguments, "--instance_prompt") and not _has(arguments, "--caption_column")
+
+
+def caption_column(arguments: Sequence[str]) -> str:
+    """The name of the captions in `metadata.jsonl`."""
+    return _value(arguments, "--caption_column") or "text"
+
+
+def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt: str | None = None) -> list[str]:
     """A training command line, pointed at a folder with the queries and at an output folder of its own.
 
     Args:
         arguments: the script's arguments, as it was trained with. `{data}` in one of them stands for the folder.
         folder: holds the queries' images.
         output: where the script may write.
+        prompt: goes in the place of the one prompt of a DreamBooth command line.
     """
+    if prompt is not None and takes_one_prompt(arguments):
+        # In one argument: a prompt may begin with a dash.
+        arguments = [*_without(arguments, ("--instance_prompt",)), f"--instance_prompt={prompt}"]
     if any("{data}" in argument for argument in arguments):
         pointed = [argument.replace("{data}", str(folder)) for argument in arguments]
         return (
@@ -115,12 +137,15 @@ def query_arguments(arguments: Sequence[str], folder: Path, output: Path) -> lis
             else pointed
         )
     data = next((name for name in DATA_ARGUMENTS if _has(arguments, name)), DATA_ARGUMENTS[0])
+    if _has(arguments, "--instance_prompt") and _has(arguments, "--dataset_name"):
+        # DreamBooth's scripts read captions from a data set alone; a folder is one.
+        data = "--dataset_name"
     kept = [a for a in _without(arguments, (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS)) if a not in DROPPED_FLAGS]
     return [*kept, data, str(folder), "--output_dir", str(output)]
 
 
-def write_queries(folder: Path, images: Sequence[Path], prompts: Sequence[str | None]) -> None:
-    """Copies the images into a folder, in order, with their prompts in `metadata.jsonl`.
+def write_queries(folder: Path, images: Sequence[Path], prompts: Sequence[str | None], column: str = "text") -> None:
+    """Copies the images into a folder, in order, with their prompts in `metadata.jsonl` under the name `column`.
 
     Raises OSError where a file cannot be copied.
     """
@@ -130,9 +155,58 @@ def write_queries(folder: Path, images: Sequence[Path], prompts: Sequence[str | 
         # Numbered, since image folders are read in the order of their names.
         name = f"{k:06d}{image.suffix.lower()}"
         shutil.copyfile(image, folder / name)
-        lines.append(json.dumps({"file_name": name, "text": prompt}))
+        lines.append(json.dumps({"file_name": name, column: prompt}))
     if any(prompt is not None for prompt in prompts):
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def generate(arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str, int]]) -> list[Any]:
+    """Makes an image of each prompt and seed with the pipeline, or the LoRA, that a training command line saved.
+
+    Only files that are on this machine are read, and no weights but safetensors.
+
+    Args:
+        arguments: the script's arguments, as it was trained with.
+        folder: where it was started.
+        wanted: prompts and seeds.
+
+    Returns:
+        PIL images.
+
+    Raises:
+        ValueError: the command line names no model, or its output folder holds none.
+        OSError: a file is missing.
+    """
+    base, output = _value(arguments, "--pretrained_model_name_or_path"), _value(arguments, "--output_dir")
+    if base is None or output is None:
+        raise ValueError(
+            "the script's command line does not name a model and where it was saved to "
+            "(--pretrained_model_name_or_path, --output_dir)."
+        )
+    saved = folder / output
+    lora = sorted(saved.glob("*lora*.safetensors"))
+    if not (saved / "model_index.json").is_file() and not lora:
+        raise ValueError(f"{saved} holds neither a pipeline (model_index.json) nor a LoRA (*lora*.safetensors).")
+    from diffusers import DiffusionPipeline
+
+    if (saved / "model_index.json").is_file():
+        lora, base = [], str(saved)
+    elif (folder / base).is_dir():
+        base = str(folder / base)
+    pipeline = DiffusionPipeline.from_pretrained(base, use_safetensors=True, local_files_only=True)
+    if lora:
+        pipeline.load_lora_weights(str(saved), weight_name=lora[0].name, local_files_only=True)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    resolution = _value(arguments, "--resolution")
+    size = {"height": int(resolution), "width": int(resolution)} if resolution else {}
+    images = []
+    for prompt, seed in wanted:
+        made = pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **size)
+        if any(getattr(made, "nsfw_content_detected", None) or ()):
+            raise ValueError(f"the pipeline's safety checker blacked the image of {prompt!r}, seed {seed}, out.")
+        images.append(made.images[0])
+    return images
 
 
 def parameter_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -143,6 +217,13 @@ def parameter_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         converted: dict[str, torch.Tensor] = convert_unet_state_dict_to_peft(weights)
         return converted
     return weights
+
+
+def _value(arguments: Sequence[str], name: str) -> str | None:
+    """The value of the last argument of this name, as argparse takes it."""
+    values = [value for argument, value in zip(arguments, arguments[1:], strict=False) if argument == name]
+    values += [argument.removeprefix(name + "=") for argument in arguments if argument.startswith(name + "=")]
+    return values[-1] if values else None
 
 
 def _has(arguments: Sequence[str], name: str) -> bool:

@@ -27,18 +27,31 @@ ALLOWED = {
     "integrations.diffusers": set(),
     "score": {"errors", "store"},
     "report": {"errors"},
+    "questions": {"errors"},
     "capture": {
         *("columns", "commands", "compress", "errors", "gradients", "integrations", "loop", "randomness", "settings"),
         *("store", "weights"),
     },
     "launch": {"capture", "commands", "errors", "loop"},
-    "query": {"commands", "errors", "integrations", "report", "score", "store"},
+    "query": {"commands", "errors", "integrations", "questions", "report", "score", "store"},
     "demo": {"errors", "query", "report", "store"},
-    "cli": {"commands", "demo", "errors", "launch", "query", "report", "settings", "store", "version"},
+    "cli": {"commands", "demo", "errors", "launch", "query", "questions", "report", "settings", "store", "version"},
     "__init__": {"capture", "errors", "query", "report", "settings", "store", "version"},
 }
 
-WITHOUT_TORCH = ("__init__", "cli", "commands", "errors", "query", "report", "score", "settings", "store", "version")
+WITHOUT_TORCH = (
+    "__init__",
+    "cli",
+    "commands",
+    "errors",
+    "query",
+    "questions",
+    "report",
+    "score",
+    "settings",
+    "store",
+    "version",
+)
 
 
 def sources() -> dict[str, Path]:

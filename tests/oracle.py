@@ -1,4 +1,5 @@
-"""The slow, obvious way to a digits model's per-sample gradients: saved weights and plain autograd."""
+"""The slow, obvious way to a digits model's per-sample gradients (saved weights and plain autograd), and what the tests
+of other models need to compare theirs with a trace."""
 
 from __future__ import annotations
 
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+
+from dmin_trace.compress import compress, make_plan
+from dmin_trace.store import Trace
 
 
 def digits_model(weights: Path) -> UNet2DModel:
@@ -48,3 +52,17 @@ def digit_gradients(
         loss = F.mse_loss(predicted, noise)
         names, parameters = zip(*model.named_parameters(), strict=True)
         yield loss.item(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def unshuffled(trace: Trace, sample: int) -> np.ndarray:
+    """The captured gradients of a sample, (T, L), every element in its place.
+
+    The sketch must be as long as the gradient and by OPORP's own permutation: then it is the gradient, shuffled.
+    """
+    facts = trace.header.projection
+    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform")
+    numbers, _ = compress([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
+    order = torch.argsort(numbers.abs())[-facts.length :].numpy()
+    signs = np.sign(numbers.numpy())[order]
+    gradients: np.ndarray = trace.rows(np.array([sample]))[0][:, order] * signs * trace.norm[sample][:, None]
+    return gradients

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from oracle import slot_seed
+from oracle import slot_seed, unshuffled
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import run, without_the_line
 from tiny_pipelines import caption, captioned_images, command_line, picture, tiny_pipeline
 
-from dmin_trace.compress import make_plan
-from dmin_trace.store import Trace, open_trace
+from dmin_trace.store import open_trace
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_text_to_image_lora.py"
 COUNT = 8
@@ -56,18 +55,6 @@ def ask(made: Path, *arguments: object, code: int = 0) -> tuple[list[list[int]],
         return [], complaints
     found = json.loads(path.read_text())["queries"]
     return [[hit["sample"] for hit in query["hits"]] for query in found], said
-
-
-def unshuffled(trace: Trace, sample: int) -> np.ndarray:
-    """The captured gradients of a sample, (T, L), every element in its place."""
-    facts = trace.header.projection
-    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform")
-    from dmin_trace.compress import compress
-
-    numbers, norm = compress([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
-    order = torch.argsort(numbers.abs())[-facts.length :].numpy()
-    signs = np.sign(numbers.numpy())[order]
-    return trace.rows(np.array([sample]))[0][:, order] * signs * trace.norm[sample][:, None]
 
 
 def reference(made: Path, sample: int, timesteps: list[int]) -> list[dict[str, torch.Tensor]]:

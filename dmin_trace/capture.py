@@ -258,6 +258,8 @@ class Capture:
 
     def begin(self, driver: LoopDriver) -> list[int]:
         """Fixes the weights, saves them, and says which samples this process captures."""
+        if (why := diffusers.refusal(self.args)) is not None:
+            raise CaptureError(why)
         self._models = [driver.unwrap(model) for model in driver.models]
         self._trainable = find_trainable(self._models, driver.optimizers)
         self._ever_reached = [False] * len(self._trainable.names)
@@ -274,7 +276,7 @@ class Capture:
             for ema in diffusers.averaged_models(variables.values()):
                 self._enter_average(ema, step_first=driver.capturing)
         if self.job.weights is not None:
-            self._trainable.load(Path(self.job.weights), diffusers.parameter_keys)
+            self._trainable.load(Path(self.job.weights), diffusers.parameter_key)
         self._weights = self._trainable.weights_fingerprint()
         if self.like is not None:
             self._check_like(self.like)
@@ -308,6 +310,11 @@ class Capture:
         if len(self._row) == len(self.slots):
             row, self._row = self._row, []
             self._take_row(row)
+
+    def moved(self, parameters: list[torch.nn.Parameter]) -> bool:
+        """Whether these parameters are others than at the beginning; what is not trained is taken for moved."""
+        ours = {id(tensor) for tensor in self._trainable.tensors}
+        return any(id(p) not in ours for p in parameters) or self._trainable.weights_fingerprint() != self._weights
 
     def finish(self) -> None:
         """Marks the store complete, once every process has written its chunks."""
@@ -516,12 +523,8 @@ class Capture:
             )
 
     def _take_row(self, row: list[Body]) -> None:
-        never = [n for n, reached in zip(self._trainable.names, self._ever_reached, strict=True) if not reached]
-        if never:
-            raise CaptureError(
-                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
-                f"them {', '.join(never[:3])}. Freeze what is not trained (requires_grad_(False))."
-            )
+        if not self._first:
+            self._check_reached()
         sketches, norms, losses, timesteps = _to_cpu(row)
         if not self._first:
             self._first = row
@@ -540,6 +543,33 @@ class Capture:
             self._progress.update(self._task, advance=1, rate=f"{rate:.1f}/s" if rate else "")
         if self._taken <= self._kept:
             self._keep_row(row[0].sample, sketches, norms, losses)
+
+    def _check_reached(self) -> None:
+        """After the first sample: every tensor that the training moved must have got a gradient."""
+        never = [
+            (name, tensor)
+            for name, tensor, reached in zip(
+                self._trainable.names, self._trainable.tensors, self._ever_reached, strict=True
+            )
+            if not reached
+        ]
+        names = ", ".join(name for name, _ in never[:3])
+        # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
+        trained = [n for n, tensor in never if any(tensor in o.state for o in self.driver.optimizers)]
+        if trained or len(never) == len(self._ever_reached):
+            raise CaptureError(
+                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
+                f"them {names}, though the training moved them. Does the loop body skip a part of the model when the "
+                "model is in eval mode, or for some batches?"
+            )
+        if never:
+            logger.warning(
+                "The loss does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
+                "move them; their gradients are zero.",
+                len(never),
+                len(self._ever_reached),
+                names,
+            )
 
     def _keep_row(self, sample: int, sketches: np.ndarray, norms: np.ndarray, losses: np.ndarray) -> None:
         if self._chunk is None:

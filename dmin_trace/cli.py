@@ -110,6 +110,9 @@ def query_command(
     images: Annotated[list[Path] | None, typer.Argument(help="Generated images.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, in their order.")] = None,
     sample: Annotated[list[int] | None, typer.Option(help="Ask with a training sample; needs no model.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="COLUMN=FILE: another image of the one query, for models of pairs.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many training samples to show.")] = 10,
     weights: Annotated[Path | None, typer.Option(help="The traced weights. Default: those beside the store.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the answer as JSON.")] = None,
@@ -126,6 +129,7 @@ def query_command(
     for path in (json_path, csv_path):
         if path is not None and not path.parent.is_dir():
             raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
+    companions = _companions(also, len(images or []))
     opened = store.open_trace(trace)
     console = Console()
     if sample:
@@ -134,7 +138,9 @@ def query_command(
     else:
         prompts: list[str | None] = list(prompt) if prompt else [None] * len(images or [])
         with Console(stderr=True).status(f"Capturing the gradients of {len(images or [])} images"):
-            hits = query.attribute(opened, images or [], prompts, k=k, weights=weights, command=context.obj)
+            hits = query.attribute(
+                opened, images or [], prompts, k=k, also=companions, weights=weights, command=context.obj
+            )
         questions = [
             report.Question(name=image.name, prompt=text) for image, text in zip(images or [], prompts, strict=True)
         ]
@@ -217,6 +223,19 @@ def _settings(
     given = {name: value for name, value in given.items() if value is not None}
     make_settings(given)
     return given
+
+
+def _companions(also: Sequence[str] | None, count: int) -> list[dict[str, str]] | None:
+    """The further images of a query, by column."""
+    if not also:
+        return None
+    pairs = [pair.partition("=") for pair in also]
+    if count != 1 or not all(name and file for name, _, file in pairs):
+        raise QueryError(
+            f"--also is {', '.join(also)} for {count} images; expected COLUMN=FILE (conditioning_image=edges.png) and "
+            "one image. Ask about one image at a time."
+        )
+    return [{name: file for name, _, file in pairs}]
 
 
 def _script(context: typer.Context) -> Any:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ def attribute(
     prompts: Sequence[str | None] | None = None,
     *,
     k: int = 10,
+    also: Sequence[Mapping[str, str | os.PathLike[str]]] | None = None,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
 ) -> list[list[Hit]]:
@@ -43,6 +44,8 @@ def attribute(
         images: the images, as files or as PIL images, of the size that the model was trained on.
         prompts: the prompt of each image, for models that were trained with captions.
         k: how many training samples for each image.
+        also: for models that were trained on pairs, the other images of each query by the name of their dataset
+            column, such as `{"conditioning_image": "edges.png"}`.
         weights: the traced weights; those beside the store if not given.
         command: the script and its arguments, as the traced run was started; what this user's machine remembers of
             that run if not given. `{data}` in an argument stands for the folder with the queries.
@@ -58,7 +61,7 @@ def attribute(
     """
     trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
     score.check_k(trace, k)
-    gradients = capture_queries(trace, images, prompts, weights=weights, command=command)
+    gradients = capture_queries(trace, images, prompts, also=also, weights=weights, command=command)
     return hits_of(trace, score.exact(trace, gradients, k))
 
 
@@ -77,6 +80,7 @@ def capture_queries(
     images: Sequence[str | os.PathLike[str] | Image.Image],
     prompts: Sequence[str | None] | None = None,
     *,
+    also: Sequence[Mapping[str, str | os.PathLike[str]]] | None = None,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
 ) -> np.ndarray:
@@ -89,6 +93,9 @@ def capture_queries(
     prompts = [None] * len(images) if prompts is None else list(prompts)
     if len(prompts) != len(images):
         raise QueryError(f"{len(images)} images were given and {len(prompts)} prompts. Give one prompt for each image.")
+    also = [{} for _ in images] if also is None else also
+    if len(also) != len(images):
+        raise QueryError(f"{len(images)} images were given, and companions of {len(also)}. Give a mapping for each.")
     run = _command(trace, command)
     loaded = Path(weights) if weights is not None else weights_beside(trace.path)
     if not loaded.exists():
@@ -96,33 +103,41 @@ def capture_queries(
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as name:
         folder = Path(name)
         files = [_as_file(image, folder / f"given{k}.png") for k, image in enumerate(images)]
+        others = [{name: _as_file(other, folder / "unused.png") for name, other in pair.items()} for pair in also]
         # The integration imports torch, which the command line needs for nothing else.
         from dmin_trace.integrations import diffusers
 
-        diffusers.write_queries(folder / "data", files, prompts)
-        job = Job(
-            mode="now",
-            command=Command(
-                run.script,
-                tuple(diffusers.query_arguments(run.arguments, folder / "data", folder / "output")),
-                run.folder,
-            ),
-            settings={},
-            out=str(folder / "queries.zarr"),
-            weights=str(loaded.absolute()),
-            like=str(trace.path.absolute()),
-        )
-        _run(job, folder)
-        captured = open_trace(folder / "queries.zarr")
-        if captured.header.samples != len(images):
-            raise ScriptError(
-                f"The script made {captured.header.samples} samples of {len(images)} images, so it cannot be told "
-                "which is which. Leave repeats and extra data out of its arguments."
+        script = Path(run.script)
+        source = script.read_text(encoding="utf-8", errors="replace") if script.is_file() else ""
+        runs = diffusers.prepare_queries(run.arguments, source, files, prompts, others, folder)
+        parts = []
+        for k, part in enumerate(runs):
+            job = Job(
+                mode="now",
+                command=Command(run.script, part.arguments, run.folder),
+                settings={},
+                out=str(folder / f"queries{k}.zarr"),
+                weights=str(loaded.absolute()),
+                like=str(trace.path.absolute()),
             )
-        bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
+            parts.append(_captured(job, folder, part.count))
+        norm = np.concatenate([captured.norm for captured in parts])
+        bad = np.flatnonzero(~np.isfinite(norm).all(axis=1) | (norm == 0).any(axis=1))
         if bad.size:
             raise QueryError(f"The gradient of {files[bad[0]].name} is zero or not finite, so it has no direction.")
-        return captured.rows(np.arange(len(images)))
+        return np.concatenate([captured.rows(np.arange(captured.header.samples)) for captured in parts])
+
+
+def _captured(job: Job, folder: Path, count: int) -> Trace:
+    """What a run of the script on so many queries captured."""
+    _run(job, folder)
+    captured = open_trace(Path(job.out or ""))
+    if captured.header.samples != count:
+        raise ScriptError(
+            f"The script made {captured.header.samples} samples of {count} images, so it cannot be told which is "
+            "which. Leave repeats and extra data out of its arguments."
+        )
+    return captured
 
 
 def hits_of(trace: Trace, ranking: Ranking) -> list[list[Hit]]:

@@ -7,18 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dmin_trace.errors import CaptureError, WeightsError
 
-KeyConverter = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-"""Turns the keys of a host's weight file into the names of its modules' parameters."""
+KeyConverter = Callable[[str], str]
+"""Turns a key of a host's weight file into the name of a module's parameter."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a saved tensor lies.
+
+    file: the safetensors file.
+    key: its key there.
+    """
+
+    file: Path
+    key: str
 
 
 @dataclass(frozen=True)
@@ -27,10 +41,14 @@ class Trainable:
 
     names: `module.parameter`, with the model's number in front where several models train.
     tensors: the parameters themselves.
+    owners: the number of the model that each belongs to.
+    own_names: their names in that model.
     """
 
     names: tuple[str, ...]
     tensors: tuple[torch.nn.Parameter, ...]
+    owners: tuple[int, ...]
+    own_names: tuple[str, ...]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -66,34 +84,65 @@ class Trainable:
         partial.replace(path)
 
     def load(self, path: Path, convert: KeyConverter | None = None) -> None:
-        """Reads every value from a safetensors file, or from the files in a folder.
+        """Reads every value from a safetensors file, or from the files in a folder, or in the folders in it.
 
-        Accepts the parameter's name, alone or after a model's name (`unet.`), with or without an adapter's name.
+        Accepts a parameter's name with or without an adapter's name, alone or after any other words (`unet.`), as long
+        as they are the same for all parameters of one model, and told apart from those of the others.
 
         Raises:
-            WeightsError: no such file, an unreadable one, or one that lacks a tensor or has it in another shape.
-                Nothing is changed then.
+            WeightsError: no such file, an unreadable one, one that lacks a tensor or has it in another shape, or more
+                than one that would do. Nothing is changed then.
         """
-        found = read_weights(path)
-        if convert is not None:
-            found = convert(found)
-        values = [_find(name, found) for name in self.names]
-        missing = [name for name, value in zip(self.names, values, strict=True) if value is None]
-        if missing:
-            raise WeightsError(
-                f"{path} lacks {len(missing)} of the {len(self.names)} trainable tensors, among them "
-                f"{', '.join(missing[:3])}. Give the weights that this script saved, or a checkpoint of its training."
-            )
-        for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
-            if value is not None and value.shape != parameter.shape:
-                raise WeightsError(
-                    f"{path} holds {name} with shape {tuple(value.shape)}, but the script's model has "
-                    f"{tuple(parameter.shape)}. Give the weights that this script saved."
-                )
-        with torch.no_grad():
-            for parameter, value in zip(self.tensors, values, strict=True):
-                if value is not None:
+        refusal: WeightsError | None = None
+        for files in weight_files(path):
+            saved = places(files, path, convert)
+            try:
+                values = self._choose(path, saved)
+            except WeightsError as error:
+                refusal = refusal or error
+                continue
+            with torch.no_grad():
+                for parameter, value in zip(self.tensors, values, strict=True):
                     parameter.copy_(value)
+            return
+        if refusal is not None:
+            raise refusal
+
+    def _choose(self, path: Path, saved: Mapping[str, Place]) -> list[torch.Tensor]:
+        """The saved value of each parameter."""
+        if all(name in saved for name in self.names):
+            return self._read(path, [saved[name] for name in self.names])
+        models = sorted(set(self.owners))
+        own = {k: [n for n, owner in zip(self.own_names, self.owners, strict=True) if owner == k] for k in models}
+        shapes = {k: [s for s, owner in zip(self.shapes, self.owners, strict=True) if owner == k] for k in models}
+        chosen: dict[int, list[Place]] = {}
+        found = {k: [c for c in _candidates(own[k], saved) if _shapes(c) == shapes[k]] for k in models}
+        for k in models:
+            if not found[k]:
+                raise WeightsError(_why_not(path, own[k], shapes[k], saved))
+        # What can only be one model's is no other's. Once for each model, since it may settle the next.
+        for _ in models:
+            taken = [c[0] for candidates in found.values() if len(candidates) == 1 for c in candidates]
+            found = {k: [c for c in cs if len(cs) == 1 or c[0] not in taken] or cs for k, cs in found.items()}
+        for k in models:
+            # Models of one kind (two text encoders) are saved in the order in which they are prepared.
+            alike = [j for j in models if found[j] == found[k]]
+            if len(found[k]) > len(alike) and not _all_equal(found[k]):
+                raise WeightsError(
+                    f"{path} holds {own[k][0]} and what belongs to it {len(found[k])} times: "
+                    f"{', '.join(f'{c[0].key} in {c[0].file.name}' for c in found[k][:3])}. Give the file or folder "
+                    "that is meant."
+                )
+            chosen[k] = found[k][min(alike.index(k), len(found[k]) - 1)]
+        queues = {k: iter(chosen[k]) for k in models}
+        return self._read(path, [next(queues[owner]) for owner in self.owners])
+
+    def _read(self, path: Path, chosen: Sequence[Place]) -> list[torch.Tensor]:
+        values = list(read(chosen))
+        for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
+            if value.shape != parameter.shape:
+                raise WeightsError(_wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape)))
+        return values
 
 
 def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> Trainable:
@@ -104,6 +153,8 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
     optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     names: list[str] = []
     tensors: list[torch.nn.Parameter] = []
+    owners: list[int] = []
+    own_names: list[str] = []
     seen: set[int] = set()
     for k, model in enumerate(models):
         for name, parameter in model.named_parameters():
@@ -111,49 +162,112 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
                 seen.add(id(parameter))
                 names.append(name if len(models) == 1 else f"{k}.{name}")
                 tensors.append(parameter)
+                owners.append(k)
+                own_names.append(name)
     if not tensors:
         raise CaptureError(
             "No trainable parameter of a prepared model is in a prepared optimizer. Pass the model and its optimizer "
             "to accelerator.prepare."
         )
-    return Trainable(tuple(names), tuple(tensors))
+    return Trainable(tuple(names), tuple(tensors), tuple(owners), tuple(own_names))
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file, or every one in a folder and in the folders directly in it.
+def weight_files(path: Path) -> list[list[Path]]:
+    """The safetensors files that a path stands for: itself, those in a folder, and failing these those one deeper.
 
-    Raises WeightsError where there is none, or where one cannot be read.
+    Raises WeightsError where there is none.
     """
     if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
-    else:
+        return [[path]]
+    if not path.is_dir():
         raise WeightsError(f"There are no weights at {path}. Give a .safetensors file or a folder that holds one.")
-    if not files:
+    # A training's checkpoints lie beside what it saved at its end, with the weights of earlier steps.
+    deeper = [file for file in path.glob("*/*.safetensors") if not file.parent.name.startswith("checkpoint")]
+    tiers = [sorted(path.glob("*.safetensors")), sorted(deeper)]
+    if not any(tiers):
         raise WeightsError(
             f"{path} holds no .safetensors file. Give a folder that a script saved its weights to (other formats can "
             "run a program when they are read, and are not)."
         )
-    found: dict[str, torch.Tensor] = {}
-    source: dict[str, Path] = {}
+    return [tier for tier in tiers if tier]
+
+
+def places(files: Iterable[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, Place]:
+    """Where each saved tensor lies, by its name; that of a folder inside `path` goes in front. Reads no tensor.
+
+    Raises WeightsError where a file cannot be read, or two files of one folder hold the same name.
+    """
+    saved: dict[str, Place] = {}
     for file in files:
+        folder = "" if file == path or file.parent == path else f"{file.parent.name}."
         try:
-            tensors = load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                keys = list(opened.keys())
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} cannot be read as safetensors: {error}.") from None
-        if twice := next((key for key in tensors if key in found), None):
-            raise WeightsError(
-                f"{path} holds {twice} twice, in {source[twice]} and in {file}. Give the one of the two that is meant."
-            )
-        found.update(tensors)
-        source.update(dict.fromkeys(tensors, file))
+        for key in keys:
+            name = folder + (convert(key) if convert is not None else key)
+            if name in saved:
+                raise WeightsError(
+                    f"{path} holds {key} twice, in {saved[name].file} and in {file}. Give the one of the two that is "
+                    "meant."
+                )
+            saved[name] = Place(file, key)
+    return saved
+
+
+def read(wanted: Iterable[Place]) -> Iterable[torch.Tensor]:
+    """The tensors at these places, in order."""
+    with ExitStack() as entered:
+        opened: dict[Path, Any] = {}
+        for place in wanted:
+            if place.file not in opened:
+                opened[place.file] = entered.enter_context(safe_open(place.file, framework="pt"))
+            yield opened[place.file].get_tensor(place.key)
+
+
+def _candidates(names: Sequence[str], saved: Mapping[str, Place]) -> list[list[Place]]:
+    """The places of all of a model's parameters, for every start of a name and spelling that has them all."""
+    found = []
+    for spelled in dict.fromkeys([tuple(names), tuple(name.replace(".default.", ".") for name in names)]):
+        first = spelled[0]
+        starts = [key.removesuffix(first) for key in saved if key == first or key.endswith("." + first)]
+        for start in sorted(starts):
+            if all(start + name in saved for name in spelled):
+                found.append([saved[start + name] for name in spelled])
     return found
 
 
-def _find(name: str, found: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    for candidate in (name, name.replace(".default.", ".")):
-        for prefix in ("", "unet.", "transformer."):
-            if prefix + candidate in found:
-                return found[prefix + candidate]
-    return None
+def _shapes(chosen: Sequence[Place]) -> list[tuple[int, ...]]:
+    with ExitStack() as entered:
+        opened = {f: entered.enter_context(safe_open(f, framework="pt")) for f in {place.file for place in chosen}}
+        return [tuple(opened[place.file].get_slice(place.key).get_shape()) for place in chosen]
+
+
+def _all_equal(candidates: Sequence[Sequence[Place]]) -> bool:
+    first = candidates[0]
+    return all(torch.equal(a, b) for other in candidates[1:] for a, b in zip(read(first), read(other), strict=True))
+
+
+def _why_not(path: Path, names: Sequence[str], shapes: Sequence[tuple[int, ...]], saved: Mapping[str, Place]) -> str:
+    """What keeps a model's parameters from being read: a wrong shape, or how many are missing."""
+    for candidate in _candidates(names, saved):
+        for name, shape, other in zip(names, shapes, _shapes(candidate), strict=True):
+            if shape != other:
+                return _wrong_shape(path, name, other, shape)
+    ends = set()
+    for key in saved:
+        parts = key.split(".")
+        ends |= {".".join(parts[k:]) for k in range(len(parts))}
+    missing = [n for n in names if n not in ends and n.replace(".default.", ".") not in ends] or list(names)
+    return (
+        f"{path} lacks {len(missing)} of the {len(names)} trainable tensors, among them {', '.join(missing[:3])}. Give "
+        "the weights that this script saved, or a checkpoint of its training."
+    )
+
+
+def _wrong_shape(path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return (
+        f"{path} holds {name} with shape {found}, but the script's model has {expected}. Give the weights that this "
+        "script saved."
+    )

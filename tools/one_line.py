@@ -130,6 +130,14 @@ SCRIPTS = (
     _script("dreambooth", "train_dreambooth_lora_sana", "sana", *CAPTIONED),
     _script(
         "controlnet",
+        "train_controlnet_sdxl",
+        "sdxl",
+        *PAIRS,
+        *("--conditioning_image_column", "conditioning_image"),
+        pair=True,
+    ),
+    _script(
+        "controlnet",
         "train_controlnet_sd3",
         "sd3_deep",
         *PAIRS,
@@ -336,7 +344,7 @@ def _cells(o: Outcome) -> list[str]:
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as a page."""
     rows = [HEADINGS, ["---"] * len(HEADINGS), *(_cells(outcome) for outcome in outcomes)]
-    return PAGE + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return PAGE + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n" + REST
 
 
 PAGE = """# The one line in diffusers' training scripts
@@ -351,6 +359,27 @@ was changed.
   the saved weights with `dmin-trace capture`.
 - *copy finds itself*: asked about a copy of a training picture, its score against the runner-up's (4 is the most).
 
+"""
+
+REST = """
+## Not served
+
+- `train_amused`, `train_t2i_adapter_sdxl`, `train_cosmos_predict25_lora`: draw their timesteps with `torch.rand`, which
+  is not pinned; the capture says so and stops.
+- `train_lcm_distill_*_wds`: read a webdataset, whose samples have no index.
+- `train_vqgan`, `train_llada2`: not diffusion models with a timestep (a GAN with two losses a step; a masked language
+  model).
+- `--cache_latents`, in any script: latents are looked up by the number of the batch, not of the sample; refused with
+  that reason.
+
+## Not run
+
+They have the same shape of loop by reading (`prepare`, `accumulate`, one `backward`, a timestep draw that is pinned):
+`train_cogvideox_lora`, `train_cogvideox_image_to_video_lora`, `train_control_cogview4`, `train_lcm_distill_lora_sdxl`,
+`train_controlnet_flux`, `train_custom_diffusion`, `train_control_flux`, `train_control_lora_flux`,
+`train_instruct_pix2pix_sdxl`, `textual_inversion_sdxl`, the four of `kandinsky2_2`, the three
+of `advanced_diffusion_training`, and of `dreambooth` the LoRA scripts for Flux.2, Flux Kontext, HiDream, Ideogram 4,
+Krea 2, Lumina 2, Qwen Image and Z-Image. Neither were a GPU, mixed precision and more than one process.
 """
 
 

@@ -122,6 +122,10 @@ def query_command(
             "the saved model, and ask about that."
         ),
     ] = None,
+    conditioning: Annotated[
+        list[Path] | None,
+        typer.Option(help="What each image was made from (ControlNet, InstructPix2Pix), likewise."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first image made from a prompt.")] = 0,
     num: Annotated[int, typer.Option(help="How many images to make from each prompt.")] = 1,
     made: Annotated[
@@ -158,14 +162,17 @@ def query_command(
     else:
         with Console(stderr=True).status("Reading the questions") as status:
             if images:
-                asked = questions.read_questions(images, prompt or [])
+                asked = questions.read_questions(images, prompt or [], conditioning or [])
             else:
                 status.update("Making images")
                 folder = made or trace.absolute().parent / "generated"
                 asked = query.generate(opened, prompt or [], folder, num=num, seed=seed, command=context.obj)
             status.update(f"Capturing the gradients of {len(asked)} images")
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
-            hits = query.attribute(opened, files, prompts, k=k, weights=weights, command=context.obj)
+            behind = [a.conditioning for a in asked]
+            hits = query.attribute(
+                opened, files, prompts, conditioning=behind, k=k, weights=weights, command=context.obj
+            )
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     timesteps = opened.header.timesteps
     for question, answer in zip(shown, hits, strict=True):

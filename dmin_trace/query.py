@@ -34,6 +34,7 @@ def attribute(
     images: Sequence[str | os.PathLike[str] | Image.Image],
     prompts: Sequence[str | None] | None = None,
     *,
+    conditioning: Sequence[str | os.PathLike[str] | Image.Image | None] | None = None,
     k: int = 10,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
@@ -44,6 +45,7 @@ def attribute(
         trace: the store, or its path.
         images: the images, as files or as PIL images, of the size that the model was trained on.
         prompts: the prompt of each image, for models that were trained with captions.
+        conditioning: what each image was made from, for a ControlNet or a model that edits images.
         k: how many training samples for each image.
         weights: the traced weights; those beside the store if not given.
         command: the script and its arguments, as the traced run was started; what this user's machine remembers of
@@ -61,7 +63,7 @@ def attribute(
     """
     trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
     score.check_k(trace, k)
-    gradients = capture_queries(trace, images, prompts, weights=weights, command=command)
+    gradients = capture_queries(trace, images, prompts, conditioning=conditioning, weights=weights, command=command)
     return hits_of(trace, score.exact(trace, gradients, k))
 
 
@@ -80,6 +82,7 @@ def capture_queries(
     images: Sequence[str | os.PathLike[str] | Image.Image],
     prompts: Sequence[str | None] | None = None,
     *,
+    conditioning: Sequence[str | os.PathLike[str] | Image.Image | None] | None = None,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
 ) -> np.ndarray:
@@ -92,6 +95,11 @@ def capture_queries(
     prompts = [None] * len(images) if prompts is None else list(prompts)
     if len(prompts) != len(images):
         raise QueryError(f"{len(images)} images were given and {len(prompts)} prompts. Give one prompt for each image.")
+    sources = [None] * len(images) if conditioning is None else list(conditioning)
+    if len(sources) != len(images):
+        raise QueryError(
+            f"{len(images)} images were given and {len(sources)} conditioning images. Give one for each image."
+        )
     run = _command(trace, command)
     # The integration imports torch, which the command line needs for nothing else.
     from dmin_trace.integrations import diffusers
@@ -102,6 +110,16 @@ def capture_queries(
             f"The model was trained with captions, but {_name(images[wordless[0]], wordless[0])} came without its "
             "prompt. Give the prompt of each image with --prompt, an empty one for an image made without."
         )
+    columns = diffusers.query_columns(run.arguments, trace.header.batch)
+    alone = [k for k, source in enumerate(sources) if (source is None) != (columns.conditioning is None)]
+    if alone:
+        name = _name(images[alone[0]], alone[0])
+        raise QueryError(
+            f"The model makes images from a conditioning image ({columns.conditioning}), but {name} came without the "
+            "one that it was made from. Give it with --conditioning."
+            if columns.conditioning
+            else f"A conditioning image was given with {name}, but the model takes none. Leave --conditioning out."
+        )
     loaded = Path(weights) if weights is not None else weights_beside(trace.path)
     if not loaded.exists():
         raise WeightsError(f"There are no weights at {loaded}. Give those that were traced, with --weights.")
@@ -109,11 +127,11 @@ def capture_queries(
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as name:
         folder = Path(name)
         files = [_as_file(image, folder / f"given{k}.png") for k, image in enumerate(images)]
+        behind = [None if s is None else _as_file(s, folder / f"source{k}.png") for k, s in enumerate(sources)]
         for n, group in enumerate(_groups(prompts, diffusers.takes_one_prompt(run.arguments))):
             part = folder / f"part{n}"
             chosen, said = [files[k] for k in group], [prompts[k] for k in group]
-            column = diffusers.caption_column(run.arguments)
-            diffusers.write_queries(part / "data", chosen, said, column)
+            diffusers.write_queries(part / "data", chosen, said, columns, [behind[k] for k in group])
             arguments = diffusers.query_arguments(run.arguments, part / "data", part / "output", said[0])
             job = Job(
                 mode="now",

@@ -6,7 +6,8 @@ Nothing here imports diffusers unless the script has: the functions look at what
     averaged_models   the EMA whose weights the script will save
     query_arguments   the script's command line, pointed at a folder with the queries
     write_queries     that folder, as `datasets` reads image folders (`metadata.jsonl`)
-    takes_prompts     whether the command line shows that the model learns captions, and caption_column where they are
+    query_columns     how the script calls the columns of that folder
+    takes_prompts     whether the command line shows that the model learns captions
     generate          images from the model that the script saved
     parameter_keys    the keys of saved weight files, as names of parameters
 """
@@ -18,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,7 @@ def schedule_length(values: Iterable[Any]) -> int | None:
 
 def takes_prompts(arguments: Sequence[str]) -> bool:
     """Whether a training command line names captions or a prompt."""
-    return _has(arguments, "--caption_column") or _has(arguments, "--instance_prompt")
+    return any(_has(arguments, name) for name in ("--caption_column", "--edit_prompt_column", "--instance_prompt"))
 
 
 def takes_one_prompt(arguments: Sequence[str]) -> bool:
@@ -112,9 +114,34 @@ def takes_one_prompt(arguments: Sequence[str]) -> bool:
     return _has(arguments, "--instance_prompt") and not _has(arguments, "--caption_column")
 
 
-def caption_column(arguments: Sequence[str]) -> str:
-    """The name of the captions in `metadata.jsonl`."""
-    return _value(arguments, "--caption_column") or "text"
+@dataclass(frozen=True)
+class QueryColumns:
+    """The data set's columns of the image, of its caption, and of the image that it was made from, if there is one."""
+
+    image: str = "image"
+    caption: str = "text"
+    conditioning: str | None = None
+
+
+def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:
+    """The columns that a script reads, by its command line and, where that is silent, the scripts' defaults.
+
+    Args:
+        arguments: the script's arguments.
+        entries: the names of its batches' entries, which tell a ControlNet's script and InstructPix2Pix's apart.
+    """
+    names = " ".join(entries)
+    if _has(arguments, "--original_image_column") or "original_pixel_values" in names:
+        return QueryColumns(
+            image=_value(arguments, "--edited_image_column") or "edited_image",
+            caption=_value(arguments, "--edit_prompt_column") or "edit_prompt",
+            conditioning=_value(arguments, "--original_image_column") or "input_image",
+        )
+    given = _value(arguments, "--conditioning_image_column")
+    return QueryColumns(
+        caption=_value(arguments, "--caption_column") or "text",
+        conditioning=given or ("conditioning_image" if "conditioning_pixel_values" in names else None),
+    )
 
 
 def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt: str | None = None) -> list[str]:
@@ -144,19 +171,35 @@ def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt
     return [*kept, data, str(folder), "--output_dir", str(output)]
 
 
-def write_queries(folder: Path, images: Sequence[Path], prompts: Sequence[str | None], column: str = "text") -> None:
-    """Copies the images into a folder, in order, with their prompts in `metadata.jsonl` under the name `column`.
+def write_queries(
+    folder: Path,
+    images: Sequence[Path],
+    prompts: Sequence[str | None],
+    columns: QueryColumns,
+    conditioning: Sequence[Path | None],
+) -> None:
+    """Copies the images into a folder, in order, and names them with their prompts in `metadata.jsonl`.
 
+    An image of a column `x` that is not the usual `image` goes by `x_file_name` there, as `datasets` has it.
     Raises OSError where a file cannot be copied.
     """
     folder.mkdir(parents=True)
     lines = []
-    for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+    for k, (image, prompt, source) in enumerate(zip(images, prompts, conditioning, strict=True)):
         # Numbered, since image folders are read in the order of their names.
         name = f"{k:06d}{image.suffix.lower()}"
         shutil.copyfile(image, folder / name)
-        lines.append(json.dumps({"file_name": name, column: prompt}))
-    if any(prompt is not None for prompt in prompts):
+        row = {"file_name" if columns.image == "image" else f"{columns.image}_file_name": name}
+        if prompt is not None:
+            row[columns.caption] = prompt
+        if source is not None and columns.conditioning is not None:
+            # In a folder of its own, where no reader of a folder's images takes it for one of them.
+            within = f"conditioning/{k:06d}{source.suffix.lower()}"
+            (folder / "conditioning").mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / within)
+            row[f"{columns.conditioning}_file_name"] = within
+        lines.append(json.dumps(row))
+    if any(said is not None for said in (*prompts, *conditioning)):
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -92,14 +92,45 @@ def test_dreambooth_with_captions_reads_a_data_set() -> None:
 
 def test_captions_are_written_where_the_script_reads_them(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    column = diffusers.caption_column([*T2I, "--caption_column=says"])
-    diffusers.write_queries(tmp_path / "q", [tmp_path / "a.png"] * 2, ["a dog", ""], column)
+    columns = diffusers.query_columns([*T2I, "--caption_column=says"], ["pixel_values"])
+    diffusers.write_queries(tmp_path / "q", [tmp_path / "a.png"] * 2, ["a dog", ""], columns, [None, None])
     lines = [json.loads(line) for line in (tmp_path / "q" / "metadata.jsonl").read_text().splitlines()]
     assert lines == [{"file_name": "000000.png", "says": "a dog"}, {"file_name": "000001.png", "says": ""}]
-    assert diffusers.caption_column(T2I) == "text"
+    assert diffusers.query_columns(T2I, []).caption == "text"
 
 
 @pytest.mark.parametrize("arguments", [["--output_dir", "run"], T2I[:2], T2I])
 def test_nothing_is_generated_without_a_saved_model(tmp_path: Path, arguments: list[str]) -> None:
     with pytest.raises(ValueError, match="does not name a model|holds neither"):
         diffusers.generate(arguments, tmp_path, [("a cat", 0)])
+
+
+EDITS = ["--original_image_column", "before", "--edited_image_column", "after", "--edit_prompt_column", "how"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "entries", "image", "conditioning", "caption"),
+    [
+        (["--conditioning_image_column", "edges"], [], "file_name", "edges_file_name", "text"),
+        (T2I, ["pixel_values", "conditioning_pixel_values"], "file_name", "conditioning_image_file_name", "text"),
+        (EDITS, [], "after_file_name", "before_file_name", "how"),
+        (T2I, ["original_pixel_values"], "edited_image_file_name", "input_image_file_name", "edit_prompt"),
+    ],
+)
+def test_a_conditioning_image_is_written_where_the_script_reads_it(
+    tmp_path: Path, arguments: list[str], entries: list[str], image: str, conditioning: str, caption: str
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (5, 5)).save(tmp_path / "b.png")
+    columns = diffusers.query_columns(arguments, entries)
+    diffusers.write_queries(tmp_path / "q", [tmp_path / "a.png"], ["a dog"], columns, [tmp_path / "b.png"])
+    row = json.loads((tmp_path / "q" / "metadata.jsonl").read_text())
+    assert row == {image: "000000.png", caption: "a dog", conditioning: "conditioning/000000.png"}
+    assert (tmp_path / "q" / row[conditioning]).read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_list_names_conditioning_images(folder: Path) -> None:
+    (folder / "list.jsonl").write_text('{"image": "a.jpg", "conditioning_image": "b.png", "prompt": "a"}')
+    assert read_questions([folder / "list.jsonl"]) == [Asked(folder / "a.jpg", "a", folder / "b.png")]
+    given = read_questions([folder / "a.jpg", folder / "b.png"], ["x"], [folder / "b.png"])
+    assert [asked.conditioning for asked in given] == [folder / "b.png"] * 2

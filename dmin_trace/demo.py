@@ -26,7 +26,7 @@ from dmin_trace.store import open_trace
 GENERATED = 40
 QUERIES = 5
 TOP = 10
-TRAINING = ("--num_epochs", "25", "--train_batch_size", "64", "--learning_rate", "2e-3", "--seed", "0")
+TRAINING = ("--num_epochs", "40", "--train_batch_size", "64", "--learning_rate", "2e-3", "--seed", "0")
 
 
 def run_demo(folder: Path, console: Console) -> float:

@@ -93,7 +93,7 @@ class Header:
     timesteps: as the denoiser saw them.
     dimension, dtype, chunk_rows: v, how a number is stored, R.
     weights: fingerprint of the trained parameters.
-    batch: shapes of the image-like tensors of a batch of one sample.
+    batch: shapes of what is made of images or words in a batch of one sample.
     columns: the readable columns and their kinds.
     settings: the capture's settings, as JSON.
     writers: versions of the packages that wrote the store.

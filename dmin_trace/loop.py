@@ -9,6 +9,8 @@ latents, conditioning, noise, weighting and loss; nothing of that is rebuilt her
                        backward          to take the gradient instead of accumulating it
                        log, clip_grad_*  to keep captures out of logs and out of `.grad`
                        load_state        to learn where a resumed run starts
+                       skip_first_batches to drive the shortened loader of a resumed epoch too
+                       init_trackers     to open no tracker for a capture on demand
 
 Two kinds of loop end differently. One that runs out (`for epoch in range(num_epochs)`) gets its capture batches after
 the last batch of the last epoch. One that breaks (`if global_step >= max_train_steps: break`) would be gone by then, so

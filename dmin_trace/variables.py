@@ -44,14 +44,6 @@ class LoopVariables:
         for _, variables in self._frames:
             yield from variables.values()
 
-    def named(self, name: str) -> Any | None:
-        """The nearest variable of this name, local ones before global ones, or None."""
-        for frame, variables in self._frames:
-            value = variables.get(name, frame.f_globals.get(name))
-            if value is not None:
-                return value
-        return None
-
     def globals(self) -> list[dict[str, Any]]:
         """The module variables of the script's frames, each module once."""
         found: dict[int, dict[str, Any]] = {id(frame.f_globals): frame.f_globals for frame, _ in self._frames}

@@ -68,11 +68,3 @@ def test_an_outer_loop_over_a_dict_goes_on() -> None:
             last = batch
         seen.append((name, last))
     assert seen == [("a", 1), ("b", 2)]
-
-
-def test_named_finds_the_nearest_variable() -> None:
-    args = "local"
-    variables = LoopVariables(script_frame())
-    assert variables.named("args") == args
-    assert variables.named("torch") is torch
-    assert variables.named("no such name") is None

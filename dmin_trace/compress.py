@@ -21,7 +21,7 @@ alike, the very one that a plan of that dimension makes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,6 +37,9 @@ WIDTH = 2**17
 
 ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
+
+JOINED = 2**15
+"""Tensors smaller than this are laid end to end first: a model has hundreds of them, and the calls would be the cost."""
 
 PIECE = 2**18
 """Elements that the uniform kind converts to float32 and multiplies by their signs at a time."""
@@ -186,19 +189,19 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
     at = 0
     sums: torch.Tensor | None = None
     squares: list[torch.Tensor] = []
-    for tensor in tensors:
-        if at + tensor.numel() > plan.length:
-            raise _wrong_length(f"{at + tensor.numel()} elements or more", plan)
+    for flat in _joined(tensors):
+        if at + flat.numel() > plan.length:
+            raise _wrong_length(f"{at + flat.numel()} elements or more", plan)
         if sums is None:
             # A row that runs over the end goes on in a second half, in one call rather than two.
             count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
-            sums = torch.zeros(count, dtype=torch.float32, device=tensor.device)
-            numbers = plan.numbers(tensor.device)
+            sums = torch.zeros(count, dtype=torch.float32, device=flat.device)
+            numbers = plan.numbers(flat.device)
         add = _add_rows if plan.kind == "rotation" else _add_pieces
-        squares += add(sums, tensor.detach().reshape(-1), at, numbers)
-        at += tensor.numel()
+        squares += add(sums, flat, at, numbers)
+        at += flat.numel()
         # Without this the last tensor would live on while the next is made.
-        del tensor
+        del flat
     if at != plan.length or sums is None:
         raise _wrong_length(f"{at} elements", plan)
     square = torch.stack(squares).to(_widest(sums.device)).sum()
@@ -231,6 +234,27 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor,
     unit = sketch / norm
     unit = unit / torch.linalg.vector_norm(unit, dtype=_widest(unit.device)).float()
     return torch.where(torch.isfinite(norm) & (norm > 0) & torch.isfinite(unit), unit, 0.0), norm
+
+
+def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors flattened, small neighbours in one."""
+    small: list[torch.Tensor] = []
+    count = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        del tensor
+        fits = flat.numel() < JOINED and (not small or (flat.dtype, flat.device) == (small[0].dtype, small[0].device))
+        if small and (not fits or count + flat.numel() > JOINED):
+            yield small[0] if len(small) == 1 else torch.cat(small)
+            small, count = [], 0
+        if flat.numel() < JOINED:
+            small.append(flat)
+            count += flat.numel()
+        else:
+            yield flat
+        del flat
+    if small:
+        yield small[0] if len(small) == 1 else torch.cat(small)
 
 
 def _add_rows(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers) -> list[torch.Tensor]:

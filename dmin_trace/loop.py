@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from types import FrameType
 from typing import Any, Protocol
@@ -536,4 +536,9 @@ def _forward_names(module: torch.nn.Module) -> list[str]:
     """The names of a module's positional arguments; those of the model inside, for a PEFT wrapper."""
     base = getattr(module, "get_base_model", None)
     # The class's own method: accelerate hides the instance's behind a wrapper for autocast.
-    return list(inspect.signature(type(base() if callable(base) else module).forward).parameters)[1:]
+    return _argument_names(type(base() if callable(base) else module).forward)
+
+
+@cache
+def _argument_names(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]

@@ -75,7 +75,11 @@ def seed_of(seed: int, stream: int) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seeds the generators of torch (all devices), numpy and python."""
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # Before each loop body: torch.manual_seed writes down a whole stack trace for the day that a GPU wakes up.
+        torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 

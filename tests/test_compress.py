@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmin_trace.compress import Plan, compress, make_plan, project
+from dmin_trace.compress import JOINED, Plan, compress, make_plan, project
 from dmin_trace.errors import CaptureError, SettingsError
 from dmin_trace.settings import Projection
 
@@ -241,7 +241,7 @@ def test_each_tensor_is_let_go_before_the_next_is_asked_for(kind: Projection, dt
     alive: list[weakref.ref[np.ndarray]] = []
 
     def make() -> torch.Tensor:
-        array = np.ones((10, 25), dtype)
+        array = np.ones((10, JOINED // 10 + 1), dtype)
         alive.append(weakref.ref(array))
         # The tensor's memory is the array's, and so are the views of it.
         return torch.from_numpy(array)
@@ -251,7 +251,7 @@ def test_each_tensor_is_let_go_before_the_next_is_asked_for(kind: Projection, dt
             assert all(array() is None for array in alive)
             yield make()
 
-    project(stream(), small_plan(kind))
+    project(stream(), small_plan(kind, 40 * (JOINED // 10 + 1)))
     assert len(alive) == 4
 
 

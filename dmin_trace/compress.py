@@ -39,7 +39,7 @@ ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
 
 JOINED = 2**15
-"""Tensors smaller than this are laid end to end first: a model has hundreds of them, and the calls would be the cost."""
+"""Smaller tensors are laid end to end first: a model has hundreds of them, and the calls would be the cost."""
 
 PIECE = 2**18
 """Elements that the uniform kind converts to float32 and multiplies by their signs at a time."""

@@ -122,8 +122,8 @@ def query_command(
             "the saved model, and ask about that."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image made from a prompt.")] = 0,
-    num: Annotated[int, typer.Option(help="How many images to make from each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of the first image made from a prompt. Default: 0.")] = None,
+    num: Annotated[int | None, typer.Option(help="How many images to make from each prompt. Default: 1.")] = None,
     made: Annotated[
         Path | None, typer.Option(help="A folder for the images made. Default: generated, beside the store.")
     ] = None,
@@ -147,6 +147,9 @@ def query_command(
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts to ask about, or training samples with --sample, and not both.")
+    making = {"--seed": seed, "--num": num, "--made": made}
+    if (unused := [name for name, value in making.items() if value is not None]) and (images or sample):
+        raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
     for path in (json_path, csv_path):
         if path is not None and not path.parent.is_dir():
             raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
@@ -162,7 +165,9 @@ def query_command(
             else:
                 status.update("Making images")
                 folder = made or trace.absolute().parent / "generated"
-                asked = query.generate(opened, prompt or [], folder, num=num, seed=seed, command=context.obj)
+                asked = query.generate(
+                    opened, prompt or [], folder, num=1 if num is None else num, seed=seed or 0, command=context.obj
+                )
             status.update("Capturing the gradients of the queries")
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
             hits = query.attribute(opened, files, prompts, k=k, weights=weights, command=context.obj)

@@ -94,6 +94,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
     "k is nothing": (nothing, ("query", "out/trace.zarr", "--sample", "1", "-k", "0"), ("0",)),
     "no such sample": (nothing, ("query", "out/trace.zarr", "--sample", "12"), ("12",)),
     "no question": (nothing, ("query", "out/trace.zarr"), ("Give images",)),
+    "a seed with an image": (
+        nothing,
+        ("query", "out/trace.zarr", "digits/0001.png", "--seed", "3"),
+        ("--seed is for images made from a prompt alone",),
+    ),
     "a folder that is not there": (
         nothing,
         ("query", "out/trace.zarr", "--sample", "1", "--json", "gone/hits.json"),

@@ -269,13 +269,15 @@ class Capture:
         variables = driver.variables
         if variables is None:
             raise CaptureError("The loop's variables were not remembered. This is an error of dmin_trace; report it.")
+        if (why := diffusers.refusal(self.args, variables.named())) is not None:
+            raise CaptureError(why)
         self._schedule_length = diffusers.schedule_length(variables.values())
         self._entered.enter_context(diffusers.pinned_density(variables.globals(), self._pin_density))
         if self.job.mode == "final":
             for ema in diffusers.averaged_models(variables.values()):
                 self._enter_average(ema, step_first=driver.step_pending)
         if self.job.weights is not None:
-            self._trainable.load(Path(self.job.weights), diffusers.parameter_keys)
+            self._trainable.load(Path(self.job.weights), diffusers.parameter_key)
         self._weights = self._trainable.weights_fingerprint()
         if self.like is not None:
             self._check_like(self.like)
@@ -313,6 +315,11 @@ class Capture:
         if len(self._row) == len(self.slots):
             row, self._row = self._row, []
             self._take_row(row)
+
+    def moved(self, parameters: list[torch.nn.Parameter]) -> bool:
+        """Whether these parameters are others than at the beginning; what is not trained is taken for moved."""
+        ours = {id(tensor) for tensor in self._trainable.tensors}
+        return any(id(p) not in ours for p in parameters) or self._trainable.weights_fingerprint() != self._weights
 
     def finish(self) -> None:
         """Marks the store complete, once every process has written its chunks."""
@@ -524,12 +531,8 @@ class Capture:
             )
 
     def _take_row(self, row: list[Body]) -> None:
-        never = [n for n, reached in zip(self._trainable.names, self._ever_reached, strict=True) if not reached]
-        if never:
-            raise CaptureError(
-                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
-                f"them {', '.join(never[:3])}. Freeze what is not trained (requires_grad_(False))."
-            )
+        if not self._first:
+            self._check_reached()
         sketches, norms, losses, timesteps = _to_cpu(row)
         if not self._first:
             self._first = row
@@ -548,6 +551,33 @@ class Capture:
             self._progress.update(self._task, advance=1, rate=f"{rate:.1f}/s" if rate else "")
         if self._taken <= self._kept:
             self._keep_row(row[0].sample, sketches, norms, losses)
+
+    def _check_reached(self) -> None:
+        """After the first sample: every tensor that the training moved must have got a gradient."""
+        never = [
+            (name, tensor)
+            for name, tensor, reached in zip(
+                self._trainable.names, self._trainable.tensors, self._ever_reached, strict=True
+            )
+            if not reached
+        ]
+        names = ", ".join(name for name, _ in never[:3])
+        # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
+        trained = [n for n, tensor in never if any(tensor in o.state for o in self.driver.optimizers)]
+        if trained or len(never) == len(self._ever_reached):
+            raise CaptureError(
+                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
+                f"them {names}, though the training moved them. Does the loop body skip a part of the model when the "
+                "model is in eval mode, or for some batches?"
+            )
+        if never:
+            logger.warning(
+                "The loss does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
+                "move them; their gradients are zero.",
+                len(never),
+                len(self._ever_reached),
+                names,
+            )
 
     def _keep_row(self, sample: int, sketches: np.ndarray, norms: np.ndarray, losses: np.ndarray) -> None:
         if self._chunk is None:

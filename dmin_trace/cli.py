@@ -122,6 +122,10 @@ def query_command(
             "the saved model, and ask about that."
         ),
     ] = None,
+    conditioning: Annotated[
+        list[Path] | None,
+        typer.Option(help="What each image was made from (ControlNet, InstructPix2Pix), likewise."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="How many images to make from each prompt. Default: 1.")] = None,
     made: Annotated[
@@ -147,6 +151,8 @@ def query_command(
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts to ask about, or training samples with --sample, and not both.")
+    if conditioning and not images:
+        raise QueryError("--conditioning says what images were made from. Give the images too.")
     making = {"--seed": seed, "--num": num, "--made": made}
     if (unused := [name for name, value in making.items() if value is not None]) and (images or sample):
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
@@ -161,7 +167,7 @@ def query_command(
     else:
         with Console(stderr=True).status("Reading the questions") as status:
             if images:
-                asked = questions.read_questions(images, prompt or [])
+                asked = questions.read_questions(images, prompt or [], conditioning or [])
             else:
                 status.update("Making images")
                 folder = made or trace.absolute().parent / "generated"
@@ -170,7 +176,10 @@ def query_command(
                 )
             status.update("Capturing the gradients of the queries")
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
-            hits = query.attribute(opened, files, prompts, k=k, weights=weights, command=context.obj)
+            behind = [a.conditioning for a in asked]
+            hits = query.attribute(
+                opened, files, prompts, conditioning=behind, k=k, weights=weights, command=context.obj
+            )
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     timesteps = opened.header.timesteps
     for question, answer in zip(shown, hits, strict=True):

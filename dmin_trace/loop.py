@@ -110,6 +110,9 @@ class Work(Protocol):
     def take(self, body: Body) -> None:
         """Called after each loop body."""
 
+    def moved(self, parameters: list[torch.nn.Parameter]) -> bool:
+        """Whether the values of these parameters, which a loop body wrote to, are others than at the beginning."""
+
     def finish(self) -> None:
         """Called once, after the last loop body."""
 
@@ -428,11 +431,22 @@ class LoopDriver:
             model.eval()
             # DDP would wait for gradients that never come.
             self._leaving.enter_context(self.accelerator.no_sync(model))
-            inner = self.unwrap(model)
-            handle = inner.register_forward_pre_hook(self._see_timestep, with_kwargs=True)
+        for module in self._denoisers():
+            handle = module.register_forward_pre_hook(self._see_timestep, with_kwargs=True)
             self._leaving.callback(handle.remove)
         self._leaving.callback(self.work.leave)
         return self.work.begin(self)
+
+    def _denoisers(self) -> list[torch.nn.Module]:
+        """The prepared models that take a timestep, or, where only others are trained, the loop's own that do."""
+        prepared = [self.unwrap(model) for model in self.models]
+        own = (
+            [value for value in self.variables.values() if isinstance(value, torch.nn.Module)] if self.variables else []
+        )
+        for modules in (prepared, list(dict.fromkeys(own))):
+            if found := [module for module in modules if set(_forward_names(module)) & set(TIMESTEP_ARGUMENTS)]:
+                return found
+        return prepared
 
     def _fetch(self, sample: int) -> Any:
         seed_everything(self.work.item_seed)
@@ -468,7 +482,9 @@ class LoopDriver:
                 f"The loop body called accelerator.backward {body.backwards} times on a capture batch; expected once. "
                 "Gradients are taken there: call accelerator.backward(loss) instead of loss.backward(), once a batch."
             )
-        if body.versions != self._versions():
+        written = [p for p, before in zip(self._parameters, body.versions, strict=True) if p._version != before]
+        # Writing back what was there is no harm: textual inversion does so to the words that it does not train.
+        if written and self.work.moved(written):
             raise CaptureError(
                 "The loop body changed the model's parameters on a capture batch, so its optimizer did not wait for "
                 "accelerator.sync_gradients. Pass the optimizer to accelerator.prepare."

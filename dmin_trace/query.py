@@ -34,6 +34,7 @@ def attribute(
     images: Sequence[str | os.PathLike[str] | Image.Image],
     prompts: Sequence[str | None] | None = None,
     *,
+    conditioning: Sequence[str | os.PathLike[str] | Image.Image | None] | None = None,
     k: int = 10,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
@@ -42,8 +43,9 @@ def attribute(
 
     Args:
         trace: the store, or its path.
-        images: the images, as files or as PIL images, of the size that the model was trained on.
+        images: the images, as files or as PIL images, of the size that the model was trained on; or video files.
         prompts: the prompt of each image, for models that were trained with captions.
+        conditioning: what each image was made from, for a ControlNet or a model that edits images.
         k: how many training samples for each image.
         weights: the traced weights; those beside the store if not given.
         command: the script and its arguments, as the traced run was started; what this user's machine remembers of
@@ -61,7 +63,7 @@ def attribute(
     """
     trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
     score.check_k(trace, k)
-    gradients = capture_queries(trace, images, prompts, weights=weights, command=command)
+    gradients = capture_queries(trace, images, prompts, conditioning=conditioning, weights=weights, command=command)
     return hits_of(trace, score.exact(trace, gradients, k))
 
 
@@ -80,6 +82,7 @@ def capture_queries(
     images: Sequence[str | os.PathLike[str] | Image.Image],
     prompts: Sequence[str | None] | None = None,
     *,
+    conditioning: Sequence[str | os.PathLike[str] | Image.Image | None] | None = None,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
 ) -> np.ndarray:
@@ -92,39 +95,44 @@ def capture_queries(
     prompts = [None] * len(images) if prompts is None else list(prompts)
     if len(prompts) != len(images):
         raise QueryError(f"{len(images)} images were given and {len(prompts)} prompts. Give one prompt for each image.")
+    sources = [None] * len(images) if conditioning is None else list(conditioning)
+    if len(sources) != len(images):
+        raise QueryError(
+            f"{len(images)} images were given and {len(sources)} conditioning images. Give one for each image."
+        )
     run = _command(trace, command)
     # The integration imports torch, which the command line needs for nothing else.
     from dmin_trace.integrations import diffusers
 
-    wordless = [k for k, prompt in enumerate(prompts) if prompt is None]
-    if wordless and (trained_with_words(trace) or diffusers.takes_prompts(run.arguments)):
-        raise QueryError(
-            f"The model was trained with captions, but {_name(images[wordless[0]], wordless[0])} came without its "
-            "prompt. Give the prompt of each image with --prompt, an empty one for an image made without."
-        )
+    columns = diffusers.query_columns(run.arguments, trace.header.batch)
+    own_words = diffusers.words_its_own_prompts(run.arguments)
+    with_words = not own_words and (trained_with_words(trace) or diffusers.takes_prompts(run.arguments))
+    for k, (image, prompt, source) in enumerate(zip(images, prompts, sources, strict=True)):
+        _check_whole(_name(image, k), prompt, source, with_words, own_words, columns.conditioning)
     loaded = Path(weights) if weights is not None else weights_beside(trace.path)
     if not loaded.exists():
         raise WeightsError(f"There are no weights at {loaded}. Give those that were traced, with --weights.")
     gradients = np.zeros((len(images), len(trace.header.timesteps), trace.header.dimension), np.float32)
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as name:
         folder = Path(name)
-        files = [_as_file(image, folder / f"given{k}.png") for k, image in enumerate(images)]
-        for n, group in enumerate(_groups(prompts, diffusers.takes_one_prompt(run.arguments))):
+        videos = diffusers.takes_videos(run.arguments)
+        files = [_as_file(image, folder / f"given{k}.png", video=videos) for k, image in enumerate(images)]
+        behind = [None if s is None else _as_file(s, folder / f"source{k}.png") for k, s in enumerate(sources)]
+        runs = diffusers.prepare_queries(run.arguments, columns, files, prompts, behind, folder)
+        for n, query_run in enumerate(runs):
             part = folder / f"part{n}"
-            chosen, said = [files[k] for k in group], [prompts[k] for k in group]
-            column = diffusers.caption_column(run.arguments)
-            diffusers.write_queries(part / "data", chosen, said, column)
-            arguments = diffusers.query_arguments(run.arguments, part / "data", part / "output", said[0])
+            part.mkdir()
             job = Job(
                 mode="now",
-                command=Command(run.script, tuple(arguments), run.folder),
+                command=Command(run.script, query_run.arguments, run.folder),
                 settings={},
                 out=str(part / "queries.zarr"),
                 weights=str(loaded.absolute()),
                 like=str(trace.path.absolute()),
             )
             _run(job, part)
-            gradients[group] = _captured(part / "queries.zarr", chosen)
+            group = list(query_run.queries)
+            gradients[group] = _captured(part / "queries.zarr", [files[k] for k in group])
     return gradients
 
 
@@ -196,11 +204,34 @@ def hits_of(trace: Trace, ranking: Ranking) -> list[list[Hit]]:
     ]
 
 
-def _groups(prompts: Sequence[str | None], one_prompt: bool) -> list[list[int]]:
-    """The questions that one run of the script can answer: all, or all with the same prompt."""
-    if not one_prompt:
-        return [list(range(len(prompts)))]
-    return [[k for k, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)]
+def _check_whole(
+    name: str,
+    prompt: str | None,
+    source: str | os.PathLike[str] | Image.Image | None,
+    with_words: bool,
+    own_words: bool,
+    conditioning: str | None,
+) -> None:
+    """Raises QueryError where a question lacks what the model was trained with, or has what it was not."""
+    if with_words and prompt is None:
+        raise QueryError(
+            f"The model was trained with captions, but {name} came without its prompt. Give the prompt of each image "
+            "with --prompt, an empty one for an image made without."
+        )
+    if own_words and prompt is not None:
+        raise QueryError(
+            f"A prompt was given with {name}, but the script makes up its own around --placeholder_token. Leave "
+            "--prompt out."
+        )
+    if conditioning is not None and source is None:
+        raise QueryError(
+            f"The model makes images from a conditioning image ({conditioning}), but {name} came without the one that "
+            "it was made from. Give it with --conditioning."
+        )
+    if conditioning is None and source is not None:
+        raise QueryError(
+            f"A conditioning image was given with {name}, but the model takes none. Leave --conditioning out."
+        )
 
 
 def _captured(path: Path, files: Sequence[Path]) -> np.ndarray:
@@ -237,13 +268,16 @@ def _command(trace: Trace, given: Sequence[str] | None) -> Command:
     return remembered
 
 
-def _as_file(image: str | os.PathLike[str] | Image.Image, path: Path) -> Path:
+def _as_file(image: str | os.PathLike[str] | Image.Image, path: Path, *, video: bool = False) -> Path:
     if isinstance(image, Image.Image):
         image.save(path)
         return path
     file = Path(image)
     if not file.is_file():
-        raise QueryError(f"There is no image at {file}.")
+        raise QueryError(f"There is no {'video' if video else 'image'} at {file}.")
+    if video:
+        # Read by the script alone, with the library that it has for that.
+        return file
     try:
         with warnings.catch_warnings():
             # An image that would unpack to hundreds of megapixels is an attack or a mistake.
@@ -265,6 +299,8 @@ def _run(job: Job, folder: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            # Otherwise `datasets` would keep a copy of every query for ever.
+            env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
             check=False,
         ).returncode
     if code == 0:

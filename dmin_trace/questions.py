@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dmin_trace.errors import QueryError
 
+T = TypeVar("T")
+
 IMAGE_KEYS = ("file_name", "image")
 PROMPT_KEYS = ("text", "prompt", "caption")
+CONDITIONING_KEYS = ("conditioning_image", "conditioning")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -21,36 +24,52 @@ class Asked:
 
     image: its file.
     prompt: what it was made from, or None if that was not said.
+    conditioning: the image that it was made from (a ControlNet's, or the one that was edited), or None.
     """
 
     image: Path
     prompt: str | None
+    conditioning: Path | None = None
 
 
-def read_questions(given: Sequence[Path], prompts: Sequence[str] = ()) -> list[Asked]:
+def read_questions(
+    given: Sequence[Path], prompts: Sequence[str] = (), conditioning: Sequence[Path] = ()
+) -> list[Asked]:
     """Reads what a person asks about.
 
     Args:
         given: each an image; a folder of images, with prompts in its `metadata.jsonl` if it has one; or a JSON-lines
-            file of {"file_name" or "image": FILE, "text" or "prompt": PROMPT}, its paths relative to the file.
+            file of {"file_name" or "image": FILE, "text" or "prompt": PROMPT, "conditioning_image": FILE}, its paths
+            relative to the file.
         prompts: one for each image in order, or one for all of them; none where the files say them.
+        conditioning: images that the images were made from, likewise.
 
     Raises QueryError if there is nothing to ask, a line cannot be read, or the prompts do not fit the images.
     """
     asked = [question for path in given for question in _expand(path)]
+    if conditioning:
+        asked = [
+            replace(question, conditioning=file)
+            for question, file in zip(asked, _each(conditioning, len(asked), "conditioning images"), strict=True)
+        ]
     if not prompts:
         return asked
     if said := next((question for question in asked if question.prompt is not None), None):
         raise QueryError(
             f"A prompt was given, but the list that names {said.image} has one for it already. Leave --prompt out."
         )
-    if len(prompts) not in (1, len(asked)):
+    every = _each(prompts, len(asked), "prompts")
+    return [replace(question, prompt=prompt) for question, prompt in zip(asked, every, strict=True)]
+
+
+def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
+    """One for each image, where one may stand for all."""
+    if len(given) not in (1, count):
         raise QueryError(
-            f"{len(asked)} images were given and {len(prompts)} prompts. Give one prompt for each image, in their "
-            "order, or one for all."
+            f"{count} images were given and {len(given)} {what}. Give one for each image, in their order, or one for "
+            "all."
         )
-    every = list(prompts) * len(asked) if len(prompts) == 1 else prompts
-    return [Asked(question.image, prompt) for question, prompt in zip(asked, every, strict=True)]
+    return list(given) * count if len(given) == 1 else given
 
 
 def _expand(path: Path) -> Iterator[Asked]:
@@ -86,7 +105,12 @@ def _read_list(path: Path) -> Iterator[Asked]:
         image = _text(row, IMAGE_KEYS)
         if image is None:
             raise QueryError(f"Line {number} of {path} is {line.strip()[:60]!r}; {expected}.")
-        yield Asked(path.parent / image, _text(row, PROMPT_KEYS))
+        conditioning = _text(row, CONDITIONING_KEYS)
+        yield Asked(
+            path.parent / image,
+            _text(row, PROMPT_KEYS),
+            None if conditioning is None else path.parent / conditioning,
+        )
 
 
 def _text(row: Any, keys: Sequence[str]) -> str | None:

@@ -44,6 +44,10 @@ class LoopVariables:
         for _, variables in self._frames:
             yield from variables.values()
 
+    def named(self) -> dict[str, Any]:
+        """The remembered values by name; of the same names those of the innermost frame."""
+        return {name: value for _, variables in reversed(self._frames) for name, value in variables.items()}
+
     def globals(self) -> list[dict[str, Any]]:
         """The module variables of the script's frames, each module once."""
         found: dict[int, dict[str, Any]] = {id(frame.f_globals): frame.f_globals for frame, _ in self._frames}

@@ -8,18 +8,32 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from dmin_trace.errors import CaptureError, WeightsError
 
-KeyConverter = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-"""Turns the keys of a host's weight file into the names of its modules' parameters."""
+KeyConverter = Callable[[str], str]
+"""Turns a key of a host's weight file into the name of a module's parameter."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a saved tensor lies.
+
+    file: the safetensors file.
+    key: its key there.
+    """
+
+    file: Path
+    key: str
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,14 @@ class Trainable:
 
     names: `module.parameter`, with the model's number in front where several models train.
     tensors: the parameters themselves.
+    owners: the number of the model that each belongs to.
+    own_names: their names in that model.
     """
 
     names: tuple[str, ...]
     tensors: tuple[torch.nn.Parameter, ...]
+    owners: tuple[int, ...]
+    own_names: tuple[str, ...]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -67,34 +85,70 @@ class Trainable:
         partial.replace(path)
 
     def load(self, path: Path, convert: KeyConverter | None = None) -> None:
-        """Reads every value from a safetensors file, or from the files in a folder.
+        """Reads every value from a safetensors file, or from the files in a folder, or in the folders in it.
 
-        Accepts the parameter's name, alone or after a model's name (`unet.`), with or without an adapter's name.
+        Accepts a parameter's name with or without an adapter's name, alone or after any other words (`unet.`), as long
+        as they are the same for all parameters of one model, and told apart from those of the others.
 
         Raises:
-            WeightsError: no such file, an unreadable one, or one that lacks a tensor or has it in another shape, or
-                has them all under two models' names. Nothing is changed then.
+            WeightsError: no such file, an unreadable one, one that lacks a tensor or has it in another shape, or more
+                than one that would do. Nothing is changed then.
         """
-        found = read_weights(path)
-        if convert is not None:
-            found = convert(found)
-        values = _find(self.names, found, path)
-        missing = [name for name, value in zip(self.names, values, strict=True) if value is None]
-        if missing:
-            raise WeightsError(
-                f"{path} lacks {len(missing)} of the {len(self.names)} trainable tensors, among them "
-                f"{', '.join(missing[:3])}. Give the weights that this script saved, or a checkpoint of its training."
-            )
-        for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
-            if value is not None and value.shape != parameter.shape:
-                raise WeightsError(
-                    f"{path} holds {name} with shape {tuple(value.shape)}, but the script's model has "
-                    f"{tuple(parameter.shape)}. Give the weights that this script saved."
-                )
-        with torch.no_grad():
-            for parameter, value in zip(self.tensors, values, strict=True):
-                if value is not None:
+        refusal: WeightsError | None = None
+        for files in weight_files(path):
+            saved = places(files, path, convert)
+            try:
+                values = self._choose(path, saved)
+            except WeightsError as error:
+                refusal = refusal or error
+                continue
+            with torch.no_grad():
+                for parameter, value in zip(self.tensors, values, strict=True):
                     parameter.copy_(value)
+            return
+        if refusal is not None:
+            raise refusal
+
+    def _choose(self, path: Path, saved: Mapping[str, Place]) -> list[torch.Tensor]:
+        """The saved value of each parameter."""
+        if all(name in saved for name in self.names):
+            # The script's own names go first: a checkpoint may hold the same weights in a release's format besides.
+            return self._read(path, [saved[name] for name in self.names])
+        models = sorted(set(self.owners))
+        own = {k: [n for n, owner in zip(self.own_names, self.owners, strict=True) if owner == k] for k in models}
+        shapes = {k: [s for s, owner in zip(self.shapes, self.owners, strict=True) if owner == k] for k in models}
+        chosen: dict[int, list[Place]] = {}
+        found: dict[int, dict[str, list[Place]]] = {}
+        for k in models:
+            found[k] = {start: c for start, c in _candidates(own[k], saved).items() if _shapes(c) == shapes[k]}
+            if not found[k]:
+                raise WeightsError(_why_not(path, own[k], shapes[k], saved))
+        # What can only be one model's is no other's. Once for each model, since it may settle the next.
+        for _ in models:
+            taken = [c[0] for starts in found.values() if len(starts) == 1 for c in starts.values()]
+            found = {
+                k: starts if len(starts) == 1 else {s: c for s, c in starts.items() if c[0] not in taken} or starts
+                for k, starts in found.items()
+            }
+        for k in models:
+            # Models of one kind (two text encoders) are saved in the order in which they are prepared.
+            candidates = list(found[k].values())
+            alike = [j for j in models if list(found[j].values()) == candidates]
+            if len(candidates) > len(alike) and not _all_equal(candidates):
+                raise WeightsError(
+                    f"{path} holds weights that fit more than once: {', '.join(s.strip('.') for s in found[k])}. Give "
+                    "the file or folder of the one that is meant."
+                )
+            chosen[k] = candidates[min(alike.index(k), len(candidates) - 1)]
+        queues = {k: iter(chosen[k]) for k in models}
+        return self._read(path, [next(queues[owner]) for owner in self.owners])
+
+    def _read(self, path: Path, chosen: Sequence[Place]) -> list[torch.Tensor]:
+        values = list(read(chosen))
+        for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
+            if value.shape != parameter.shape:
+                raise WeightsError(_wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape)))
+        return values
 
 
 def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> Trainable:
@@ -105,6 +159,8 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
     optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     names: list[str] = []
     tensors: list[torch.nn.Parameter] = []
+    owners: list[int] = []
+    own_names: list[str] = []
     seen: set[int] = set()
     for k, model in enumerate(models):
         for name, parameter in model.named_parameters():
@@ -112,77 +168,143 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
                 seen.add(id(parameter))
                 names.append(name if len(models) == 1 else f"{k}.{name}")
                 tensors.append(parameter)
+                owners.append(k)
+                own_names.append(name)
     if not tensors:
         raise CaptureError(
             "No trainable parameter of a prepared model is in a prepared optimizer. Pass the model and its optimizer "
             "to accelerator.prepare."
         )
-    return Trainable(tuple(names), tuple(tensors))
+    return Trainable(tuple(names), tuple(tensors), tuple(owners), tuple(own_names))
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file, or every one in a folder, or else in the folders directly in it.
+def weight_files(path: Path) -> list[list[Path]]:
+    """The safetensors files that a path stands for: itself, those in a folder, and failing these those one deeper.
 
-    A key from a folder within (a pipeline's `unet`) has that folder's name in front, and one from accelerate's
-    checkpoint of several models (`model.safetensors`, `model_1.safetensors`) the model's number.
-
-    Raises WeightsError where there is none, or where one cannot be read.
+    Raises WeightsError where there is none.
     """
     if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
-    else:
+        return [[path]]
+    if not path.is_dir():
         raise WeightsError(f"There are no weights at {path}. Give a .safetensors file or a folder that holds one.")
-    if not files:
+    # A training's checkpoints lie beside what it saved at its end, with the weights of earlier steps.
+    deeper = [file for file in path.glob("*/*.safetensors") if not file.parent.name.startswith("checkpoint")]
+    tiers = [sorted(path.glob("*.safetensors")), sorted(deeper)]
+    if not any(tiers):
         raise WeightsError(
             f"{path} holds no .safetensors file. Give a folder that a script saved its weights to (other formats can "
             "run a program when they are read, and are not)."
         )
+    return [tier for tier in tiers if tier]
+
+
+def places(files: Iterable[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, Place]:
+    """Where each saved tensor lies, by its name. Reads no tensor.
+
+    The name of a folder inside `path` (a pipeline's `unet`) goes in front of those in its files, and the number of the
+    model where the files are accelerate's checkpoint of several (`model.safetensors`, `model_1.safetensors`).
+
+    Raises WeightsError where a file cannot be read, or two files of one folder hold the same name.
+    """
+    saved: dict[str, Place] = {}
+    files = list(files)
     several = any(file.stem == "model_1" for file in files)
-    found: dict[str, torch.Tensor] = {}
-    source: dict[str, Path] = {}
     for file in files:
+        within = _within(file, path, several)
         try:
-            tensors = {_place(file, path, several) + key: tensor for key, tensor in load_file(file).items()}
+            with safe_open(file, framework="pt") as opened:
+                keys = list(opened.keys())
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{file} cannot be read as safetensors: {error}.") from None
-        if twice := next((key for key in tensors if key in found), None):
-            raise WeightsError(
-                f"{path} holds {twice} twice, in {source[twice]} and in {file}. Give the one of the two that is meant."
-            )
-        found.update(tensors)
-        source.update(dict.fromkeys(tensors, file))
-    return found
+        for key in keys:
+            name = within + (convert(key) if convert is not None else key)
+            if name in saved:
+                raise WeightsError(
+                    f"{path} holds {key} twice, in {saved[name].file} and in {file}. Give the one of the two that is "
+                    "meant."
+                )
+            saved[name] = Place(file, key)
+    return saved
 
 
-def _place(file: Path, path: Path, several: bool) -> str:
-    """What is put before the keys of a file, found at `path`."""
+def read(wanted: Iterable[Place]) -> Iterable[torch.Tensor]:
+    """The tensors at these places, in order."""
+    with ExitStack() as entered:
+        opened: dict[Path, Any] = {}
+        for place in wanted:
+            if place.file not in opened:
+                opened[place.file] = entered.enter_context(safe_open(place.file, framework="pt"))
+            yield opened[place.file].get_tensor(place.key)
+
+
+def _within(file: Path, path: Path, several: bool) -> str:
+    """What goes in front of the keys of a file, found at `path`."""
     if file != path and file.parent != path:
         return f"{file.parent.name}."
     numbered = re.fullmatch(r"model(?:_(\d+))?", file.stem)
     return f"{numbered.group(1) or 0}." if numbered and several else ""
 
 
-def _find(names: Sequence[str], found: Mapping[str, torch.Tensor], path: Path) -> list[torch.Tensor | None]:
-    """The values of these names: all under one model's name, so that no tensor of another model is taken for one.
+def _candidates(names: Sequence[str], saved: Mapping[str, Place]) -> dict[str, list[Place]]:
+    """The places of all of a model's parameters, for every start of a name that has them all.
 
-    Raises WeightsError where two models have all of them.
+    An adapter may have another name in the file, or none; the script's own goes before.
     """
-    bare = {_without_adapter(key): tensor for key, tensor in found.items()}
-    # The script's own names go first: a checkpoint may hold the same weights in the format of a release besides.
-    prefixes = ["", *sorted({key.split(".")[0] + "." for key in found})]
-    tried = {prefix: [bare.get(prefix + _without_adapter(name)) for name in names] for prefix in prefixes}
-    missing = {prefix: sum(value is None for value in values) for prefix, values in tried.items()}
-    complete = [prefix for prefix, count in missing.items() if not count]
-    if len(complete) > 1 and complete[0]:
-        raise WeightsError(
-            f"{path} holds weights that fit more than once: {', '.join(p[:-1] for p in complete)}. Give the file or "
-            "folder of the one that is meant."
-        )
-    return tried[min(prefixes, key=lambda prefix: missing[prefix])]
+    adapters = sorted({end.group(2) for key in saved if (end := ADAPTER.search(key))})
+    others = {adapter: [_with_adapter(name, adapter) for name in names] for adapter in ("", *adapters)}
+    for spellings in ({"": list(names)}, others):
+        found: dict[str, list[Place]] = {}
+        for adapter, spelled in spellings.items():
+            first = spelled[0]
+            starts = [key.removesuffix(first) for key in saved if key == first or key.endswith("." + first)]
+            for start in sorted(starts):
+                chosen = [saved[start + name] for name in spelled if start + name in saved]
+                if len(chosen) == len(spelled) and chosen not in found.values():
+                    found[start + adapter] = chosen
+        if found:
+            return found
+    return {}
 
 
-def _without_adapter(name: str) -> str:
-    """A parameter's name less the name that PEFT gives the adapter: `lora_A.default.weight` is `lora_A.weight`."""
-    return re.sub(r"\.(lora_\w+)\.[^.]+\.weight$", r".\1.weight", name)
+ADAPTER = re.compile(r"(\.lora_\w+)\.([^.]+)\.weight$")
+"""The end of a parameter's name in an adapter of PEFT: `lora_A.default.weight`."""
+
+
+def _with_adapter(name: str, adapter: str) -> str:
+    """A parameter's name with another adapter's name, or with none, as files have it."""
+    return ADAPTER.sub(rf"\1.{adapter}.weight" if adapter else r"\1.weight", name)
+
+
+def _shapes(chosen: Sequence[Place]) -> list[tuple[int, ...]]:
+    with ExitStack() as entered:
+        opened = {f: entered.enter_context(safe_open(f, framework="pt")) for f in {place.file for place in chosen}}
+        return [tuple(opened[place.file].get_slice(place.key).get_shape()) for place in chosen]
+
+
+def _all_equal(candidates: Sequence[Sequence[Place]]) -> bool:
+    first = candidates[0]
+    return all(torch.equal(a, b) for other in candidates[1:] for a, b in zip(read(first), read(other), strict=True))
+
+
+def _why_not(path: Path, names: Sequence[str], shapes: Sequence[tuple[int, ...]], saved: Mapping[str, Place]) -> str:
+    """What keeps a model's parameters from being read: a wrong shape, or how many are missing."""
+    for candidate in _candidates(names, saved).values():
+        for name, shape, other in zip(names, shapes, _shapes(candidate), strict=True):
+            if shape != other:
+                return _wrong_shape(path, name, other, shape)
+    ends = set()
+    for key in saved:
+        parts = _with_adapter(key, "").split(".")
+        ends |= {".".join(parts[k:]) for k in range(len(parts))}
+    missing = [name for name in names if _with_adapter(name, "") not in ends] or list(names)
+    return (
+        f"{path} lacks {len(missing)} of the {len(names)} trainable tensors, among them {', '.join(missing[:3])}. Give "
+        "the weights that this script saved, or a checkpoint of its training."
+    )
+
+
+def _wrong_shape(path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    return (
+        f"{path} holds {name} with shape {found}, but the script's model has {expected}. Give the weights that this "
+        "script saved."
+    )

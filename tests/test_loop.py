@@ -156,7 +156,11 @@ WRONG = {
         "No optimizer was passed",
     ),
     "parameters without a gradient": (
-        {"body": BODY.replace(".pow(2).mean()", ".pow(2).mean().detach() + model.inner.weight.pow(2).sum()")},
+        {
+            "body": BODY.replace(
+                ".pow(2).mean()", ".pow(2).mean(); loss = loss if model.training else model.inner.weight.sum()"
+            )
+        },
         "does not depend on 3 of the 4",
     ),
     "no such column": ({"attach": "dmin_trace.attach(accelerator, args, columns=['nothing'])"}, "no readable column"),
@@ -166,6 +170,34 @@ WRONG = {
         "Timestep 1000 was asked for",
     ),
 }
+
+
+def test_parameters_that_training_does_not_reach_either_are_captured_as_zeros(tmp_path: Path) -> None:
+    body = BODY.replace(".pow(2).mean()", ".pow(2).mean().detach() + model.inner.weight.pow(2).sum()")
+    ran = run([plain_script(tmp_path / "with.py", body=body), "--output_dir", "with"], tmp_path)
+    assert "does not depend on 3 of the 4" in ran.stderr and "gradients are zero" in ran.stderr
+    assert open_trace(tmp_path / "with" / "trace.zarr").complete
+
+
+def test_writing_back_what_was_there_is_no_harm(tmp_path: Path) -> None:
+    back = "\n            with torch.no_grad(): model.inner.bias[1:] = model.inner.bias[1:].clone()"
+    run([plain_script(tmp_path / "with.py", body=BODY + back), "--output_dir", "with"], tmp_path)
+    assert open_trace(tmp_path / "with" / "trace.zarr").complete
+
+
+def test_the_denoiser_may_be_one_that_is_not_trained(tmp_path: Path) -> None:
+    body = BODY.replace("model(clean + noise", "denoiser(model, clean + noise")
+    accelerator = """
+    class Frozen(torch.nn.Module):
+        def forward(self, trained, sample, timestep):
+            return trained(sample, timestep)
+    denoiser = Frozen()
+    accelerator = Accelerator()"""
+    imports = "import dmin_trace\ndef words(forward): return lambda self, sample, when: forward(self, sample, when)\n"
+    rename = "Denoiser.forward = words(Denoiser.forward)\n    "
+    script = plain_script(tmp_path / "with.py", body=body, accelerator=rename + accelerator.strip(), imports=imports)
+    run([script, "--output_dir", "with"], tmp_path)
+    assert open_trace(tmp_path / "with" / "trace.zarr").complete
 
 
 @pytest.mark.parametrize(("parts", "message"), WRONG.values(), ids=WRONG.keys())

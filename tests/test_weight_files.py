@@ -79,7 +79,7 @@ def trained(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
 def test_a_lora_is_read_in_every_format(tmp_path: Path, save: Callable[[UNet2DConditionModel, Path], None]) -> None:
     unet, other = lora_unet(1), lora_unet(2)
     save(unet, tmp_path / "saved")
-    trainable_of(other).load(tmp_path / "saved", diffusers.parameter_keys)
+    trainable_of(other).load(tmp_path / "saved", diffusers.parameter_key)
     assert len(trained(other)) == 64
     for name, parameter in trained(unet).items():
         assert torch.equal(parameter, trained(other)[name]), name
@@ -90,7 +90,7 @@ def test_a_pipelines_own_unet_is_read(tmp_path: Path) -> None:
     folder = tiny_pipeline(tmp_path / "pipeline")
     expected = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     model = UNet2DConditionModel.from_config(expected.config)
-    trainable_of(model).load(folder, diffusers.parameter_keys)
+    trainable_of(model).load(folder, diffusers.parameter_key)
     for name, parameter in expected.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
 
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named_and_nothing_changed(tmp_path: Path) -> None:
     save_file(values, tmp_path / "lora.safetensors")
     before = [p.clone() for p in trained(other).values()]
     with pytest.raises(WeightsError, match="lacks 1 of the 64 trainable tensors") as raised:
-        trainable_of(other).load(tmp_path / "lora.safetensors", diffusers.parameter_keys)
+        trainable_of(other).load(tmp_path / "lora.safetensors", diffusers.parameter_key)
     assert gone.removeprefix("unet.").removesuffix(".weight") in str(raised.value)
     assert all(torch.equal(a, b) for a, b in zip(before, trained(other).values(), strict=True))
 

@@ -1,0 +1,424 @@
+"""Does the one line work in the training scripts of Hugging Face diffusers? Runs them, on tiny models and pictures.
+
+    DIFFUSERS_EXAMPLES=.../diffusers/examples python tools/one_line.py [--only NAME]... [--write docs/scripts.md]
+
+Each script is run as it is, then with `dmin_trace.attach(accelerator, args)` after its Accelerator and nothing else
+changed, then on demand with the weights that the first run saved, and is asked about a copy of a training picture.
+Needs what the scripts need: torchvision, datasets, peft, transformers, sentencepiece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_models
+
+from dmin_trace import open_trace
+
+SETTINGS = {"timesteps": 4, "dimension": 1024, "dtype": "float32"}
+ASKED = 3
+"""The sample whose copy is asked about."""
+
+CLOSE = 1e-6
+
+SEEDED = """
+import random, runpy, sys
+import numpy, torch
+random.seed(7); numpy.random.seed(7); torch.manual_seed(7)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script after seeding the generators: some have no --seed."""
+
+PAIRS = ("--train_data_dir", "{data}/pairs")
+CAPTIONS = ("--train_data_dir", "{data}/captioned")
+CAPTIONED = ("--dataset_name", "{data}/captioned", "--image_column", "image", "--caption_column", "text")
+CAPTIONED += ("--instance_prompt", "a digit")
+DIGIT = "a handwritten digit"
+PLAIN = ("--instance_data_dir", "{data}/plain", "--instance_prompt", DIGIT)
+STEPS = ("--train_batch_size", "2", "--max_train_steps", "3", "--learning_rate", "1e-3", "--seed", "7")
+STEPS += ("--resolution", "64", "--lr_warmup_steps", "0", "--lr_scheduler", "constant")
+
+
+@dataclass(frozen=True)
+class Script:
+    """One upstream script and how to run it.
+
+    path: under the examples folder.
+    model: a builder of `tiny_models`.
+    arguments: `{data}`, `{model}` and `{out}` stand for folders; `--output_dir` is added.
+    weights: what of the output folder to give to `--weights`.
+    prompt: the query's; the picture's own caption if it is "own", none if it is empty.
+    pair: whether the query also needs the conditioning picture.
+    """
+
+    path: str
+    model: str
+    arguments: tuple[str, ...]
+    weights: str = "."
+    prompt: str = "own"
+    pair: bool = False
+
+    @property
+    def name(self) -> str:
+        """The script's name without its folder."""
+        return Path(self.path).stem
+
+
+def _script(folder: str, name: str, model: str, *arguments: str, **more: object) -> Script:
+    given = ("--pretrained_model_name_or_path", "{model}", *STEPS, *arguments)
+    return Script(f"{folder}/{name}.py", model, given, **more)  # type: ignore[arg-type]
+
+
+SCRIPTS = (
+    Script(
+        "unconditional_image_generation/train_unconditional.py",
+        "unconditional",
+        ("--train_data_dir", "{data}/plain", "--model_config_name_or_path", "{model}", "--resolution", "16")
+        + ("--center_crop", "--train_batch_size", "5", "--gradient_accumulation_steps", "2", "--num_epochs", "2")
+        + ("--lr_warmup_steps", "0", "--learning_rate", "1e-3", "--use_ema", "--ddpm_num_inference_steps", "2")
+        + ("--eval_batch_size", "1"),
+        prompt="",
+    ),
+    _script("text_to_image", "train_text_to_image", "sd1", *CAPTIONS, "--use_ema"),
+    _script("text_to_image", "train_text_to_image_lora", "sd1", *CAPTIONS, "--snr_gamma", "5", "--noise_offset", "0.1"),
+    _script("dreambooth", "train_dreambooth_lora_sd3", "sd3", *CAPTIONED),
+    _script(
+        "controlnet", "train_controlnet", "sd1", *PAIRS, "--conditioning_image_column", "conditioning_image", pair=True
+    ),
+    _script("text_to_image", "train_text_to_image_sdxl", "sdxl", *CAPTIONS),
+    _script("text_to_image", "train_text_to_image_lora_sdxl", "sdxl", *CAPTIONS, "--train_text_encoder"),
+    _script("dreambooth", "train_dreambooth", "sd1", *PLAIN, "--train_text_encoder", prompt=DIGIT),
+    _script("dreambooth", "train_dreambooth_lora", "sd1", *PLAIN, prompt=DIGIT),
+    _script("dreambooth", "train_dreambooth_sd3", "sd3", *CAPTIONED),
+    _script("dreambooth", "train_dreambooth_lora_flux", "flux", *CAPTIONED),
+    _script(
+        "textual_inversion",
+        "textual_inversion",
+        "sd1",
+        *("--train_data_dir", "{data}/plain", "--placeholder_token", "<digit>", "--initializer_token", "a"),
+        *("--repeats", "1", "--save_as_full_pipeline"),
+        prompt="",
+    ),
+    _script(
+        "instruct_pix2pix",
+        "train_instruct_pix2pix",
+        "sd1",
+        *PAIRS,
+        *("--original_image_column", "conditioning_image", "--edited_image_column", "image"),
+        *("--edit_prompt_column", "text", "--conditioning_dropout_prob", "0.05"),
+        pair=True,
+    ),
+    _script("dreambooth", "train_dreambooth_lora_sdxl", "sdxl", *CAPTIONED),
+    _script("dreambooth", "train_dreambooth_flux", "flux", *CAPTIONED),
+    _script("dreambooth", "train_dreambooth_lora_sana", "sana", *CAPTIONED),
+    _script(
+        "controlnet",
+        "train_controlnet_sdxl",
+        "sdxl",
+        *PAIRS,
+        *("--conditioning_image_column", "conditioning_image"),
+        pair=True,
+    ),
+    _script(
+        "controlnet",
+        "train_controlnet_sd3",
+        "sd3_deep",
+        *PAIRS,
+        *("--conditioning_image_column", "conditioning_image", "--caption_column", "text", "--image_column", "image"),
+        pair=True,
+    ),
+)
+
+
+@dataclass
+class Outcome:
+    """What one script showed; `why` is empty if all of it held."""
+
+    script: Script
+    numbers: int = 0
+    gradients: str = ""
+    undisturbed: str = ""
+    on_demand: str = ""
+    self_query: str = ""
+    seconds: float = 0.0
+    why: str = ""
+    differences: list[str] = field(default_factory=list)
+
+
+class Unmet(Exception):  # noqa: N818
+    """A check that did not hold."""
+
+
+def insert_the_line(source: str) -> str:
+    """The script with the import and the one line after `accelerator = Accelerator(...)`; nothing else is touched."""
+    tree = ast.parse(source)
+    made = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and getattr(node.value.func, "id", None) == "Accelerator"
+    ]
+    if len(made) != 1 or made[0].end_lineno is None:
+        raise Unmet(f"the script makes {len(made)} Accelerators")
+    settings = ", ".join(f"{name}={value!r}" for name, value in SETTINGS.items())
+    lines = source.splitlines()
+    lines.insert(made[0].end_lineno, " " * made[0].col_offset + f"dmin_trace.attach(accelerator, args, {settings})")
+    first = next(n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) and not _is_future(n))
+    lines.insert(first.lineno - 1, "import dmin_trace")
+    return "\n".join(lines) + "\n"
+
+
+def _is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
+
+
+def run(command: Sequence[object], work: Path, log: Path, cache: str) -> None:
+    """Runs a Python program without a network. Raises Unmet with its last words if it fails."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        # A cache of its own: with another run's, mapped data are not computed again and other numbers are drawn.
+        "HF_HOME": str(work / "cache" / cache),
+        "XDG_STATE_HOME": str(work / "state"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    with log.open("wb") as out:
+        code = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            timeout=900,
+            check=False,
+        ).returncode
+    if code != 0:
+        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        # A progress bar that is drawn anew at exit may come after the error.
+        told = [line for line in words if not ("%|" in line and "it" in line)] or [f"exit code {code}"]
+        raise Unmet(f"{log.stem}: {told[-1]}")
+
+
+def check(script: Script, examples: Path, work: Path) -> Outcome:
+    """Runs one script all four ways."""
+    outcome = Outcome(script)
+    started = time.perf_counter()
+    try:
+        for _ in _steps(script, examples, work, outcome):
+            outcome.seconds = time.perf_counter() - started
+    except Unmet as unmet:
+        outcome.why = str(unmet)
+    except subprocess.TimeoutExpired:
+        outcome.why = "took longer than 15 minutes"
+    return outcome
+
+
+def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iterator[None]:
+    """One check after the other, each noted in the outcome."""
+    here = work / script.name
+    here.mkdir(parents=True)
+    source = examples / script.path
+    model = tiny_models.build(script.model, work / "models" / script.model)
+    places = {"{data}": str(work / "data"), "{model}": str(model)}
+
+    def command(out: str) -> list[str]:
+        given = list(script.arguments)
+        for mark, place in places.items():
+            given = [argument.replace(mark, place) for argument in given]
+        return [*given, "--output_dir", str(here / out)]
+
+    if not source.is_file():
+        raise Unmet(f"there is no {script.path}")
+    run(["-c", SEEDED, source, *command("without")], work, here / "without.log", f"{script.name}-without")
+    yield
+
+    attached = here / source.name
+    attached.write_text(insert_the_line(source.read_text(encoding="utf-8")), encoding="utf-8")
+    run(["-c", SEEDED, attached, *command("with")], work, here / "with.log", f"{script.name}-with")
+    outcome.undisturbed = _same_weights(here / "without", here / "with")
+    final = here / "with" / "trace.zarr"
+    if not final.exists():
+        said = [line for line in (here / "with.log").read_text(errors="replace").splitlines() if "dmin_trace" in line]
+        raise Unmet(f"with: {said[-1] if said else 'no store was written'}")
+    trace = open_trace(final)
+    expected = (tiny_models.SAMPLES, SETTINGS["timesteps"])
+    if trace.norm.shape != expected or not trace.complete:
+        raise Unmet(f"the store holds {trace.norm.shape}, expected {expected}")
+    outcome.numbers = trace.header.projection.length
+    outcome.gradients = f"{trace.header.samples} x {len(trace.header.timesteps)}"
+    yield
+
+    demanded = here / "demand.zarr"
+    settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+    given = ["-m", "dmin_trace.cli", "capture", "--weights", here / "without" / script.weights, *settings]
+    run([*given, "--out", demanded, "--", source, *command("demand")], work, here / "demand.log", "demand")
+    outcome.on_demand = _difference(final, demanded)
+    yield
+
+    alone = {"--instance_data_dir", "--placeholder_token"} & set(script.arguments)
+    files = list((work / "data" / "plain").iterdir())
+    # A folder without captions is read in the order in which the file system lists it.
+    at = files.index(work / "data" / "plain" / f"{ASKED:02d}.png") if alone else ASKED
+    query = ["-m", "dmin_trace.cli", "query", demanded, work / "data" / "plain" / f"{ASKED:02d}.png", "-k", "3"]
+    prompt = tiny_models.caption(ASKED) if script.prompt == "own" else script.prompt
+    query += ["--prompt", prompt] if prompt else []
+    if script.pair:
+        query += ["--conditioning", work / "data" / "pairs" / f"{ASKED:02d}.edges.png"]
+    run([*query, "--json", here / "answer.json"], work, here / "query.log", "query")
+    hits = json.loads((here / "answer.json").read_text(encoding="utf-8"))["queries"][0]["hits"]
+    first, second = hits[0], hits[1]
+    outcome.self_query = f"{first['score']:.4f} > {second['score']:.4f}"
+    if first["sample"] != at:
+        raise Unmet(f"the copy of sample {at} found sample {first['sample']} first")
+    yield
+
+
+def _same_weights(without: Path, attached: Path) -> str:
+    """How many tensors were saved by both runs. Raises Unmet if a bit differs."""
+    files = sorted(p.relative_to(without) for p in without.rglob("*.safetensors"))
+    count = 0
+    for file in files:
+        expected, found = load_file(without / file), load_file(attached / file)
+        count += len(expected)
+        if differ := [n for n in expected if not torch.equal(_bits(expected[n]), _bits(found[n]))]:
+            raise Unmet(f"{len(differ)} of {len(expected)} tensors of {file} differ, such as {differ[0]}")
+    if not count:
+        raise Unmet("the script saved no safetensors file")
+    return f"{count} tensors"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _difference(one: Path, other: Path) -> str:
+    """The largest difference between the rows of two stores. Raises Unmet if it is more than rounding."""
+    a, b = open_trace(one), open_trace(other)
+    rows = np.arange(a.header.samples)
+    largest = float(np.abs(a.rows(rows) - b.rows(rows)).max())
+    if largest > CLOSE:
+        raise Unmet(f"on demand differs by {largest:.2g}, expected {CLOSE:g} at most")
+    return f"{largest:.1g}"
+
+
+def as_table(outcomes: Sequence[Outcome]) -> Table:
+    """The outcomes for a terminal."""
+    table = Table(title="The one line in diffusers' training scripts")
+    for name in HEADINGS:
+        table.add_column(name, justify="right" if name in ("trainable numbers", "seconds") else "left")
+    for outcome in outcomes:
+        table.add_row(*_cells(outcome))
+    return table
+
+
+HEADINGS = ("script", "trainable numbers", "gradients", "undisturbed", "on demand", "copy finds itself", "seconds", "")
+
+
+def _cells(o: Outcome) -> list[str]:
+    numbers = f"{o.numbers:,}" if o.numbers else ""
+    result = o.why or "works"
+    name = o.script.name
+    return [name, numbers, o.gradients, o.undisturbed, o.on_demand, o.self_query, f"{o.seconds:.0f}", result]
+
+
+def as_markdown(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as a page."""
+    rows = [HEADINGS, ["---"] * len(HEADINGS), *(_cells(outcome) for outcome in outcomes)]
+    return PAGE + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n" + REST
+
+
+PAGE = """# The one line in diffusers' training scripts
+
+Written by `tools/one_line.py`, which runs each script on a tiny random model and ten pictures. In each,
+`dmin_trace.attach(accelerator, args)` was put after the `accelerator = Accelerator(...)` statement, and nothing else
+was changed.
+
+- *gradients*: captured, samples x timesteps.
+- *undisturbed*: so many saved tensors are the same bit for bit with and without the line.
+- *on demand*: the largest difference between rows captured at the end of the training and rows captured afterwards from
+  the saved weights with `dmin-trace capture`.
+- *copy finds itself*: asked about a copy of a training picture, its score against the runner-up's (4 is the most).
+
+"""
+
+REST = """
+## Not served
+
+- `train_amused`, `train_t2i_adapter_sdxl`, `train_cosmos_predict25_lora`: draw their timesteps with `torch.rand`, which
+  is not pinned; the capture says so and stops.
+- `train_lcm_distill_*_wds`: read a webdataset, whose samples have no index.
+- `train_vqgan`, `train_llada2`: not diffusion models with a timestep (a GAN with two losses a step; a masked language
+  model).
+- `--cache_latents`, in any script: latents are looked up by the number of the batch, not of the sample; refused with
+  that reason.
+
+## Not run
+
+They have the same shape of loop by reading (`prepare`, `accumulate`, one `backward`, a timestep draw that is pinned):
+`train_cogvideox_lora`, `train_cogvideox_image_to_video_lora`, `train_control_cogview4`, `train_lcm_distill_lora_sdxl`,
+`train_controlnet_flux`, `train_custom_diffusion`, `train_control_flux`, `train_control_lora_flux`,
+`train_instruct_pix2pix_sdxl`, `textual_inversion_sdxl`, the four of `kandinsky2_2`, the three
+of `advanced_diffusion_training`, and of `dreambooth` the LoRA scripts for Flux.2, Flux Kontext, HiDream, Ideogram 4,
+Krea 2, Lumina 2, Qwen Image and Z-Image. Neither were a GPU, mixed precision and more than one process.
+"""
+
+
+def main() -> int:
+    """Runs the scripts; the exit code is 1 if one of them did not work."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="A script's name without .py; may be repeated.")
+    parser.add_argument("--work", type=Path, help="A folder to work in and keep; a temporary one if not given.")
+    parser.add_argument("--write", type=Path, help="Also write the table as a Markdown page.")
+    given = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    examples = Path(os.environ.get("DIFFUSERS_EXAMPLES", ""))
+    if not (examples / "text_to_image").is_dir():
+        console.print("Set DIFFUSERS_EXAMPLES to the examples folder of a checkout of huggingface/diffusers.")
+        return 2
+    unknown = set(given.only or ()) - {script.name for script in SCRIPTS}
+    if unknown:
+        console.print(f"No such script here: {', '.join(unknown)}. There are {', '.join(s.name for s in SCRIPTS)}.")
+        return 2
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (given.work or Path(temporary)).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "models").mkdir(exist_ok=True)
+        if not (work / "data").exists():
+            tiny_models.write_pictures(work / "data")
+        outcomes = []
+        for script in SCRIPTS:
+            if not given.only or script.name in given.only:
+                outcome = check(script, examples, work)
+                console.print(f"{script.name}: {outcome.why or 'works'} ({outcome.seconds:.0f} s)", soft_wrap=True)
+                outcomes.append(outcome)
+    console.print(as_table(outcomes))
+    if given.write is not None:
+        given.write.parent.mkdir(parents=True, exist_ok=True)
+        given.write.write_text(as_markdown(outcomes), encoding="utf-8")
+    return int(any(outcome.why for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

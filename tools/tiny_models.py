@@ -1,0 +1,303 @@
+"""Tiny random pipelines and pictures, for the upstream scripts that `tools/one_line.py` runs. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+SIZE = 64
+SAMPLES = 10
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_pictures(folder: Path) -> None:
+    """`captioned` has captions, `pairs` conditioning images too, `plain` nothing but the same pictures."""
+    folders = ("pairs", "captioned", "plain")
+    lines = []
+    for name in folders:
+        (folder / name).mkdir(parents=True)
+    digits = load_digits()
+    for k in range(SAMPLES):
+        pixels = (digits.images[k] * 255 / 16).astype(np.uint8)
+        picture = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")
+        edges = Image.fromarray(np.where(pixels > 128, 255, 0).astype(np.uint8)).resize((SIZE, SIZE)).convert("RGB")
+        for name in folders:
+            picture.save(folder / name / f"{k:02d}.png")
+        edges.save(folder / "pairs" / f"{k:02d}.edges.png")
+        line = {"file_name": f"{k:02d}.png", "text": caption(k)}
+        lines.append((line, {**line, "conditioning_image_file_name": f"{k:02d}.edges.png"}))
+    for name, column in (("captioned", 0), ("pairs", 1)):
+        text = "".join(json.dumps(line[column]) + "\n" for line in lines)
+        (folder / name / "metadata.jsonl").write_text(text, encoding="utf-8")
+
+
+def caption(sample: int) -> str:
+    """What the picture shows, and which it is."""
+    return f"a handwritten {NAMES[load_digits().target[sample]]} number {sample}"
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Knows letters and nothing longer."""
+    characters = [chr(k) for k in range(33, 127)]
+    pieces = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={p: k for k, p in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """Knows letters and nothing longer."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(k) for k in range(33, 127))]
+    return T5TokenizerFast(vocab=[(p, -float(k)) for k, p in enumerate(pieces)], extra_ids=0, model_max_length=77)
+
+
+def clip_text(projection: int | None = None) -> Any:
+    """A text encoder, with a projection where SDXL's second and SD3's have one."""
+    config = CLIPTextConfig(
+        vocab_size=190,
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        projection_dim=projection or 32,
+        bos_token_id=188,
+        eos_token_id=189,
+        pad_token_id=189,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def t5_text() -> T5EncoderModel:
+    """A T5 encoder of width 32."""
+    return T5EncoderModel(
+        T5Config(vocab_size=98, d_model=32, d_ff=37, d_kv=8, num_heads=4, num_layers=2, decoder_start_token_id=0)
+    )
+
+
+def autoencoder(levels: int, channels: int = 4, **more: Any) -> AutoencoderKL:
+    """Makes a picture 2^(levels - 1) times smaller."""
+    return AutoencoderKL(
+        block_out_channels=(32,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=channels,
+        sample_size=SIZE,
+        **more,
+    )
+
+
+def unet(**more: Any) -> UNet2DConditionModel:
+    """Stable Diffusion's kind of UNet."""
+    given = {"cross_attention_dim": 32, "attention_head_dim": 8, "sample_size": 8} | more
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **given,
+    )
+
+
+def unconditional(folder: Path) -> None:
+    """The configuration of a UNet without captions."""
+    UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).save_config(folder)
+
+
+def sd1(folder: Path) -> None:
+    """Stable Diffusion 1."""
+    diffusers.StableDiffusionPipeline(
+        vae=autoencoder(4),
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(),
+        unet=unet(),
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def sdxl(folder: Path) -> None:
+    """Stable Diffusion XL."""
+    vae = autoencoder(3)
+    # As sure of its latents as a trained one is. A full fine-tuning draws them once, before its loop, so a query's draw
+    # is not its sample's, and the draws of an untrained one are mostly noise.
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -20
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=clip_text(),
+        text_encoder_2=clip_text(projection=32),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet(
+            cross_attention_dim=64,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            transformer_layers_per_block=(1, 2),
+            projection_class_embeddings_input_dim=80,
+            sample_size=16,
+        ),
+        scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+    ).save_pretrained(folder)
+
+
+def sd3(folder: Path, layers: int = 2) -> None:
+    """Stable Diffusion 3."""
+    diffusers.StableDiffusion3Pipeline(
+        vae=autoencoder(3, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5),
+        text_encoder=clip_text(projection=32),
+        text_encoder_2=clip_text(projection=32),
+        text_encoder_3=t5_text(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
+        transformer=SD3Transformer2DModel(
+            sample_size=32,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            caption_projection_dim=32,
+            joint_attention_dim=32,
+            pooled_projection_dim=64,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+
+
+def flux(folder: Path) -> None:
+    """Flux.1 dev."""
+    diffusers.FluxPipeline(
+        vae=autoencoder(
+            3, 1, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035
+        ),
+        text_encoder=clip_text(),
+        text_encoder_2=t5_text(),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+
+
+def sana(folder: Path) -> None:
+    """Sana, with T5's tokenizer in the place of Gemma's."""
+    blocks = ("ResBlock", "EfficientViTBlock")
+    diffusers.SanaPipeline(
+        vae=diffusers.AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41407,
+        ),
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=98,
+                hidden_size=8,
+                intermediate_size=64,
+                head_dim=16,
+                num_attention_heads=2,
+                num_hidden_layers=1,
+                num_key_value_heads=2,
+                pad_token_id=0,
+            )
+        ),
+        tokenizer=t5_tokenizer(),
+        transformer=diffusers.SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=8,
+            sample_size=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    ).save_pretrained(folder)
+
+
+BUILDERS: dict[str, Callable[[Path], None]] = {
+    "unconditional": unconditional,
+    "sd1": sd1,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    # A ControlNet for it copies the first 12 layers, the last of which may not be the transformer's last.
+    "sd3_deep": partial(sd3, layers=13),
+    "flux": flux,
+    "sana": sana,
+}
+
+
+def build(name: str, folder: Path) -> Path:
+    """Saves a pipeline if it is not there yet, always with the same numbers."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        partial = folder.with_name(folder.name + ".partial")
+        BUILDERS[name](partial)
+        partial.rename(folder)
+    return folder

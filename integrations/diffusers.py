@@ -33,12 +33,12 @@ DATA_ARGUMENTS = ("--instance_data_dir", "--instance_data_root", "--train_data_d
 
 REPLACED_ARGUMENTS = (
     *("--dataset_config_name", "--image_column", "--max_train_samples", "--repeats"),
-    *("--class_data_dir", "--num_class_images", "--prior_loss_weight"),
+    *("--train_batch_size", "--class_data_dir", "--num_class_images", "--prior_loss_weight"),
     *("--resume_from_checkpoint", "--output_dir"),
 )
 """With a value; meaningless or harmful where the data is a folder of queries and nothing is trained."""
 
-DROPPED_FLAGS = ("--push_to_hub", "--cache_latents")
+DROPPED_FLAGS = ("--push_to_hub",)
 
 VIDEO_LISTS = ("prompts.txt", "videos.txt")
 """What the video scripts read a folder's captions and files from, line by line."""
@@ -113,8 +113,12 @@ def refusal(args: Any, variables: Mapping[str, Any]) -> str | None:
     """Why a run cannot be attributed, by its arguments and its loop's variables; None if nothing is known against it.
 
     Several DreamBooth scripts encode latents, and some captions too, once before the loop, and look them up by the
-    number of the step in its epoch: batches in another order get those of other samples.
+    number of the step in its epoch: batches in another order get those of other samples. The newer ones look them up
+    by the sample's index, which their batches hold.
     """
+    batch = variables.get("batch")
+    if isinstance(batch, Mapping) and "indices" in batch:
+        return None
     caches = [
         name for name, value in variables.items() if name.endswith("_cache") and isinstance(value, list) and value
     ]
@@ -259,9 +263,14 @@ def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt
     if takes_videos(arguments):
         data, named = "--instance_data_root", zip(("--caption_column", "--video_column"), VIDEO_LISTS, strict=True)
         kept = _without(kept, ("--caption_column", "--video_column")) + [word for pair in named for word in pair]
-    # Textual inversion repeats every image a hundred times unless it is told not to.
-    once = ["--repeats", "1"] if _has(arguments, "--repeats") or words_its_own_prompts(arguments) else []
-    return [*kept, *once, data, str(folder), "--output_dir", str(output)]
+    # Textual inversion repeats every image a hundred times unless it is told not to; DreamBooth's newer scripts drop a
+    # last batch that is not full.
+    one = {
+        "--repeats": words_its_own_prompts(arguments),
+        "--train_batch_size": words_its_own_prompts(arguments) or _has(arguments, "--instance_prompt"),
+    }
+    ones = [word for name, known in one.items() if known or _has(arguments, name) for word in (name, "1")]
+    return [*kept, *ones, data, str(folder), "--output_dir", str(output)]
 
 
 def write_queries(

@@ -78,15 +78,9 @@ def test_a_command_line_is_pointed_at_the_queries() -> None:
 def test_the_prompt_takes_the_place_of_dreambooths() -> None:
     given = [*T2I, "--instance_data_dir", "dogs", "--instance_prompt", "a sks dog", "--repeats", "9"]
     pointed = diffusers.query_arguments(given, Path("/q"), Path("/o"), "--a cat--")
-    assert pointed[4:] == [
-        "--instance_prompt=--a cat--",
-        "--repeats",
-        "1",
-        "--instance_data_dir",
-        "/q",
-        "--output_dir",
-        "/o",
-    ]
+    assert pointed[4] == "--instance_prompt=--a cat--"
+    assert pointed[5:9] == ["--repeats", "1", "--train_batch_size", "1"]
+    assert pointed[9:] == ["--instance_data_dir", "/q", "--output_dir", "/o"]
     assert diffusers.takes_one_prompt(given)
 
 
@@ -168,14 +162,14 @@ def value(run: diffusers.QueryRun, name: str) -> str:
     ],
 )
 def test_scripts_that_read_every_file_get_one_query_at_a_time(tmp_path: Path, data: str, alone: bool) -> None:
-    runs = prepared(tmp_path, f"{data} --output_dir o --cache_latents")
+    runs = prepared(tmp_path, f"{data} --output_dir o --push_to_hub")
     assert [run.queries for run in runs] == ([(0,), (1,)] if alone else [(0, 1)])
     folders = [Path(value(run, data.split()[0])) for run in runs]
     # There must be nothing else in a folder of which every file is taken for an image.
     expected = [["000000.png"], ["000000.jpg"]] if alone else [["000000.png", "000001.jpg", "metadata.jsonl"]]
     assert [sorted(file.name for file in folder.iterdir()) for folder in folders] == expected
     for run in runs:
-        assert value(run, "--output_dir") != "o" and "--cache_latents" not in run.arguments
+        assert value(run, "--output_dir") != "o" and "--push_to_hub" not in run.arguments
         assert ("--repeats" in run.arguments) == ("--placeholder_token" in data)
 
 
@@ -210,3 +204,5 @@ def test_what_is_looked_up_by_batch_is_refused() -> None:
     assert "latents by the number of the batch" in (diffusers.refusal(Given(), {}) or "")
     assert "prompt_embeds_cache" in (diffusers.refusal(None, {"prompt_embeds_cache": [1]}) or "")
     assert diffusers.refusal(None, {"latents_cache": []}) is None
+    # The newer scripts look up by the index of the sample.
+    assert diffusers.refusal(Given(), {"latents_cache": [1], "batch": {"indices": [3]}}) is None

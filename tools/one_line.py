@@ -3,8 +3,9 @@
     DIFFUSERS_EXAMPLES=.../diffusers/examples python tools/one_line.py [--only NAME]... [--write docs/scripts.md]
 
 Each script is run as it is, then with `dmin_trace.attach(accelerator, args)` after its Accelerator and nothing else
-changed, then on demand with the weights that the first run saved, and is asked about a copy of a training picture.
-Needs what the scripts need: torchvision, datasets, peft, transformers, sentencepiece.
+changed, then on demand with the weights that the first run saved, then by `tools/reference.py` for gradients to compare
+with, and is asked about a copy of a training picture.
+Needs what the scripts need: torchvision, datasets, peft, transformers, sentencepiece, decord; and av, to make videos.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ ASKED = 3
 """The sample whose copy is asked about."""
 
 CLOSE = 1e-6
+"""How far rows of the same weights may be apart."""
+
+AGREES = 1e-5
+"""How far they may be from the reference's, which sums in another order."""
 
 SEEDED = """
 import random, runpy, sys
@@ -67,6 +72,7 @@ class Script:
     weights: what of the output folder to give to `--weights`.
     prompt: the query's; the picture's own caption if it is "own", none if it is empty.
     pair: whether the query also needs the conditioning picture.
+    asked: the file of a sample, under the data.
     """
 
     path: str
@@ -75,6 +81,7 @@ class Script:
     weights: str = "."
     prompt: str = "own"
     pair: bool = False
+    asked: str = "plain/{k:02d}.png"
 
     @property
     def name(self) -> str:
@@ -145,6 +152,16 @@ SCRIPTS = (
         *("--conditioning_image_column", "conditioning_image", "--caption_column", "text", "--image_column", "image"),
         pair=True,
     ),
+    _script("dreambooth", "train_dreambooth_lora_qwen_image", "qwen_image", *PLAIN, "--cache_latents", prompt=DIGIT),
+    Script(
+        "cogvideo/train_cogvideox_lora.py",
+        "cogvideox",
+        ("--pretrained_model_name_or_path", "{model}", "--instance_data_root", "{data}/videos")
+        + ("--caption_column", "prompts.txt", "--video_column", "videos.txt", "--height", "16", "--width", "16")
+        + ("--max_num_frames", "9", "--train_batch_size", "2", "--max_train_steps", "3", "--learning_rate", "1e-3")
+        + ("--lr_warmup_steps", "0", "--lr_scheduler", "constant", "--rank", "4", "--seed", "7"),
+        asked="videos/{k:02d}.mp4",
+    ),
 )
 
 
@@ -157,6 +174,7 @@ class Outcome:
     gradients: str = ""
     undisturbed: str = ""
     on_demand: str = ""
+    reference: str = ""
     self_query: str = ""
     seconds: float = 0.0
     why: str = ""
@@ -274,14 +292,24 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
     settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
     given = ["-m", "dmin_trace.cli", "capture", "--weights", here / "without" / script.weights, *settings]
     run([*given, "--out", demanded, "--", source, *command("demand")], work, here / "demand.log", "demand")
-    outcome.on_demand = _difference(final, demanded)
+    outcome.on_demand = _apart(_rows(final), _rows(demanded), CLOSE, "the final")
+    yield
+
+    longer = [
+        *command("reference"),
+        *(("--max_train_steps", "1000000") if "--max_train_steps" in script.arguments else ()),
+    ]
+    expected_rows = here / "reference.npy"
+    given = [Path(__file__).parent / "reference.py", final, expected_rows, "--", source, *longer]
+    run(given, work, here / "reference.log", "reference")
+    outcome.reference = _apart(np.load(expected_rows), _rows(final), AGREES, "the reference's")
     yield
 
     alone = {"--instance_data_dir", "--placeholder_token"} & set(script.arguments)
     files = list((work / "data" / "plain").iterdir())
     # A folder without captions is read in the order in which the file system lists it.
     at = files.index(work / "data" / "plain" / f"{ASKED:02d}.png") if alone else ASKED
-    query = ["-m", "dmin_trace.cli", "query", demanded, work / "data" / "plain" / f"{ASKED:02d}.png", "-k", "3"]
+    query = ["-m", "dmin_trace.cli", "query", demanded, work / "data" / script.asked.format(k=ASKED), "-k", "3"]
     prompt = tiny_models.caption(ASKED) if script.prompt == "own" else script.prompt
     query += ["--prompt", prompt] if prompt else []
     if script.pair:
@@ -313,13 +341,18 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _difference(one: Path, other: Path) -> str:
-    """The largest difference between the rows of two stores. Raises Unmet if it is more than rounding."""
-    a, b = open_trace(one), open_trace(other)
-    rows = np.arange(a.header.samples)
-    largest = float(np.abs(a.rows(rows) - b.rows(rows)).max())
-    if largest > CLOSE:
-        raise Unmet(f"on demand differs by {largest:.2g}, expected {CLOSE:g} at most")
+def _rows(path: Path) -> np.ndarray:
+    trace = open_trace(path)
+    return trace.rows(np.arange(trace.header.samples))
+
+
+def _apart(expected: np.ndarray, found: np.ndarray, most: float, whose: str) -> str:
+    """The largest difference between rows. Raises Unmet if it is more than rounding."""
+    if expected.shape != found.shape:
+        raise Unmet(f"{whose} rows are {expected.shape}, those found {found.shape}")
+    largest = float(np.abs(expected - found).max())
+    if not largest <= most:
+        raise Unmet(f"rows differ from {whose} by {largest:.2g}, expected {most:g} at most")
     return f"{largest:.1g}"
 
 
@@ -333,14 +366,34 @@ def as_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-HEADINGS = ("script", "trainable numbers", "gradients", "undisturbed", "on demand", "copy finds itself", "seconds", "")
+HEADINGS = (
+    "script",
+    "trainable numbers",
+    "gradients",
+    "undisturbed",
+    "on demand",
+    "reference",
+    "copy finds itself",
+    "seconds",
+    "",
+)
 
 
 def _cells(o: Outcome) -> list[str]:
     numbers = f"{o.numbers:,}" if o.numbers else ""
     result = o.why or "works"
     name = o.script.name
-    return [name, numbers, o.gradients, o.undisturbed, o.on_demand, o.self_query, f"{o.seconds:.0f}", result]
+    return [
+        name,
+        numbers,
+        o.gradients,
+        o.undisturbed,
+        o.on_demand,
+        o.reference,
+        o.self_query,
+        f"{o.seconds:.0f}",
+        result,
+    ]
 
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
@@ -359,6 +412,8 @@ was changed.
 - *undisturbed*: so many saved tensors are the same bit for bit with and without the line.
 - *on demand*: the largest difference between rows captured at the end of the training and rows captured afterwards from
   the saved weights with `dmin-trace capture`.
+- *reference*: the largest difference to the rows that `tools/reference.py` computes, which shares no code with the
+  loop driver.
 - *copy finds itself*: asked about a copy of a training picture, its score against the runner-up's (4 is the most).
 
 """
@@ -407,6 +462,7 @@ def main() -> int:
         (work / "models").mkdir(exist_ok=True)
         if not (work / "data").exists():
             tiny_models.write_pictures(work / "data")
+            tiny_models.write_videos(work / "data" / "videos")
         outcomes = []
         for script in SCRIPTS:
             if not given.only or script.name in given.only:

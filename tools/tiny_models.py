@@ -22,6 +22,7 @@ from diffusers import (
 )
 from PIL import Image
 from sklearn.datasets import load_digits
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -29,6 +30,9 @@ from transformers import (
     CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -281,6 +285,114 @@ def sana(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Knows bytes and nothing longer."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(vocab={p: k for k, p in enumerate(pieces)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def qwen_image(folder: Path) -> None:
+    """Qwen-Image."""
+    diffusers.QwenImagePipeline(
+        vae=diffusers.AutoencoderKLQwenImage(
+            base_dim=24,
+            z_dim=4,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                    "rope_parameters": {"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e6},
+                    "vocab_size": 300,
+                },
+                vision_config={
+                    "depth": 2,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_heads": 2,
+                    "out_hidden_size": 16,
+                },
+            )
+        ),
+        tokenizer=qwen_tokenizer(),
+        transformer=diffusers.QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=3,
+            joint_attention_dim=16,
+            axes_dims_rope=(8, 4, 4),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+
+
+def cogvideox(folder: Path) -> None:
+    """CogVideoX, for videos of 9 frames."""
+    diffusers.CogVideoXPipeline(
+        vae=diffusers.AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+        ),
+        text_encoder=t5_text(),
+        tokenizer=t5_tokenizer(),
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=2,
+            text_embed_dim=32,
+            num_layers=1,
+            sample_width=2,
+            sample_height=2,
+            sample_frames=9,
+            patch_size=2,
+            temporal_compression_ratio=4,
+            max_text_seq_length=32,
+        ),
+        scheduler=diffusers.CogVideoXDPMScheduler(),
+    ).save_pretrained(folder)
+
+
+def write_videos(folder: Path) -> None:
+    """The pictures as videos that fade in, with the two lists that the video scripts read."""
+    import av
+
+    folder.mkdir(parents=True)
+    digits = load_digits()
+    for k in range(SAMPLES):
+        pixels = np.kron(digits.images[k] * 255 / 16, np.ones((8, 8)))
+        with av.open(folder / f"{k:02d}.mp4", "w") as container:
+            stream = container.add_stream("mpeg4", rate=8)
+            stream.width, stream.height = pixels.shape
+            for n in range(9):
+                shade = (pixels * (n + 1) / 9).astype(np.uint8)
+                frame = av.VideoFrame.from_ndarray(np.repeat(shade[:, :, None], 3, axis=2), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    (folder / "prompts.txt").write_text("".join(f"{caption(k)}\n" for k in range(SAMPLES)))
+    (folder / "videos.txt").write_text("".join(f"{k:02d}.mp4\n" for k in range(SAMPLES)))
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "unconditional": unconditional,
     "sd1": sd1,
@@ -290,6 +402,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "sd3_deep": partial(sd3, layers=13),
     "flux": flux,
     "sana": sana,
+    "qwen_image": qwen_image,
+    "cogvideox": cogvideox,
 }
 
 

@@ -139,7 +139,7 @@ SCRIPTS = (
     _script(
         "controlnet",
         "train_controlnet_sdxl",
-        "sdxl",
+        "sdxl_eighth",
         *PAIRS,
         *("--conditioning_image_column", "conditioning_image"),
         pair=True,

@@ -67,7 +67,7 @@ class Reference:
                     self.models.append(result)
                 elif isinstance(result, torch.utils.data.DataLoader) and self.loader is None:
                     self.loader = result
-                    result.__class__ = type("OneByOne", (type(result),), {"__iter__": lambda _: self.batches()})
+                    type(result).__iter__ = lambda loader: self.batches()
             return results
 
         accelerate.Accelerator.prepare = prepared

@@ -155,9 +155,9 @@ def sd1(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def sdxl(folder: Path) -> None:
+def sdxl(folder: Path, levels: int = 3) -> None:
     """Stable Diffusion XL."""
-    vae = autoencoder(3)
+    vae = autoencoder(levels)
     # As sure of its latents as a trained one is. A full fine-tuning draws them once, before its loop, so a query's draw
     # is not its sample's, and the draws of an untrained one are mostly noise.
     with torch.no_grad():
@@ -397,6 +397,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "unconditional": unconditional,
     "sd1": sd1,
     "sdxl": sdxl,
+    # A ControlNet makes its picture 8 times smaller, and so must the autoencoder.
+    "sdxl_eighth": partial(sdxl, levels=4),
     "sd3": sd3,
     # A ControlNet for it copies the first 12 layers, the last of which may not be the transformer's last.
     "sd3_deep": partial(sd3, layers=13),

@@ -46,12 +46,17 @@ class Reference:
         self.slot = -1
         self.models: list[torch.nn.Module] = []
         self.loader: Any = None
-        self.randint = torch.randint
+        self.randint, self.rand = torch.randint, torch.rand
         self.density = diffusers.training_utils.compute_density_for_timestep_sampling
 
-    def seed_all(self, stream: int) -> None:
+    def seed_of(self, stream: int) -> int:
         """The seed of stream 0 is for the sample's augmentation, that of stream k + 1 for slot k."""
-        seed = int(np.random.SeedSequence([self.seed, stream]).generate_state(1)[0])
+        return int(np.random.SeedSequence([self.seed, stream]).generate_state(1)[0])
+
+    def seed_all(self, stream: int) -> None:
+        """Seeds the global generators, and the script's own at its first draw after this."""
+        seed = self.seed_of(stream)
+        self.seeded = set[int]()
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -73,7 +78,7 @@ class Reference:
         accelerate.Accelerator.prepare = prepared
         accelerate.Accelerator.backward = lambda _, loss, **options: self.backward(loss)
         AcceleratedOptimizer.step = lambda _, closure=None: None
-        torch.randint = self.pinned_randint
+        torch.randint, torch.rand = self.pinned_randint, self.seeded_rand
         diffusers.training_utils.compute_density_for_timestep_sampling = self.pinned_density
 
     def fraction(self) -> float:
@@ -86,6 +91,14 @@ class Reference:
         if self.slot >= 0 and 1000 in args[:2]:
             drawn.fill_(int(self.fraction() * 1000))
         return drawn
+
+    def seeded_rand(self, *args: Any, **options: Any) -> torch.Tensor:
+        """A draw from a generator of the script's own (InstructPix2Pix drops its conditioning by one)."""
+        generator = options.get("generator")
+        if self.slot >= 0 and generator is not None and id(generator) not in self.seeded:
+            self.seeded.add(id(generator))
+            generator.manual_seed(self.seed_of(self.slot + 1))
+        return self.rand(*args, **options)
 
     def pinned_density(self, *args: Any, **options: Any) -> torch.Tensor:
         """The flow-matching scripts' draw, a fraction of the schedule."""

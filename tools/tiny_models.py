@@ -117,6 +117,18 @@ def autoencoder(levels: int, channels: int = 4, **more: Any) -> AutoencoderKL:
     )
 
 
+def make_sure(vae: Any) -> None:
+    """As sure of its latents as a trained one is: with half of its output for their means, the other for the variances.
+
+    Some scripts draw latents once, before their loop, so a query's draw is not its sample's, and the draws of an
+    untrained autoencoder are mostly noise.
+    """
+    with torch.no_grad():
+        half = len(vae.quant_conv.bias) // 2
+        vae.quant_conv.weight[half:] = 0
+        vae.quant_conv.bias[half:] = -20
+
+
 def unet(**more: Any) -> UNet2DConditionModel:
     """Stable Diffusion's kind of UNet."""
     given = {"cross_attention_dim": 32, "attention_head_dim": 8, "sample_size": 8} | more
@@ -158,11 +170,7 @@ def sd1(folder: Path) -> None:
 def sdxl(folder: Path, levels: int = 3) -> None:
     """Stable Diffusion XL."""
     vae = autoencoder(levels)
-    # As sure of its latents as a trained one is. A full fine-tuning draws them once, before its loop, so a query's draw
-    # is not its sample's, and the draws of an untrained one are mostly noise.
-    with torch.no_grad():
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = -20
+    make_sure(vae)
     diffusers.StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=clip_text(),
@@ -295,16 +303,18 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 def qwen_image(folder: Path) -> None:
     """Qwen-Image."""
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    make_sure(vae)
     diffusers.QwenImagePipeline(
-        vae=diffusers.AutoencoderKLQwenImage(
-            base_dim=24,
-            z_dim=4,
-            dim_mult=[1, 2, 4, 4],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
+        vae=vae,
         text_encoder=Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(
                 text_config={

@@ -73,6 +73,8 @@ class Script:
     prompt: the query's; the picture's own caption if it is "own", none if it is empty.
     pair: whether the query also needs the conditioning picture.
     asked: the file of a sample, under the data.
+    option: what is particular about the arguments.
+    refused: what the capture says where it cannot be.
     shuffled: whether the script shuffles the samples before it loads them, so that their numbers are not the files'.
     """
 
@@ -83,12 +85,14 @@ class Script:
     prompt: str = "own"
     pair: bool = False
     asked: str = "plain/{k:02d}.png"
+    option: str = ""
+    refused: str = ""
     shuffled: bool = False
 
     @property
     def name(self) -> str:
-        """The script's name without its folder."""
-        return Path(self.path).stem
+        """The script's name without its folder, and the option."""
+        return " ".join([Path(self.path).stem, self.option]).strip()
 
 
 def _script(folder: str, name: str, model: str, *arguments: str, **more: object) -> Script:
@@ -166,6 +170,53 @@ SCRIPTS = (
         asked="videos/{k:02d}.mp4",
     ),
 )
+
+PRIOR = (*PLAIN, "--with_prior_preservation", "--class_prompt", "a digit", "--class_data_dir", "{data}/class")
+PRIOR += ("--num_class_images", "4", "--prior_loss_weight", "0.5")
+
+
+def _option(option: str, folder: str, name: str, model: str, *arguments: str, **more: object) -> Script:
+    return _script(folder, name, model, *arguments, option=option, **more)
+
+
+OPTIONS = (
+    _option("bf16", "text_to_image", "train_text_to_image_lora", "sd1", *CAPTIONS, "--mixed_precision", "bf16"),
+    _option(
+        "v-prediction, checkpointing",
+        *("text_to_image", "train_text_to_image", "sd1", *CAPTIONS),
+        *("--prediction_type", "v_prediction", "--gradient_checkpointing", "--input_perturbation", "0.1"),
+    ),
+    _option(
+        "validation images",
+        *("text_to_image", "train_text_to_image_lora", "sd1", *CAPTIONS),
+        *("--validation_prompt", "a digit", "--num_validation_images", "1", "--validation_epochs", "1"),
+        *("--max_train_steps", "7"),
+    ),
+    _option(
+        "timestep bias",
+        *("text_to_image", "train_text_to_image_sdxl", "sdxl", *CAPTIONS, "--timestep_bias_strategy", "later"),
+        *("--timestep_bias_multiplier", "2", "--use_ema"),
+    ),
+    _option("prior preservation", "dreambooth", "train_dreambooth", "sd1", *PRIOR, prompt=DIGIT),
+    _option(
+        "prior preservation, text encoders",
+        *("dreambooth", "train_dreambooth_lora_sd3", "sd3", *PRIOR, "--train_text_encoder"),
+        prompt=DIGIT,
+    ),
+    _option(
+        "DoRA, dropout, Prodigy",
+        *("dreambooth", "train_dreambooth_lora_sdxl", "sdxl", *CAPTIONED, "--use_dora", "--lora_dropout", "0.2"),
+        *("--optimizer", "prodigy", "--snr_gamma", "5"),
+    ),
+    _option("text encoders", "dreambooth", "train_dreambooth_lora_flux", "flux", *CAPTIONED, "--train_text_encoder"),
+    _option("8-bit Adam", "text_to_image", "train_text_to_image_lora", "sd1", *CAPTIONS, "--use_8bit_adam"),
+    _option(
+        "cached latents",
+        *("dreambooth", "train_dreambooth_lora_sd3", "sd3", *CAPTIONED, "--cache_latents"),
+        refused="by the number of the batch",
+    ),
+)
+"""Options that people use; the scripts' defaults are with the scripts."""
 
 
 @dataclass
@@ -258,7 +309,7 @@ def check(script: Script, examples: Path, work: Path) -> Outcome:
 
 def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iterator[None]:
     """One check after the other, each noted in the outcome."""
-    here = work / script.name
+    here = work / script.name.replace(" ", "-")
     here.mkdir(parents=True)
     source = examples / script.path
     model = tiny_models.build(script.model, work / "models" / script.model)
@@ -272,16 +323,21 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
 
     if not source.is_file():
         raise Unmet(f"there is no {script.path}")
-    run(["-c", SEEDED, source, *command("without")], work, here / "without.log", f"{script.name}-without")
+    run(["-c", SEEDED, source, *command("without")], work, here / "without.log", here.name + "-without")
     yield
 
     attached = here / source.name
     attached.write_text(insert_the_line(source.read_text(encoding="utf-8")), encoding="utf-8")
-    run(["-c", SEEDED, attached, *command("with")], work, here / "with.log", f"{script.name}-with")
+    run(["-c", SEEDED, attached, *command("with")], work, here / "with.log", here.name + "-with")
     outcome.undisturbed = _same_weights(here / "without", here / "with")
     final = here / "with" / "trace.zarr"
+    said = [line for line in (here / "with.log").read_text(errors="replace").splitlines() if "dmin_trace" in line]
+    if script.refused:
+        if final.exists() or not any(script.refused in line for line in said):
+            raise Unmet("the capture was not refused")
+        outcome.gradients = "refused"
+        return
     if not final.exists():
-        said = [line for line in (here / "with.log").read_text(errors="replace").splitlines() if "dmin_trace" in line]
         raise Unmet(f"with: {said[-1] if said else 'no store was written'}")
     trace = open_trace(final)
     expected = (tiny_models.SAMPLES, SETTINGS["timesteps"])
@@ -436,11 +492,11 @@ REST = """
 ## Not run
 
 They have the same shape of loop by reading (`prepare`, `accumulate`, one `backward`, a timestep draw that is pinned):
-`train_cogvideox_lora`, `train_cogvideox_image_to_video_lora`, `train_control_cogview4`, `train_lcm_distill_lora_sdxl`,
+`train_cogvideox_image_to_video_lora`, `train_control_cogview4`, `train_lcm_distill_lora_sdxl`,
 `train_controlnet_flux`, `train_custom_diffusion`, `train_control_flux`, `train_control_lora_flux`,
 `train_instruct_pix2pix_sdxl`, `textual_inversion_sdxl`, the four of `kandinsky2_2`, the three
 of `advanced_diffusion_training`, and of `dreambooth` the LoRA scripts for Flux.2, Flux Kontext, HiDream, Ideogram 4,
-Krea 2, Lumina 2, Qwen Image and Z-Image. Neither were a GPU, mixed precision and more than one process.
+Krea 2, Lumina 2 and Z-Image. Nor was a GPU.
 """
 
 
@@ -456,9 +512,11 @@ def main() -> int:
     if not (examples / "text_to_image").is_dir():
         console.print("Set DIFFUSERS_EXAMPLES to the examples folder of a checkout of huggingface/diffusers.")
         return 2
-    unknown = set(given.only or ()) - {script.name for script in SCRIPTS}
+    unknown = set(given.only or ()) - {script.name for script in (*SCRIPTS, *OPTIONS)}
     if unknown:
-        console.print(f"No such script here: {', '.join(unknown)}. There are {', '.join(s.name for s in SCRIPTS)}.")
+        console.print(
+            f"No such script here: {', '.join(unknown)}. There are {', '.join(s.name for s in (*SCRIPTS, *OPTIONS))}."
+        )
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         work = (given.work or Path(temporary)).absolute()
@@ -468,7 +526,7 @@ def main() -> int:
             tiny_models.write_pictures(work / "data")
             tiny_models.write_videos(work / "data" / "videos")
         outcomes = []
-        for script in SCRIPTS:
+        for script in (*SCRIPTS, *OPTIONS):
             if not given.only or script.name in given.only:
                 outcome = check(script, examples, work)
                 console.print(f"{script.name}: {outcome.why or 'works'} ({outcome.seconds:.0f} s)", soft_wrap=True)

@@ -46,7 +46,7 @@ class Reference:
         self.slot = -1
         self.models: list[torch.nn.Module] = []
         self.loader: Any = None
-        self.randint, self.rand = torch.randint, torch.rand
+        self.randint, self.rand, self.multinomial = torch.randint, torch.rand, torch.multinomial
         self.density = diffusers.training_utils.compute_density_for_timestep_sampling
 
     def seed_of(self, stream: int) -> int:
@@ -79,6 +79,7 @@ class Reference:
         accelerate.Accelerator.backward = lambda _, loss, **options: self.backward(loss)
         AcceleratedOptimizer.step = lambda _, closure=None: None
         torch.randint, torch.rand = self.pinned_randint, self.seeded_rand
+        torch.multinomial = self.pinned_multinomial
         diffusers.training_utils.compute_density_for_timestep_sampling = self.pinned_density
 
     def fraction(self) -> float:
@@ -91,6 +92,11 @@ class Reference:
         if self.slot >= 0 and 1000 in args[:2]:
             drawn.fill_(int(self.fraction() * 1000))
         return drawn
+
+    def pinned_multinomial(self, weights: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        """The draw of the timesteps where some are preferred."""
+        drawn = self.multinomial(weights, *args, **options)
+        return torch.full_like(drawn, int(self.fraction() * 1000)) if self.slot >= 0 and len(weights) == 1000 else drawn
 
     def seeded_rand(self, *args: Any, **options: Any) -> torch.Tensor:
         """A draw from a generator of the script's own (InstructPix2Pix drops its conditioning by one)."""

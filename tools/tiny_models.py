@@ -44,12 +44,19 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def write_pictures(folder: Path) -> None:
-    """`captioned` has captions, `pairs` conditioning images too, `plain` nothing but the same pictures."""
+    """`captioned` has captions, `pairs` conditioning images too, `plain` nothing but the same pictures.
+
+    `class` has pictures of its own, for prior preservation.
+    """
     folders = ("pairs", "captioned", "plain")
     lines = []
     for name in folders:
         (folder / name).mkdir(parents=True)
     digits = load_digits()
+    (folder / "class").mkdir()
+    for k in range(4):
+        pixels = (digits.images[100 + k] * 255 / 16).astype(np.uint8)
+        Image.fromarray(pixels).resize((SIZE, SIZE)).convert("RGB").save(folder / "class" / f"{k}.png")
     for k in range(SAMPLES):
         pixels = (digits.images[k] * 255 / 16).astype(np.uint8)
         picture = Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB")

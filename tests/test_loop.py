@@ -272,15 +272,3 @@ def test_remove_takes_every_trace_off(tmp_path: Path) -> None:
     )
     run([script], tmp_path)
     assert not (tmp_path / "out" / "trace.zarr").exists()
-
-
-def test_two_processes_capture_every_sample_once(tmp_path: Path) -> None:
-    script = plain_script(
-        tmp_path / "script.py", body=BODY.replace("losses.append", "accelerator.gather(loss.detach()); losses.append")
-    )
-    run([script, "--output_dir", "one", "--count", "7"], tmp_path)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    run([*launch, "--output_dir", "two", "--count", "7"], tmp_path, ACCELERATE_USE_CPU="true")
-    one, two = open_trace(tmp_path / "one" / "trace.zarr"), open_trace(tmp_path / "two" / "trace.zarr")
-    assert two.complete
-    assert sorted(two.sample.tolist()) == list(range(7)) == one.sample.tolist()

@@ -106,6 +106,23 @@ class RandomState:
             python=random.getstate(),
         )
 
+    def is_now(self) -> bool:
+        """Whether all global generators stand where they stood: nothing was drawn since."""
+        now = RandomState.take()
+        mine, others = self._tensors(), now._tensors()
+        key, other_key = self.numpy["state"]["key"], now.numpy["state"]["key"]
+        return (
+            len(mine) == len(others)
+            and all(map(torch.equal, mine, others))
+            and np.array_equal(key, other_key)
+            and all(self.numpy[name] == now.numpy[name] for name in ("has_gauss", "gauss"))
+            and self.numpy["state"]["pos"] == now.numpy["state"]["pos"]
+            and self.python == now.python
+        )
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [self.torch_cpu, *self.torch_cuda, *([] if self.torch_mps is None else [self.torch_mps])]
+
     def restore(self) -> None:
         """Puts all global generators back."""
         torch.set_rng_state(self.torch_cpu)

@@ -21,6 +21,7 @@ ALLOWED = {
     "gradients": set(),
     "columns": {"errors"},
     "randomness": {"errors", "settings"},
+    "frozen": {"randomness"},
     "compress": {"errors", "settings"},
     "store": {"errors", "settings", "version"},
     "loop": {"errors", "randomness", "variables"},

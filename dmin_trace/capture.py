@@ -1,10 +1,9 @@
-"""Joins the loop driver, the gradients, the compressor and the store to a training run: `attach`.
+"""Joins the loop driver and the recorder to a training run with accelerate: `attach`.
 
-    script -> LoopDriver -> Capture.backward: gradient -> compress -> Capture.take: checks, rows -> store
+    script -> LoopDriver -> Capture -> Recorder -> store
 
-The checks are what makes two gradients comparable, so they fail closed. For every sample of a slot the timestep that
-reached the denoiser and the sequence of random calls must be the same; they are kept in the store, and a query must
-meet them again.
+Here is what only a training script with accelerate has: its arguments, its averaged weights (EMA), its processes, the
+line in it or the command line that launched it, and a training that must go on if the capture fails.
 """
 
 from __future__ import annotations
@@ -13,32 +12,27 @@ import atexit
 import logging
 import os
 import sys
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dmin_trace import store
+from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.commands import Job, current_command, remember
-from dmin_trace.compress import Plan, compress, make_plan
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError, TraceError, WeightsError
-from dmin_trace.gradients import LOSS_SCALE, gradients
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError
+from dmin_trace.gradients import LOSS_SCALE
 from dmin_trace.integrations import diffusers
-from dmin_trace.loop import Body, Ending, LoopDriver
-from dmin_trace.randomness import Call, Slot, make_slots, seed_of
-from dmin_trace.settings import Settings, make_settings
-from dmin_trace.store import Header, Trace, Writer
+from dmin_trace.loop import Ending, LoopDriver
+from dmin_trace.randomness import Slot, make_slots, seed_of
+from dmin_trace.recorder import Processes, Recorder
+from dmin_trace.settings import make_settings
+from dmin_trace.store import Header, Trace
 from dmin_trace.weights import find_trainable
 
 logger = logging.getLogger(__name__)
@@ -139,19 +133,6 @@ def _find_args() -> Any:
     return None
 
 
-@dataclass
-class _Chunk:
-    """The rows of one chunk while they come in."""
-
-    number: int
-    slots: range
-    grad: np.ndarray
-    norm: np.ndarray
-    loss: np.ndarray
-    columns: dict[str, list[Any]]
-    filled: int = 0
-
-
 class Capture:
     """One capture, of a training run or of queries: `loop.Work`, and what is known about it."""
 
@@ -172,14 +153,8 @@ class Capture:
         self.error: Exception | None = None
         self._launched = launched
         self._joined = False
-        self._weights_saved = False
         self._entered = ExitStack()
-        self._writer: Writer | None = None
-        self._progress: Progress | None = None
-        self._row: list[Body] = []
-        self._first: list[Body] = []
-        self._batch_shapes: dict[str, tuple[int, ...]] = {}
-        self._ever_reached: list[bool] = []
+        self._recorder: Recorder | None = None
         ending = Ending(self._max_train_steps, self._num_epochs)
         self.driver = LoopDriver(accelerator, ending, self, on_demand=job.mode == "now")
         setattr(accelerator, _MARK, self)
@@ -260,12 +235,7 @@ class Capture:
     def begin(self, driver: LoopDriver) -> list[int]:
         """Fixes the weights, saves them, and says which samples this process captures."""
         self._models = [driver.unwrap(model) for model in driver.models]
-        self._trainable = find_trainable(self._models, driver.optimizers)
-        self._ever_reached = [False] * len(self._trainable.names)
-        self._scale = LOSS_SCALE if driver.accelerator.scaler is not None else 1.0
-        self._plan: Plan = make_plan(
-            self._trainable.length, self.settings.dimension, self.settings.seed, self.settings.projection
-        )
+        trainable = find_trainable(self._models, driver.optimizers)
         variables = driver.variables
         if variables is None:
             raise CaptureError("The loop's variables were not remembered. This is an error of dmin_trace; report it.")
@@ -277,64 +247,59 @@ class Capture:
             for ema in diffusers.averaged_models(variables.values()):
                 self._enter_average(ema, step_first=driver.step_pending)
         if self.job.weights is not None:
-            self._trainable.load(Path(self.job.weights), diffusers.parameter_key)
-        self._weights = self._trainable.weights_fingerprint()
-        if self.like is not None:
-            self._check_like(self.like)
-        self._columns = Columns(driver.loader.dataset, self.settings.columns)
-        return self._plan_chunks(driver)
+            trainable.load(Path(self.job.weights), diffusers.parameter_key)
+        if self.out is None:
+            raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
+        accelerator = driver.accelerator
+        dataset = driver.loader.dataset
+        self._recorder = Recorder(
+            self.settings,
+            trainable,
+            Columns(dataset, self.settings.columns),
+            out=self.out,
+            samples=len(dataset),
+            resuming=self.job.mode == "now",
+            # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
+            trained=lambda tensor: any(tensor in optimizer.state for optimizer in driver.optimizers),
+            created=self._remember,
+            like=self.like,
+            scale=LOSS_SCALE if accelerator.scaler is not None else 1.0,
+            processes=Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+            writers=("accelerate",),
+        )
+        return self._recorder.begin()
+
+    @property
+    def recorder(self) -> Recorder:
+        """What the loop's gradients are recorded by, from `begin` on."""
+        if self._recorder is None:
+            raise CaptureError("The capture has not begun. This is an error of dmin_trace; report it.")
+        return self._recorder
 
     def batch(self, sample: int, item: Any, batch: Any) -> None:
-        """Notes the shapes of the images and words of a batch, and keeps the sample's columns."""
-        entries = named_entries(batch)
-        shapes = image_shapes(entries)
-        if self.like is not None:
-            # Words may be of any number.
-            expected = {name: shape for name, shape in self.like.header.batch.items() if len(shape) >= 3}
-            if shapes != expected:
-                raise QueryError(
-                    f"The query has images of shape {_show(shapes)}, but those of the trace have "
-                    f"{_show(expected)}. Give an image of the size that the model was trained on."
-                )
-        self._batch_shapes = self._batch_shapes or shapes | word_shapes(entries)
-        self._row_columns = self._columns.of(sample, item)
+        """Tells the recorder of a sample that comes."""
+        self.recorder.sample(sample, item, batch)
 
     def backward(self, body: Body, loss: torch.Tensor) -> None:
         """The script's `accelerator.backward(loss)` on a capture batch."""
-        if loss.numel() != 1:
-            raise CaptureError(f"The script's loss has shape {tuple(loss.shape)}; expected a scalar.")
-        taken, reached = gradients(loss.reshape(()), self._trainable.tensors, self._scale)
-        self._ever_reached = [a or b for a, b in zip(self._ever_reached, reached, strict=True)]
-        body.sketch, body.norm = compress(taken, self._plan)
-        body.loss = loss.detach().float().reshape(())
+        self.recorder.backward(body, loss)
 
     def take(self, body: Body) -> None:
-        """Checks a body's draws, and after the sample's last slot its row."""
-        self._check_draws(body)
-        self._row.append(body)
-        if len(self._row) == len(self.slots):
-            row, self._row = self._row, []
-            self._take_row(row)
+        """Has the recorder check and keep what a body gave."""
+        self.recorder.take(body)
 
     def moved(self, parameters: list[torch.nn.Parameter]) -> bool:
-        """Whether these parameters are others than at the beginning; what is not trained is taken for moved."""
-        ours = {id(tensor) for tensor in self._trainable.tensors}
-        return any(id(p) not in ours for p in parameters) or self._trainable.weights_fingerprint() != self._weights
+        """Whether these parameters are others than at the beginning."""
+        return self.recorder.moved(parameters)
 
     def finish(self) -> None:
         """Marks the store complete, once every process has written its chunks."""
-        if self._writer is None:
-            return
-        self.driver.accelerator.wait_for_everyone()
-        if self.driver.accelerator.is_main_process:
-            self._writer.finish()
-            logger.info("The trace of %d samples is in %s.", self._samples, self.out)
-        self.driver.accelerator.wait_for_everyone()
+        self.recorder.finish()
 
     def leave(self) -> None:
         """Puts back the weights and the script's functions."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._recorder is not None:
+            self._recorder.stop()
         self._entered.close()
 
     def failed(self, error: Exception) -> None:
@@ -358,7 +323,7 @@ class Capture:
         """The error, and how to capture after all if the trained weights were saved before it happened."""
         found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
         kept = self.weights_path
-        if kept is None or not self._weights_saved:
+        if kept is None or self._recorder is None or not self._recorder.weights_saved:
             return found
         return f"{found} The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
 
@@ -416,301 +381,7 @@ class Capture:
             "it will save is not known. Capture on demand from the saved weights: dmin-trace capture."
         )
 
-    def _check_like(self, trace: Trace) -> None:
-        found, expected = self._trainable, trace.header.parameters
-        if found.fingerprint != expected.fingerprint:
-            raise QueryError(
-                f"The script trains {len(found.names)} tensors with {found.length:,} numbers, but the trace is of "
-                f"{len(expected.names)} with {trace.header.projection.length:,}. Repeat the command that made it."
-            )
-        if self._weights != trace.header.weights:
-            raise WeightsError(
-                f"The weights are not those of the trace: their fingerprint is {self._weights[:16]}, that of the trace "
-                f"{trace.header.weights[:16]}. Give the weights that were captured, which lie beside the trace."
-            )
-        if self._plan.fingerprint != trace.header.projection.fingerprint:
-            raise QueryError(
-                f"The projection's fingerprint is {self._plan.fingerprint[:16]}, that of the trace "
-                f"{trace.header.projection.fingerprint[:16]}. The trace was made by a version of dmin_trace that "
-                "projects otherwise; query it with that version."
-            )
-
-    def _plan_chunks(self, driver: LoopDriver) -> list[int]:
-        """Gives this process its chunks, and the samples that lie in them."""
-        accelerator = driver.accelerator
-        self._samples = len(driver.loader.dataset)
-        if self._samples == 0:
-            raise CaptureError("The training dataset is empty, so there is nothing to capture.")
-        world = accelerator.num_processes
-        settings = self.settings
-        self._dtype = "float32" if self.like is not None else settings.dtype
-        self._chunk_rows = store.choose_chunk_rows(
-            self._samples, settings.slots, settings.dimension, self._dtype, world
-        )
-        count = -(-self._samples // self._chunk_rows)
-        pending = list(range(count))
-        out = self.out
-        if out is None:
-            raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
-        self._existing = out.exists()
-        if self._existing and self.job.mode == "now":
-            earlier = store.open_trace(out, unfinished=True)
-            if earlier.complete:
-                raise TraceError(f"{out} exists already and is complete. Give another --out, or move it away.")
-            self._chunk_rows = earlier.header.chunk_rows
-            pending = [c for c, done in enumerate(earlier.done) if not done]
-        elif self._existing:
-            store.check_free(out)
-        if accelerator.is_main_process and self.like is None:
-            path = store.weights_beside(out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._trainable.save(path)
-            self._weights_saved = True
-        rows = self._chunk_rows
-        ours = [
-            range(c * rows, min((c + 1) * rows, self._samples)) for c in pending[accelerator.process_index :: world]
-        ]
-        self._queue = [(start // rows, slots) for slots in ours for start in (slots.start,)]
-        self._chunk: _Chunk | None = None
-        samples = [sample for slots in ours for sample in slots]
-        # Loops gather inside their body: every process must run as many bodies, so the shorter ones repeat a sample.
-        longest = max(
-            sum(min((c + 1) * rows, self._samples) - c * rows for c in pending[rank::world]) for rank in range(world)
-        )
-        self._kept = len(samples)
-        self._taken = 0
-        self._show_progress(accelerator, longest)
-        return samples + [samples[-1] if samples else 0] * (longest - len(samples))
-
-    def _show_progress(self, accelerator: Accelerator, samples: int) -> None:
-        console = Console(stderr=True)
-        if not accelerator.is_main_process or not console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("capture"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("samples"),
-            TextColumn("[dim]{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=False,
-        )
-        self._task = self._progress.add_task("capture", total=samples, rate="")
-        self._progress.start()
-
-    # -- rows ------------------------------------------------------------------------------------------------------
-
-    def _check_draws(self, body: Body) -> None:
-        calls = _show_calls(body.draws.calls)
-        if body.timestep is None:
-            raise CaptureError(
-                "No prepared model was called with a timestep on a capture batch (an argument named timestep, "
-                "timesteps or t), so it cannot be told whether the timestep was the slot's. Is this a diffusion model?"
-            )
-        if body.draws.pins == 0:
-            raise CaptureError(
-                "The script's timestep draw was not pinned, so every sample would have its own timestep. Pinned are "
-                "torch.randint(0, steps, (batch,)), torch.multinomial(weights, batch) and diffusers' "
-                f"compute_density_for_timestep_sampling; the loop body drew {calls}."
-            )
-        if self.like is not None:
-            expected = self.like.header.noise.draws[body.slot.number]
-            if tuple(body.draws.calls) != expected:
-                raise QueryError(
-                    f"On the query the script drew {calls}, on the training samples {_show_calls(expected)}, so their "
-                    "noise differs. Give an image of the size that the model was trained on, and the same arguments."
-                )
-        elif self._first and body.draws.calls != self._first[body.slot.number].draws.calls:
-            first = self._first[body.slot.number]
-            raise CaptureError(
-                f"On sample {body.sample} the script drew {calls}, on sample {first.sample} "
-                f"{_show_calls(first.draws.calls)}, so their noise differs. Samples of different sizes (buckets) or a "
-                "random branch cannot be captured."
-            )
-
-    def _take_row(self, row: list[Body]) -> None:
-        if not self._first:
-            self._check_reached()
-        sketches, norms, losses, timesteps = _to_cpu(row)
-        if not self._first:
-            self._first = row
-            self._timesteps = timesteps
-            self._open_store()
-        elif timesteps != self._timesteps:
-            slot = next(k for k, (a, b) in enumerate(zip(timesteps, self._timesteps, strict=True)) if a != b)
-            raise CaptureError(
-                f"In slot {slot} the denoiser saw timestep {timesteps[slot]} for sample {row[0].sample}, and "
-                f"{self._timesteps[slot]} for sample {self._first[0].sample}. The script draws timesteps in a way that "
-                "is not pinned."
-            )
-        self._taken += 1
-        if self._progress is not None:
-            rate = self._progress.tasks[0].speed
-            self._progress.update(self._task, advance=1, rate=f"{rate:.1f}/s" if rate else "")
-        if self._taken <= self._kept:
-            self._keep_row(row[0].sample, sketches, norms, losses)
-
-    def _check_reached(self) -> None:
-        """After the first sample: every tensor that the training moved must have got a gradient."""
-        never = [
-            (name, tensor)
-            for name, tensor, reached in zip(
-                self._trainable.names, self._trainable.tensors, self._ever_reached, strict=True
-            )
-            if not reached
-        ]
-        names = ", ".join(name for name, _ in never[:3])
-        # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
-        trained = [n for n, tensor in never if any(tensor in o.state for o in self.driver.optimizers)]
-        if trained or len(never) == len(self._ever_reached):
-            raise CaptureError(
-                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
-                f"them {names}, though the training moved them. Does the loop body skip a part of the model when the "
-                "model is in eval mode, or for some batches?"
-            )
-        if never:
-            logger.warning(
-                "The loss does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
-                "move them; their gradients are zero.",
-                len(never),
-                len(self._ever_reached),
-                names,
-            )
-
-    def _keep_row(self, sample: int, sketches: np.ndarray, norms: np.ndarray, losses: np.ndarray) -> None:
-        if self._chunk is None:
-            number, slots = self._queue.pop(0)
-            shape = (len(slots), len(self.slots))
-            self._chunk = _Chunk(
-                number,
-                slots,
-                np.zeros((*shape, self.settings.dimension), np.float32),
-                np.zeros(shape, np.float32),
-                np.zeros(shape, np.float32),
-                {name: [] for name in self._columns.kinds},
-            )
-        chunk = self._chunk
-        at = chunk.filled
-        chunk.grad[at], chunk.norm[at], chunk.loss[at] = sketches, norms, losses
-        for name, values in chunk.columns.items():
-            values.append(self._row_columns[name])
-        chunk.filled += 1
-        if chunk.filled == len(chunk.slots) and self._writer is not None:
-            # Slots are dataset indices here; the column keeps them apart for stores that are not made in order.
-            self._writer.write(
-                chunk.number,
-                chunk.grad,
-                chunk.norm,
-                chunk.loss,
-                np.arange(chunk.slots.start, chunk.slots.stop, dtype=np.int64),
-                chunk.columns,
-            )
-            self._chunk = None
-
-    def _open_store(self) -> None:
-        """Creates the store, or goes on with one, now that the first sample has shown what is in it."""
-        accelerator = self.driver.accelerator
-        out = self.out
-        if out is None:
-            raise AttachError("There is nowhere to write: give out.")
-        if self.like is not None and self._timesteps != self.like.header.timesteps:
-            raise QueryError(
-                f"The denoiser saw the timesteps {self._timesteps} on the query, {self.like.header.timesteps} on the "
-                "training samples. Repeat the command that made the trace."
-            )
-        header = self._header()
-        if accelerator.is_main_process:
-            self._writer = store.resume(out, header) if self._existing else store.create(out, header)
-            if self.like is None:
-                remember(self._writer.header.id, self.job.command)
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            self._writer = store.resume(out, header)
-
-    def _header(self) -> Header:
-        settings = self.settings
-        return Header(
-            id=uuid.uuid4().hex,
-            samples=self._samples,
-            timesteps=self._timesteps,
-            dimension=settings.dimension,
-            dtype=self._dtype,
-            chunk_rows=self._chunk_rows,
-            projection=store.ProjectionFacts(
-                kind=settings.projection,
-                seed=settings.seed,
-                length=self._plan.length,
-                fingerprint=self._plan.fingerprint,
-            ),
-            parameters=store.ParameterFacts(
-                names=self._trainable.names,
-                shapes=self._trainable.shapes,
-                fingerprint=self._trainable.fingerprint,
-            ),
-            weights=self._weights,
-            noise=store.NoiseFacts(seed=settings.seed, draws=tuple(tuple(body.draws.calls) for body in self._first)),
-            precondition=settings.precondition,
-            batch=self._batch_shapes,
-            columns=self._columns.kinds,
-            settings=settings_facts(settings),
-            writers={name: version(name) for name in ("dmin_trace", "torch", "accelerate", "zarr", "numpy")},
-        )
-
-
-def settings_facts(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON keeps them."""
-    facts = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
-
-
-def named_entries(batch: Any) -> dict[str, Any]:
-    """The entries of a collated batch by their names, or by their numbers where they have none."""
-    if isinstance(batch, Mapping):
-        return {str(name): value for name, value in batch.items()}
-    values = batch if isinstance(batch, (list, tuple)) else [batch]
-    return {str(k): value for k, value in enumerate(values)}
-
-
-def image_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the image-like tensors (floating, three dimensions or more) of a batch."""
-    return {
-        name: tuple(value.shape)
-        for name, value in entries.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
-    }
-
-
-def word_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of what is made of words in a batch: rows of tokens (integers in two dimensions), lists of text.
-
-    A named list of text is one of prompts only if its name says so: a batch may have file names.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in entries.items():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
-            shapes[name] = tuple(value.shape)
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
-            if not name.isdigit() and not any(word in name for word in ("caption", "prompt", "text")):
-                continue
-            shapes[name] = (len(value),)
-    return shapes
-
-
-def _to_cpu(row: list[Body]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
-    """A row's sketches (T, v), norms (T,), losses (T,) and timesteps: one transfer each, once a sample."""
-    sketches = torch.stack([body.sketch for body in row if body.sketch is not None]).cpu().numpy()
-    norms = torch.stack([body.norm.float() for body in row if body.norm is not None]).cpu().numpy()
-    losses = torch.stack([body.loss for body in row if body.loss is not None]).cpu().numpy()
-    # A batch of several rows (prior preservation) shows the same timestep in each.
-    timesteps = torch.stack([body.timestep[0] for body in row if body.timestep is not None]).cpu().tolist()
-    return sketches, norms, losses, tuple(timesteps)
-
-
-def _show(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{'x'.join(map(str, shape))} ({name})" for name, shape in shapes.items()) or "no images"
-
-
-def _show_calls(calls: Sequence[Call]) -> str:
-    return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "nothing from torch"
+    def _remember(self, header: Header) -> None:
+        """Keeps the command line for later queries; a query itself is not asked about."""
+        if self.like is None:
+            remember(header.id, self.job.command)

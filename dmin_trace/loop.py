@@ -21,13 +21,12 @@ training batch left them, and the script goes on as if nothing had been between.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from types import FrameType
 from typing import Any, Protocol
@@ -36,13 +35,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, recursively_apply, send_to_device
 
+from dmin_trace.body import Body, takes_timestep
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError
 from dmin_trace.randomness import PinnedDraws, RandomState, Slot, seed_everything
 from dmin_trace.variables import LoopVariables, script_frame
 
 logger = logging.getLogger(__name__)
-
-TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
 
 
 class CaptureFinished(BaseException):
@@ -59,28 +57,6 @@ class Ending:
 
     max_train_steps: Callable[[], int | None]
     num_epochs: Callable[[], int | None]
-
-
-@dataclass
-class Body:
-    """One run of the script's loop body on a capture batch.
-
-    sample: the dataset index.
-    slot: the timestep slot.
-    draws: what the body drew.
-    timestep: what reached the denoiser, a tensor on its device, or None if nothing did.
-    sketch, norm, loss: what the capture made of the loss in `backward`; None until then.
-    """
-
-    sample: int
-    slot: Slot
-    draws: PinnedDraws
-    timestep: torch.Tensor | None = None
-    backwards: int = 0
-    sketch: torch.Tensor | None = None
-    norm: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
-    versions: list[int] = field(default_factory=list)
 
 
 class Work(Protocol):
@@ -444,7 +420,7 @@ class LoopDriver:
             [value for value in self.variables.values() if isinstance(value, torch.nn.Module)] if self.variables else []
         )
         for modules in (prepared, list(dict.fromkeys(own))):
-            if found := [module for module in modules if set(_forward_names(module)) & set(TIMESTEP_ARGUMENTS)]:
+            if found := [module for module in modules if takes_timestep(module)]:
                 return found
         return prepared
 
@@ -537,24 +513,5 @@ class LoopDriver:
         self.accelerator.gradient_state._set_sync_gradients(sync)
 
     def _see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        body = self._body
-        if body is None or body.timestep is not None:
-            return
-        names = _forward_names(module)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        for name in TIMESTEP_ARGUMENTS:
-            if given.get(name) is not None:
-                body.timestep = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
-                return
-
-
-def _forward_names(module: torch.nn.Module) -> list[str]:
-    """The names of a module's positional arguments; those of the model inside, for a PEFT wrapper."""
-    base = getattr(module, "get_base_model", None)
-    # The class's own method: accelerate hides the instance's behind a wrapper for autocast.
-    return _argument_names(type(base() if callable(base) else module).forward)
-
-
-@cache
-def _argument_names(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)[1:]
+        if self._body is not None:
+            self._body.see_timestep(module, args, kwargs)

@@ -12,6 +12,7 @@ import atexit
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +27,7 @@ from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.commands import Job, current_command, remember
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError
+from dmin_trace.frozen import FrozenModules
 from dmin_trace.gradients import LOSS_SCALE
 from dmin_trace.integrations import diffusers
 from dmin_trace.loop import Ending, LoopDriver
@@ -155,8 +157,10 @@ class Capture:
         self._joined = False
         self._entered = ExitStack()
         self._recorder: Recorder | None = None
+        self._frozen = FrozenModules((), ())
+        self._sample_ends: list[float] = []
         ending = Ending(self._max_train_steps, self._num_epochs)
-        self.driver = LoopDriver(accelerator, ending, self, on_demand=job.mode == "now")
+        self.driver = LoopDriver(accelerator, ending, self, on_demand=job.mode != "final")
         setattr(accelerator, _MARK, self)
         self.driver.on_remove(lambda: delattr(accelerator, _MARK))
         atexit.register(self._at_exit)
@@ -248,7 +252,9 @@ class Capture:
                 self._enter_average(ema, step_first=driver.step_pending)
         if self.job.weights is not None:
             trainable.load(Path(self.job.weights), diffusers.parameter_key)
-        if self.out is None:
+        trial = self.job.mode == "estimate"
+        out = Path("trace.zarr") if trial else self.out
+        if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
         accelerator = driver.accelerator
         dataset = driver.loader.dataset
@@ -256,7 +262,7 @@ class Capture:
             self.settings,
             trainable,
             Columns(dataset, self.settings.columns),
-            out=self.out,
+            out=out,
             samples=len(dataset),
             resuming=self.job.mode == "now",
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
@@ -266,8 +272,11 @@ class Capture:
             scale=LOSS_SCALE if accelerator.scaler is not None else 1.0,
             processes=Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
             writers=("accelerate",),
+            trial=trial,
         )
-        return self._recorder.begin()
+        samples = self._recorder.begin()
+        self._frozen = self._entered.enter_context(FrozenModules(variables.values(), self._models))
+        return samples
 
     @property
     def recorder(self) -> Recorder:
@@ -278,6 +287,7 @@ class Capture:
 
     def batch(self, sample: int, item: Any, batch: Any) -> None:
         """Tells the recorder of a sample that comes."""
+        self._frozen.forget()
         self.recorder.sample(sample, item, batch)
 
     def backward(self, body: Body, loss: torch.Tensor) -> None:
@@ -287,6 +297,8 @@ class Capture:
     def take(self, body: Body) -> None:
         """Has the recorder check and keep what a body gave."""
         self.recorder.take(body)
+        if self.recorder.trial and body.slot.number == len(self.slots) - 1:
+            self._sample_ends.append(time.perf_counter())
 
     def moved(self, parameters: list[torch.nn.Parameter]) -> bool:
         """Whether these parameters are others than at the beginning."""
@@ -308,6 +320,11 @@ class Capture:
             self.error = error
             if not self._launched:
                 logger.error("dmin_trace could not capture this run; the training goes on. %s", self._what_to_do(error))
+
+    @property
+    def seconds_a_sample(self) -> float:
+        """How long the last sample of a trial took, all its timesteps: the first one warms up."""
+        return self._sample_ends[-1] - self._sample_ends[-2]
 
     # -- the end of a launched script ------------------------------------------------------------------------------
 
@@ -334,7 +351,7 @@ class Capture:
     def _why_never_captured(self) -> str:
         if self.driver.loader is None:
             return "The script never passed a DataLoader to accelerator.prepare, so there were no samples to capture."
-        if self.job.mode == "now":
+        if self.job.mode != "final":
             return (
                 "The script ended before its training loop asked for a batch. Does it resume a run that is finished "
                 "already? Leave --resume_from_checkpoint out."

@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints; nothing else.
 
+dmin-trace estimate -- SCRIPT ARGS              what a capture would take: time, disk, memory
 dmin-trace run -- SCRIPT ARGS                   train, and capture at the end
 dmin-trace capture --weights DIR -- SCRIPT ARGS capture a trained model
 dmin-trace query TRACE IMAGE...                 which training samples made this image?
@@ -101,6 +102,31 @@ def capture_command(
             weights=str(weights.absolute()),
         )
     )
+
+
+@app.command("estimate")
+def estimate_command(
+    context: typer.Context,
+    timesteps: Timesteps = None,
+    dimension: Dimension = None,
+    dtype: Dtype = None,
+    projection: ProjectionKind = None,
+    seed: Seed = None,
+    columns: Columns = None,
+    verbose: Verbose = False,
+) -> None:
+    """Capture two samples of SCRIPT ARGS (after --), write nothing, and say what a whole capture would take."""
+    from dmin_trace import report
+    from dmin_trace.commands import Job
+    from dmin_trace.estimate import facts
+    from dmin_trace.launch import run_script
+
+    _log(verbose)
+    settings = _settings(timesteps, dimension, dtype, projection, seed, columns)
+    capture = run_script(Job(mode="estimate", command=_script(context), settings=settings))
+    console = Console()
+    title = "A capture of this script, as two samples show"
+    console.print(report.facts_table(facts(capture), title, ascii_only=console.options.ascii_only))
 
 
 @app.command("query")

@@ -39,7 +39,8 @@ class Command:
 class Job:
     """What a launched run is for.
 
-    mode: "final" captures at the end of training, "now" at the first batch, and then leaves the script.
+    mode: "final" captures at the end of training, "now" at the first batch, and then leaves the script; "estimate" does
+        so with two samples, and writes nothing.
     command: the script's command line, to be remembered.
     settings: the settings that were given explicitly; they go before the script's own line.
     out: the store, or None for the script's own choice.
@@ -49,7 +50,7 @@ class Job:
     strict: an error in the capture ends the training.
     """
 
-    mode: Literal["final", "now"]
+    mode: Literal["final", "now", "estimate"]
     command: Command
     settings: Mapping[str, Any]
     out: str | None = None

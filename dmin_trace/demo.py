@@ -26,7 +26,8 @@ from dmin_trace.store import open_trace
 GENERATED = 40
 QUERIES = 5
 TOP = 10
-TRAINING = ("--num_epochs", "40", "--train_batch_size", "64", "--learning_rate", "2e-3", "--seed", "0")
+TRAINING = ("--num_epochs", "40", "--learning_rate", "2e-3", "--seed", "0")
+BATCH = 64
 
 
 def run_demo(folder: Path, console: Console) -> float:
@@ -53,9 +54,16 @@ def run_demo(folder: Path, console: Console) -> float:
 
     console.print("1. Train a small diffusion model on 1,797 digits, with one line of dmin_trace in the script.")
     with as_file(files("dmin_trace.examples") / "train_digits.py") as script:
-        command = [sys.executable, str(script), "--output_dir", str(folder), *TRAINING]
-        # Layers this small are no work for several threads, which would only wait for each other.
-        if subprocess.run(command, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+        # Layers this small keep several processes busy, but not several threads, which would wait for each other.
+        processes = _processes()
+        launch = [sys.executable]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if processes > 1:
+            launch += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            environment |= {"ACCELERATE_USE_CPU": "true"}
+        batch = ["--train_batch_size", str(BATCH // processes)]
+        command = [*launch, str(script), "--output_dir", str(folder), *TRAINING, *batch]
+        if subprocess.run(command, check=False, env=environment).returncode:
             raise ScriptError(f"{script} failed; its own message is above.")
         trace = open_trace(folder / "trace.zarr")
 
@@ -84,6 +92,13 @@ def run_demo(folder: Path, console: Console) -> float:
     console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Ask more: dmin-trace query {trace.path} {paths[0]}", soft_wrap=True)
     return share
+
+
+def _processes() -> int:
+    """How many processes train and capture: two where there are two cores and no GPU."""
+    # Elsewhere than on Linux gloo may find no address of the machine's own name.
+    two = sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available()
+    return 2 if two else 1
 
 
 def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:

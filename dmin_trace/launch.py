@@ -26,8 +26,11 @@ from dmin_trace.errors import DminTraceError, ScriptError
 from dmin_trace.loop import CaptureFinished
 
 
-def run_script(job: Job) -> None:
+def run_script(job: Job) -> Capture:
     """Runs the job's script in this process, attached.
+
+    Returns:
+        The capture of the script's last Accelerator.
 
     Raises:
         ScriptError: there is no such script, it failed, or it ended without an Accelerator or without a capture.
@@ -41,7 +44,7 @@ def run_script(job: Job) -> None:
         try:
             runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:
-            return
+            return captures[-1]
         except DminTraceError:
             raise
         except SystemExit as stop:
@@ -58,6 +61,7 @@ def run_script(job: Job) -> None:
             "The script must train with accelerate."
         )
     captures[-1].report_end()
+    return captures[-1]
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Recorder:
         scale: float = 1.0,
         processes: Processes | None = None,
         writers: Sequence[str] = (),
+        trial: bool = False,
     ) -> None:
         """Fixes what is recorded. The trainables must hold the weights that the capture is of.
 
@@ -98,6 +99,7 @@ class Recorder:
             scale: multiplies the loss before the backward pass and is divided out again.
             processes: those that fill the store; this one alone if not given.
             writers: packages that take part, whose versions are kept.
+            trial: record two samples, check them, and write nothing.
 
         Raises:
             QueryError: the trainables or the projection are not those of `like`.
@@ -109,6 +111,7 @@ class Recorder:
         self.out = out
         self.samples = samples
         self.like = like
+        self.trial = trial
         self.weights_saved = False
         self._resuming = resuming
         self._trained = trained
@@ -144,6 +147,8 @@ class Recorder:
         settings, world = self.settings, self._processes.count
         self._dtype = "float32" if self.like is not None else settings.dtype
         self._chunk_rows = store.choose_chunk_rows(self.samples, settings.slots, settings.dimension, self._dtype, world)
+        if self.trial:
+            return [0, min(1, self.samples - 1)]
         pending = list(range(-(-self.samples // self._chunk_rows)))
         self._existing = self.out.exists()
         if self._existing and self._resuming:
@@ -390,7 +395,9 @@ class Recorder:
                 f"The denoiser saw the timesteps {self._timesteps} on the query, {self.like.header.timesteps} on the "
                 "training samples. Repeat the command that made the trace."
             )
-        header = self._header()
+        if self.trial:
+            return
+        header = self.header()
         if self._processes.number == 0:
             self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
             self._created(self._writer.header)
@@ -398,7 +405,8 @@ class Recorder:
         if self._processes.number != 0:
             self._writer = store.resume(self.out, header)
 
-    def _header(self) -> Header:
+    def header(self) -> Header:
+        """What is known of the capture once its first sample is recorded."""
         settings = self.settings
         return Header(
             id=uuid.uuid4().hex,

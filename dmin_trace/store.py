@@ -187,6 +187,14 @@ def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype
     return 1 << max(1, min(fitting, samples // writers)).bit_length() - 1
 
 
+def bytes_of(header: Header) -> int:
+    """The size of a store's numbers on disk, before there is one; its texts and metadata are little beside them."""
+    kinds = {name: array for name, array in _arrays(header).items() if array.dtype != "string"}
+    sizes = {name: math.prod(array.chunks) * np.dtype(array.dtype).itemsize + TRAILER for name, array in kinds.items()}
+    # The last chunk is as long as the others, however few rows are in it.
+    return sum(size * header.chunks for size in sizes.values())
+
+
 def check_free(path: Path) -> None:
     """Raises TraceError if something is at `path` already, or if nothing could be written there."""
     parent = path.absolute().parent

@@ -74,7 +74,7 @@ def main(args):
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision
     )
     dmin_trace.attach(accelerator, args, timesteps=5)  # the one line
-    set_seed(args.seed)
+    set_seed(args.seed, device_specific=True)  # processes that drew the same noise would be one
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -97,12 +97,17 @@ def main(args):
     train_dataloader = DataLoader(
         dataset, batch_size=args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers
     )
-    steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+    batches = math.ceil(len(train_dataloader) / accelerator.num_processes)
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     if args.max_train_steps is None:
         args.max_train_steps = args.num_epochs * steps_per_epoch
     args.num_epochs = math.ceil(args.max_train_steps / steps_per_epoch)
     lr_scheduler = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+        "cosine",
+        optimizer,
+        # accelerate steps it once for each process.
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
     model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
         model, optimizer, train_dataloader, lr_scheduler
@@ -118,7 +123,8 @@ def main(args):
     first_epoch = global_step // steps_per_epoch
     skipped = (global_step - first_epoch * steps_per_epoch) * args.gradient_accumulation_steps
 
-    progress_bar = tqdm(total=args.max_train_steps, initial=global_step, desc="train", unit="step", disable=None)
+    quiet = None if accelerator.is_main_process else True  # None: quiet where there is no terminal
+    progress_bar = tqdm(total=args.max_train_steps, initial=global_step, desc="train", unit="step", disable=quiet)
     train_loss = 0.0
     log = []
     for epoch in range(first_epoch, args.num_epochs):

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import Encoder
 from oracle import slot_seed, unshuffled
 from PIL import Image
+from rich.filesize import decimal
 from safetensors.torch import load_file
 from tiny import run, without_the_line
 from tiny_pipelines import caption, captioned_images, command_line, picture, tiny_pipeline
+from transformers import CLIPTextModel
 
+from dmin_trace import frozen, store
 from dmin_trace.store import open_trace
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_text_to_image_lora.py"
@@ -117,6 +123,44 @@ def test_on_demand_from_the_saved_lora_is_the_same(made: Path) -> None:
     every = np.arange(COUNT)
     first, again = (open_trace(p).rows(every) for p in (made / "with" / "out" / "trace.zarr", made / "now.zarr"))
     assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
+
+
+def test_remembered_encoders_change_no_bit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = {"vae": 0, "text": 0}
+
+    def counted(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **named: Any) -> Any:
+            ran[name] += 1
+            return forward(*args, **named)
+
+        return count
+
+    monkeypatch.setattr(Encoder, "forward", counted("vae", Encoder.forward))
+    monkeypatch.setattr(CLIPTextModel, "forward", counted("text", CLIPTextModel.forward))
+    weights = made / "with" / "out" / "pytorch_lora_weights.safetensors"
+    rows = []
+    for remembers in (True, False):
+        ran.update(vae=0, text=0)
+        if not remembers:
+            monkeypatch.setattr(frozen, "_is_frozen", lambda module: False)
+        out = made / f"remembers-{remembers}.zarr"
+        command_line(["capture", "--weights", weights, "--out", out, "--", made / "train.py", *COMMAND], made / "with")
+        rows.append(open_trace(out).rows(np.arange(COUNT)))
+        assert ran == dict.fromkeys(ran, COUNT if remembers else COUNT * 3)
+    assert np.array_equal(*rows)
+
+
+def test_an_estimate_says_what_a_capture_takes_and_leaves_nothing(made: Path) -> None:
+    before = sorted(made.rglob("*"))
+    said, _ = command_line(["estimate", "--", made / "train.py", *COMMAND], made / "with")
+    assert sorted(made.rglob("*")) == before
+    trace = open_trace(made / "with" / "out" / "trace.zarr")
+    assert f"{COUNT} x 3" in said and f"{trace.header.projection.length:,}" in said
+    # All but the texts and the metadata.
+    numbers = sum(f.stat().st_size for f in trace.path.rglob("*") if f.is_file() and "meta" not in f.parts)
+    metadata = sum(f.stat().st_size for f in trace.path.rglob("zarr.json") if "meta" not in f.parts)
+    assert store.bytes_of(trace.header) == numbers - metadata
+    assert decimal(store.bytes_of(trace.header)) in said
 
 
 def test_images_with_their_captions_find_themselves_first(made: Path) -> None:

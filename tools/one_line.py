@@ -486,8 +486,8 @@ REST = """
 - `train_lcm_distill_*_wds`: read a webdataset, whose samples have no index.
 - `train_vqgan`, `train_llada2`: not diffusion models with a timestep (a GAN with two losses a step; a masked language
   model).
-- `--cache_latents`, in any script: latents are looked up by the number of the batch, not of the sample; refused with
-  that reason.
+- `--cache_latents` in the scripts that look latents up by the number of the batch, not of the sample; refused with that
+  reason. The newer scripts look them up by the sample's index, and are served (`train_dreambooth_lora_qwen_image`).
 
 ## Not run
 

@@ -5,6 +5,8 @@ The way in:
     dmin_trace.attach(accelerator, args)            in a training script, right after its Accelerator: captures the
                                                     run at its end
     dmin_trace.attribute(trace, images, prompts)    the training samples that made a generated image, best first
+    dmin_trace.recording(model, samples=N, out=path)
+                                                    in a plain PyTorch loop, without accelerate
     dmin_trace.open_trace(path)                     what a store holds
 
 and `dmin-trace --help` for the same on the command line. The method is DMin, arXiv 2412.08637.
@@ -23,12 +25,23 @@ from dmin_trace.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from dmin_trace.capture import attach
+    from dmin_trace.plain import recording
     from dmin_trace.query import attribute
     from dmin_trace.report import Hit
     from dmin_trace.settings import Settings
     from dmin_trace.store import Trace, open_trace
 
-__all__ = ["DminTraceError", "Hit", "Settings", "Trace", "__version__", "attach", "attribute", "open_trace"]
+__all__ = [
+    "DminTraceError",
+    "Hit",
+    "Settings",
+    "Trace",
+    "__version__",
+    "attach",
+    "attribute",
+    "open_trace",
+    "recording",
+]
 
 _HOMES = {
     "attach": "capture",
@@ -37,6 +50,7 @@ _HOMES = {
     "Settings": "settings",
     "Trace": "store",
     "open_trace": "store",
+    "recording": "plain",
 }
 
 

@@ -258,6 +258,7 @@ class Capture:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
         accelerator = driver.accelerator
         dataset = driver.loader.dataset
+        self._scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
         self._recorder = Recorder(
             self.settings,
             trainable,
@@ -269,7 +270,6 @@ class Capture:
             trained=lambda tensor: any(tensor in optimizer.state for optimizer in driver.optimizers),
             created=self._remember,
             like=self.like,
-            scale=LOSS_SCALE if accelerator.scaler is not None else 1.0,
             processes=Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
             writers=("accelerate",),
             trial=trial,
@@ -292,7 +292,7 @@ class Capture:
 
     def backward(self, body: Body, loss: torch.Tensor) -> None:
         """The script's `accelerator.backward(loss)` on a capture batch."""
-        self.recorder.backward(body, loss)
+        self.recorder.backward(body, loss, self._scale)
 
     def take(self, body: Body) -> None:
         """Has the recorder check and keep what a body gave."""

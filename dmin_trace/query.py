@@ -234,6 +234,17 @@ def _check_whole(
         )
 
 
+def query_rows(captured: Trace, names: Sequence[str]) -> np.ndarray:
+    """The rows of a capture of queries, (Q, T, v) float32, one for each name.
+
+    Raises QueryError where a gradient has no direction.
+    """
+    bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
+    if bad.size:
+        raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
+    return captured.rows(np.arange(len(names)))
+
+
 def _captured(path: Path, files: Sequence[Path]) -> np.ndarray:
     captured = open_trace(path)
     if captured.header.samples != len(files):
@@ -241,10 +252,7 @@ def _captured(path: Path, files: Sequence[Path]) -> np.ndarray:
             f"The script made {captured.header.samples} samples of {len(files)} images, so it cannot be told "
             "which is which. Leave repeats and extra data out of its arguments."
         )
-    bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
-    if bad.size:
-        raise QueryError(f"The gradient of {files[bad[0]].name} is zero or not finite, so it has no direction.")
-    return captured.rows(np.arange(len(files)))
+    return query_rows(captured, [file.name for file in files])
 
 
 def _name(image: str | os.PathLike[str] | Image.Image, k: int) -> str:
@@ -255,6 +263,12 @@ def _command(trace: Trace, given: Sequence[str] | None) -> Command:
     if given:
         return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
     remembered = recall(trace.header.id)
+    if remembered is None and "accelerate" not in trace.header.writers:
+        raise QueryError(
+            "This trace was not recorded from a script's command but by code of its own, which is asked in Python: "
+            f"with dmin_trace.recording(model, like={str(trace.path)!r}, samples=...), or with "
+            "dmin_trace.integrations.lightning.attribute for a Lightning module."
+        )
     if remembered is None:
         raise QueryError(
             "The command that made this trace is not known on this machine (it is never taken from a store). Give it "

@@ -138,12 +138,14 @@ class RandomState:
 class PinnedDraws(TorchFunctionMode):
     """While entered: records torch's random calls, and pins those that draw a timestep to the slot's.
 
+    backward: what is called instead of `Tensor.backward`, with the same arguments; None leaves it as it is.
     calls: the random calls so far, in order; a pinned one is marked with a star.
     pins: how many draws were pinned.
     error: why a draw could not be pinned, if one could not.
     """
 
     slot: Slot
+    backward: Callable[..., None] | None = None
     calls: list[Call] = field(default_factory=list)
     pins: int = 0
     error: CaptureError | None = None
@@ -162,6 +164,8 @@ class PinnedDraws(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if self.backward is not None and func is torch.Tensor.backward:
+            return self.backward(*args, **(kwargs or {}))
         if name not in RECORDED:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
@@ -188,6 +192,11 @@ class PinnedDraws(TorchFunctionMode):
         except CaptureError as error:
             self.error = error
             return drawn
+
+    def hand_out(self, name: str) -> None:
+        """Records that the body was told something of the slot, rather than drawing it."""
+        self.pins += 1
+        self.calls.append((name + "*", ()))
 
     def start(self) -> None:
         """Enters the mode. Not a `with` block, since the loop body that it covers is the script's."""

@@ -79,7 +79,6 @@ class Recorder:
         trained: Callable[[torch.nn.Parameter], bool],
         created: Callable[[Header], None] = lambda header: None,
         like: Trace | None = None,
-        scale: float = 1.0,
         processes: Processes | None = None,
         writers: Sequence[str] = (),
         trial: bool = False,
@@ -96,7 +95,6 @@ class Recorder:
             trained: whether the training moved a parameter, which the loss must then depend on.
             created: called with the header of a new store.
             like: a finished store, for a query: the capture must be of the same kind as that one.
-            scale: multiplies the loss before the backward pass and is divided out again.
             processes: those that fill the store; this one alone if not given.
             writers: packages that take part, whose versions are kept.
             trial: record two samples, check them, and write nothing.
@@ -116,11 +114,14 @@ class Recorder:
         self._resuming = resuming
         self._trained = trained
         self._created = created
-        self._scale = scale
         self._processes = processes or Processes()
         self._writers = tuple(dict.fromkeys(("dmin_trace", "torch", *writers, "zarr", "numpy")))
-        self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
         self._weights = trainable.weights_fingerprint()
+        if like is not None:
+            self._check_weights_like(like)
+        self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
+        if like is not None:
+            self._check_plan_like(like)
         self._ever_reached = [False] * len(trainable.names)
         self._batch_shapes: dict[str, tuple[int, ...]] = {}
         self._row_columns: Mapping[str, str | int | float] = {}
@@ -132,8 +133,6 @@ class Recorder:
         self._writer: Writer | None = None
         self._progress: Progress | None = None
         self._kept = self._taken = 0
-        if like is not None:
-            self._check_like(like)
 
     def begin(self) -> list[int]:
         """Saves the weights, and says which samples this process captures, in order.
@@ -154,9 +153,20 @@ class Recorder:
         if self._existing and self._resuming:
             earlier = store.open_trace(self.out, unfinished=True)
             if earlier.complete:
-                raise TraceError(f"{self.out} exists already and is complete. Give another --out, or move it away.")
+                raise TraceError(
+                    f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
+                )
+            if earlier.header.weights != self._weights:
+                # Before the weights beside it are written over.
+                raise TraceError(
+                    f"{self.out} belongs to another capture: its weights are {earlier.header.weights[:16]}, those of "
+                    f"this run {self._weights[:16]}. Give another path (out, --out), or move it away."
+                )
             self._chunk_rows = earlier.header.chunk_rows
             pending = [c for c, done in enumerate(earlier.done) if not done]
+            if not pending and self._processes.number == 0:
+                # It stopped between its last chunk and the word that it is complete.
+                Writer(self.out, earlier.header).finish()
         elif self._existing:
             store.check_free(self.out)
         if self._processes.number == 0 and self.like is None:
@@ -192,11 +202,24 @@ class Recorder:
             self._note_shapes(named_entries(batch))
         self._row_columns = self.columns.of(number, item)
 
-    def backward(self, body: Body, loss: torch.Tensor) -> None:
-        """Takes and compresses the gradient of a body's loss."""
+    def backward(self, body: Body, loss: torch.Tensor, scale: float = 1.0) -> None:
+        """Takes and compresses the gradient of a body's loss.
+
+        Args:
+            body: the body that is under way.
+            loss: a scalar.
+            scale: multiplies the loss before the backward pass and is divided out again.
+
+        Raises CaptureError for a loss that is none, or has no gradient.
+        """
         if loss.numel() != 1:
             raise CaptureError(f"The script's loss has shape {tuple(loss.shape)}; expected a scalar.")
-        taken, reached = gradients(loss.reshape(()), self.trainable.tensors, self._scale)
+        if not loss.requires_grad:
+            raise CaptureError(
+                "The script's loss has no gradient: it does not depend on a trainable parameter, or was computed under "
+                "torch.no_grad."
+            )
+        taken, reached = gradients(loss.reshape(()), self.trainable.tensors, scale)
         self._ever_reached = [a or b for a, b in zip(self._ever_reached, reached, strict=True)]
         body.sketch, body.norm = compress(taken, self._plan)
         body.loss = loss.detach().float().reshape(())
@@ -231,18 +254,21 @@ class Recorder:
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
-    def _check_like(self, trace: Trace) -> None:
+    def _check_weights_like(self, trace: Trace) -> None:
         found, expected = self.trainable, trace.header.parameters
         if found.fingerprint != expected.fingerprint:
             raise QueryError(
                 f"The script trains {len(found.names)} tensors with {found.length:,} numbers, but the trace is of "
-                f"{len(expected.names)} with {trace.header.projection.length:,}. Repeat the command that made it."
+                f"{len(expected.names)} with {trace.header.projection.length:,}. Repeat the command that made it, or "
+                "give the model that it is of."
             )
         if self._weights != trace.header.weights:
             raise WeightsError(
                 f"The weights are not those of the trace: their fingerprint is {self._weights[:16]}, that of the trace "
                 f"{trace.header.weights[:16]}. Give the weights that were captured, which lie beside the trace."
             )
+
+    def _check_plan_like(self, trace: Trace) -> None:
         if self._plan.fingerprint != trace.header.projection.fingerprint:
             raise QueryError(
                 f"The projection's fingerprint is {self._plan.fingerprint[:16]}, that of the trace "
@@ -393,7 +419,7 @@ class Recorder:
         if self.like is not None and self._timesteps != self.like.header.timesteps:
             raise QueryError(
                 f"The denoiser saw the timesteps {self._timesteps} on the query, {self.like.header.timesteps} on the "
-                "training samples. Repeat the command that made the trace."
+                "training samples. Repeat the command that made the trace, or its loop."
             )
         if self.trial:
             return

@@ -36,7 +36,7 @@ class LoopVariables:
         self._frames = [(f, dict(f.f_locals)) for f in _script_frames(frame)]
         self._undo: dict[int, Callable[[], None]] = {}
         for value in self.values():
-            if id(value) not in self._undo and (undo := _undo_of(value)) is not None:
+            if id(value) not in self._undo and (undo := undo_of(value)) is not None:
                 self._undo[id(value)] = undo
 
     def values(self) -> Iterator[Any]:
@@ -87,7 +87,7 @@ def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _undo_of(value: Any) -> Callable[[], None] | None:
+def undo_of(value: Any) -> Callable[[], None] | None:
     """What puts `value` back in place, for the kinds of value that a loop body changes in place."""
     if type(value) is list:
         return partial(_restore_list, value, list(value))

@@ -151,12 +151,41 @@ class Trainable:
         return values
 
 
-def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> Trainable:
+def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer] | None) -> Trainable:
     """The parameters of the models that are both trainable and in an optimizer, each once.
+
+    Without optimizers (None) all that are trainable.
 
     Raises CaptureError if there are none.
     """
-    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    if optimizers is None:
+        optimized = {id(p) for model in models for p in model.parameters()}
+    else:
+        optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trainable = _choose_parameters(models, lambda name, p: p.requires_grad and id(p) in optimized)
+    if trainable.tensors:
+        return trainable
+    if optimizers is None:
+        raise CaptureError("No parameter of the model is trainable (requires_grad), so there is nothing to capture.")
+    raise CaptureError(
+        "No trainable parameter of a prepared model is in a prepared optimizer. Pass the model and its optimizer "
+        "to accelerator.prepare."
+    )
+
+
+def find_named(models: Sequence[torch.nn.Module], names: Sequence[str]) -> Trainable:
+    """The parameters of these names, as `Trainable` has them, that the models hold, whether they are trainable or not.
+
+    Which of the names are missing is for the caller to see.
+    """
+    wanted = set(names)
+    return _choose_parameters(models, lambda name, parameter: name in wanted)
+
+
+def _choose_parameters(
+    models: Sequence[torch.nn.Module], choose: Callable[[str, torch.nn.Parameter], bool]
+) -> Trainable:
+    """Those that are chosen, each once, by their names among those of all the models."""
     names: list[str] = []
     tensors: list[torch.nn.Parameter] = []
     owners: list[int] = []
@@ -164,17 +193,13 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
     seen: set[int] = set()
     for k, model in enumerate(models):
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and id(parameter) in optimized and id(parameter) not in seen:
+            full = name if len(models) == 1 else f"{k}.{name}"
+            if id(parameter) not in seen and choose(full, parameter):
                 seen.add(id(parameter))
-                names.append(name if len(models) == 1 else f"{k}.{name}")
+                names.append(full)
                 tensors.append(parameter)
                 owners.append(k)
                 own_names.append(name)
-    if not tensors:
-        raise CaptureError(
-            "No trainable parameter of a prepared model is in a prepared optimizer. Pass the model and its optimizer "
-            "to accelerator.prepare."
-        )
     return Trainable(tuple(names), tuple(tensors), tuple(owners), tuple(own_names))
 
 

@@ -17,9 +17,9 @@ from dmin_trace.compress import compress, make_plan
 from dmin_trace.store import Trace
 
 
-def digits_model(weights: Path) -> UNet2DModel:
-    """The example's model with weights from a safetensors file."""
-    model = UNet2DModel(
+def digits_unet() -> UNet2DModel:
+    """The example's model, untrained."""
+    return UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -29,6 +29,11 @@ def digits_model(weights: Path) -> UNet2DModel:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
     )
+
+
+def digits_model(weights: Path) -> UNet2DModel:
+    """The example's model with weights from a safetensors file."""
+    model = digits_unet()
     model.load_state_dict(load_file(weights))
     return model.eval()
 

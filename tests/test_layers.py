@@ -31,6 +31,7 @@ ALLOWED = {
         "weights",
     },
     "integrations.diffusers": set(),
+    "integrations.lightning": {"columns", "errors", "plain", "report", "settings", "store", "variables"},
     "score": {"errors", "store"},
     "report": {"errors"},
     "questions": {"errors"},

@@ -1,0 +1,332 @@
+"""Lightning: captures a `Trainer.fit` at its end by a callback, and asks with the module that it trained.
+
+    Trainer(callbacks=[TraceCallback(out="trace.zarr")])    captures after the last training step
+    capture(module, loader, out="trace.zarr")               captures a trained module on demand
+    attribute(module, "trace.zarr", items)                  the training samples that made the module make these
+
+All run the module's own `training_step` on one item of the dataset at a time, in a plain recording. Both names of the
+package are served, `lightning.pytorch` and `pytorch_lightning`; nothing here depends on which classes those are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from dmin_trace import store
+from dmin_trace.columns import Columns
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
+from dmin_trace.plain import Recording
+from dmin_trace.report import Hit
+from dmin_trace.settings import Settings, make_settings
+from dmin_trace.store import Trace, open_trace
+from dmin_trace.variables import undo_of
+
+try:
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers.logger import DummyLogger
+except ImportError:
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.loggers.logger import DummyLogger
+
+logger = logging.getLogger(__name__)
+
+_SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy")
+
+
+class TraceCallback(Callback):  # type: ignore[misc]
+    """Captures the compressed gradient of every training sample when the training is over.
+
+    Nothing about the training changes: weights, optimizer, logged metrics and checkpoints are the same with and without
+    it. It comes last of all callbacks at the end of the training, when checkpoints are written and averaged weights are
+    in the module.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        timesteps: int | Sequence[int] | None = None,
+        dimension: int | None = None,
+        dtype: str | None = None,
+        projection: str | None = None,
+        seed: int | None = None,
+        precondition: str | None = None,
+        columns: Sequence[str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Checks what is asked for.
+
+        Args:
+            out: the store.
+            timesteps, dimension, dtype, projection, seed, precondition, columns: see `dmin_trace.Settings`.
+            strict: raise an error during the capture, instead of logging it.
+
+        Raises SettingsError for a setting that cannot be meant.
+        """
+        super().__init__()
+        self.out = Path(out)
+        self.settings = make_settings(
+            {
+                "timesteps": timesteps,
+                "dimension": dimension,
+                "dtype": dtype,
+                "projection": projection,
+                "seed": seed,
+                "precondition": precondition,
+                "columns": columns,
+            }
+        )
+        self.strict = strict
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses, before the training, what could not be captured after it.
+
+        Raises:
+            AttachError: the trainer or the module is of a kind that is not served.
+            TraceError: `out` exists already, or cannot be written.
+        """
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        if trainer.world_size > 1:
+            raise AttachError(
+                f"The trainer runs {trainer.world_size} processes, which is not served. Train without TraceCallback, "
+                "then capture in one process: dmin_trace.integrations.lightning.capture(module, loader, out='...')."
+            )
+        strategies = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+        if not strategies.isdisjoint(_SPLITTING):
+            raise AttachError(f"{type(trainer.strategy).__name__} splits gradients, which cannot be captured.")
+        _refuse_module(pl_module)
+        store.check_free(self.out)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuses a dataloader that could not be captured, and takes the last place among the callbacks.
+
+        Raises AttachError for a dataloader whose samples have no index, or cannot be fetched one by one.
+        """
+        if trainer.fast_dev_run:
+            return
+        _refuse_loader(trainer.train_dataloader)
+        # A new list: the trainer is going through the old one.
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Captures. An error is logged, unless `strict`: the training has been done."""
+        if trainer.fast_dev_run:
+            logger.warning("fast_dev_run: nothing is captured.")
+            return
+        try:
+            _capture(pl_module, trainer.train_dataloader, self.out, self.settings, trainer.optimizers, trainer)
+        except Exception as error:
+            if self.strict:
+                raise
+            if not isinstance(error, DminTraceError):
+                logger.debug("The capture failed.", exc_info=True)
+            found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
+            logger.error(
+                "dmin_trace could not capture this run; the training is not harmed. %s Capture the trained module on "
+                "demand: dmin_trace.integrations.lightning.capture(module, loader, out=%r).",
+                found,
+                str(self.out),
+            )
+
+
+def capture(
+    module: Any,
+    loader: Any,
+    *,
+    out: str | os.PathLike[str],
+    settings: Settings | None = None,
+    trainer: Any = None,
+) -> None:
+    """Captures a trained module on demand; goes on with a capture that was interrupted.
+
+    Args:
+        module: the LightningModule, with the weights that are to be explained, on the device where it is to run.
+        loader: the training dataloader; its dataset and its collate_fn are used.
+        out: the store.
+        settings: what to capture.
+        trainer: one with the precision of the training; that which trained the module, if it did so in this process.
+
+    Raises:
+        AttachError: the module or the loader is of a kind that is not served.
+        CaptureError: a training_step that would give wrong gradients.
+        TraceError: the store is of another capture, or complete.
+    """
+    _refuse_module(module)
+    _refuse_loader(loader)
+    _capture(module, loader, Path(out), settings or Settings(), None, trainer)
+
+
+def attribute(
+    module: Any,
+    trace: Trace | str | os.PathLike[str],
+    items: Sequence[Any],
+    *,
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    trainer: Any = None,
+    k: int = 10,
+) -> list[list[Hit]]:
+    """The training samples with the largest influence on each item, best first.
+
+    Args:
+        module: the LightningModule with the traced weights.
+        trace: the store, or its path.
+        items: what the training dataset would give for each image that is asked about, as its `__getitem__` does.
+        collate_fn: the training dataloader's.
+        trainer: as for `capture`.
+        k: how many training samples for each item.
+
+    Raises:
+        QueryError: an item that is not like those of the training, or k out of range.
+        WeightsError: the module's weights are not those of the trace.
+        TraceError: there is no finished store.
+    """
+    _refuse_module(module)
+    trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
+    if not items:
+        raise QueryError("No item was given. Give at least one.")
+    recording = Recording(
+        [module],
+        make_settings(trace.header.settings),
+        Columns(None, None),
+        samples=len(items),
+        out=None,
+        like=trace,
+        optimizers=None,
+        item=None,
+    )
+    _record(recording, module, lambda i: items[i], collate_fn, trainer)
+    return recording.hits(k)
+
+
+def _capture(
+    module: Any,
+    loader: DataLoader[Any],
+    out: Path,
+    settings: Settings,
+    optimizers: Sequence[torch.optim.Optimizer] | None,
+    trainer: Any,
+) -> None:
+    dataset: Any = loader.dataset
+    recording = Recording(
+        [module],
+        settings,
+        Columns(dataset, settings.columns),
+        samples=len(dataset),
+        out=out,
+        like=None,
+        optimizers=optimizers,
+        item=None,
+        writers=("lightning",) if Callback.__module__.startswith("lightning.") else ("pytorch_lightning",),
+    )
+
+    def item(sample: int) -> Any:
+        return dataset.__getitems__([sample])[0] if hasattr(dataset, "__getitems__") else dataset[sample]
+
+    _record(recording, module, item, loader.collate_fn, trainer)
+
+
+def _record(
+    recording: Recording, module: Any, item: Callable[[int], Any], collate: Callable[[list[Any]], Any], trainer: Any
+) -> None:
+    """Runs the module's training_step on every sample at every timestep."""
+    trainer = trainer or module._trainer
+    precision = trainer.precision_plugin if trainer is not None else None
+    scaler = getattr(precision, "scaler", None)
+    takes_number = len(inspect.signature(module.training_step).parameters) > 1
+    with recording, _as_it_was(module), _silent(module, trainer):
+        for i in recording.samples:
+            given = item(i)
+            batch = collate([given])
+            batch = batch if precision is None else precision.convert_input(batch)
+            batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)
+            recording.describe(i, given, batch)
+            for k in recording.slots:
+                # A step may change its batch in place; each gets its own.
+                own = apply_to_collection(batch, torch.Tensor, torch.clone)
+                with recording.body(i, k):
+                    with nullcontext() if precision is None else precision.train_step_context():
+                        loss = _loss(module.training_step(own, 0) if takes_number else module.training_step(own))
+                    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def _loss(output: Any) -> torch.Tensor:
+    """The loss that a training_step gives, by itself or in a dict."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, torch.Tensor):
+        raise CaptureError(f"training_step gave {type(output).__name__}; expected a loss, or a dict with one.")
+    return loss
+
+
+@contextmanager
+def _silent(module: Any, trainer: Any) -> Iterator[None]:
+    """Keeps captures out of the trainer's logs."""
+    with ExitStack() as undo:
+        for name in ("log", "log_dict"):
+            undo.callback(
+                partial(setattr, module, name, vars(module)[name])
+                if name in vars(module)
+                else partial(delattr, module, name)
+            )
+            setattr(module, name, lambda *args, **options: None)
+        if trainer is not None and trainer.loggers:
+            undo.callback(setattr, trainer, "loggers", trainer.loggers)
+            # A step may call its logger's experiment.
+            trainer.loggers = [DummyLogger()]
+        yield
+
+
+@contextmanager
+def _as_it_was(module: torch.nn.Module) -> Iterator[None]:
+    """Puts back what a training_step keeps in its module besides parameters: buffers, metrics, lists of losses."""
+    bindings = [(one, dict(vars(one))) for one in module.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+    undos = [undo for _, kept in bindings for value in kept.values() if (undo := undo_of(value)) is not None]
+    try:
+        yield
+    finally:
+        for one, kept in bindings:
+            for name in vars(one).keys() - kept.keys():
+                del vars(one)[name]
+            vars(one).update(kept)
+        for undo in undos:
+            undo()
+        with torch.no_grad():
+            for buffer, version, old in buffers:
+                if buffer._version != version:
+                    buffer.copy_(old)
+
+
+def _refuse_module(module: Any) -> None:
+    if not module.automatic_optimization:
+        raise AttachError(
+            f"{type(module).__name__} optimises by hand (automatic_optimization is False), so its training_step cannot "
+            "be run without training. Record its loss in a loop of your own: dmin_trace.recording(module, ...)."
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise AttachError("training_step takes a dataloader_iter, so it cannot be given a sample. Take a batch.")
+
+
+def _refuse_loader(loader: Any) -> None:
+    if not isinstance(loader, DataLoader):
+        raise AttachError(
+            f"The training data is a {type(loader).__name__}; expected one DataLoader, whose samples have an index."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise AttachError(
+            "The training data is an IterableDataset, whose samples have no index to attribute to. Use a dataset with "
+            "__len__ and __getitem__."
+        )
+    if loader.batch_sampler is None:
+        raise AttachError("The dataset gives whole batches (batch_size=None); expected single samples.")

@@ -88,6 +88,8 @@ def recording(
         TraceError: `like` is no finished store.
     """
     trace = None if like is None else like if isinstance(like, Trace) else open_trace(Path(like))
+    if not isinstance(samples, int) or samples < 0:
+        raise SettingsError(f"samples is {samples!r}; expected how many there are.")
     columns = dict(columns or {})
     given = {
         "timesteps": timesteps,
@@ -202,6 +204,7 @@ class Recording:
         self._done = 0
         self._body: Body | None = None
         self._scaled = False
+        self._failed = False
         self._asked: np.ndarray | None = None
 
     # -- what the loop calls ---------------------------------------------------------------------------------------
@@ -251,7 +254,10 @@ class Recording:
             self._body = None
         if body.timestep is None and place.given is not None:
             body.timestep = torch.tensor([place.given], dtype=torch.float32)
+        # Until it is known that all is well: a row that lost a body must not be filled up with others'.
+        self._failed = True
         self._close(recorder, body)
+        self._failed = False
 
     def describe(self, sample: int, item: Any, batch: Any) -> None:
         """Tells of the sample that comes, before its first body: for loops that have dataset items and batches.
@@ -369,6 +375,8 @@ class Recording:
             raise CaptureError(
                 "The recording is not under way. Loop inside: with dmin_trace.recording(...) as recording."
             )
+        if self._failed:
+            raise CaptureError("An earlier body failed. Mend what its error said, and make another recording.")
         if self._body is not None:
             raise CaptureError(
                 f"A body was opened inside that of sample {self._body.sample}, slot {self._body.slot.number}. Close "

@@ -373,7 +373,8 @@ class Recorder:
             raise CaptureError(
                 f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
                 f"them {names}, though the training moved them. Does the loop body skip a part of the model when the "
-                "model is in eval mode, or for some batches?"
+                "model is in eval mode, or for some batches? What a plain loop does not train must have "
+                "requires_grad=False."
             )
         if never:
             logger.warning(

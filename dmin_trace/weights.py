@@ -169,7 +169,7 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
         raise CaptureError("No parameter of the model is trainable (requires_grad), so there is nothing to capture.")
     raise CaptureError(
         "No trainable parameter of a prepared model is in a prepared optimizer. Pass the model and its optimizer "
-        "to accelerator.prepare."
+        "to accelerator.prepare, or to recording."
     )
 
 

@@ -41,6 +41,7 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+_ON_DEMAND = "Capture the trained module on demand: dmin_trace.integrations.lightning.capture(module, loader, out=%r)."
 _SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy")
 
 
@@ -88,6 +89,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
             }
         )
         self.strict = strict
+        self._ended = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses, before the training, what could not be captured after it.
@@ -122,6 +124,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Captures. An error is logged, unless `strict`: the training has been done."""
+        self._ended = True
         if trainer.fast_dev_run:
             logger.warning("fast_dev_run: nothing is captured.")
             return
@@ -134,10 +137,17 @@ class TraceCallback(Callback):  # type: ignore[misc]
                 logger.debug("The capture failed.", exc_info=True)
             found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
             logger.error(
-                "dmin_trace could not capture this run; the training is not harmed. %s Capture the trained module on "
-                "demand: dmin_trace.integrations.lightning.capture(module, loader, out=%r).",
+                "dmin_trace could not capture this run; the training is not harmed. %s %s",
                 found,
-                str(self.out),
+                _ON_DEMAND % str(self.out),
+            )
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Says so where there was no training to be at the end of."""
+        if not self._ended:
+            logger.error(
+                "dmin_trace captured nothing: the trainer had nothing left to train. %s",
+                _ON_DEMAND % str(self.out),
             )
 
 

@@ -112,7 +112,8 @@ def small(out: Path, **more: Any) -> TraceCallback:
 def trainer_of(folder: Path, *callbacks: Any, **more: Any) -> Trainer:
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     saving = {"logger": False, "enable_checkpointing": False}
-    return Trainer(max_epochs=2, default_root_dir=folder, callbacks=list(callbacks), **(quiet | saving | more))
+    settings = {"max_epochs": 2, **quiet, **saving, **more}
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +383,14 @@ def test_several_processes_and_taken_stores_are_refused(trained: tuple[Denoiser,
         trainer_of(tmp_path, small(trained[1])).fit(Denoiser(), loader())
     with pytest.raises(DminTraceError, match="power of two"):
         TraceCallback("a", dimension=3)
+
+
+def test_a_training_that_is_over_already_is_said_to_be_not_captured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(tmp_path, small(tmp_path / "a.zarr"), max_epochs=0)
+    trainer.fit(Denoiser(), loader())
+    assert "captured nothing" in caplog.text and not (tmp_path / "a.zarr").exists()
 
 
 def test_a_fast_development_run_captures_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -473,12 +473,25 @@ def test_a_loop_that_went_wrong_is_refused(tmp_path: Path, loop: Callable[[Any],
         pass
 
 
+def test_no_row_is_filled_up_after_an_error(tmp_path: Path) -> None:
+    model, making = denoiser(), dmin_trace.recording
+    with (
+        pytest.raises(CaptureError, match="12 of 12 samples were not recorded"),
+        making(model, samples=12, out=tmp_path / "a.zarr", timesteps=3, dimension=64) as recording,
+    ):
+        with pytest.raises(CaptureError, match="was not pinned"), recording.body(0, 0):
+            unpinned(model, POINTS[:1]).backward()
+        with pytest.raises(CaptureError, match="An earlier body failed"), recording.body(0, 0):
+            loss_of(model, POINTS[:1]).backward()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"samples": 12}, "out='...'"),
         ({"samples": 12, "out": "a", "like": "TRACE"}, "out='...'"),
         ({"samples": 12, "like": "TRACE", "timesteps": 3}, "timesteps was given with like"),
+        ({"samples": -1, "out": "a"}, "samples is -1"),
         ({"samples": 12, "out": "a", "dimension": 1000}, "power of two"),
         ({"samples": 12, "out": "a", "columns": {"label": [1, 2]}}, "label has 2 values"),
         ({"samples": 12, "out": "a", "model": "unet"}, "model is a str"),

@@ -297,7 +297,7 @@ class Recording:
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
             optimizers = self._optimizers
-            self._recorder = Recorder(
+            recorder = Recorder(
                 self._settings,
                 self._find_trainable(),
                 self._columns,
@@ -310,9 +310,9 @@ class Recording:
                 writers=self._writers,
             )
             self._prepare_models(entering)
-            self._pending = self._recorder.begin()
-            entering.callback(self._recorder.stop)
-            self._entered = entering.pop_all()
+            self._pending = recorder.begin()
+            entering.callback(recorder.stop)
+            self._recorder, self._entered = recorder, entering.pop_all()
         return self
 
     def __exit__(

@@ -556,7 +556,8 @@ def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Tra
     if not unfinished and not (complete and done.all()):
         raise TraceError(
             f"{path} is unfinished: {int(done.sum())} of {header.chunks} chunks are done. Finish it with the command "
-            "that made it: dmin-trace capture --weights DIR -- SCRIPT ARGS."
+            "that made it: dmin-trace capture --weights DIR -- SCRIPT ARGS; or, where a loop of its own was recorded, "
+            "by running that again."
         )
     return Trace(path, header, complete and bool(done.all()), done)
 

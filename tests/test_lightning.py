@@ -155,7 +155,9 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
         def training_step(self, batch: torch.Tensor) -> torch.Tensor:
             noise = torch.randn_like(batch)
             t = torch.randint(0, 1000, (len(batch),))
-            return mse_loss(self.unet(self.schedule.add_noise(batch, noise, t), t).sample, noise)
+            loss = mse_loss(self.unet(self.schedule.add_noise(batch, noise, t), t).sample, noise)
+            batch.neg_()  # A step may spoil its batch.
+            return loss
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=2e-3)
@@ -310,8 +312,16 @@ def test_averaged_weights_are_captured_when_they_are_what_the_training_leaves(tm
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_the_precision_of_the_trainer(tmp_path: Path, precision: Any) -> None:
-    module = Denoiser()
+    halves: list[bool] = []
+
+    class Looks(Denoiser):
+        def draw(self, clean: torch.Tensor) -> torch.Tensor:
+            halves.append(torch.is_autocast_enabled("cpu"))
+            return super().draw(clean)
+
+    module = Looks()
     trainer_of(tmp_path, small(tmp_path / "a.zarr", strict=True), precision=precision).fit(module, loader())
+    assert halves == [precision == "bf16-mixed"] * (6 + 36)
     dtypes = {p.dtype for p in module.parameters()}
     assert dtypes == {torch.float64 if precision == "64-true" else torch.float32}
     points = Points()

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from dmin_trace import store
 from dmin_trace.columns import Columns
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
+from dmin_trace.frozen import FrozenModules
 from dmin_trace.plain import Recording
 from dmin_trace.report import Hit
 from dmin_trace.settings import Settings, make_settings
@@ -255,8 +256,9 @@ def _record(
     precision = trainer.precision_plugin if trainer is not None else None
     scaler = getattr(precision, "scaler", None)
     takes_number = len(inspect.signature(module.training_step).parameters) > 1
-    with recording, _as_it_was(module), _silent(module, trainer):
+    with recording, _as_it_was(module), _silent(module, trainer), FrozenModules(_frozen_in(module), ()) as frozen:
         for i in recording.samples:
+            frozen.forget()
             given = item(i)
             batch = collate([given])
             batch = batch if precision is None else precision.convert_input(batch)
@@ -269,6 +271,15 @@ def _record(
                     with nullcontext() if precision is None else precision.train_step_context():
                         loss = _loss(module.training_step(own, 0) if takes_number else module.training_step(own))
                     (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def _frozen_in(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The outermost modules in which no parameter trains: autoencoders, text encoders."""
+    for child in module.children():
+        if any(parameter.requires_grad for parameter in child.parameters()):
+            yield from _frozen_in(child)
+        else:
+            yield child
 
 
 def _loss(output: Any) -> torch.Tensor:

@@ -31,7 +31,7 @@ ALLOWED = {
         "loop": "body errors randomness variables",
         "recorder": "batches body columns compress errors gradients randomness settings store weights",
         "integrations.diffusers": "",
-        "integrations.lightning": "columns errors plain report settings store variables",
+        "integrations.lightning": "columns errors frozen plain report settings store variables",
         "score": "errors store",
         "report": "errors",
         "questions": "errors",

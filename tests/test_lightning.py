@@ -24,6 +24,7 @@ from tiny import digit_folder
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+import dmin_trace
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError, TraceError, WeightsError
 from dmin_trace.settings import Settings
 from dmin_trace.store import open_trace
@@ -236,6 +237,44 @@ def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, 
     hits = attribute(module, out, [points[7], points[2]], k=2)
     assert [row[0].sample for row in hits] == [7, 2]
     assert all(row[0].score == pytest.approx(3, abs=1e-4) for row in hits)
+
+
+def test_a_frozen_encoder_is_asked_once_for_each_sample(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, points: torch.Tensor) -> torch.Tensor:
+            asked.append(len(points))
+            return torch.tanh(self.linear(points))
+
+    class Latent(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = torch.nn.ModuleDict({"encoder": Encoder().requires_grad_(False)})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                encoded = self.parts["encoder"](batch["point"])
+            return super().training_step({"point": encoded}, batch_idx)
+
+    seed_everything(5)
+    module, points = Latent(), Points()
+    capture(module, loader(), out=tmp_path / "a.zarr", settings=SMALL)
+    assert asked == [1] * 12
+    assert "forward" not in vars(module.parts["encoder"])
+    plain = {"timesteps": 3, "dimension": 64, "dtype": "float32"}
+    module.log = module.log_dict = lambda *args, **named: None  # type: ignore[method-assign,assignment]
+    with dmin_trace.recording(module, samples=12, out=tmp_path / "b.zarr", **plain) as recording:  # type: ignore[arg-type]
+        for i in recording.samples:
+            for k in recording.slots:
+                with recording.body(i, k):
+                    module.training_step({"point": points[i]["point"][None]}, 0)["loss"].backward()
+    rows = [open_trace(tmp_path / name).rows(np.arange(12)) for name in ("a.zarr", "b.zarr")]
+    assert np.array_equal(rows[0], rows[1])
 
 
 def test_questions_that_cannot_be_asked(trained: tuple[Denoiser, Path]) -> None:

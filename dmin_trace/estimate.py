@@ -44,7 +44,7 @@ def facts(trial: Capture) -> Sequence[tuple[str, str]]:
         ("uncompressed", f"{decimal(whole)} would be the gradients as float32, {whole / stored:,.0f} times as much"),
         ("memory", f"{decimal(_peak_memory() + waiting)} at the peak, of which {decimal(waiting)} wait for the disk"),
     ]
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         rows.append(("GPU memory", f"{decimal(torch.cuda.max_memory_allocated())} at the peak"))
     free = shutil.disk_usage(trial.out.parent if trial.out and trial.out.parent.is_dir() else ".").free
     if free < stored + weights:

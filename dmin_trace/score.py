@@ -8,9 +8,10 @@ core with BLAS on one thread each, a running top-k: memory is bounded whatever N
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,15 @@ def check_k(trace: Trace, k: int) -> None:
         raise QueryError(f"k is {k}, but only {usable} samples of the trace have gradients to rank. Ask for fewer.")
 
 
+def check_queries(trace: Trace, queries: NDArray[np.float32]) -> None:
+    """Raises QueryError if the queries are not finite or not of the store's shape."""
+    expected = (len(trace.header.timesteps), trace.header.dimension)
+    if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
+        raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
+    if not np.isfinite(queries).all():
+        raise QueryError("The queries hold numbers that are not finite, so they cannot be compared with anything.")
+
+
 def exact(
     trace: Trace,
     queries: NDArray[np.float32],
@@ -77,11 +87,7 @@ def exact(
     if threads is not None and threads < 1:
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     check_k(trace, k)
-    expected = (len(trace.header.timesteps), trace.header.dimension)
-    if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
-        raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
-    if not np.isfinite(queries).all():
-        raise QueryError("The queries hold numbers that are not finite, so they cannot be compared with anything.")
+    check_queries(trace, queries)
     by_slot = np.ascontiguousarray(queries.transpose(1, 2, 0), np.float32)  # (T, v, Q)
     rankable = trace.rankable
     kept = k + SPARE
@@ -104,7 +110,50 @@ def exact(
             slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), kept)
             if progress is not None:
                 progress(len(trace.header.rows(chunk)))
-    return _with_shares(trace, queries, slots.T, scores.T, k)
+        return _with_shares(trace, queries, list(slots.T), list(scores.T), k)
+
+
+def rerank(
+    trace: Trace,
+    queries: NDArray[np.float32],
+    candidates: Sequence[NDArray[np.int64]],
+    k: int,
+    *,
+    threads: int | None = None,
+) -> Ranking:
+    """The k best of a few candidates for each query, with the very scores that `exact` gives them.
+
+    Args:
+        trace: the store.
+        queries: (Q, T, v), compressed gradients.
+        candidates: for each query k rankable slots or more, none twice, wherever they lie.
+        k: how many to keep.
+        threads: one a core if not given.
+
+    Raises:
+        TraceError: a candidate's row is missing, damaged or not finite.
+    """
+    workers = threads or os.cpu_count() or 1
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+        scores = []
+        for query, slots in zip(queries, candidates, strict=True):
+            parts = np.array_split(slots, min(len(slots), workers))
+            scores.append(np.concatenate(list(pool.map(partial(_row_scores, trace, query), parts))))
+        return _with_shares(trace, queries, candidates, scores, k)
+
+
+def _row_scores(trace: Trace, query: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(n,) first scores of scattered rows, in float32."""
+    scores = np.empty(len(slots), np.float32)
+    row = np.empty(query.shape, np.float32)
+    for n, slot in enumerate(slots):
+        # Into one piece of memory for all rows: a new one each would cost more than the products.
+        np.copyto(row, trace.stored_row(int(slot)))
+        products = [np.dot(at, asked) for at, asked in zip(row, query, strict=True)]
+        scores[n] = np.dot(products, trace.scale[slot])
+    if not np.isfinite(scores).all():
+        raise TraceError(f"{trace.path} is damaged: it holds numbers that are not finite.")
+    return scores
 
 
 def _chunk_scores(trace: Trace, chunk: int, by_slot: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -132,23 +181,29 @@ def _best(slots: NDArray[Any], scores: NDArray[Any], k: int) -> tuple[NDArray[np
 
 
 def _with_shares(
-    trace: Trace, queries: NDArray[np.float32], slots: NDArray[np.int64], scores: NDArray[np.float32], k: int
+    trace: Trace,
+    queries: NDArray[np.float32],
+    slots: Sequence[NDArray[np.int64]],
+    scores: Sequence[NDArray[np.float32]],
+    k: int,
 ) -> Ranking:
-    """Scores the candidates (Q, more than k) of each query anew, timestep by timestep in float64, and keeps k."""
-    timesteps = queries.shape[1]
+    """Scores the candidates of each query, k or more, anew, timestep by timestep in float64, and keeps k.
+
+    BLAS must be on one thread, which alone adds up alike whatever else runs.
+    """
     best = np.empty((len(queries), k), np.int64)
-    shares = np.empty((len(queries), k, timesteps), np.float32)
-    exact_scores = np.empty((len(queries), k))
-    block = max(1, BLOCK // (timesteps * queries.shape[2]))
-    for q, query in enumerate(queries):
+    shares = np.empty((len(queries), k, queries.shape[1]), np.float32)
+    exact_scores = np.empty((len(queries), k), np.float32)
+    row = np.empty(queries.shape[1:])
+    for q, query in enumerate(queries.astype(np.float64)):
         near = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
-        candidates = slots[q][scores[q] >= scores[q, k - 1] - near]
-        parts = np.empty((len(candidates), timesteps))
-        for start in range(0, len(candidates), block):
-            rows = trace.rows(candidates[start : start + block])
-            # Summed along a row, not by BLAS: equal rows then give equal sums wherever they lie.
-            parts[start : start + block] = np.multiply(rows, query, dtype=np.float64).sum(axis=2)
+        candidates = slots[q][scores[q] >= np.partition(scores[q], -k)[-k] - near]
+        parts = np.empty((len(candidates), len(query)))
+        for n, slot in enumerate(candidates):
+            # One after another in the same place: equal rows then give equal sums wherever they lie.
+            np.copyto(row, trace.stored_row(int(slot)))
+            parts[n] = np.vecdot(row, query) * trace.scale[slot]
         totals = parts.sum(axis=1)
         order = np.lexsort((candidates, -totals))[:k]
         best[q], shares[q], exact_scores[q] = candidates[order], parts[order], totals[order]
-    return Ranking(best, exact_scores.astype(np.float32), shares)
+    return Ranking(best, exact_scores, shares)

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,8 @@ MEAN_OF = 1024
 """Samples, spread over the store, that the mean direction is taken from."""
 BLOCK = 2**22
 """Numbers of gradients that are converted to float32 at a time."""
+ASKED = 2**26
+"""Numbers of gradients that ask at a time in calibration: each time is a scan."""
 LARGEST_FACTS = 2**20
 
 GRAPH, MEAN, COPIES, FACTS = "graph.hnsw", "mean.f32", "copies.i64", "index.json"
@@ -270,7 +272,7 @@ def open_index(trace: Trace) -> Index | str:
     if isinstance(facts, str):
         return facts
     if not facts.depths:
-        return f"no index serves this store: {facts.short}"
+        return f"the index does not serve ({facts.short})"
     folder = index_beside(trace.path)
     try:
         shape = (facts.timesteps, facts.dimension)
@@ -395,8 +397,44 @@ def fingerprint(trace: Trace) -> str:
     return digest.hexdigest()
 
 
-def estimate(trace: Trace, fold: int, m: int) -> int:
-    """Bytes of memory that a graph of this fold takes."""
+def shown(facts: Facts, trace: Trace) -> list[tuple[str, str]]:
+    """What `dmin-trace index` shows of what it built: names and values."""
+    told = [
+        ("vectors", f"{facts.vectors:,} of {facts.length:,} numbers, {facts.fold:,} bins a timestep"),
+        *(
+            (f"recall@{depth.k}", f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
+            for depth in facts.depths
+        ),
+        ("measured with", f"{facts.asked} samples that were not in the graph"),
+        ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
+        ("serves", f"queries for up to {facts.depths[-1].k} hits" if facts.depths else "nothing: queries scan"),
+    ]
+    return [*told, ("short of", facts.short)] if facts.short else told
+
+
+def summary(facts: Facts | str) -> str:
+    """What `dmin-trace info` says of an index, from `read_facts`."""
+    if isinstance(facts, str):
+        return facts or "none; dmin-trace index makes one"
+    if not facts.depths:
+        return f"serves nothing, queries scan: {facts.short}"
+    recalls = ", ".join(f"recall@{depth.k} {depth.recall:.3f}" for depth in facts.depths)
+    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated"
+
+
+def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
+    """What a graph of this fold will cost, for a person who waits for it."""
+    length = len(trace.header.timesteps) * (fold + 1)
+    # Linking looks at some 8 vectors for each that is kept in view, each read at memory's speed by a core.
+    minutes = trace.header.samples * 8 * ef_construction * 4 * length / 1e10 / (os.cpu_count() or 1) / 60
+    return (
+        f"{trace.header.samples:,} vectors of {length:,} numbers: about {_memory(trace, fold, m) / 2**30:,.1f} GiB of "
+        f"memory and of disk, and {math.ceil(minutes):,} minutes"
+    )
+
+
+def _memory(trace: Trace, fold: int, m: int) -> int:
+    """Bytes of a graph of this fold."""
     return graph_bytes(len(trace.header.timesteps) * (fold + 1), trace.header.samples, m)
 
 
@@ -425,7 +463,7 @@ def _folds(trace: Trace, fold: int | None, dimensions: Dimensions, m: int) -> li
 
 def _check_memory(trace: Trace, fold: int, m: int) -> None:
     """Raises SettingsError if the graph would not fit into memory."""
-    needed, free = estimate(trace, fold, m), _free_memory()
+    needed, free = _memory(trace, fold, m), _free_memory()
     if free is not None and needed > free:
         header = trace.header
         raise SettingsError(
@@ -473,18 +511,18 @@ def _truth(
     first = np.arange(trace.header.samples)
     first[copies[:, 0]] = copies[:, 1]
     left_out = np.isin(first, held)
-    deep = depth + int(left_out.sum())
+    deep = min(depth + int(left_out.sum()), int(trace.rankable.sum()))
+    parts = list(_parts(trace, held, ASKED))
+    done = 0
+
+    def scanned(samples: int) -> None:
+        nonlocal done
+        done += samples
+        progress("scanning for the truth", done, len(parts) * trace.header.samples)
+
     best: list[NDArray[np.int64]] = []
-    for part in _parts(trace, held):
-        done = 0
-
-        def scanned(samples: int, asked: int = len(best)) -> None:
-            nonlocal done
-            done += samples
-            progress("scanning for the truth", asked * trace.header.samples + done * len(part), total)
-
-        total = len(held) * trace.header.samples
-        ranking = score.exact(trace, trace.rows(part), min(deep, int(trace.rankable.sum())), progress=scanned)
+    for part in parts:
+        ranking = score.exact(trace, trace.rows(part), deep, progress=scanned)
         best += [first[slots[~left_out[slots]][:depth]] for slots in ranking.slots]
     return np.stack(best)
 
@@ -496,7 +534,8 @@ def _mean_directions(trace: Trace, kept: NDArray[np.int64]) -> NDArray[np.float3
     for part in _parts(trace, some):
         total += trace.rows(part).sum(axis=0)
     norm = np.linalg.norm(total, axis=1, keepdims=True)
-    return np.divide(total, norm, out=np.zeros_like(total), where=norm > 0).astype(np.float32)
+    directions: NDArray[np.float64] = total / np.where(norm > 0, norm, 1)
+    return directions.astype(np.float32)
 
 
 def _add(graph: hnswlib.Index, trace: Trace, split: Split, slots: NDArray[np.int64], progress: Progress) -> None:
@@ -549,9 +588,9 @@ def _ask(graph: hnswlib.Index, asked: NDArray[np.float32], k: int, ef: int) -> N
     return labels
 
 
-def _parts(trace: Trace, slots: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """The slots in parts whose gradients are few enough to be held as float32."""
-    size = max(1, BLOCK // (len(trace.header.timesteps) * trace.header.dimension))
+def _parts(trace: Trace, slots: NDArray[np.int64], most: int = BLOCK) -> Iterator[NDArray[np.int64]]:
+    """The slots in parts whose gradients are no more than so many numbers, or one slot each."""
+    size = max(1, most // (len(trace.header.timesteps) * trace.header.dimension))
     for start in range(0, len(slots), size):
         yield slots[start : start + size]
 
@@ -582,7 +621,9 @@ def _write(
             graph.save_index(os.fspath(partial / GRAPH))
             mean.astype("<f4").tofile(partial / MEAN)
             copies.astype("<i8").tofile(partial / COPIES)
-            sizes = {name: File(bytes=(partial / name).stat().st_size, sha256=_sha256(partial / name)) for name in NAMES}
+            sizes = {
+                name: File(bytes=(partial / name).stat().st_size, sha256=_sha256(partial / name)) for name in NAMES
+            }
             facts = replace(facts, files=sizes)
         (partial / FACTS).write_text(facts.to_json(), encoding="utf-8")
         sync_tree(partial)

@@ -26,6 +26,8 @@ ALLOWED = {
     "loop": {"errors", "randomness", "variables"},
     "integrations.diffusers": set(),
     "score": {"errors", "store"},
+    "hnsw": set(),
+    "index": {"errors", "hnsw", "score", "store"},
     "report": {"errors"},
     "questions": {"errors"},
     "capture": {
@@ -33,9 +35,12 @@ ALLOWED = {
         *("store", "weights"),
     },
     "launch": {"capture", "commands", "errors", "loop"},
-    "query": {"commands", "errors", "integrations", "questions", "report", "score", "store"},
+    "query": {"commands", "errors", "index", "integrations", "questions", "report", "score", "store"},
     "demo": {"errors", "query", "report", "store"},
-    "cli": {"commands", "demo", "errors", "launch", "query", "questions", "report", "settings", "store", "version"},
+    "cli": {
+        *("commands", "demo", "errors", "index", "launch", "query", "questions", "report", "score", "settings"),
+        *("store", "version"),
+    },
     "__init__": {"capture", "errors", "query", "report", "settings", "store", "version"},
 }
 
@@ -44,6 +49,8 @@ WITHOUT_TORCH = (
     "cli",
     "commands",
     "errors",
+    "hnsw",
+    "index",
     "query",
     "questions",
     "report",
@@ -111,6 +118,11 @@ def test_help_imports_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (ran.returncode, "query" in ran.stdout) == (0, True)
+
+
+def test_only_an_index_needs_hnswlib() -> None:
+    code = "import sys, dmin_trace.cli, dmin_trace.query, dmin_trace.index; sys.exit('hnswlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_examples_and_tools_are_imported_by_nobody() -> None:

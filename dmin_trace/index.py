@@ -24,6 +24,7 @@ checksums find damage, but not a forger, who writes them too: see `hnsw` for wha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -60,6 +61,8 @@ HELD_OUT = 64
 SCANNED = 8
 """Candidates are at most one in so many samples: beyond that scattered reads cost about what the scan does."""
 MOST_CANDIDATES = 4096
+MARGIN = 1.5
+"""Times the candidates that were enough in calibration."""
 SMALL = 0.05
 """The part of the store's bytes that an automatic fold begins within."""
 LEAST_FOLDED, MOST_FOLDED = 256, 5120
@@ -263,7 +266,7 @@ def read_facts(trace: Trace) -> Facts | str:
     try:
         return _fresh_facts(trace, folder)
     except GraphError as error:
-        return f"the index is not used, for {error}; make it anew with dmin-trace index"
+        return _unused(error)
 
 
 def open_index(trace: Trace) -> Index | str:
@@ -273,23 +276,12 @@ def open_index(trace: Trace) -> Index | str:
         return facts
     if not facts.depths:
         return f"the index does not serve ({facts.short})"
-    folder = index_beside(trace.path)
     try:
-        shape = (facts.timesteps, facts.dimension)
-        for name in NAMES:
-            _check_file(folder, name, facts)
-        mean = np.fromfile(folder / MEAN, "<f4").reshape(shape)
-        copies = np.fromfile(folder / COPIES, "<i8").reshape(-1, 2).astype(np.int64)
-        usable = np.flatnonzero(trace.rankable)
-        if not np.isin(copies, usable).all() or len(np.unique(copies[:, 0])) != len(copies):
-            raise GraphError(f"{COPIES} names other slots than those that can be ranked")
-        split = Split(mean, facts.fold)
-        graph = load_graph(folder / GRAPH, split.length, np.setdiff1d(usable, copies[:, 0]), facts.m)
+        return _opened(trace, facts, index_beside(trace.path))
     except GraphError as error:
-        return f"the index is not used, for {error}; make it anew with dmin-trace index"
+        return _unused(error)
     except (OSError, ValueError) as error:
-        return f"the index is not used, for it is damaged ({error}); make it anew with dmin-trace index"
-    return Index(trace, facts, split, graph, copies)
+        return _unused(f"it is damaged ({error})")
 
 
 def build_index(
@@ -556,8 +548,8 @@ def _calibrate(
 ) -> tuple[tuple[Depth, ...], str]:
     """How to ask the graph so that each number of hits has its recall; and, where one cannot be served, why.
 
-    Held-out samples are what queries are taken to be like. Queries are generated, and so may be less like what is
-    stored; half of the misses that the recall allows are kept back for that.
+    Held-out samples stand for queries. Those are generated, and may be less like what is stored: half of the misses
+    that the recall allows are kept back for that, and then some more candidates are taken than were enough.
     """
     depths: list[Depth] = []
     short: list[str] = []
@@ -567,7 +559,8 @@ def _calibrate(
         match = labels[:, None, :] == truth[:, :k, None]
         places = np.sort(np.where(match.any(axis=2), match.argmax(axis=2), most), axis=None)
         careful = (1 + least) / 2
-        candidates = min(most, max(k, int(places[math.ceil(careful * len(places)) - 1]) + 1))
+        enough = int(places[math.ceil(careful * len(places)) - 1]) + 1
+        candidates = min(most, math.ceil(MARGIN * max(k, enough)))
         reach = float(np.mean(places < candidates))
         for times in (2, 4, 8):
             ef = times * candidates
@@ -619,6 +612,8 @@ def _write(
         partial.mkdir()
         if graph is not None and mean is not None and copies is not None:
             graph.save_index(os.fspath(partial / GRAPH))
+            if (partial / GRAPH).stat().st_size != graph.index_file_size():  # hnswlib says nothing of a full disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             mean.astype("<f4").tofile(partial / MEAN)
             copies.astype("<i8").tofile(partial / COPIES)
             sizes = {
@@ -662,11 +657,31 @@ def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     return facts
 
 
-def _check_file(folder: Path, name: str, facts: Facts) -> None:
-    """Raises GraphError if a file is not the one that was written."""
-    file, expected = folder / name, facts.files[name]
-    if not file.is_file() or file.stat().st_size != expected.bytes or _sha256(file) != expected.sha256:
-        raise GraphError(f"{name} is damaged")
+def _opened(trace: Trace, facts: Facts, folder: Path) -> Index:
+    """The index whose facts are fresh. Raises GraphError if a file of it is not what was written."""
+    usable = np.flatnonzero(trace.rankable)
+    # What a file may have for its size, before any is read.
+    likely = graph_bytes(facts.length, len(usable), facts.m)
+    largest = {GRAPH: 2 * likely + 2**16, MEAN: 4 * facts.timesteps * facts.dimension, COPIES: 16 * len(usable)}
+    for name, file in facts.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file.bytes or file.bytes > largest[name]:
+            raise GraphError(f"{name} is not of the size that was written")
+        if _sha256(path) != file.sha256:
+            raise GraphError(f"{name} is damaged")
+    mean = np.fromfile(folder / MEAN, "<f4").reshape(facts.timesteps, facts.dimension)
+    copies = np.fromfile(folder / COPIES, "<i8").reshape(-1, 2).astype(np.int64)
+    linked = np.setdiff1d(usable, copies[:, 0])
+    if not np.isin(copies[:, 0], usable).all() or not np.isin(copies[:, 1], linked).all():
+        raise GraphError(f"{COPIES} names slots that cannot be ranked")
+    if len(linked) + len(copies) != len(usable) or len(linked) != facts.vectors:
+        raise GraphError(f"{COPIES} does not leave the {facts.vectors} slots that the graph holds")
+    split = Split(mean, facts.fold)
+    return Index(trace, facts, split, load_graph(folder / GRAPH, split.length, linked, facts.m), copies)
+
+
+def _unused(why: object) -> str:
+    return f"the index is not used: {why}; make it anew with dmin-trace index"
 
 
 def _sha256(file: Path) -> str:

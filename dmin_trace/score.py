@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,14 +112,7 @@ def exact(
         return _with_shares(trace, queries, list(slots.T), list(scores.T), k)
 
 
-def rerank(
-    trace: Trace,
-    queries: NDArray[np.float32],
-    candidates: Sequence[NDArray[np.int64]],
-    k: int,
-    *,
-    threads: int | None = None,
-) -> Ranking:
+def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDArray[np.int64]], k: int) -> Ranking:
     """The k best of a few candidates for each query, with the very scores that `exact` gives them.
 
     Args:
@@ -128,17 +120,13 @@ def rerank(
         queries: (Q, T, v), compressed gradients.
         candidates: for each query k rankable slots or more, none twice, wherever they lie.
         k: how many to keep.
-        threads: one a core if not given.
 
     Raises:
         TraceError: a candidate's row is missing, damaged or not finite.
     """
-    workers = threads or os.cpu_count() or 1
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
-        scores = []
-        for query, slots in zip(queries, candidates, strict=True):
-            parts = np.array_split(slots, min(len(slots), workers))
-            scores.append(np.concatenate(list(pool.map(partial(_row_scores, trace, query), parts))))
+    # One thread: rows are so small that two would wait for the interpreter's lock more than they gain.
+    with threadpool_limits(1, "blas"):
+        scores = [_row_scores(trace, query, slots) for query, slots in zip(queries, candidates, strict=True)]
         return _with_shares(trace, queries, candidates, scores, k)
 
 

@@ -453,10 +453,16 @@ class Trace:
         dtype, shape = np.dtype(header.dtype), (len(header.timesteps), header.dimension)
         chunk, place = divmod(slot, header.chunk_rows)
         row = math.prod(shape) * dtype.itemsize
-        file = self._file("grad", chunk, header.chunk_rows * row, 3)
-        with file.open("rb", buffering=0) as opened:
-            opened.seek(place * row)
-            return np.frombuffer(opened.read(row), dtype.newbyteorder("<")).reshape(shape)
+        try:
+            with chunk_file(self.path, "grad", chunk, 3).open("rb", buffering=0) as opened:
+                whole = os.fstat(opened.fileno()).st_size == header.chunk_rows * row + TRAILER
+                opened.seek(place * row)
+                numbers = opened.read(row)
+        except OSError:
+            whole = False
+        if not (0 <= chunk < header.chunks and self.done[chunk] and whole):
+            self._file("grad", chunk, header.chunk_rows * row, 3)  # says what is wrong
+        return np.frombuffer(numbers, dtype.newbyteorder("<")).reshape(shape)
 
     def rows(self, slots: Array) -> NDArray[np.float32]:
         """The compressed gradients of these slots, (n, T, v) float32.

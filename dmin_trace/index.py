@@ -15,8 +15,8 @@ fold keeps no norms.
 
 HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest products, and `score.rerank` ranks
 their rows by the very scores of the exact scan. Building measures how many of the true 10 and 100 best are found for
-samples that are not in the graph yet, chooses C and F by that, and writes it down; where the recall cannot be reached
-the scan answers.
+samples that are not in the graph yet and for mixtures of them, chooses C and F by that, and writes it down; where the
+recall cannot be reached the scan answers.
 
 An index can come from anybody, as a store can. It is used only if everything in it fits the store as it is now; its
 checksums find damage, but not a forger, who writes them too: see `hnsw` for what is checked against those.
@@ -61,7 +61,7 @@ HELD_OUT = 64
 SCANNED = 8
 """Candidates are at most one in so many samples: beyond that scattered reads cost about what the scan does."""
 MOST_CANDIDATES = 4096
-MARGIN = 1.5
+MARGIN = 2
 """Times the candidates that were enough in calibration."""
 SMALL = 0.05
 """The part of the store's bytes that an automatic fold begins within."""
@@ -71,8 +71,8 @@ MEAN_OF = 1024
 """Samples, spread over the store, that the mean direction is taken from."""
 BLOCK = 2**22
 """Numbers of gradients that are converted to float32 at a time."""
-ASKED = 2**26
-"""Numbers of gradients that ask at a time in calibration: each time is a scan."""
+ASKED = 2**28
+"""Numbers of gradients that ask in calibration at the most: fewer samples ask where they are very long."""
 LARGEST_FACTS = 2**20
 
 GRAPH, MEAN, COPIES, FACTS = "graph.hnsw", "mean.f32", "copies.i64", "index.json"
@@ -330,7 +330,8 @@ def build_index(
 
     state = fingerprint(trace)
     kept, copies = _kept_and_copies(trace, progress)
-    held = kept[np.linspace(0, len(kept) - 1, min(HELD_OUT, len(kept) // 4)).astype(np.int64)]
+    affordable = max(8, ASKED // (2 * len(trace.header.timesteps) * trace.header.dimension))
+    held = kept[np.linspace(0, len(kept) - 1, min(HELD_OUT, affordable, len(kept) // 4)).astype(np.int64)]
     linked = np.setdiff1d(kept, held)
     most = min(MOST_CANDIDATES, len(linked) // SCANNED)
     wanted = {k: part for k, part in ((10, recall), (100, RECALL_AT_100)) if k <= most}
@@ -353,15 +354,15 @@ def build_index(
     )
     if not wanted:
         return _write(folder, facts)
-    truth = _truth(trace, held, copies, max(wanted), progress)
+    questions = _questions(trace, held)
+    truth = _truth(trace, questions, held, copies, max(wanted), progress)
     mean = _mean_directions(trace, kept)
     for fold in folds:
         _check_memory(trace, fold, m)
         split = Split(mean, fold)
         graph = make_graph(split.length, len(kept), m, ef_construction)
         _add(graph, trace, split, linked, progress)
-        asked = np.concatenate([split.vectors(trace.rows(part)) for part in _parts(trace, held)])
-        depths, short = _calibrate(graph, asked, truth, wanted, most)
+        depths, short = _calibrate(graph, split.vectors(questions), truth, wanted, most)
         logger.info("fold %d: %s %s", fold, depths, short)
         facts = replace(facts, fold=fold, depths=depths, short=short)
         if not short:
@@ -397,7 +398,7 @@ def shown(facts: Facts, trace: Trace) -> list[tuple[str, str]]:
             (f"recall@{depth.k}", f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
         ),
-        ("measured with", f"{facts.asked} samples that were not in the graph"),
+        ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
         ("serves", f"queries for up to {facts.depths[-1].k} hits" if facts.depths else "nothing: queries scan"),
     ]
@@ -496,27 +497,40 @@ def _kept_and_copies(trace: Trace, progress: Progress) -> tuple[NDArray[np.int64
     return np.array(list(firsts.values()), np.int64), np.array(copies, np.int64).reshape(-1, 2)
 
 
+def _questions(trace: Trace, held: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(2 n, T, v) what asks in calibration: the held-out samples, and mixtures of two of them.
+
+    A generated image is no copy of a sample: it lies between many, none of which stands out. It takes more candidates
+    than a sample does, and mixtures come closest to it (docs/performance.md).
+    """
+    rows = trace.rows(held)
+    mixed = rows + np.roll(rows, len(rows) // 2, axis=0)
+    norm = np.linalg.norm(mixed, axis=2, keepdims=True)
+    return np.concatenate([rows, mixed / np.where(norm > 0, norm, 1)])
+
+
 def _truth(
-    trace: Trace, held: NDArray[np.int64], copies: NDArray[np.int64], depth: int, progress: Progress
+    trace: Trace,
+    questions: NDArray[np.float32],
+    held: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    depth: int,
+    progress: Progress,
 ) -> NDArray[np.int64]:
-    """(asked, depth) the best of all slots but the held-out ones for each of those, a copy as the slot it copies."""
+    """(questions, depth) the best of all slots but the held-out ones, a copy as the slot that it copies."""
     first = np.arange(trace.header.samples)
     first[copies[:, 0]] = copies[:, 1]
     left_out = np.isin(first, held)
     deep = min(depth + int(left_out.sum()), int(trace.rankable.sum()))
-    parts = list(_parts(trace, held, ASKED))
     done = 0
 
     def scanned(samples: int) -> None:
         nonlocal done
         done += samples
-        progress("scanning for the truth", done, len(parts) * trace.header.samples)
+        progress("scanning for the truth", done, trace.header.samples)
 
-    best: list[NDArray[np.int64]] = []
-    for part in parts:
-        ranking = score.exact(trace, trace.rows(part), deep, progress=scanned)
-        best += [first[slots[~left_out[slots]][:depth]] for slots in ranking.slots]
-    return np.stack(best)
+    ranking = score.exact(trace, questions, deep, progress=scanned)
+    return np.stack([first[slots[~left_out[slots]][:depth]] for slots in ranking.slots])
 
 
 def _mean_directions(trace: Trace, kept: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -548,8 +562,8 @@ def _calibrate(
 ) -> tuple[tuple[Depth, ...], str]:
     """How to ask the graph so that each number of hits has its recall; and, where one cannot be served, why.
 
-    Held-out samples stand for queries. Those are generated, and may be less like what is stored: half of the misses
-    that the recall allows are kept back for that, and then some more candidates are taken than were enough.
+    Recall is that of the worse half: samples, or mixtures. For queries that are harder than both, more candidates are
+    taken than were enough.
     """
     depths: list[Depth] = []
     short: list[str] = []
@@ -557,16 +571,15 @@ def _calibrate(
     for k, least in wanted.items():
         # Where among the candidates each of the true best comes; `most` if it does not.
         match = labels[:, None, :] == truth[:, :k, None]
-        places = np.sort(np.where(match.any(axis=2), match.argmax(axis=2), most), axis=None)
-        careful = (1 + least) / 2
-        enough = int(places[math.ceil(careful * len(places)) - 1]) + 1
-        candidates = min(most, math.ceil(MARGIN * max(k, enough)))
-        reach = float(np.mean(places < candidates))
+        places = np.where(match.any(axis=2), match.argmax(axis=2), most).reshape(2, -1)
+        enough = int(np.sort(places, axis=1)[:, math.ceil(least * places.shape[1]) - 1].max()) + 1
+        candidates = min(most, max(k, MARGIN * enough))
+        reach = float(np.mean(places < candidates, axis=1).min())
         for times in (2, 4, 8):
             ef = times * candidates
             found = (_ask(graph, asked, candidates, ef)[:, None, :] == truth[:, :k, None]).any(axis=2)
-            recall = float(found.mean())
-            if recall >= min(careful, reach):
+            recall = float(found.reshape(2, -1).mean(axis=1).min())
+            if recall >= min((1 + least) / 2, reach):
                 break
         if recall < least:
             short.append(f"recall@{k} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
@@ -581,9 +594,9 @@ def _ask(graph: hnswlib.Index, asked: NDArray[np.float32], k: int, ef: int) -> N
     return labels
 
 
-def _parts(trace: Trace, slots: NDArray[np.int64], most: int = BLOCK) -> Iterator[NDArray[np.int64]]:
-    """The slots in parts whose gradients are no more than so many numbers, or one slot each."""
-    size = max(1, most // (len(trace.header.timesteps) * trace.header.dimension))
+def _parts(trace: Trace, slots: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """The slots in parts whose gradients are few enough to be held as float32."""
+    size = max(1, BLOCK // (len(trace.header.timesteps) * trace.header.dimension))
     for start in range(0, len(slots), size):
         yield slots[start : start + size]
 

@@ -109,11 +109,15 @@ def exact(
             slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), kept)
             if progress is not None:
                 progress(len(trace.header.rows(chunk)))
-        return _with_shares(trace, queries, list(slots.T), list(scores.T), k)
+    candidates = []
+    for query, near, values in zip(queries, slots.T, scores.T, strict=True):
+        off = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
+        candidates.append(near[values >= values[k - 1] - off])
+    return rerank(trace, queries, candidates, k)
 
 
 def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDArray[np.int64]], k: int) -> Ranking:
-    """The k best of a few candidates for each query, with the very scores that `exact` gives them.
+    """Scores candidates anew, timestep by timestep in float64, and keeps the k best; of equal scores the first slot.
 
     Args:
         trace: the store.
@@ -124,24 +128,25 @@ def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDAr
     Raises:
         TraceError: a candidate's row is missing, damaged or not finite.
     """
-    # One thread: rows are so small that two would wait for the interpreter's lock more than they gain.
-    with threadpool_limits(1, "blas"):
-        scores = [_row_scores(trace, query, slots) for query, slots in zip(queries, candidates, strict=True)]
-        return _with_shares(trace, queries, candidates, scores, k)
-
-
-def _row_scores(trace: Trace, query: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(n,) first scores of scattered rows, in float32."""
-    scores = np.empty(len(slots), np.float32)
-    row = np.empty(query.shape, np.float32)
-    for n, slot in enumerate(slots):
-        # Into one piece of memory for all rows: a new one each would cost more than the products.
-        np.copyto(row, trace.stored_row(int(slot)))
-        products = [np.dot(at, asked) for at, asked in zip(row, query, strict=True)]
-        scores[n] = np.dot(products, trace.scale[slot])
-    if not np.isfinite(scores).all():
-        raise TraceError(f"{trace.path} is damaged: it holds numbers that are not finite.")
-    return scores
+    best = np.empty((len(queries), k), np.int64)
+    shares = np.empty((len(queries), k, queries.shape[1]), np.float32)
+    exact_scores = np.empty((len(queries), k), np.float32)
+    row = np.empty(queries.shape[1:])
+    # One thread of ours too: rows are so small that two would wait for the interpreter's lock more than they gain.
+    with threadpool_limits(1, "blas"), np.errstate(invalid="ignore", over="ignore"):
+        for q, (query, slots) in enumerate(zip(queries.astype(np.float64), candidates, strict=True)):
+            parts = np.empty((len(slots), len(query)))
+            for n, slot in enumerate(slots):
+                # One after another in the same place: equal rows then give equal sums wherever they lie, and the place
+                # stays in the cache.
+                np.copyto(row, trace.stored_row(int(slot)))
+                parts[n] = np.vecdot(row, query) * trace.scale[slot]
+            totals = parts.sum(axis=1)
+            if not np.isfinite(totals).all():
+                raise TraceError(f"{trace.path} is damaged: it holds numbers that are not finite.")
+            order = np.lexsort((slots, -totals))[:k]
+            best[q], shares[q], exact_scores[q] = slots[order], parts[order], totals[order]
+    return Ranking(best, exact_scores, shares)
 
 
 def _chunk_scores(trace: Trace, chunk: int, by_slot: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -166,32 +171,3 @@ def _best(slots: NDArray[Any], scores: NDArray[Any], k: int) -> tuple[NDArray[np
         slots, scores = slots[keep], scores[keep]
     order = np.lexsort((slots, -scores), axis=0)[:k]
     return np.take_along_axis(slots, order, 0), np.take_along_axis(scores, order, 0)
-
-
-def _with_shares(
-    trace: Trace,
-    queries: NDArray[np.float32],
-    slots: Sequence[NDArray[np.int64]],
-    scores: Sequence[NDArray[np.float32]],
-    k: int,
-) -> Ranking:
-    """Scores the candidates of each query, k or more, anew, timestep by timestep in float64, and keeps k.
-
-    BLAS must be on one thread, which alone adds up alike whatever else runs.
-    """
-    best = np.empty((len(queries), k), np.int64)
-    shares = np.empty((len(queries), k, queries.shape[1]), np.float32)
-    exact_scores = np.empty((len(queries), k), np.float32)
-    row = np.empty(queries.shape[1:])
-    for q, query in enumerate(queries.astype(np.float64)):
-        near = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
-        candidates = slots[q][scores[q] >= np.partition(scores[q], -k)[-k] - near]
-        parts = np.empty((len(candidates), len(query)))
-        for n, slot in enumerate(candidates):
-            # One after another in the same place: equal rows then give equal sums wherever they lie.
-            np.copyto(row, trace.stored_row(int(slot)))
-            parts[n] = np.vecdot(row, query) * trace.scale[slot]
-        totals = parts.sum(axis=1)
-        order = np.lexsort((candidates, -totals))[:k]
-        best[q], shares[q], exact_scores[q] = candidates[order], parts[order], totals[order]
-    return Ranking(best, exact_scores, shares)

@@ -267,7 +267,7 @@ def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     facts = build_index(trace, dimensions="full")
     assert (facts.fold, facts.length) == (128, 2 * 129)
     # Nothing is folded away: the ten best are the first ten candidates, and the margin is all there is beyond.
-    assert facts.depths[0].candidates <= 1.5 * 11
+    assert facts.depths[0].candidates <= 2 * 11
     queries = like(rows, 20)
     assert recall(search(opened(trace), queries, 10).slots, score.exact(trace, queries, 10).slots) >= 0.99
     before = (index_beside(trace.path) / GRAPH).read_bytes()

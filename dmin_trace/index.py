@@ -3,15 +3,15 @@
     trace.index/      beside trace.zarr
       index.json      what was built, of which state of which store, and the recall that was measured
       graph.hnsw      hnswlib's graph: a vector for each slot that can be ranked, of copies for the first alone
-      mean.f32        (T, v) the direction that the samples share at each timestep, of norm one
+      shared.f32      (T, r, v) the directions in which the samples mostly lie at each timestep, orthonormal
       copies.i64      (n, 2) slots whose stored numbers are those of an earlier slot, and that slot
 
 A projection folds (`compress`): adding bins j and j + v/2 until F are left gives a sketch of F numbers, whose inner
 products err by about the product of the norms over sqrt(F). Gradients of a diffusion model are much alike, and an error
-in what all of them share would drown what tells them apart; so each timestep is first split into its part along the
-mean direction, kept as one exact number, and the rest, which is folded. A vector of the index holds both for all
-timesteps, T (F + 1) numbers, and its inner product with a query's estimates the score. Inner product and not cosine: a
-fold keeps no norms.
+in what they share would drown what tells them apart; so each timestep is first split into its parts along r principal
+directions, kept as exact numbers, and the rest, which is folded. A vector of the index holds both for all timesteps,
+T (F + r) numbers, and its inner product with a query's estimates the score. Inner product and not cosine: a fold keeps
+no norms.
 
 HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest products, and `score.rerank` ranks
 their rows by the very scores of the exact scan. Building measures how many of the true 10 and 100 best are found for
@@ -67,16 +67,18 @@ SMALL = 0.05
 """The part of the store's bytes that an automatic fold begins within."""
 LEAST_FOLDED, MOST_FOLDED = 256, 5120
 """T F, numbers in a vector, that an automatic fold begins with at least and ends with at most."""
-MEAN_OF = 1024
-"""Samples, spread over the store, that the mean direction is taken from."""
+DIRECTIONS = 8
+"""r, principal directions that are kept apart; they halve the candidates that are needed."""
+DIRECTIONS_OF = 256
+"""Samples, spread over the store, that the directions are taken from."""
 BLOCK = 2**22
 """Numbers of gradients that are converted to float32 at a time."""
 ASKED = 2**28
 """Numbers of gradients that ask in calibration at the most: fewer samples ask where they are very long."""
 LARGEST_FACTS = 2**20
 
-GRAPH, MEAN, COPIES, FACTS = "graph.hnsw", "mean.f32", "copies.i64", "index.json"
-NAMES = (GRAPH, MEAN, COPIES)
+GRAPH, SHARED, COPIES, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "index.json"
+NAMES = (GRAPH, SHARED, COPIES)
 
 Dimensions = Literal["folded", "full"]
 Progress = Callable[[str, int, int], None]
@@ -111,7 +113,7 @@ class Facts:
     store, state, projection: the store's id, the fingerprint of its content, and that of its projection.
     timesteps, dimension: T and v of the store.
     samples, vectors: N, and how many of them the graph holds.
-    fold: F; v for an index of full dimensions.
+    fold, directions: F and r; F is v for an index of full dimensions.
     m, ef_construction: HNSW's.
     target: the recall that was asked for, of the first 10 hits.
     asked: how many samples it was measured with.
@@ -128,6 +130,7 @@ class Facts:
     samples: int
     vectors: int
     fold: int
+    directions: int
     m: int
     ef_construction: int
     target: float
@@ -139,7 +142,7 @@ class Facts:
     @property
     def length(self) -> int:
         """Numbers in a vector."""
-        return self.timesteps * (self.fold + 1)
+        return self.timesteps * (self.fold + self.directions)
 
     @property
     def bytes(self) -> int:
@@ -166,7 +169,14 @@ class Facts:
             facts = cls(**kept, depths=depths, files=files)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise GraphError(f"{FACTS} cannot be read") from None
-        whole = (facts.fold, facts.m, facts.ef_construction, facts.vectors, *(file.bytes for file in files.values()))
+        whole = (
+            facts.fold,
+            facts.directions,
+            facts.m,
+            facts.ef_construction,
+            facts.vectors,
+            *(file.bytes for file in files.values()),
+        )
         whole += tuple(number for depth in depths for number in (depth.k, depth.candidates, depth.ef))
         parts = (facts.target, *(depth.recall for depth in depths))
         right = all(type(number) is int and 0 <= number < 2**50 for number in whole)
@@ -181,27 +191,28 @@ class Facts:
 class Split:
     """How compressed gradients become vectors of the index.
 
-    mean: (T, v) float32, the direction of the mean at each timestep, of norm one, or zero.
+    shared: (T, r, v) float32, the directions that are kept apart: at each timestep orthonormal, or zero.
     fold: F.
     """
 
-    mean: NDArray[np.float32]
+    shared: NDArray[np.float32]
     fold: int
 
     @property
     def length(self) -> int:
         """Numbers in a vector."""
-        return len(self.mean) * (self.fold + 1)
+        timesteps, directions, _ = self.shared.shape
+        return timesteps * (self.fold + directions)
 
     def vectors(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, T, v) to (n, T (F + 1)) float32: of each timestep its part along the mean, and the rest folded."""
-        along = np.matmul(rows[:, :, None], self.mean[None, :, :, None])[..., 0]  # (n, T, 1)
-        rest = _folded(rows, self.fold) - along * self._folded_mean
-        return np.concatenate([along, rest], axis=2).reshape(len(rows), -1)
+        """(n, T, v) to (n, T (F + r)) float32: of each timestep its parts along the directions, and the rest folded."""
+        along = np.matmul(rows.transpose(1, 0, 2), self.shared.transpose(0, 2, 1))  # (T, n, r)
+        rest = _folded(rows, self.fold) - np.matmul(along, self._folded_shared).transpose(1, 0, 2)
+        return np.concatenate([along.transpose(1, 0, 2), rest], axis=2).reshape(len(rows), -1)
 
     @cached_property
-    def _folded_mean(self) -> NDArray[np.float32]:
-        return _folded(self.mean, self.fold)
+    def _folded_shared(self) -> NDArray[np.float32]:
+        return _folded(self.shared, self.fold)
 
 
 class Index:
@@ -344,6 +355,7 @@ def build_index(
         samples=trace.header.samples,
         vectors=len(kept),
         fold=folds[0],
+        directions=DIRECTIONS,
         m=m,
         ef_construction=ef_construction,
         target=recall,
@@ -356,10 +368,10 @@ def build_index(
         return _write(folder, facts)
     questions = _questions(trace, held)
     truth = _truth(trace, questions, held, copies, max(wanted), progress)
-    mean = _mean_directions(trace, kept)
+    shared = _shared_directions(trace, kept)
     for fold in folds:
         _check_memory(trace, fold, m)
-        split = Split(mean, fold)
+        split = Split(shared, fold)
         graph = make_graph(split.length, len(kept), m, ef_construction)
         _add(graph, trace, split, linked, progress)
         depths, short = _calibrate(graph, split.vectors(questions), truth, wanted, most)
@@ -370,7 +382,7 @@ def build_index(
     if not facts.depths:
         return _write(folder, facts)
     _add(graph, trace, split, held, progress)
-    return _write(folder, facts, graph, mean, copies)
+    return _write(folder, facts, graph, shared, copies)
 
 
 def fingerprint(trace: Trace) -> str:
@@ -393,7 +405,11 @@ def fingerprint(trace: Trace) -> str:
 def shown(facts: Facts, trace: Trace) -> list[tuple[str, str]]:
     """What `dmin-trace index` shows of what it built: names and values."""
     told = [
-        ("vectors", f"{facts.vectors:,} of {facts.length:,} numbers, {facts.fold:,} bins a timestep"),
+        (
+            "vectors",
+            f"{facts.vectors:,} of {facts.length:,} numbers: {facts.fold:,} bins and {facts.directions} directions for "
+            "each timestep",
+        ),
         *(
             (f"recall@{depth.k}", f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
@@ -417,7 +433,7 @@ def summary(facts: Facts | str) -> str:
 
 def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
     """What a graph of this fold will cost, for a person who waits for it."""
-    length = len(trace.header.timesteps) * (fold + 1)
+    length = len(trace.header.timesteps) * (fold + DIRECTIONS)
     # Linking looks at some 8 vectors for each that is kept in view, each read at memory's speed by a core.
     minutes = trace.header.samples * 8 * ef_construction * 4 * length / 1e10 / (os.cpu_count() or 1) / 60
     return (
@@ -428,7 +444,7 @@ def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
 
 def _memory(trace: Trace, fold: int, m: int) -> int:
     """Bytes of a graph of this fold."""
-    return graph_bytes(len(trace.header.timesteps) * (fold + 1), trace.header.samples, m)
+    return graph_bytes(len(trace.header.timesteps) * (fold + DIRECTIONS), trace.header.samples, m)
 
 
 def _folds(trace: Trace, fold: int | None, dimensions: Dimensions, m: int) -> list[int]:
@@ -443,12 +459,13 @@ def _folds(trace: Trace, fold: int | None, dimensions: Dimensions, m: int) -> li
         if fold < 1 or v % fold:
             raise SettingsError(f"fold is {fold}; expected a divisor of the store's dimension {v}, such as {v // 2}.")
         return [fold]
-    room = SMALL * timesteps * v * np.dtype(header.dtype).itemsize
+    sketch = timesteps * v * np.dtype(header.dtype).itemsize
+    room = SMALL * sketch * header.samples - 4 * timesteps * DIRECTIONS * v
     folds = [v]
     while folds[-1] % 2 == 0:
         folds.append(folds[-1] // 2)
     folds = [f for f in reversed(folds) if timesteps * f <= MOST_FOLDED] or [folds[-1]]
-    small = [f for f in folds if graph_bytes(timesteps * (f + 1), 1000, m) <= 1000 * room]
+    small = [f for f in folds if graph_bytes(timesteps * (f + DIRECTIONS), header.samples, m) <= room]
     # Within the room the largest: more numbers in a vector make for fewer rows to score.
     first = max([*small, *(f for f in folds[:1]), *(f for f in folds if timesteps * f < 2 * LEAST_FOLDED)])
     return folds[folds.index(first) :]
@@ -533,15 +550,23 @@ def _truth(
     return np.stack([first[slots[~left_out[slots]][:depth]] for slots in ranking.slots])
 
 
-def _mean_directions(trace: Trace, kept: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(T, v) the direction of the mean over samples at each timestep, of norm one; zeros where there is none."""
-    some = kept[np.linspace(0, len(kept) - 1, min(MEAN_OF, len(kept))).astype(np.int64)]
-    total = np.zeros((len(trace.header.timesteps), trace.header.dimension))
-    for part in _parts(trace, some):
-        total += trace.rows(part).sum(axis=0)
-    norm = np.linalg.norm(total, axis=1, keepdims=True)
-    directions: NDArray[np.float64] = total / np.where(norm > 0, norm, 1)
-    return directions.astype(np.float32)
+def _shared_directions(trace: Trace, kept: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(T, r, v) the principal directions of samples at each timestep, the mean not taken out; zeros where fewer are."""
+    timesteps, dimension = len(trace.header.timesteps), trace.header.dimension
+    count = min(DIRECTIONS_OF, len(kept), max(2 * DIRECTIONS, 2**26 // dimension))
+    some = kept[np.linspace(0, len(kept) - 1, count).astype(np.int64)]
+    found = np.zeros((timesteps, DIRECTIONS, dimension), np.float32)
+    rows = np.empty((count, dimension), np.float32)
+    for t in range(timesteps):
+        for n, (chunk, place) in enumerate(zip(*np.divmod(some, trace.header.chunk_rows), strict=True)):
+            rows[n] = trace.grad_chunk(int(chunk))[place, t]
+        rows *= trace.scale[some, t, None]
+        _, mixtures = np.linalg.eigh(rows @ rows.T)  # the smallest first
+        directions = mixtures[:, : -1 - DIRECTIONS : -1].T @ rows
+        norms = np.linalg.norm(directions, axis=1)
+        real = norms > 1e-3 * norms.max()
+        found[t, : len(norms)][real] = directions[real] / norms[real, None]
+    return found
 
 
 def _add(graph: hnswlib.Index, trace: Trace, split: Split, slots: NDArray[np.int64], progress: Progress) -> None:
@@ -615,7 +640,7 @@ def _write(
     folder: Path,
     facts: Facts,
     graph: hnswlib.Index | None = None,
-    mean: NDArray[np.float32] | None = None,
+    shared: NDArray[np.float32] | None = None,
     copies: NDArray[np.int64] | None = None,
 ) -> Facts:
     """Puts the index in its place, whole: what a killed build leaves has another name."""
@@ -623,11 +648,11 @@ def _write(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        if graph is not None and mean is not None and copies is not None:
+        if graph is not None and shared is not None and copies is not None:
             graph.save_index(os.fspath(partial / GRAPH))
             if (partial / GRAPH).stat().st_size != graph.index_file_size():  # hnswlib says nothing of a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            mean.astype("<f4").tofile(partial / MEAN)
+            shared.astype("<f4").tofile(partial / SHARED)
             copies.astype("<i8").tofile(partial / COPIES)
             sizes = {
                 name: File(bytes=(partial / name).stat().st_size, sha256=_sha256(partial / name)) for name in NAMES
@@ -675,21 +700,25 @@ def _opened(trace: Trace, facts: Facts, folder: Path) -> Index:
     usable = np.flatnonzero(trace.rankable)
     # What a file may have for its size, before any is read.
     likely = graph_bytes(facts.length, len(usable), facts.m)
-    largest = {GRAPH: 2 * likely + 2**16, MEAN: 4 * facts.timesteps * facts.dimension, COPIES: 16 * len(usable)}
+    largest = {
+        GRAPH: 2 * likely + 2**16,
+        SHARED: 4 * facts.timesteps * facts.directions * facts.dimension,
+        COPIES: 16 * len(usable),
+    }
     for name, file in facts.files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != file.bytes or file.bytes > largest[name]:
             raise GraphError(f"{name} is not of the size that was written")
         if _sha256(path) != file.sha256:
             raise GraphError(f"{name} is damaged")
-    mean = np.fromfile(folder / MEAN, "<f4").reshape(facts.timesteps, facts.dimension)
+    shared = np.fromfile(folder / SHARED, "<f4").reshape(facts.timesteps, facts.directions, facts.dimension)
     copies = np.fromfile(folder / COPIES, "<i8").reshape(-1, 2).astype(np.int64)
     linked = np.setdiff1d(usable, copies[:, 0])
     if not np.isin(copies[:, 0], usable).all() or not np.isin(copies[:, 1], linked).all():
         raise GraphError(f"{COPIES} names slots that cannot be ranked")
     if len(linked) + len(copies) != len(usable) or len(linked) != facts.vectors:
         raise GraphError(f"{COPIES} does not leave the {facts.vectors} slots that the graph holds")
-    split = Split(mean, facts.fold)
+    split = Split(shared, facts.fold)
     return Index(trace, facts, split, load_graph(folder / GRAPH, split.length, linked, facts.m), copies)
 
 

@@ -160,14 +160,13 @@ def test_products_of_vectors_are_scores_but_for_the_fold() -> None:
     header = make_header(samples=200, timesteps=3, dimension=256)
     rows = clustered(header)
     queries = like(rows, 20)
-    mean = rows.grad.mean(axis=0)
-    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    shared = np.stack([np.linalg.svd(rows.grad[:, t], full_matrices=False)[2][:4] for t in range(3)])
     truth = np.einsum("qtv,ntv->qn", queries, rows.grad)
-    whole = Split(mean, 256)
+    whole = Split(shared, 256)
     assert whole.vectors(rows.grad).shape == (200, whole.length)
     assert np.allclose(whole.vectors(queries) @ whole.vectors(rows.grad).T, truth, atol=1e-5)
     errors = {}
-    for name, split in {"split": Split(mean, 32), "plain": Split(np.zeros_like(mean), 32)}.items():
+    for name, split in {"split": Split(shared, 32), "plain": Split(np.zeros_like(shared), 32)}.items():
         errors[name] = np.std(split.vectors(queries) @ split.vectors(rows.grad).T - truth)
     assert 0 < errors["split"] < 0.7 * errors["plain"]
 
@@ -265,7 +264,7 @@ def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     rows = clustered(header)
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     facts = build_index(trace, dimensions="full")
-    assert (facts.fold, facts.length) == (128, 2 * 129)
+    assert (facts.fold, facts.length) == (128, 2 * (128 + 8))
     # Nothing is folded away: the ten best are the first ten candidates, and the margin is all there is beyond.
     assert facts.depths[0].candidates <= 2 * 11
     queries = like(rows, 20)
@@ -288,7 +287,7 @@ def test_the_fold_begins_within_five_percent_of_the_store() -> None:
     header = make_header(samples=9288, timesteps=10, dimension=2**14)
     folds = index._folds(Trace(Path("nowhere"), header, True, np.zeros(0, bool)), None, "folded", 16)
     assert folds == [128, 256, 512]
-    assert graph_bytes(10 * 129, 9288, 16) < 0.05 * 9288 * 10 * 2**14 < graph_bytes(10 * 257, 9288, 16)
+    assert graph_bytes(10 * 136, 9288, 16) < 0.05 * 9288 * 10 * 2**14 < graph_bytes(10 * 264, 9288, 16)
     for small in (make_header(timesteps=2, dimension=256), make_header(timesteps=1000, dimension=16)):
         assert index._folds(Trace(Path("nowhere"), small, True, np.zeros(0, bool)), None, "folded", 16)
 
@@ -382,7 +381,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no facts": (lambda folder: (folder / "trace.index" / "index.json").unlink(), "no index.json that can be read"),
     "no graph": (lambda folder: (folder / "trace.index" / GRAPH).unlink(), "graph.hnsw is not of the size"),
     "half a graph": (shorter(GRAPH), "graph.hnsw is not of the size"),
-    "half a mean": (shorter("mean.f32"), "mean.f32 is not of the size"),
+    "half of what is shared": (shorter("shared.f32"), "shared.f32 is not of the size"),
     "a bit": (flipped, "graph.hnsw is damaged"),
 }
 
@@ -422,7 +421,7 @@ def header_field(number: int, value: float) -> Callable[[bytearray], None]:
     return edit
 
 
-ELEMENT = 4 + 32 * 4 + 4 * 2 * (32 + 1) + 8
+ELEMENT = 4 + 32 * 4 + 4 * 2 * (32 + 8) + 8
 
 
 def elements_end(data: bytearray) -> int:

@@ -202,7 +202,7 @@ class Split:
     def length(self) -> int:
         """Numbers in a vector."""
         timesteps, directions, _ = self.shared.shape
-        return timesteps * (self.fold + directions)
+        return int(timesteps) * (self.fold + int(directions))
 
     def vectors(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, T, v) to (n, T (F + r)) float32: of each timestep its parts along the directions, and the rest folded."""

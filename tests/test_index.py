@@ -542,7 +542,7 @@ if sys.argv[2] == "between":
         rename(self, target)
         os._exit(9)
     Path.rename = rename
-index.build_index(open_trace(sys.argv[1]), recall=0.9, fold=16, progress=progress)
+index.build_index(open_trace(sys.argv[1]), recall=0.5, fold=16, progress=progress)
 """
 
 
@@ -562,7 +562,7 @@ def test_a_killed_build_leaves_nothing_in_use(indexed: Trace, when: str, before:
         assert found == ""
     else:
         assert isinstance(found, Index) and found.facts == old
-    build_index(indexed, recall=0.9, fold=16)
+    build_index(indexed, recall=0.5, fold=16)
     assert opened(indexed).facts.fold == 16
     assert sorted(path.name for path in folder.parent.iterdir()) == ["trace.index", "trace.zarr"]
 

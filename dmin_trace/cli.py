@@ -4,6 +4,7 @@ dmin-trace estimate -- SCRIPT ARGS              what a capture would take: time,
 dmin-trace run -- SCRIPT ARGS                   train, and capture at the end
 dmin-trace capture --weights DIR -- SCRIPT ARGS capture a trained model
 dmin-trace query TRACE IMAGE...                 which training samples made this image?
+dmin-trace index TRACE                          make queries fast
 dmin-trace info TRACE                           what a store holds
 dmin-trace demo                                 all of it on handwritten digits
 """
@@ -162,6 +163,7 @@ def query_command(
     weights: Annotated[Path | None, typer.Option(help="The traced weights. Default: those beside the store.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the answer as JSON.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Also write the answer as CSV.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
 ) -> None:
     """Show the training samples that made the model make each image.
 
@@ -173,7 +175,7 @@ def query_command(
 
     The script's command is remembered from the capture on this machine; elsewhere give it after --.
     """
-    from dmin_trace import query, questions, report, store
+    from dmin_trace import query, questions, report, score, store
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts to ask about, or training samples with --sample, and not both.")
@@ -189,7 +191,8 @@ def query_command(
     console = Console()
     if sample:
         shown = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
-        hits = query.attribute_samples(opened, sample, k=k)
+        score.check_k(opened, k)
+        gradients = query.sample_gradients(opened, sample)
     else:
         with Console(stderr=True).status("Reading the questions") as status:
             if images:
@@ -203,29 +206,81 @@ def query_command(
             status.update("Capturing the gradients of the queries")
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
             behind = [a.conditioning for a in asked]
-            hits = query.attribute(
-                opened, files, prompts, conditioning=behind, k=k, weights=weights, command=context.obj
+            score.check_k(opened, k)
+            gradients = query.capture_queries(
+                opened, files, prompts, conditioning=behind, weights=weights, command=context.obj
             )
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
-    timesteps = opened.header.timesteps
-    for question, answer in zip(shown, hits, strict=True):
-        console.print(report.hits_table(question, answer, timesteps, ascii_only=console.options.ascii_only))
+    answer = query.answer(opened, gradients, k=k, exact=exact)
+    hits, timesteps = answer.hits, opened.header.timesteps
+    for question, found in zip(shown, hits, strict=True):
+        console.print(report.hits_table(question, found, timesteps, ascii_only=console.options.ascii_only))
         console.print()
+    console.print(Text(report.harmless(answer.said, 400), style="dim"))
     if json_path is not None:
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
+        facts |= {"answered_by": "scan" if answer.recall is None else "index", "index_recall": answer.recall}
         json_path.write_text(report.to_json(shown, hits, timesteps, facts), encoding="utf-8")
     if csv_path is not None:
         csv_path.write_text(report.to_csv(shown, hits, timesteps), encoding="utf-8", newline="")
 
 
+@app.command("index")
+def index_command(
+    trace: Annotated[Path, typer.Argument(help="The store.")],
+    recall: Annotated[float, typer.Option(help="What part of the true 10 best a query is to find.")] = 0.99,
+    fold: Annotated[
+        str, typer.Option(help="Numbers of a timestep in the index, or auto: as few as the recall allows.")
+    ] = "auto",
+    dimensions: Annotated[str, typer.Option(help="folded or full. Full is the paper's: large and slow.")] = "folded",
+    m: Annotated[int, typer.Option("--M", help="HNSW: links of a sample.")] = 16,
+    ef_construction: Annotated[int, typer.Option(help="HNSW: samples in view when one is linked.")] = 200,
+    verbose: Verbose = False,
+) -> None:
+    """Build an index beside a store, so that queries need not scan it. Measures the recall that it reaches."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dmin_trace import index, report, store
+
+    _log(verbose)
+    if fold != "auto" and not fold.isdecimal():
+        raise SettingsError(f"--fold is {fold!r}; expected auto, or a number such as 128.")
+    if dimensions not in ("folded", "full"):
+        raise SettingsError(f"--dimensions is {dimensions!r}; expected folded or full.")
+    opened = store.open_trace(trace)
+    console, to_errors = Console(), Console(stderr=True)
+    if dimensions == "full":
+        to_errors.print(Text(index.estimate(opened, opened.header.dimension, m, ef_construction)))
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, of: int) -> None:
+            task = tasks[what] if what in tasks else tasks.setdefault(what, progress.add_task(what))
+            progress.update(task, completed=done, total=of)
+
+        facts = index.build_index(
+            opened,
+            recall=recall,
+            fold=None if fold == "auto" else int(fold),
+            dimensions="full" if dimensions == "full" else "folded",
+            m=m,
+            ef_construction=ef_construction,
+            progress=show,
+        )
+    title = str(index.index_beside(trace))
+    console.print(report.facts_table(index.shown(facts, opened), title, ascii_only=console.options.ascii_only))
+
+
 @app.command("info")
 def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> None:
     """Show what a store holds and how complete it is."""
-    from dmin_trace import report, store
+    from dmin_trace import index, report, store
 
     opened = store.open_trace(trace, unfinished=True)
     console = Console()
-    table = report.facts_table(store.facts(opened), str(trace), ascii_only=console.options.ascii_only)
+    facts = [*store.facts(opened), ("index", index.summary(index.read_facts(opened)))]
+    table = report.facts_table(facts, str(trace), ascii_only=console.options.ascii_only)
     console.print(table)
 
 

@@ -269,11 +269,12 @@ class Recording:
         """
         self._check_turn(sample, 0).sample(sample, item, batch)
 
-    def hits(self, k: int = 10) -> list[list[Hit]]:
+    def hits(self, k: int = 10, *, exact: bool = False) -> list[list[Hit]]:
         """After a recording `like` a trace: the training samples with the largest influence on each query, best first.
 
         Args:
             k: how many training samples for each query.
+            exact: scan all samples even if the trace has an index.
 
         Raises QueryError if this was no recording of queries or is not over, or k is out of range.
         """
@@ -283,7 +284,7 @@ class Recording:
                 "recording(model, like='...', samples=...), and for hits when its loop is over."
             )
         score.check_k(self._like, k)
-        return query.hits_of(self._like, score.exact(self._like, self._asked, k))
+        return query.answer(self._like, self._asked, k=k, exact=exact).hits
 
     # -- beginning and end -----------------------------------------------------------------------------------------
 

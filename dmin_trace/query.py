@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,26 @@ from PIL import Image
 from dmin_trace import errors, score
 from dmin_trace.commands import Command, Job, recall
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
+from dmin_trace.index import open_index, search
 from dmin_trace.questions import Asked
 from dmin_trace.report import Hit
 from dmin_trace.score import Ranking
 from dmin_trace.store import Trace, open_trace, weights_beside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The hits of all queries, and what found them.
+
+    hits: for each query k of them, best first.
+    recall: (depth, part): where the index answered, what part of the true `depth` best it found when it was calibrated;
+        None where every sample was scanned.
+    said: what answered, on one line; words of the index's own file may be in it.
+    """
+
+    hits: list[list[Hit]]
+    recall: tuple[int, float] | None
+    said: str
 
 
 def attribute(
@@ -38,8 +55,11 @@ def attribute(
     k: int = 10,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
+    exact: bool = False,
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each image, best first.
+
+    The store's index answers if it is there, fresh, and serves k hits; all samples are scanned otherwise.
 
     Args:
         trace: the store, or its path.
@@ -64,17 +84,39 @@ def attribute(
     trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
     score.check_k(trace, k)
     gradients = capture_queries(trace, images, prompts, conditioning=conditioning, weights=weights, command=command)
-    return hits_of(trace, score.exact(trace, gradients, k))
+    return answer(trace, gradients, k=k, exact=exact).hits
 
 
-def attribute_samples(trace: Trace, samples: Sequence[int], *, k: int = 10) -> list[list[Hit]]:
-    """The training samples with the largest influence on training samples of the same store. Needs no model.
+def answer(trace: Trace, gradients: np.ndarray, *, k: int, exact: bool = False) -> Answer:
+    """The training samples with the largest influence on queries whose gradients are captured.
 
-    Raises QueryError for a sample that the store does not hold, or k out of range.
+    Args:
+        trace: the store.
+        gradients: (Q, T, v), from `capture_queries`.
+        k: how many training samples for each query.
+        exact: scan all samples even if there is an index.
+
+    Raises:
+        QueryError: k is out of range, or the gradients are not finite or not of the store's shape.
+        TraceError: the store is damaged.
     """
-    score.check_k(trace, k)
-    gradients = trace.rows(np.array([trace.slot_of(sample) for sample in samples]))
-    return hits_of(trace, score.exact(trace, gradients, k))
+    index = "" if exact else open_index(trace)
+    if not isinstance(index, str):
+        depth = index.facts.depth(k)
+        if depth is not None:
+            said = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
+            return Answer(hits=hits_of(trace, search(index, gradients, k)), recall=(depth.k, depth.recall), said=said)
+        index = f"the index serves up to {index.facts.depths[-1].k} hits"
+    said = f"scanned all {len(trace.slots_done):,} samples" + (f": {index}" if index else "")
+    return Answer(hits=hits_of(trace, score.exact(trace, gradients, k)), recall=None, said=said)
+
+
+def sample_gradients(trace: Trace, samples: Sequence[int]) -> np.ndarray:
+    """The stored gradients of training samples, to ask with them: (Q, T, v). Needs no model.
+
+    Raises TraceError for a sample that the store does not hold.
+    """
+    return trace.rows(np.array([trace.slot_of(sample) for sample in samples]))
 
 
 def capture_queries(

@@ -8,7 +8,7 @@ core with BLAS on one thread each, a running top-k: memory is bounded whatever N
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,15 @@ def check_k(trace: Trace, k: int) -> None:
         raise QueryError(f"k is {k}, but only {usable} samples of the trace have gradients to rank. Ask for fewer.")
 
 
+def check_queries(trace: Trace, queries: NDArray[np.float32]) -> None:
+    """Raises QueryError if the queries are not finite or not of the store's shape."""
+    expected = (len(trace.header.timesteps), trace.header.dimension)
+    if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
+        raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
+    if not np.isfinite(queries).all():
+        raise QueryError("The queries hold numbers that are not finite, so they cannot be compared with anything.")
+
+
 def exact(
     trace: Trace,
     queries: NDArray[np.float32],
@@ -77,11 +86,7 @@ def exact(
     if threads is not None and threads < 1:
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     check_k(trace, k)
-    expected = (len(trace.header.timesteps), trace.header.dimension)
-    if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
-        raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
-    if not np.isfinite(queries).all():
-        raise QueryError("The queries hold numbers that are not finite, so they cannot be compared with anything.")
+    check_queries(trace, queries)
     by_slot = np.ascontiguousarray(queries.transpose(1, 2, 0), np.float32)  # (T, v, Q)
     rankable = trace.rankable
     kept = k + SPARE
@@ -104,7 +109,44 @@ def exact(
             slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), kept)
             if progress is not None:
                 progress(len(trace.header.rows(chunk)))
-    return _with_shares(trace, queries, slots.T, scores.T, k)
+    candidates = []
+    for query, near, values in zip(queries, slots.T, scores.T, strict=True):
+        off = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
+        candidates.append(near[values >= values[k - 1] - off])
+    return rerank(trace, queries, candidates, k)
+
+
+def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDArray[np.int64]], k: int) -> Ranking:
+    """Scores candidates anew, timestep by timestep in float64, and keeps the k best; of equal scores the first slot.
+
+    Args:
+        trace: the store.
+        queries: (Q, T, v), compressed gradients.
+        candidates: for each query k rankable slots or more, none twice, wherever they lie.
+        k: how many to keep.
+
+    Raises:
+        TraceError: a candidate's row is missing, damaged or not finite.
+    """
+    best = np.empty((len(queries), k), np.int64)
+    shares = np.empty((len(queries), k, queries.shape[1]), np.float32)
+    exact_scores = np.empty((len(queries), k), np.float32)
+    row = np.empty(queries.shape[1:])
+    # One thread of ours too: rows are so small that two would wait for the interpreter's lock more than they gain.
+    with threadpool_limits(1, "blas"), np.errstate(invalid="ignore", over="ignore"):
+        for q, (query, slots) in enumerate(zip(queries.astype(np.float64), candidates, strict=True)):
+            parts = np.empty((len(slots), len(query)))
+            for n, slot in enumerate(slots):
+                # One after another in the same place: equal rows then give equal sums wherever they lie, and the place
+                # stays in the cache.
+                np.copyto(row, trace.stored_row(int(slot)))
+                parts[n] = np.vecdot(row, query) * trace.scale[slot]
+            totals = parts.sum(axis=1)
+            if not np.isfinite(totals).all():
+                raise TraceError(f"{trace.path} is damaged: it holds numbers that are not finite.")
+            order = np.lexsort((slots, -totals))[:k]
+            best[q], shares[q], exact_scores[q] = slots[order], parts[order], totals[order]
+    return Ranking(best, exact_scores, shares)
 
 
 def _chunk_scores(trace: Trace, chunk: int, by_slot: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -129,26 +171,3 @@ def _best(slots: NDArray[Any], scores: NDArray[Any], k: int) -> tuple[NDArray[np
         slots, scores = slots[keep], scores[keep]
     order = np.lexsort((slots, -scores), axis=0)[:k]
     return np.take_along_axis(slots, order, 0), np.take_along_axis(scores, order, 0)
-
-
-def _with_shares(
-    trace: Trace, queries: NDArray[np.float32], slots: NDArray[np.int64], scores: NDArray[np.float32], k: int
-) -> Ranking:
-    """Scores the candidates (Q, more than k) of each query anew, timestep by timestep in float64, and keeps k."""
-    timesteps = queries.shape[1]
-    best = np.empty((len(queries), k), np.int64)
-    shares = np.empty((len(queries), k, timesteps), np.float32)
-    exact_scores = np.empty((len(queries), k))
-    block = max(1, BLOCK // (timesteps * queries.shape[2]))
-    for q, query in enumerate(queries):
-        near = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
-        candidates = slots[q][scores[q] >= scores[q, k - 1] - near]
-        parts = np.empty((len(candidates), timesteps))
-        for start in range(0, len(candidates), block):
-            rows = trace.rows(candidates[start : start + block])
-            # Summed along a row, not by BLAS: equal rows then give equal sums wherever they lie.
-            parts[start : start + block] = np.multiply(rows, query, dtype=np.float64).sum(axis=2)
-        totals = parts.sum(axis=1)
-        order = np.lexsort((candidates, -totals))[:k]
-        best[q], shares[q], exact_scores[q] = candidates[order], parts[order], totals[order]
-    return Ranking(best, exact_scores.astype(np.float32), shares)

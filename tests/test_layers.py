@@ -33,6 +33,8 @@ ALLOWED = {
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen plain report settings store variables",
         "score": "errors store",
+        "hnsw": "",
+        "index": "errors hnsw score store",
         "report": "errors",
         "questions": "errors",
         "capture": "body columns commands errors frozen gradients integrations loop randomness recorder settings store "
@@ -40,9 +42,9 @@ ALLOWED = {
         "plain": "body columns errors gradients query randomness recorder report score settings store weights",
         "estimate": "capture store",
         "launch": "capture commands errors loop",
-        "query": "commands errors integrations questions report score store",
+        "query": "commands errors index integrations questions report score store",
         "demo": "errors query report store",
-        "cli": "commands demo errors estimate launch query questions report settings store version",
+        "cli": "commands demo errors estimate index launch query questions report score settings store version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }
@@ -52,6 +54,8 @@ WITHOUT_TORCH = (
     "cli",
     "commands",
     "errors",
+    "hnsw",
+    "index",
     "query",
     "questions",
     "report",
@@ -119,6 +123,11 @@ def test_help_imports_no_torch() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert (ran.returncode, "query" in ran.stdout) == (0, True)
+
+
+def test_only_an_index_needs_hnswlib() -> None:
+    code = "import sys, dmin_trace.cli, dmin_trace.query, dmin_trace.index; sys.exit('hnswlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_examples_and_tools_are_imported_by_nobody() -> None:

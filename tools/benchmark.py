@@ -5,6 +5,8 @@ These machines are shared: read the ratios. `docs/performance.md` shows the tabl
 
 from __future__ import annotations
 
+import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,22 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from dmin_trace.compress import make_plan, project
-from dmin_trace.store import open_trace
+from dmin_trace.index import build_index, open_index, search
+from dmin_trace.score import exact
+from dmin_trace.store import (
+    Header,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    Trace,
+    choose_chunk_rows,
+    create,
+    open_trace,
+)
 
 app = typer.Typer(add_completion=False)
 console = Console()
@@ -68,11 +82,11 @@ def compress_command(
 
 @app.command("estimator")
 def estimator_command(
-    exact: Annotated[Path, typer.Argument(help="A store of whole gradients: projection uniform, v >= L, float32.")],
+    whole: Annotated[Path, typer.Argument(help="A store of whole gradients: projection uniform, v >= L, float32.")],
     seeds: Annotated[int, typer.Option(help="Projections to average over.")] = 3,
 ) -> None:
     """How far scores err when sketches are divided by the gradient's norm (the paper) or by their own (ours)."""
-    trace = open_trace(exact)
+    trace = open_trace(whole)
     rows = trace.rows(trace.slots_done)
     truth = np.einsum("itv,jtv->ij", rows, rows, optimize=True)
     others = ~np.eye(len(rows), dtype=bool)
@@ -93,6 +107,124 @@ def estimator_command(
         paper, ours = errors.mean(axis=0)
         table.add_row(f"2^{exponent}", f"{paper:.4f}", f"{ours:.4f}", f"{paper / ours:.2f}")
     console.print(table)
+
+
+def clustered_store(path: Path, samples: int, timesteps: int, dimension: int, clusters: int = 300) -> Trace:
+    """A store of made rows that share a direction at each timestep and lie in clusters, as gradients do."""
+    header = Header(
+        id=secrets.token_hex(16),
+        samples=samples,
+        timesteps=tuple(float(t) for t in range(timesteps)),
+        dimension=dimension,
+        dtype="int8",
+        chunk_rows=choose_chunk_rows(samples, timesteps, dimension, "int8"),
+        projection=ProjectionFacts(kind="rotation", seed=0, length=2**20, fingerprint="0" * 64),
+        parameters=ParameterFacts(names=("made",), shapes=((2**20,),), fingerprint="0" * 64),
+        weights="0" * 64,
+        noise=NoiseFacts(seed=0, draws=((),) * timesteps),
+        precondition="none",
+        batch={},
+        columns={},
+        settings={},
+        writers={},
+    )
+    generator = np.random.default_rng(0)
+    shape = (timesteps, dimension)
+    shared = generator.standard_normal(shape, np.float32)
+    centres = generator.standard_normal((clusters, *shape), np.float32)
+    writer = create(path, header)
+    for chunk in track(writer.pending(), "making a store", console=Console(stderr=True), transient=True):
+        rows = writer.rows(chunk)
+        ones = np.ones((len(rows), timesteps), np.float32)
+        grad = shared + centres[generator.integers(clusters, size=len(rows))]
+        grad += 0.8 * generator.standard_normal(grad.shape, np.float32)
+        grad /= np.linalg.norm(grad, axis=2, keepdims=True)
+        writer.write(chunk, grad, ones, ones, np.arange(rows.start, rows.stop), {})
+    writer.finish()
+    return open_trace(path)
+
+
+@app.command("index")
+def index_command(
+    store: Annotated[Path | None, typer.Argument(help="A store. Without one, a clustered one is made.")] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Compressed gradients of queries, (Q, T, v) in a .npy file. Default: made.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Queries to ask with.")] = 64,
+    samples: Annotated[int, typer.Option(help="Of a made store.")] = 100_000,
+    timesteps: Annotated[int, typer.Option(help="Of a made store.")] = 2,
+    dimension: Annotated[int, typer.Option(help="Of a made store.")] = 256,
+    recall: Annotated[float, typer.Option()] = 0.99,
+    fold: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Queries through the index, reranked, against the exact scan of the same store: recall and time."""
+    with tempfile.TemporaryDirectory() as name:
+        # The index is built beside this link, so that a store's own index is left alone.
+        path = Path(name) / "trace.zarr"
+        if store is not None:
+            path.symlink_to(store.absolute())
+        trace = open_trace(path) if store is not None else clustered_store(path, samples, timesteps, dimension)
+        start = time.perf_counter()
+        facts = build_index(trace, recall=recall, fold=fold)
+        built = time.perf_counter() - start
+        start = time.perf_counter()
+        index = open_index(trace)
+        read = time.perf_counter() - start
+        header = trace.header
+        console.print(
+            f"N = {header.samples:,}, T = {len(header.timesteps)}, v = {header.dimension:,}, {header.dtype}: built in "
+            f"{built:.1f} s, {facts.length:,} numbers a vector (F = {facts.fold}), opened in {read:.2f} s, "
+            f"{facts.bytes / trace.bytes:.1%} of the store's bytes"
+        )
+        if isinstance(index, str):
+            console.print(index)
+            return
+        if queries is not None:
+            asked = np.load(queries)[:count].astype(np.float32)
+        else:
+            # Half a stored sample, half another: near to the store, and not in it.
+            pairs = np.random.default_rng(1).integers(header.samples, size=(count, 2))
+            asked = trace.rows(pairs[:, 0]) + 0.7 * trace.rows(pairs[:, 1])
+            asked /= np.linalg.norm(asked, axis=2, keepdims=True)
+        table = Table(title=f"{len(asked)} queries, {'captured' if queries is not None else 'made'}")
+        for title in (
+            "k",
+            "C",
+            "ef",
+            "calibrated",
+            "recall",
+            "index, ms",
+            "p95",
+            "CPU, ms",
+            "graph",
+            "scan, ms",
+            "faster",
+        ):
+            table.add_column(title, justify="right")
+        for depth in facts.depths:
+            truth = exact(trace, asked, depth.k).slots
+            times, busy, graph = np.empty((3, len(asked)))
+            scan = np.empty(min(9, len(asked)))
+            found = np.empty_like(truth)
+            for q, query in enumerate(asked):
+                start, used = time.perf_counter(), time.process_time()
+                found[q] = search(index, query[None], depth.k).slots[0]
+                times[q], busy[q] = time.perf_counter() - start, time.process_time() - used
+                start = time.perf_counter()
+                index.candidates(query[None], depth)
+                graph[q] = time.perf_counter() - start
+            for q in range(len(scan)):
+                start = time.perf_counter()
+                exact(trace, asked[q : q + 1], depth.k)
+                scan[q] = time.perf_counter() - start
+            reached = np.mean([np.isin(best, ours).mean() for ours, best in zip(found, truth, strict=True)])
+            table.add_row(
+                *(f"{depth.k}", f"{depth.candidates}", f"{depth.ef}", f"{depth.recall:.4f}", f"{reached:.4f}"),
+                *(f"{np.median(times) * 1e3:.1f}", f"{np.percentile(times, 95) * 1e3:.1f}"),
+                *(f"{np.median(value) * 1e3:.1f}" for value in (busy, graph, scan)),
+                f"{np.median(scan) / np.median(times):.1f}x",
+            )
+        console.print(table)
 
 
 if __name__ == "__main__":

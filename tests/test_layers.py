@@ -26,6 +26,7 @@ ALLOWED = {
     "loop": {"errors", "randomness", "variables"},
     "integrations.diffusers": set(),
     "score": {"errors", "store"},
+    "pack": {"commands", "compress", "errors", "settings", "store"},
     "report": {"errors"},
     "questions": {"errors"},
     "capture": {
@@ -35,7 +36,10 @@ ALLOWED = {
     "launch": {"capture", "commands", "errors", "loop"},
     "query": {"commands", "errors", "integrations", "questions", "report", "score", "store"},
     "demo": {"errors", "query", "report", "store"},
-    "cli": {"commands", "demo", "errors", "launch", "query", "questions", "report", "settings", "store", "version"},
+    "cli": {
+        *("commands", "demo", "errors", "launch", "pack", "query", "questions", "report", "settings", "store"),
+        "version",
+    },
     "__init__": {"capture", "errors", "query", "report", "settings", "store", "version"},
 }
 
@@ -44,6 +48,7 @@ WITHOUT_TORCH = (
     "cli",
     "commands",
     "errors",
+    "pack",
     "query",
     "questions",
     "report",

@@ -150,8 +150,8 @@ def _converted(numbers: NDArray[Any], memory: NDArray[np.float32]) -> NDArray[np
     if numbers.dtype != np.float16:
         np.copyto(converted, numbers)
         return converted
-    # NumPy converts half precision one number at a time. Here its bits are moved to where float32 has them, four to five
-    # times as fast, and the product sets the exponent right, of numbers below the smallest normal one too.
+    # NumPy converts half precision one number at a time. Here its bits are moved to where float32 has them, four times
+    # as fast, and the product sets the exponent right, of numbers below the smallest normal one too.
     bits = converted.view(np.int32)
     np.copyto(bits, numbers.view(np.int16))
     np.left_shift(bits, 13, out=bits)

@@ -1,31 +1,117 @@
-"""Speed and fidelity, each against a named reference in the same run: `python tools/benchmark.py --help`.
+"""Speed, memory and fidelity, each against a named reference in the same run: `python tools/benchmark.py --help`.
 
-These machines are shared: read the ratios. `docs/performance.md` shows the tables.
+Machines are shared and differ: read the ratios. Every command writes its table as JSON too, with `--json FILE`, and
+`all` runs every part that needs no trained model. `docs/performance.md` shows the tables.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
+from dmin_trace import store
 from dmin_trace.compress import make_plan, project
-from dmin_trace.store import open_trace
+from dmin_trace.score import exact
+from dmin_trace.settings import Dtype
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Trace, create, open_trace
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 console = Console()
+if not console.is_terminal:
+    console = Console(width=150)
+CORES = os.cpu_count() or 1
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the table to this file too.")]
+Folder = Annotated[Path | None, typer.Option(help="Where stores are made. Default: the system's temporary folder.")]
+Threads = Annotated[int, typer.Option(help="Of BLAS and of the scan.")]
 
 
-def best_of(work: Callable[[], object], times: int) -> float:
+@dataclass
+class Result:
+    """A table: its name, what it says above and below, and its rows of numbers or words."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *values: Any) -> None:
+        """Another row."""
+        self.rows.append(values)
+
+    def show(self, path: Path | None) -> None:
+        """Prints the table, and adds it to a file of tables."""
+        table = Table(title=self.title, caption="\n".join(self.notes) or None, caption_justify="left")
+        for name in self.columns:
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            table.add_row(*(_shown(value) for value in row))
+        console.print(table)
+        if path is None:
+            return
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": machine(), "tables": {}}
+        kept["tables"][self.name] = {
+            "title": self.title,
+            "columns": self.columns,
+            "rows": self.rows,
+            "notes": self.notes,
+        }
+        path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    versions = {name: version(name) for name in ("dmin_trace", "numpy", "torch", "zarr", "numcodecs")}
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()} | {
+        "versions": versions
+    }
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+
+
+# -- time and memory ---------------------------------------------------------------------------------------------------
+
+
+def best_of(work: Callable[[], object], times: int, *, warm: bool = True) -> float:
     """Seconds of the fastest of several runs, after one that warms up."""
-    work()
+    if warm:
+        work()
     taken = []
     for _ in range(times):
         start = time.perf_counter()
@@ -34,53 +120,171 @@ def best_of(work: Callable[[], object], times: int) -> float:
     return min(taken)
 
 
+def in_turn(
+    works: dict[str, Callable[[], object]], times: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of the fastest run of each: one after the other, again and again: all meet the same neighbours."""
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(times + 1):
+        for name, work in works.items():
+            start = clock()
+            work()
+            if turn:
+                taken[name].append(clock() - start)
+    return {name: min(found) for name, found in taken.items()}
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that no file backs: what it has allocated, maps of a store left out."""
+    return next((int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith("RssAnon")), 0)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Appends, at the end, by how many bytes the process grew at most while entered."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        # What was freed and not given back would hide what is allocated now.
+        ctypes.CDLL(None).malloc_trim(0)
+    before, largest, stop = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            largest[0] = max(largest[0], anonymous())
+            time.sleep(0.0005)
+
+    found: list[int] = []
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        watcher.join()
+        found.append(max(0, max(largest[0], anonymous()) - before))
+
+
+@contextmanager
+def scratch(folder: Path | None) -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="dmin-trace-benchmark-", dir=folder) as name:
+        yield Path(name)
+
+
+# -- compress ----------------------------------------------------------------------------------------------------------
+
+CUT = (921_600, 320, 409_600, 1280, 245_760, 3_686_400, 640, 1_638_400, 12_288, 77)
+"""Sizes of tensors as a UNet has them, over and over."""
+
+
 @app.command("compress")
 def compress_command(
     length: Annotated[int, typer.Option(help="L, gradient elements.")] = 2**25,
-    threads: Annotated[int, typer.Option()] = 1,
+    batch: Annotated[int, typer.Option(help="Gradients in the batch.")] = 2,
+    threads: Threads = 1,
+    path: Json = None,
 ) -> None:
-    """The rotation against the published algorithm (gather by a full permutation) and a plain read of the bytes."""
+    """The rotation against the published algorithm, `index_add`, and a plain read of the same bytes."""
     torch.set_num_threads(threads)
-    gradient = torch.randn(length, generator=torch.Generator().manual_seed(0))
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(1))
-    signs = torch.randint(0, 2, (length,), generator=torch.Generator().manual_seed(2)).float() * 2 - 1
-    read = best_of(lambda: gradient.sum(), 5)
-    table = Table(
-        title=f"compress, L = {length:,}, float32, {threads} thread(s); a plain read takes {read * 1e3:.1f} ms"
+    # Of one thread its own time, which other processes on the machine lengthen less.
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(length, generator=generator)
+    order = torch.randperm(length, generator=generator)
+    signs = torch.randint(0, 2, (length,), generator=generator).to(torch.int8) * 2 - 1
+    result = Result(
+        "compress",
+        f"compress, L = {length:,}, {threads} thread(s)",
+        (
+            *("gradient", "v", "published, ms", "index_add, ms", "read, ms", "rotation, ms"),
+            *("x published", "x index_add", "reads", "memory, %", "published, %"),
+        ),
+        notes=[
+            "published: gather by a full int64 permutation, multiply by the signs, sum groups of L / v.",
+            "x published, x index_add: how many times faster the rotation is; reads: its time over that of `sum`.",
+            "memory: of a first call, its plan with it, beyond the gradient, in % of the gradient's bytes.",
+        ],
     )
-    for name in ("v", "published, ms", "rotation, ms", "faster", "x plain read"):
-        table.add_column(name, justify="right")
-    for exponent in (12, 14, 16, 20):
-        dimension = 2**exponent
-        plan = make_plan(length, dimension, 0, "rotation")
-        # As the published code does it: permute, multiply by the signs, sum groups of L / v.
-        published = best_of(lambda v=dimension: (gradient[order] * signs).reshape(v, -1).sum(1), 1)  # type: ignore[misc]
-        ours = best_of(lambda plan=plan: project([gradient], plan), 3)  # type: ignore[misc]
-        table.add_row(
-            f"2^{exponent}",
-            f"{published * 1e3:.0f}",
-            f"{ours * 1e3:.1f}",
-            f"{published / ours:.0f}x",
-            f"{ours / read:.1f}",
+
+    def add(name: str, parts: Sequence[torch.Tensor], dimension: int) -> None:
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        bins = torch.randint(0, dimension, (length,), generator=generator, dtype=torch.int32)
+
+        def published() -> torch.Tensor:
+            return (whole[order] * signs).reshape(dimension, -1).sum(1)
+
+        def index_add() -> torch.Tensor:
+            return torch.zeros(dimension).index_add_(0, bins, whole.float() * signs)
+
+        with peak_memory() as ours:
+            # Several, since one is over before its memory is looked at.
+            plan = make_plan(length, dimension, 0, "rotation")
+            for _ in range(5):
+                project(parts, plan)
+        with peak_memory() as theirs:
+            published()
+        slow = in_turn({"published": published, "index_add": index_add}, 1, clock)
+        fast = in_turn({"read": lambda: [part.sum() for part in parts], "ours": lambda: project(parts, plan)}, 9, clock)
+        size = whole.numel() * whole.element_size()
+        permutation = order.numel() * (order.element_size() + signs.element_size())
+        result.add(
+            *(name, f"2^{dimension.bit_length() - 1}"),
+            *(1e3 * seconds for seconds in (*slow.values(), fast["read"], fast["ours"])),
+            *(slow["published"] / fast["ours"], slow["index_add"] / fast["ours"], fast["ours"] / fast["read"]),
+            *(100 * ours[0] / size, 100 * (theirs[0] + permutation) / size),
         )
-    console.print(table)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for exponent in (12, 14, 16, 20):
+            add(name, [gradient.to(dtype)], 2**exponent)
+    sizes: list[int] = []
+    while sum(sizes) < length:
+        sizes.append(min(CUT[len(sizes) % len(CUT)], length - sum(sizes)))
+    add(f"float32, {len(sizes)} tensors", gradient.split(sizes), 2**14)
+    _add_batch(result, length, batch, order, signs, clock)
+    result.show(path)
+
+
+def _add_batch(
+    result: Result, length: int, count: int, order: torch.Tensor, signs: torch.Tensor, clock: Callable[[], float]
+) -> None:
+    """A row for a batch of gradients: the published code gathers them together, ours takes them one by one."""
+    gradients = torch.randn(count, length, generator=torch.Generator().manual_seed(1))
+    plan = make_plan(length, 2**14, 0, "rotation")
+
+    def published() -> torch.Tensor:
+        return (gradients[:, order] * signs).reshape(count, 2**14, -1).sum(2)
+
+    def ours() -> list[torch.Tensor]:
+        return [project([gradient], plan)[0] for gradient in gradients]
+
+    slow = in_turn({"published": published}, 1, clock)["published"]
+    fast = in_turn({"read": gradients.sum, "ours": ours}, 5, clock)
+    result.add(
+        *(f"float32, {count} gradients", "2^14", 1e3 * slow, None, 1e3 * fast["read"], 1e3 * fast["ours"]),
+        *(slow / fast["ours"], None, fast["ours"] / fast["read"], None, None),
+    )
 
 
 @app.command("estimator")
 def estimator_command(
-    exact: Annotated[Path, typer.Argument(help="A store of whole gradients: projection uniform, v >= L, float32.")],
+    exact_store: Annotated[
+        Path, typer.Argument(metavar="STORE", help="A store of whole gradients: projection uniform, v >= L, float32.")
+    ],
     seeds: Annotated[int, typer.Option(help="Projections to average over.")] = 3,
+    path: Json = None,
 ) -> None:
     """How far scores err when sketches are divided by the gradient's norm (the paper) or by their own (ours)."""
-    trace = open_trace(exact)
+    trace = open_trace(exact_store)
     rows = trace.rows(trace.slots_done)
     truth = np.einsum("itv,jtv->ij", rows, rows, optimize=True)
     others = ~np.eye(len(rows), dtype=bool)
-    table = Table(
-        title=f"scores of {len(rows)} samples, T = {rows.shape[1]}; they spread by {truth[others].std():.2f} (SD)"
+    result = Result(
+        "estimator",
+        f"scores of {len(rows)} samples, T = {rows.shape[1]}; they spread by {truth[others].std():.2f} (SD)",
+        ("v", "gradient's norm, RMS error", "sketch's norm, RMS error", "ratio"),
     )
-    for name in ("v", "gradient's norm, RMS error", "sketch's norm, RMS error", "ratio"):
-        table.add_column(name, justify="right")
     for exponent in (12, 14):
         errors = np.zeros((seeds, 2))
         for seed in range(seeds):
@@ -91,8 +295,323 @@ def estimator_command(
                 scores = np.einsum("itv,jtv->ij", kind, kind, optimize=True)
                 errors[seed, k] = np.sqrt(np.mean((scores - truth)[others] ** 2))
         paper, ours = errors.mean(axis=0)
-        table.add_row(f"2^{exponent}", f"{paper:.4f}", f"{ours:.4f}", f"{paper / ours:.2f}")
-    console.print(table)
+        result.add(f"2^{exponent}", float(paper), float(ours), float(paper / ours))
+    result.show(path)
+
+
+# -- stores ------------------------------------------------------------------------------------------------------------
+
+
+def make_header(samples: int, timesteps: int, dimension: int, dtype: Dtype, rows: int | None = None) -> Header:
+    """The header of a store of random numbers."""
+    return Header(
+        id=f"{samples:032x}",
+        samples=samples,
+        timesteps=tuple(float(t) for t in range(timesteps)),
+        dimension=dimension,
+        dtype=dtype,
+        chunk_rows=rows or store.choose_chunk_rows(samples, timesteps, dimension, dtype),
+        projection=ProjectionFacts(kind="rotation", seed=0, length=2**25, fingerprint="0" * 64),
+        parameters=ParameterFacts(names=("w",), shapes=((2**25,),), fingerprint="0" * 64),
+        weights="0" * 64,
+        noise=NoiseFacts(seed=0, draws=((),) * timesteps),
+        precondition="none",
+        batch={},
+        columns={"label": "integer"},
+        settings={},
+        writers={},
+    )
+
+
+def write_random(path: Path, header: Header) -> Trace:
+    """A finished store of random sketches; every chunk holds the same numbers, turned by another shift."""
+    generator = np.random.default_rng(0)
+    shape = (header.chunk_rows, len(header.timesteps), header.dimension)
+    sketches = generator.standard_normal(shape, np.float32) / np.float32(header.dimension**0.5)
+    values, scale = store.quantise(sketches, header.dtype)
+    ones = np.ones(shape[:2], np.float32)
+    writer = create(path, header)
+    for chunk in range(writer.chunks):
+        rows = writer.rows(chunk)
+        n = len(rows)
+        turned = np.roll(values[:n], int(generator.integers(header.dimension)), axis=2)
+        number = np.arange(rows.start, rows.stop)
+        writer.write_stored(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
+    writer.finish()
+    return open_trace(path)
+
+
+def queries_for(header: Header, count: int) -> np.ndarray:
+    """(Q, T, v) float32 of norm one or so."""
+    shape = (count, len(header.timesteps), header.dimension)
+    drawn = np.random.default_rng(1).standard_normal(shape, np.float32)
+    drawn /= np.float32(header.dimension**0.5)
+    return drawn
+
+
+def evict(path: Path) -> None:
+    """Asks the system to forget what it holds of the files; a virtual machine's host may hold them still."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
+
+
+def read_all(trace: Trace) -> int:
+    """A plain read of the chunks, one after another, into the same memory."""
+    memory = bytearray(2**20)
+    total = 0
+    for chunk in trace.chunks_done:
+        with store.chunk_file(trace.path, "grad", chunk, 3).open("rb", buffering=0) as file:
+            while read := file.readinto(memory):
+                total += read
+    return total
+
+
+@app.command("score")
+def score_command(
+    samples: Annotated[int, typer.Option(help="N.")] = 9288,
+    timesteps: Annotated[int, typer.Option(help="T.")] = 10,
+    dimension: Annotated[int, typer.Option(help="v.")] = 2**12,
+    large: Annotated[bool, typer.Option(help="Also v = 2^16 in int8: 6 GB of disk, if it has room.")] = False,
+    threads: Threads = CORES,
+    folder: Folder = None,
+    path: Json = None,
+) -> None:
+    """Exact scores of all samples against a BLAS product over the same numbers as float32 in memory."""
+    result = Result(
+        "score",
+        f"score, N = {samples:,}, T = {timesteps}, {threads} thread(s)",
+        (
+            *("dtype", "v", "numbers, 10^6", "BLAS, ms", "1 query, ms", "x BLAS", "64 queries, ms each", "cheaper"),
+            *("x BLAS, 64", "memory, MB", "cold, ms", "cold, x read"),
+        ),
+        notes=[
+            "BLAS: one product with a float32 array in memory; x BLAS: rate of numbers over its.",
+            "64 queries: together, time for each; memory: beyond files and the 64 queries, at its largest.",
+            "cold: one query, the system's cache emptied before; x read: rate over a plain read, as cold.",
+        ],
+    )
+    cases: list[tuple[Dtype, int]] = [("int8", dimension), ("float16", dimension), ("float32", dimension)]
+    if large:
+        cases.append(("int8", 2**16))
+    with threadpool_limits(threads, "blas"), scratch(folder) as made:
+        blas = _blas_seconds(samples, timesteps * dimension)
+        for dtype, v in cases:
+            numbers = samples * timesteps * v
+            header = make_header(samples, timesteps, v, dtype)
+            if shutil.disk_usage(made).free < 1.1 * samples * header.sample_bytes:
+                console.print(f"v = {v:,}, {dtype}: skipped, the disk has no room for it.")
+                continue
+            trace = write_random(made / f"{dtype}-{v}.zarr", header)
+            result.add(*_scored(trace, numbers, samples * timesteps * dimension, blas, threads))
+            shutil.rmtree(trace.path)
+    result.show(path)
+
+
+def _blas_seconds(samples: int, length: int) -> tuple[float, float]:
+    """Seconds of a BLAS product of (N, T v) float32 in memory with one query, and with 64 of them."""
+    generator = np.random.default_rng(2)
+    array = np.empty((samples, length), np.float32)
+    array[:] = generator.standard_normal(length, np.float32)
+    many = generator.standard_normal((length, 64), np.float32)
+    one = many[:, 0].copy()
+    return best_of(lambda: array @ one, 5), best_of(lambda: array @ many, 1)
+
+
+def _scored(
+    trace: Trace, numbers: int, in_memory: int, blas: tuple[float, float], threads: int
+) -> tuple[str | int | float, ...]:
+    """A row of the table; `blas`: seconds for one query and for 64 over as many numbers as `in_memory`."""
+    header = trace.header
+    one, many = queries_for(header, 1), queries_for(header, 64)
+    assert trace.rankable.all()
+    warm = best_of(lambda: exact(trace, one, 10, threads=threads), 5 if numbers < 2**30 else 2)
+    with peak_memory() as memory:
+        together = best_of(lambda: exact(trace, many, 10, threads=threads), 1, warm=False) / 64
+    evict(trace.path)
+    read = best_of(lambda: read_all(trace), 1, warm=False)
+    evict(trace.path)
+    cold = best_of(lambda: exact(trace, one, 10, threads=threads), 1, warm=False)
+    references = tuple(seconds * numbers / in_memory for seconds in blas)
+    return (
+        *(header.dtype, f"2^{header.dimension.bit_length() - 1}", round(numbers / 1e6)),
+        *(1e3 * references[0], 1e3 * warm, references[0] / warm, 1e3 * together, warm / together),
+        *(references[1] / 64 / together, memory[0] / 1e6, 1e3 * cold, read / cold),
+    )
+
+
+@app.command("scale")
+def scale_command(
+    sizes: Annotated[str, typer.Option(help="Numbers of samples, N.")] = "10000,100000,1000000",
+    timesteps: Annotated[int, typer.Option(help="T.")] = 2,
+    dimension: Annotated[int, typer.Option(help="v.")] = 2**9,
+    threads: Threads = CORES,
+    folder: Folder = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture to this PNG file; needs matplotlib.")] = None,
+    path: Json = None,
+) -> None:
+    """Time and memory of a query against the number of samples: the one is to grow with it, the other is not."""
+    result = Result(
+        "scale",
+        f"scale, T = {timesteps}, v = {dimension:,}, int8, {threads} thread(s)",
+        ("N", "store, MB", "written, s", "opened, ms", *(name for name, _ in METHODS), *MEMORY),
+        notes=["memory: beyond the store's files, at its largest, the N norms and marks of the store with it."],
+    )
+    for samples in (int(size) for size in sizes.split(",")):
+        with scratch(folder) as made:
+            start = time.perf_counter()
+            trace = write_random(made / "trace.zarr", make_header(samples, timesteps, dimension, "int8"))
+            written = time.perf_counter() - start
+            opened = best_of(lambda trace=trace: open_trace(trace.path).rankable, 2)  # type: ignore[misc]
+            query = queries_for(trace.header, 1)
+            seconds, memory = [], []
+            for _, prepare in METHODS:
+                with peak_memory() as grown:
+                    ask = prepare(trace, query, threads)
+                    seconds.append(1e3 * best_of(ask, 3))
+                memory.append(grown[0] / 1e6)
+            result.add(samples, trace.bytes / 1e6, written, 1e3 * opened, *seconds, *memory)
+    result.show(path)
+    if plot is not None:
+        _plot_scale(result, plot)
+
+
+def _scan(trace: Trace, query: np.ndarray, threads: int) -> Callable[[], object]:
+    return lambda: exact(trace, query, 10, threads=threads)
+
+
+Method = Callable[[Trace, np.ndarray, int], Callable[[], object]]
+METHODS: tuple[tuple[str, Method], ...] = (("exact, ms", _scan),)
+"""Ways to answer, by name: prepared for a store and a query, and then asked."""
+MEMORY = tuple(f"{name.split(',')[0]}: memory, MB" for name, _ in METHODS)
+
+
+def _plot_scale(result: Result, path: Path) -> None:
+    """Time and memory of each method over N, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    samples = [row[0] for row in result.rows]
+    for axes, names, label in zip(
+        figure.subplots(1, 2), ([name for name, _ in METHODS], MEMORY), ("ms a query", "MB"), strict=True
+    ):
+        for name in names:
+            column = result.columns.index(name)
+            axes.loglog(samples, [row[column] for row in result.rows], marker="o", label=name.split(",")[0])
+        axes.set(xlabel="samples", ylabel=label, ylim=(1, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+@app.command("write")
+def write_command(
+    samples: Annotated[int, typer.Option(help="N.")] = 2048,
+    timesteps: Annotated[int, typer.Option(help="T.")] = 10,
+    dimension: Annotated[int, typer.Option(help="v.")] = 2**14,
+    many: Annotated[int, typer.Option(help="Chunks of the store of many small ones; 0 leaves it out.")] = 1000,
+    folder: Folder = None,
+    path: Json = None,
+) -> None:
+    """Writing a store's chunks against a plain write and fsync of the same bytes."""
+    result = Result(
+        "write",
+        f"write, N = {samples:,}, T = {timesteps}, v = {dimension:,}",
+        ("dtype", "chunks", "MB a chunk", "raw, MB/s", "store, MB/s", "x raw", "from float32, MB/s", "x raw "),
+        notes=[
+            "raw: one file a chunk of the same bytes, fsync, and fsync of its folder.",
+            "store: a chunk that is quantised already, with its norms, columns and mark; from float32: quantised too.",
+        ],
+    )
+    dtypes: tuple[Dtype, ...] = ("int8", "float16", "float32")
+    cases = [(dtype, make_header(samples, timesteps, dimension, dtype)) for dtype in dtypes]
+    if many:
+        cases.append(("int8", make_header(many, 2, 16, "int8", rows=1)))
+    for dtype, header in cases:
+        with scratch(folder) as made:
+            result.add(*_written(made, header, dtype))
+    result.show(path)
+
+
+def _written(made: Path, header: Header, dtype: Dtype) -> tuple[str | int | float, ...]:
+    rows = header.chunk_rows
+    sketches = np.random.default_rng(0).standard_normal((rows, len(header.timesteps), header.dimension), np.float32)
+    values, scale = store.quantise(sketches, dtype)
+    ones, label = np.ones(scale.shape, np.float32), {"label": list(range(rows))}
+    writers = create(made / "stored.zarr", header), create(made / "given.zarr", header)
+    data, number = values.tobytes(), np.arange(rows)
+    seconds: dict[str, float] = {"raw": 0, "stored": 0, "given": 0}
+    whole = header.samples // rows
+    for chunk in range(whole):
+        # In turn, so that all three meet the same disk.
+        for name in seconds:
+            start = time.perf_counter()
+            if name == "raw":
+                with (made / str(chunk)).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                store._sync(made)
+            elif name == "stored":
+                writers[0].write_stored(chunk, values, scale, ones, ones, number, label)
+            else:
+                writers[1].write(chunk, sketches, ones, ones, number, label)
+            seconds[name] += time.perf_counter() - start
+    rate = {name: whole * len(data) / 1e6 / taken for name, taken in seconds.items()}
+    return (
+        *(dtype, whole, len(data) / 1e6, rate["raw"], rate["stored"], rate["stored"] / rate["raw"]),
+        *(rate["given"], rate["given"] / rate["raw"]),
+    )
+
+
+@app.command("start")
+def start_command(
+    runs: Annotated[int, typer.Option(help="Processes for each row.")] = 7,
+    path: Json = None,
+) -> None:
+    """Seconds that fresh processes take to import dmin_trace and to show the help."""
+    result = Result(
+        "start",
+        f"start, the fastest and the middle one of {runs} processes",
+        ("process", "fastest, s", "middle, s", "beyond python, s", "beyond its imports, s"),
+        notes=["beyond python: over `python -c pass`; beyond its imports: over `import typer, rich`."],
+    )
+    commands = {
+        "python -c pass": ("-c", "pass"),
+        "import typer, rich": ("-c", "import typer, rich.console, rich.text"),
+        "import numpy": ("-c", "import numpy"),
+        "import dmin_trace": ("-c", "import dmin_trace"),
+        "dmin-trace --help": ("-m", "dmin_trace.cli", "--help"),
+        "dmin-trace --version": ("-m", "dmin_trace.cli", "--version"),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(runs + 1):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    bare, imports = (min(taken[name]) for name in ("python -c pass", "import typer, rich"))
+    for name, found in taken.items():
+        fastest = min(found)
+        result.add(name, fastest, float(np.median(found)), fastest - bare, fastest - imports)
+    result.show(path)
+
+
+@app.command("all")
+def all_command(folder: Folder = None, plot: Annotated[Path | None, typer.Option()] = None, path: Json = None) -> None:
+    """Every part that needs no trained model, with its defaults: minutes, and 2 GB of disk."""
+    start_command(path=path)
+    compress_command(path=path)
+    torch.set_num_threads(os.cpu_count() or 1)
+    write_command(folder=folder, path=path)
+    score_command(folder=folder, path=path)
+    scale_command(folder=folder, plot=plot, path=path)
 
 
 if __name__ == "__main__":

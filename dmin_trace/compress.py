@@ -92,8 +92,7 @@ class Plan:
     def shifts(self) -> npt.NDArray[np.int64]:
         """Rotation: how far each row is rotated, (rows,); no number twice in any W rows that start at a multiple."""
         generator, rows = self._generator("shifts"), -(-self.length // self.width)
-        every = np.arange(self.width, dtype=np.int32)
-        turns = [generator.permutation(every)[: rows - first] for first in range(0, rows, self.width)]
+        turns = [_shuffled(self.width, generator)[: rows - first].copy() for first in range(0, rows, self.width)]
         return np.concatenate(turns).astype(np.int64)
 
     def row_signs(self) -> npt.NDArray[np.int8]:
@@ -106,9 +105,7 @@ class Plan:
 
     def order(self) -> npt.NDArray[np.int32]:
         """Rotation: the sum that is k-th after permutation, and so belongs to bin k modulo v, (W,)."""
-        # As `permutation(self.width)` would have it, in half the memory.
-        order: npt.NDArray[np.int32] = self._generator("order").permutation(np.arange(self.width, dtype=np.int32))
-        return order
+        return _shuffled(self.width, self._generator("order"))
 
     def bins(self) -> npt.NDArray[np.int32]:
         """Uniform: the bin of each element, (L,)."""
@@ -142,6 +139,13 @@ class Plan:
     def _draw_signs(self, purpose: str, count: int) -> npt.NDArray[np.int8]:
         drawn = np.frombuffer(self._generator(purpose).bytes(-(-count // 8)), np.uint8)
         return np.unpackbits(drawn, count=count).astype(np.int8) * np.int8(2) - np.int8(1)
+
+
+def _shuffled(count: int, generator: np.random.RandomState) -> npt.NDArray[np.int32]:
+    """What `generator.permutation(count)` is, in a quarter of the memory."""
+    order = np.arange(count, dtype=np.int32)
+    generator.shuffle(order)
+    return order
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ def _folded(sketches: NDArray[np.float32], dimension: int) -> NDArray[np.float32
         return sketches
     folded = sketches.reshape(*sketches.shape[:2], -1, dimension).sum(axis=2)
     norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
-    return (folded / np.where(norms == 0, 1, norms)).astype(np.float32)
+    unit: NDArray[np.float32] = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)
+    return unit
 
 
 def _link(weights: Path, beside: Path) -> None:

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ MOST_CHUNKS = 2**22
 LARGEST_METADATA = 2**28
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
-PACKING = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 """Blosc's settings. A higher level gains a few per cent, at a hundredth of the speed."""
 FRAME_HEADER = 16
 """Bytes of Blosc's header, which is also the most by which it makes a chunk longer."""
@@ -498,7 +498,7 @@ class Trace:
                 size = min(rows, count - start) * header.sample_bytes
                 part, filled = memory[:size], 0
                 while filled < size:
-                    read = file.readinto(memoryview(part)[filled:])
+                    read = file.readinto(part[filled:].data)
                     if not read:
                         raise TraceError(f"{self.path} is damaged: chunk {chunk} of grad became shorter while read.")
                     filled += read
@@ -938,7 +938,7 @@ def _create_arrays(path: Path, header: Header) -> None:
             shape=array.shape,
             dtype=array.dtype,
             chunks=array.chunks,
-            compressors=[*([BloscCodec(**PACKING)] if array.packed else []), Crc32cCodec()],
+            compressors=[*([BloscCodec(**cast(Any, PACKING))] if array.packed else []), Crc32cCodec()],
             fill_value=array.fill,
         )
 

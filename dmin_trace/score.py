@@ -23,8 +23,8 @@ from dmin_trace.store import Trace
 
 PART = 2**21
 """Bytes that a thread reads at a time, if that is enough samples: little more than its cache holds."""
-TOGETHER = 64
-"""Samples that are read at a time if there are as many queries: each time, all queries are fetched from memory."""
+TOGETHER = 2**7
+"""Samples that are multiplied at a time with many queries: each time, all queries are fetched from memory."""
 COLUMNS = 2**13
 """Numbers of a sample that are converted to float32 and multiplied at a time."""
 HALF = np.int32(-0x70002000)
@@ -121,7 +121,7 @@ def _chunk_scores(
     """(n, Q) scores of a chunk's samples."""
     header, scale = trace.header, trace.scale_chunk(chunk)
     scores = np.zeros((len(scale), len(queries)), np.float32)
-    rows = min(max(1, PART // header.sample_bytes, min(TOGETHER, len(queries))), header.chunk_rows)
+    rows = min(max(1, PART // header.sample_bytes, min(TOGETHER, 2 * len(queries))), header.chunk_rows)
     columns = min(COLUMNS, header.dimension)
     if not hasattr(memory, "read"):
         memory.read = np.empty(rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
@@ -179,7 +179,8 @@ def _with_shares(
 ) -> Ranking:
     """Scores the candidates (Q, more than k) of each query anew, timestep by timestep in float64, and keeps k."""
     header = trace.header
-    near = ROUNDING * np.linalg.norm(queries, axis=2).sum(axis=1)
+    # Not `linalg.norm`, which would square all queries into memory of its own.
+    near = ROUNDING * np.sqrt(np.einsum("qtv,qtv->qt", queries, queries)).sum(axis=1)
     of, place = np.nonzero(scores >= (scores[:, k - 1] - near)[:, None])
     wanted = slots[of, place]
     shares = np.zeros((*slots.shape, queries.shape[1]))

@@ -55,6 +55,8 @@ FRAME_HEADER = 16
 LARGEST_FRAME = 2**31 - 1 - FRAME_HEADER
 LARGEST_PACKED = 2**25
 """A packed chunk of more than one sample is at most so large: its file may be far smaller than what it unpacks to."""
+MOST_MAPS = 2**8
+"""Chunks whose maps are kept: each holds an open file, and the user's process may have many of its own."""
 UNSEEN = 2**20
 """Numbers that are allocated on the word of a header alone, for rows of which no file says anything."""
 
@@ -406,6 +408,8 @@ class Trace:
         self.header = header
         self.complete = complete
         self.done = done
+        self._read: set[int] = set()
+        self._maps: dict[int, Array] = {}
 
     @property
     def chunks_done(self) -> list[int]:
@@ -480,16 +484,18 @@ class Trace:
     def grad_parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
         """The stored numbers of a chunk that is done, in order, in parts of at most `rows` samples, (n, T, v).
 
-        Parts are read into `memory`, which has room for that many samples, and last until the next one: read so, a file
-        comes from a disk faster than by a map, as fast from the system's cache, and one that somebody cuts short is an
-        error and not the end of the process.
+        A part lasts until the next one. The first time a chunk is read into `memory`, which has room for that many
+        samples: from a disk that is faster than a map, and as fast from the system's cache. What has been read is in
+        the cache if there is room, so the next time it is mapped, and the map kept, which is three times as fast.
 
         Raises TraceError as `grad_chunk` does.
         """
         header = self.header
         count = len(header.rows(chunk))
-        if header.codec != "none":
-            whole = self.grad_chunk(chunk)
+        if header.codec != "none" or chunk in self._maps or (chunk in self._read and len(self._maps) < MOST_MAPS):
+            whole = self._maps[chunk] if chunk in self._maps else self.grad_chunk(chunk)
+            if header.codec == "none":
+                self._maps[chunk] = whole
             yield from (whole[start : start + rows] for start in range(0, count, rows))
             return
         path = self._file("grad", chunk, header.chunk_rows * header.sample_bytes, 3)
@@ -504,6 +510,7 @@ class Trace:
                     filled += read
                 numbers = part.view(np.dtype(header.dtype).newbyteorder("<"))
                 yield numbers.reshape(-1, len(header.timesteps), header.dimension)
+        self._read.add(chunk)
 
     def scale_chunk(self, chunk: int) -> NDArray[np.float32]:
         """The scales of a chunk of an int8 store, (n, T); ones for other stores."""

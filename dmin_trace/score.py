@@ -22,11 +22,11 @@ from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
 
 PART = 2**21
-"""Bytes that a thread reads at a time, if that is enough samples: little more than its cache holds."""
+"""Numbers that a thread reads at a time, if that is enough samples."""
 TOGETHER = 2**7
 """Samples that are multiplied at a time with many queries: each time, all queries are fetched from memory."""
-COLUMNS = 2**13
-"""Numbers of a sample that are converted to float32 and multiplied at a time."""
+TILE = 2**18
+"""Numbers that are converted to float32 and multiplied at a time: they stay in a core's cache."""
 HALF = np.int32(-0x70002000)
 """The bits of a float16, its sign repeated in front, that float32 keeps after a shift by 13."""
 SPARE = 64
@@ -121,8 +121,10 @@ def _chunk_scores(
     """(n, Q) scores of a chunk's samples."""
     header, scale = trace.header, trace.scale_chunk(chunk)
     scores = np.zeros((len(scale), len(queries)), np.float32)
-    rows = min(max(1, PART // header.sample_bytes, min(TOGETHER, 2 * len(queries))), header.chunk_rows)
-    columns = min(COLUMNS, header.dimension)
+    rows = min(
+        max(1, PART // (queries.shape[1] * header.dimension), min(TOGETHER, 2 * len(queries))), header.chunk_rows
+    )
+    columns = min(max(1, TILE // rows), header.dimension)
     if not hasattr(memory, "read"):
         memory.read = np.empty(rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
         memory.converted = np.empty(rows * columns, np.float32)

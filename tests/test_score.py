@@ -43,12 +43,12 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("count, k", [(1, 1), (1, 203), (5, 10), (70, 3)])
-@pytest.mark.parametrize("part, columns", [(score.PART, score.COLUMNS), (5 * 4 * 128, 50)])
+@pytest.mark.parametrize("part, tile", [(score.PART, score.TILE), (5 * 4 * 128, 250)])
 def test_scores_are_those_of_plain_numpy(
-    stored: Trace, count: int, k: int, part: int, columns: int, monkeypatch: pytest.MonkeyPatch
+    stored: Trace, count: int, k: int, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score, "PART", part)
-    monkeypatch.setattr(score, "COLUMNS", columns)
+    monkeypatch.setattr(score, "TILE", tile)
     queries = make_queries(stored, count)
     ranking = exact(stored, queries, k)
     slots, products = by_hand(stored.path, queries, k)

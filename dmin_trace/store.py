@@ -27,6 +27,7 @@ import re
 import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -46,6 +47,8 @@ MOST_SAMPLES = 2**40
 MOST_CHUNKS = 2**22
 """64 TiB of chunks; beyond that a header is a lie, and a flag for each chunk an allocation to refuse."""
 LARGEST_METADATA = 2**28
+SYNCS = 16
+"""Files and folders of a chunk that the disk is asked to keep at once."""
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
 PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
@@ -274,6 +277,7 @@ class Writer:
         self.path = path
         self.header = header
         self._arrays: dict[str, Any] = {}
+        self._kept: set[Path] = set()
 
     @property
     def chunks(self) -> int:
@@ -353,31 +357,34 @@ class Writer:
         arrays |= {"norm": norm, "loss": loss, "sample": sample}
         arrays |= {f"meta/{name}": _as_array(columns[name], kind) for name, kind in header.columns.items()}
         try:
-            for name, array in arrays.items():
-                self._write_chunk(name, chunk, array, slots)
-            self._write_chunk("done", chunk, np.ones(1, np.uint8), range(chunk, chunk + 1))
+            self._write_chunks(chunk, arrays, slots)
+            self._write_chunks(chunk, {"done": np.ones(1, np.uint8)}, range(chunk, chunk + 1))
         except OSError as error:
             raise TraceError(
                 f"Chunk {chunk} of {self.path} cannot be written: {error.strerror or error}. Make room and run the "
                 "capture again on demand (dmin-trace capture); what is done is kept."
             ) from None
 
-    def _write_chunk(self, name: str, chunk: int, values: Array, slots: range) -> None:
-        """Writes one chunk of one array, and has the disk keep it."""
+    def _write_chunks(self, chunk: int, arrays: Mapping[str, Array], slots: range) -> None:
+        """Writes one chunk of each of these arrays, and has the disk keep them."""
         import zarr
 
-        file = chunk_file(self.path, name, chunk, values.ndim)
         # Zarr by default writes no file for a chunk of fill values, such as one of samples that all lack a caption.
         with _quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
-            if name not in self._arrays:
-                self._arrays[name] = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
-            self._arrays[name][slots.start : slots.stop] = values
-        _sync(file)
-        top = self.path / name
-        for folder in file.parents:
-            _sync(folder)
-            if folder == top:
-                break
+            for name, values in arrays.items():
+                if name not in self._arrays:
+                    self._arrays[name] = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
+                self._arrays[name][slots.start : slots.stop] = values
+        # New files are kept only if the folders that name them are. All together, which a disk takes as one or two
+        # commits: one after the other, each would wait for its own.
+        paths: dict[Path, None] = {}
+        for name, values in arrays.items():
+            file, top = chunk_file(self.path, name, chunk, values.ndim), self.path / name
+            new = [file, *(folder for folder in file.parents if folder.is_relative_to(top) and folder != top)]
+            paths.update(dict.fromkeys(new if top in self._kept else [*new, top]))
+        with ThreadPoolExecutor(SYNCS) as pool:
+            list(pool.map(_sync, paths))
+        self._kept.update(self.path / name for name in arrays)
 
     def finish(self) -> None:
         """Marks the store complete. Raises TraceError if a chunk is not done."""

@@ -121,24 +121,27 @@ def _chunk_scores(
     """(n, Q) scores of a chunk's samples."""
     header, scale = trace.header, trace.scale_chunk(chunk)
     scores = np.zeros((len(scale), len(queries)), np.float32)
-    rows = min(
-        max(1, PART // (queries.shape[1] * header.dimension), min(TOGETHER, 2 * len(queries))), header.chunk_rows
-    )
-    columns = min(max(1, TILE // rows), header.dimension)
+    # Without scales the timesteps are one long sketch, and a product of whole rows is what memory is fastest at.
+    steps = queries.shape[1] if header.dtype == "int8" else 1
+    queries = queries.reshape(len(queries), steps, -1)
+    length = queries.shape[2]
+    rows = min(max(1, PART // (steps * length), min(TOGETHER, 2 * len(queries))), header.chunk_rows)
+    columns = length if header.dtype == "float32" else min(max(1, TILE // rows), length)
     if not hasattr(memory, "read"):
         memory.read = np.empty(rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
-        memory.converted = np.empty(rows * columns, np.float32)
+        memory.converted = np.empty(0 if header.dtype == "float32" else rows * columns, np.float32)
         memory.product = np.empty((rows, len(queries)), np.float32)
     start = 0
     for part in trace.grad_parts(chunk, rows, memory.read):
-        here = slice(start, start + len(part))
-        product = memory.product[: len(part)]
-        for t in range(queries.shape[1]):
-            for first in range(0, header.dimension, columns):
-                numbers = _converted(part[:, t, first : first + columns], memory.converted)
+        here, product = slice(start, start + len(part)), memory.product[: len(part)]
+        sketches = part.reshape(len(part), steps, length)
+        for t in range(steps):
+            for first in range(0, length, columns):
+                numbers = _converted(sketches[:, t, first : first + columns], memory.converted)
                 np.matmul(numbers, queries[:, t, first : first + columns].T, out=product)
-                # Products with int8 first and the scale after: the same, and the scale touches Q numbers, not v.
-                product *= scale[here, t, None]
+                if header.dtype == "int8":
+                    # Products with int8 first and the scale after: the same, and the scale touches Q numbers, not v.
+                    product *= scale[here, t, None]
                 scores[here] += product
         start += len(part)
     return scores

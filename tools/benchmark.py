@@ -197,14 +197,17 @@ def compress_command(
         f"compress, L = {length:,}, {threads} thread(s)",
         (
             *("gradient", "v", "published, ms", "index_add, ms", "read, ms", "rotation, ms"),
-            *("x published", "x index_add", "reads", "memory, %", "published, %"),
+            *("x published", "x index_add", "reads", "memory, %", "its memory, %"),
         ),
         notes=[
             "published: gather by a full int64 permutation, multiply by the signs, sum groups of L / v.",
             "x published, x index_add: how many times faster the rotation is; reads: its time over that of `sum`.",
-            "memory: of a first call, its plan with it, beyond the gradient, in % of the gradient's bytes.",
+            "memory: of a first call, its plan with it, beyond the gradient, in % of the gradient's bytes; its memory: the published one's.",
         ],
     )
+    with peak_memory():
+        # What a process loads and keeps once is no part of a call.
+        project([gradient[:1000]], make_plan(1000, 16, 0, "rotation"))
 
     def add(name: str, parts: Sequence[torch.Tensor], dimension: int) -> None:
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -27,6 +27,8 @@ TOGETHER = 2**7
 """Samples that are multiplied at a time with many queries: each time, all queries are fetched from memory."""
 TILE = 2**18
 """Numbers that are converted to float32 and multiplied at a time: they stay in a core's cache."""
+NARROW = 2**13
+"""A tile is as wide as a sketch, or so wide: of narrower ones memory gives a few numbers at a time."""
 HALF = np.int32(-0x70002000)
 """The bits of a float16, its sign repeated in front, that float32 keeps after a shift by 13."""
 SPARE = 64
@@ -125,7 +127,8 @@ def _chunk_scores(
     steps = queries.shape[1] if header.dtype == "int8" else 1
     queries = queries.reshape(len(queries), steps, -1)
     length = queries.shape[2]
-    rows = min(max(1, PART // (steps * length), min(TOGETHER, 2 * len(queries))), header.chunk_rows)
+    few = min(PART // (steps * length), TILE // min(length, NARROW))
+    rows = min(max(1, few, min(TOGETHER, 2 * len(queries))), header.chunk_rows)
     columns = length if header.dtype == "float32" else min(max(1, TILE // rows), length)
     if not hasattr(memory, "read"):
         memory.read = np.empty(rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)

@@ -202,7 +202,7 @@ def compress_command(
         notes=[
             "published: gather by a full int64 permutation, multiply by the signs, sum groups of L / v.",
             "x published, x index_add: how many times faster the rotation is; reads: its time over that of `sum`.",
-            "memory: of a first call, its plan with it, beyond the gradient, in % of the gradient's bytes; its memory: the published one's.",
+            "memory: of a first call, its plan with it, beyond the gradient, in %; its memory: the published code's.",
         ],
     )
     with peak_memory():

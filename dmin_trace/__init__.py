@@ -16,7 +16,6 @@ Names are resolved when they are first used, so that importing dmin_trace import
 
 from __future__ import annotations
 
-import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +55,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import random
+
         # Importing rich draws from python's generator, which a training script may have seeded before its line.
         state = random.getstate()
         try:

@@ -53,6 +53,7 @@ def attach(
     projection: str | None = None,
     seed: int | None = None,
     precondition: str | None = None,
+    codec: str | None = None,
     columns: Sequence[str] | None = None,
     max_train_steps: int | None = None,
     num_epochs: int | None = None,
@@ -70,7 +71,7 @@ def attach(
         args: the script's arguments; `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`) are
             read from it.
         out: the store; `<args.output_dir>/trace.zarr` if not given.
-        timesteps, dimension, dtype, projection, seed, precondition, columns: see `Settings`.
+        timesteps, dimension, dtype, projection, seed, precondition, codec, columns: see `Settings`.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
@@ -90,6 +91,7 @@ def attach(
         "projection": projection,
         "seed": seed,
         "precondition": precondition,
+        "codec": codec,
         "columns": columns,
     }
     job = Job(

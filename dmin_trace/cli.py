@@ -6,6 +6,7 @@ dmin-trace capture --weights DIR -- SCRIPT ARGS capture a trained model
 dmin-trace query TRACE IMAGE...                 which training samples made this image?
 dmin-trace index TRACE                          make queries fast
 dmin-trace info TRACE                           what a store holds
+dmin-trace pack TRACE --out NEW                 rewrite a store: smaller, or with another codec
 dmin-trace demo                                 all of it on handwritten digits
 """
 
@@ -38,6 +39,7 @@ Timesteps = Annotated[str | None, typer.Option(help="A count, or a list such as 
 Dimension = Annotated[int | None, typer.Option(help="Length of a compressed gradient, a power of two. Default: 16384.")]
 Dtype = Annotated[str | None, typer.Option(help="int8, float16 or float32. Default: int8.")]
 ProjectionKind = Annotated[str | None, typer.Option(help="rotation or uniform. Default: rotation.")]
+Codec = Annotated[str | None, typer.Option(help="none, or blosc for archives: smaller and slower. Default: none.")]
 Seed = Annotated[int | None, typer.Option(help="Of the projection and the shared noise. Default: 0.")]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="A dataset column to keep. May be repeated.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens.")]
@@ -51,6 +53,7 @@ def run_command(
     dimension: Dimension = None,
     dtype: Dtype = None,
     projection: ProjectionKind = None,
+    codec: Codec = None,
     seed: Seed = None,
     columns: Columns = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Optimizer steps at which the loop breaks.")] = None,
@@ -67,7 +70,7 @@ def run_command(
         Job(
             mode="final",
             command=_script(context),
-            settings=_settings(timesteps, dimension, dtype, projection, seed, columns),
+            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, columns),
             out=None if out is None else str(out.absolute()),
             max_train_steps=max_train_steps,
             num_epochs=num_epochs,
@@ -85,6 +88,7 @@ def capture_command(
     dimension: Dimension = None,
     dtype: Dtype = None,
     projection: ProjectionKind = None,
+    codec: Codec = None,
     seed: Seed = None,
     columns: Columns = None,
     verbose: Verbose = False,
@@ -98,7 +102,7 @@ def capture_command(
         Job(
             mode="now",
             command=_script(context),
-            settings=_settings(timesteps, dimension, dtype, projection, seed, columns),
+            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, columns),
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
         )
@@ -123,7 +127,7 @@ def estimate_command(
     from dmin_trace.launch import run_script
 
     _log(verbose)
-    settings = _settings(timesteps, dimension, dtype, projection, seed, columns)
+    settings = _settings(timesteps, dimension, dtype, projection, None, seed, columns)
     capture = run_script(Job(mode="estimate", command=_script(context), settings=settings))
     console = Console()
     title = "A capture of this script, as two samples show"
@@ -284,6 +288,40 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
     console.print(table)
 
 
+@app.command("pack")
+def pack_command(
+    trace: Annotated[Path, typer.Argument(help="The store.")],
+    out: Annotated[Path, typer.Option(help="The new store.")],
+    codec: Annotated[
+        str | None, typer.Option(help="none or blosc. Default: that of the store, as for the rest.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="int8, float16 or float32.")] = None,
+    dimension: Annotated[int | None, typer.Option(help="v, v/2, v/4 and so on: sketches are folded.")] = None,
+) -> None:
+    """Rewrite a finished store with another codec, dtype or fewer dimensions. It answers the same questions."""
+    from rich.progress import Progress
+
+    from dmin_trace import pack, store
+    from dmin_trace.settings import make_settings
+
+    given = {"codec": codec, "dtype": dtype, "dimension": dimension}
+    checked = make_settings(given)
+    opened = store.open_trace(trace)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("pack", total=opened.header.samples)
+        packed = pack.pack(
+            opened,
+            out,
+            codec=None if codec is None else checked.codec,
+            dtype=None if dtype is None else checked.dtype,
+            dimension=dimension,
+            progress=lambda samples: progress.advance(task, samples),
+        )
+    before, after = opened.bytes, packed.bytes
+    console.print(Text(f"{out}: {after:,} bytes, {100 * after / before:.1f}% of {before:,}."))
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="A folder for the model, the trace and the picture.")] = Path(
@@ -316,6 +354,7 @@ def _settings(
     dimension: int | None,
     dtype: str | None,
     projection: str | None,
+    codec: str | None,
     seed: int | None,
     columns: Sequence[str] | None,
 ) -> dict[str, Any]:
@@ -335,6 +374,7 @@ def _settings(
         "dimension": dimension,
         "dtype": dtype,
         "projection": projection,
+        "codec": codec,
         "seed": seed,
         "columns": list(columns) if columns else None,
     }

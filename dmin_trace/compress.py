@@ -41,8 +41,8 @@ ROWS = 2**11
 JOINED = 2**15
 """Smaller tensors are laid end to end first: a model has hundreds of them, and the calls would be the cost."""
 
-PIECE = 2**18
-"""Elements that the uniform kind converts to float32 and multiplies by their signs at a time."""
+PART = 2**18
+"""Elements that are converted to float32, squared and added at a time: few calls, and read once into the cache."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Plan:
     def shifts(self) -> npt.NDArray[np.int64]:
         """Rotation: how far each row is rotated, (rows,); no number twice in any W rows that start at a multiple."""
         generator, rows = self._generator("shifts"), -(-self.length // self.width)
-        turns = [generator.permutation(self.width)[: rows - first] for first in range(0, rows, self.width)]
+        turns = [_shuffled(self.width, generator)[: rows - first].copy() for first in range(0, rows, self.width)]
         return np.concatenate(turns).astype(np.int64)
 
     def row_signs(self) -> npt.NDArray[np.int8]:
@@ -105,7 +105,7 @@ class Plan:
 
     def order(self) -> npt.NDArray[np.int32]:
         """Rotation: the sum that is k-th after permutation, and so belongs to bin k modulo v, (W,)."""
-        return self._generator("order").permutation(self.width).astype(np.int32)
+        return _shuffled(self.width, self._generator("order"))
 
     def bins(self) -> npt.NDArray[np.int32]:
         """Uniform: the bin of each element, (L,)."""
@@ -139,6 +139,13 @@ class Plan:
     def _draw_signs(self, purpose: str, count: int) -> npt.NDArray[np.int8]:
         drawn = np.frombuffer(self._generator(purpose).bytes(-(-count // 8)), np.uint8)
         return np.unpackbits(drawn, count=count).astype(np.int8) * np.int8(2) - np.int8(1)
+
+
+def _shuffled(count: int, generator: np.random.RandomState) -> npt.NDArray[np.int32]:
+    """What `generator.permutation(count)` is, in a quarter of the memory."""
+    order = np.arange(count, dtype=np.int32)
+    generator.shuffle(order)
+    return order
 
 
 @dataclass(frozen=True)
@@ -197,8 +204,11 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
             count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
             sums = torch.zeros(count, dtype=torch.float32, device=flat.device)
             numbers = plan.numbers(flat.device)
+            converted = sums.new_empty(0)
+        if flat.dtype != sums.dtype and not converted.numel():
+            converted = sums.new_empty(min(PART, plan.width))
         add = _add_rows if plan.kind == "rotation" else _add_pieces
-        squares += add(sums, flat, at, numbers)
+        squares += add(sums, flat, at, numbers, converted)
         at += flat.numel()
         # Without this the last tensor would live on while the next is made.
         del flat
@@ -257,19 +267,47 @@ def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield small[0] if len(small) == 1 else torch.cat(small)
 
 
-def _add_rows(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers) -> list[torch.Tensor]:
-    width, done, squares = numbers.columns.numel(), 0, []
-    while done < flat.numel():
-        row, column = divmod(at + done, width)
-        count = min(flat.numel() - done, width - column)
-        part = flat.narrow(0, done, count).to(sums)
-        # Taken here, the square is a pass over what the next call wants in the cache. A norm of its own would read the
-        # gradient twice.
-        squares.append(torch.dot(part, part))
-        shift, sign = numbers.rows[row]
-        sums.narrow(0, shift + column, count).addcmul_(part, numbers.columns.narrow(0, column, count), value=sign)
-        done += count
+def _add_rows(
+    sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers, converted: torch.Tensor
+) -> list[torch.Tensor]:
+    squares = []
+    # Autograd has nothing to note here, and its part in each of many short calls can be felt.
+    with torch.inference_mode():
+        for done, row, column, count in _parts(at, flat.numel(), numbers.columns.numel()):
+            part = _as_sums(flat.narrow(0, done, count), converted)
+            # Taken here, the square is a pass over what the next call wants in the cache. A norm of its own would read
+            # the gradient twice.
+            squares.append(torch.dot(part, part))
+            shift, sign = numbers.rows[row]
+            sums.narrow(0, shift + column, count).addcmul_(part, numbers.columns.narrow(0, column, count), value=sign)
     return squares
+
+
+def _parts(at: int, count: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cuts `count` elements that begin at `at` into parts of one row and at most PART elements.
+
+    Whole rows are taken PART columns at a time, so that the signs and the sums of wide rows stay in the cache.
+
+    Yields:
+        Where the part begins in the tensor, its row, its column, and its length.
+    """
+    first = min(-at % width, count)
+    whole = (count - first) // width
+    last = first + whole * width
+    for done in range(0, first, PART):
+        yield done, at // width, at % width + done, min(PART, first - done)
+    row = (at + first) // width
+    for column in range(0, width, PART):
+        length = min(PART, width - column)
+        for k in range(whole):
+            yield first + k * width + column, row + k, column, length
+    for done in range(last, count, PART):
+        yield done, row + whole, done - last, min(PART, count - done)
+
+
+def _as_sums(part: torch.Tensor, converted: torch.Tensor) -> torch.Tensor:
+    """The part in the dtype of the sums: itself, or in `converted`, since new memory for each would cost more."""
+    return part if part.dtype == converted.dtype else converted.narrow(0, 0, part.numel()).copy_(part)
 
 
 def _bin_sums(sums: torch.Tensor, plan: Plan, numbers: _Numbers) -> torch.Tensor:
@@ -281,10 +319,12 @@ def _bin_sums(sums: torch.Tensor, plan: Plan, numbers: _Numbers) -> torch.Tensor
     return second.view(-1, plan.dimension).sum(0)
 
 
-def _add_pieces(sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers) -> list[torch.Tensor]:
+def _add_pieces(
+    sums: torch.Tensor, flat: torch.Tensor, at: int, numbers: _Numbers, converted: torch.Tensor
+) -> list[torch.Tensor]:
     squares = []
-    for done in range(0, flat.numel(), PIECE):
-        part = flat[done : done + PIECE].to(sums)
+    for done in range(0, flat.numel(), PART):
+        part = _as_sums(flat[done : done + PART], converted)
         here = slice(at + done, at + done + part.numel())
         squares.append(torch.dot(part, part))
         sums.index_add_(0, numbers.places[here], part * numbers.signs[here])

@@ -54,6 +54,7 @@ def recording(
     projection: str | None = None,
     seed: int | None = None,
     precondition: str | None = None,
+    codec: str | None = None,
     columns: Mapping[str, Values] | None = None,
 ) -> Recording:
     """Records the compressed gradient of every sample of a plain PyTorch loop, or those of queries.
@@ -80,7 +81,7 @@ def recording(
         out: the store.
         like: for queries, the trace that is asked, instead of `out` and of the settings.
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
-        timesteps, dimension, dtype, projection, seed, precondition: see `Settings`.
+        timesteps, dimension, dtype, projection, seed, precondition, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
 
     Raises:
@@ -98,6 +99,7 @@ def recording(
         "projection": projection,
         "seed": seed,
         "precondition": precondition,
+        "codec": codec,
         "columns": tuple(columns) or None,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -456,6 +456,7 @@ class Recorder:
             weights=self._weights,
             noise=store.NoiseFacts(seed=settings.seed, draws=tuple(tuple(body.draws.calls) for body in self._first)),
             precondition=settings.precondition,
+            codec="none" if self.like is not None else settings.codec,
             batch=self._batch_shapes,
             columns=self.columns.kinds,
             settings=_settings_facts(settings),

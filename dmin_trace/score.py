@@ -1,13 +1,14 @@
 """Exact scores: the influence of every stored sample on a query, and the largest of them.
 
 The influence of sample i is the sum over timesteps of the inner products of its compressed gradients with the query's
-(paper, equations 7 to 9, without the constant of the learning rate). Chunk by chunk from the memory maps, a thread a
-core with BLAS on one thread each, a running top-k: memory is bounded whatever N is.
+(paper, equations 7 to 9, without the constant of the learning rate). Chunk by chunk, a thread a core with BLAS on one
+thread each, a running top-k: memory is bounded whatever N is. A thread reads a chunk in parts that stay in its cache.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,16 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
 
-BLOCK = 2**19
-"""Numbers that are converted to float32 at a time by a thread: small enough to stay in its cache."""
+PART = 2**21
+"""Numbers that a thread reads at a time, if that is enough samples."""
+TOGETHER = 2**7
+"""Samples that are multiplied at a time with many queries: each time, all queries are fetched from memory."""
+TILE = 2**18
+"""Numbers that are converted to float32 and multiplied at a time: they stay in a core's cache."""
+NARROW = 2**13
+"""A tile is as wide as a sketch, or so wide: of narrower ones memory gives a few numbers at a time."""
+HALF = np.int32(-0x70002000)
+"""The bits of a float16, its sign repeated in front, that float32 keeps after a shift by 13."""
 SPARE = 64
 """Samples kept beyond the k best of a first pass in float32, so that its rounding decides no tie."""
 ROUNDING = 1e-5
@@ -87,15 +96,16 @@ def exact(
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     check_k(trace, k)
     check_queries(trace, queries)
-    by_slot = np.ascontiguousarray(queries.transpose(1, 2, 0), np.float32)  # (T, v, Q)
+    queries = np.ascontiguousarray(queries, np.float32)
     rankable = trace.rankable
     kept = k + SPARE
+    memory = threading.local()
 
     def best_of_chunk(chunk: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         rows = trace.header.rows(chunk)
         usable = rankable[rows.start : rows.stop]
         with np.errstate(invalid="ignore", over="ignore"):  # numbers of a damaged store; an error, not a warning
-            scores = _chunk_scores(trace, chunk, by_slot)[usable]
+            scores = _chunk_scores(trace, chunk, queries, memory)[usable]
         if not np.isfinite(scores).all():
             raise TraceError(f"{trace.path} is damaged: chunk {chunk} holds numbers that are not finite.")
         slots = np.arange(rows.start, rows.stop)[usable]
@@ -128,38 +138,84 @@ def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDAr
     Raises:
         TraceError: a candidate's row is missing, damaged or not finite.
     """
-    best = np.empty((len(queries), k), np.int64)
-    shares = np.empty((len(queries), k, queries.shape[1]), np.float32)
-    exact_scores = np.empty((len(queries), k), np.float32)
-    row = np.empty(queries.shape[1:])
+    of = np.repeat(np.arange(len(queries)), [len(slots) for slots in candidates])
+    slots = np.concatenate(candidates)
+    # A row of a file costs the same whenever it is read; a packed chunk is unpacked once, whoever asks for its rows.
+    order = np.arange(len(slots)) if trace.header.codec == "none" else np.argsort(slots, kind="stable")
+    parts = np.empty((len(slots), queries.shape[1]))
+    row, query, asked = np.empty(queries.shape[1:]), np.empty(queries.shape[1:]), -1
     # One thread of ours too: rows are so small that two would wait for the interpreter's lock more than they gain.
     with threadpool_limits(1, "blas"), np.errstate(invalid="ignore", over="ignore"):
-        for q, (query, slots) in enumerate(zip(queries.astype(np.float64), candidates, strict=True)):
-            parts = np.empty((len(slots), len(query)))
-            for n, slot in enumerate(slots):
-                # One after another in the same place: equal rows then give equal sums wherever they lie, and the place
-                # stays in the cache.
-                np.copyto(row, trace.stored_row(int(slot)))
-                parts[n] = np.vecdot(row, query) * trace.scale[slot]
-            totals = parts.sum(axis=1)
-            if not np.isfinite(totals).all():
-                raise TraceError(f"{trace.path} is damaged: it holds numbers that are not finite.")
-            order = np.lexsort((slots, -totals))[:k]
-            best[q], shares[q], exact_scores[q] = slots[order], parts[order], totals[order]
-    return Ranking(best, exact_scores, shares)
+        for n in order:
+            if of[n] != asked:
+                asked = of[n]
+                np.copyto(query, queries[asked])
+            # One after another in the same place: equal rows then give equal sums wherever they lie, and the place
+            # stays in the cache.
+            np.copyto(row, trace.stored_row(int(slots[n])))
+            parts[n] = np.vecdot(row, query) * trace.scale[slots[n]]
+    totals = parts.sum(axis=1)
+    if not np.isfinite(totals).all():
+        raise TraceError(f"{trace.path} is damaged: it holds numbers that are not finite.")
+    # By query, then the largest score, then the first slot.
+    best = np.lexsort((slots, -totals, of))
+    firsts = np.searchsorted(of, np.arange(len(queries)))
+    kept = best[(firsts[:, None] + np.arange(k))]
+    return Ranking(slots[kept], totals[kept].astype(np.float32), parts[kept].astype(np.float32))
 
 
-def _chunk_scores(trace: Trace, chunk: int, by_slot: NDArray[np.float32]) -> NDArray[np.float32]:
+def _chunk_scores(
+    trace: Trace, chunk: int, queries: NDArray[np.float32], memory: threading.local
+) -> NDArray[np.float32]:
     """(n, Q) scores of a chunk's samples."""
-    grad, scale = trace.grad_chunk(chunk), trace.scale_chunk(chunk)
-    scores = np.zeros((len(grad), by_slot.shape[2]), np.float32)
-    block = max(1, BLOCK // by_slot.shape[1])
-    for start in range(0, len(grad), block):
-        here = slice(start, start + block)
-        for t, query in enumerate(by_slot):
-            # Products with int8 first and the scale after: the same, and the scale touches Q numbers instead of v.
-            scores[here] += (grad[here, t].astype(np.float32) @ query) * scale[here, t, None]
+    header, scale = trace.header, trace.scale_chunk(chunk)
+    scores = np.zeros((len(scale), len(queries)), np.float32)
+    # Without scales the timesteps are one long sketch, and a product of whole rows is what memory is fastest at.
+    steps = queries.shape[1] if header.dtype == "int8" else 1
+    queries = queries.reshape(len(queries), steps, -1)
+    length = queries.shape[2]
+    few = min(PART // (steps * length), TILE // min(length, NARROW))
+    rows = min(max(1, few, min(TOGETHER, 2 * len(queries))), header.chunk_rows)
+    columns = length if header.dtype == "float32" else min(max(1, TILE // rows), length)
+    if not hasattr(memory, "read"):
+        memory.read = np.empty(rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
+        memory.converted = np.empty(0 if header.dtype == "float32" else rows * columns, np.float32)
+        memory.product = np.empty((rows, len(queries)), np.float32)
+    start = 0
+    for part in trace.grad_parts(chunk, rows, memory.read):
+        here, product = slice(start, start + len(part)), memory.product[: len(part)]
+        sketches = part.reshape(len(part), steps, length)
+        for t in range(steps):
+            for first in range(0, length, columns):
+                numbers = _converted(sketches[:, t, first : first + columns], memory.converted)
+                np.matmul(numbers, queries[:, t, first : first + columns].T, out=product)
+                if header.dtype == "int8":
+                    # Products with int8 first and the scale after: the same, and the scale touches Q numbers, not v.
+                    product *= scale[here, t, None]
+                scores[here] += product
+        start += len(part)
     return scores
+
+
+def _converted(numbers: NDArray[Any], memory: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Stored numbers (n, columns) as float32: themselves, or in `memory`."""
+    if numbers.dtype == np.float32:
+        return numbers
+    converted = memory[: numbers.size].reshape(numbers.shape)
+    if numbers.dtype != np.float16:
+        np.copyto(converted, numbers)
+        return converted
+    # NumPy converts half precision one number at a time. Here its bits are moved to where float32 has them, four times
+    # as fast, and the product sets the exponent right, of numbers below the smallest normal one too.
+    bits = converted.view(np.int32)
+    np.copyto(bits, numbers.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, HALF, out=bits)
+    np.multiply(converted, np.float32(2.0**112), out=converted)
+    # Infinity and nan would be numbers now.
+    if max(converted.max(), -converted.min()) >= 2.0**16:
+        converted[~np.isfinite(numbers)] = np.nan
+    return converted
 
 
 def _best(slots: NDArray[Any], scores: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

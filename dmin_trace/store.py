@@ -5,7 +5,8 @@ slots, writes each once, and marks it done last: grad, scale, norm, loss, sample
 `done`, never by fill values, and a resumed capture writes every chunk that is not done anew.
 
 Random projections do not compress, so chunks are stored raw with a crc32c behind them: the file of a chunk is the
-C-order array and 4 bytes, ordinary Zarr for every other reader, and read by memory map here.
+C-order array and 4 bytes, ordinary Zarr for every other reader, and read by memory map here. A store for an archive
+may pack the chunks of `grad` with Blosc, Zarr's own codec, all the same: then they are unpacked one at a time.
 
     trace.zarr/   attributes: the Header, and complete
       grad    (N, T, v) int8 | float16 | float32     chunks (R, T, v)
@@ -26,17 +27,18 @@ import re
 import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.settings import COLUMN_NAME, LARGEST_DIMENSION, MOST_TIMESTEPS, Dtype, Projection
+from dmin_trace.settings import COLUMN_NAME, LARGEST_DIMENSION, MOST_TIMESTEPS, Codec, Dtype, Projection
 
 FORMAT = "dmin_trace"
 VERSION = 1
@@ -45,8 +47,19 @@ MOST_SAMPLES = 2**40
 MOST_CHUNKS = 2**22
 """64 TiB of chunks; beyond that a header is a lie, and a flag for each chunk an allocation to refuse."""
 LARGEST_METADATA = 2**28
+SYNCS = 16
+"""Files and folders of a chunk that the disk is asked to keep at once."""
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
+PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
+"""Blosc's settings. A higher level gains a few per cent, at a hundredth of the speed."""
+FRAME_HEADER = 16
+"""Bytes of Blosc's header, which is also the most by which it makes a chunk longer."""
+LARGEST_FRAME = 2**31 - 1 - FRAME_HEADER
+LARGEST_PACKED = 2**25
+"""A packed chunk of more than one sample is at most so large: its file may be far smaller than what it unpacks to."""
+MOST_MAPS = 2**8
+"""Chunks whose maps are kept: each holds an open file, and the user's process may have many of its own."""
 UNSEEN = 2**20
 """Numbers that are allocated on the word of a header alone, for rows of which no file says anything."""
 
@@ -91,7 +104,7 @@ class Header:
     id: 32 hexadecimal digits, the store's name in the user's own records.
     samples: N.
     timesteps: as the denoiser saw them.
-    dimension, dtype, chunk_rows: v, how a number is stored, R.
+    dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is packed, R.
     weights: fingerprint of the trained parameters.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns: the readable columns and their kinds.
@@ -114,6 +127,12 @@ class Header:
     columns: dict[str, ColumnKind]
     settings: dict[str, Any]
     writers: dict[str, str]
+    codec: Codec = "none"
+
+    @property
+    def sample_bytes(self) -> int:
+        """The size of a sample's compressed gradients, before the codec."""
+        return len(self.timesteps) * self.dimension * np.dtype(self.dtype).itemsize
 
     @property
     def chunks(self) -> int:
@@ -167,7 +186,11 @@ class Header:
             columns={name: _column_kind(reader, kind) for name, kind in reader.mapping("columns", str).items()},
             settings=reader.mapping("settings", object),
             writers=reader.mapping("writers", str),
+            codec=reader.choice("codec", get_args(Codec)),
         )
+        most = LARGEST_FRAME if header.chunk_rows == 1 else LARGEST_PACKED
+        if header.codec != "none" and header.chunk_rows * header.sample_bytes > most:
+            raise reader.wrong("codec", f"none for chunks of more than {most} bytes")
         if header.chunks > MOST_CHUNKS:
             raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
         for name in header.columns:
@@ -261,6 +284,8 @@ class Writer:
         """For a store that exists; made by `create` and `resume`."""
         self.path = path
         self.header = header
+        self._arrays: dict[str, Any] = {}
+        self._kept: set[Path] = set()
 
     @property
     def chunks(self) -> int:
@@ -296,47 +321,78 @@ class Writer:
         Raises:
             TraceError: the values are not of the chunk's shape, the chunk is done, or the disk does not take it.
         """
+        values, scale = quantise(np.ascontiguousarray(grad, np.float32), self.header.dtype)
+        self.write_stored(chunk, values, scale, norm, loss, sample, columns)
+
+    def write_stored(
+        self,
+        chunk: int,
+        values: Array,
+        scale: Array,
+        norm: Array,
+        loss: Array,
+        sample: Array,
+        columns: Mapping[str, Sequence[str | int | float | None]],
+    ) -> None:
+        """Writes one chunk of numbers that are quantised already (`quantise`), and marks it done.
+
+        Args:
+            chunk: its number.
+            values: (n, T, v) of the header's dtype.
+            scale: (n, T) float32; written for int8 alone.
+            norm, loss, sample, columns: as for `write`.
+
+        Raises:
+            TraceError: as `write`.
+        """
         header = self.header
         slots = header.rows(chunk)
         expected = (len(slots), len(header.timesteps), header.dimension)
-        given = {"gradients": (grad.shape, expected), "sample": (np.shape(sample), expected[:1])}
+        given = {"gradients": (values.shape, expected), "sample": (np.shape(sample), expected[:1])}
         given |= {"norms": (norm.shape, expected[:2]), "losses": (loss.shape, expected[:2])}
+        given |= {"scales": (scale.shape, expected[:2])}
         given |= {f"column {name}": ((len(columns.get(name, ())),), expected[:1]) for name in header.columns}
         for name, (shape, right) in given.items():
             if shape != right:
                 raise TraceError(f"Chunk {chunk} was given {name} of shape {shape}; expected {right}.")
-        if chunk not in self.pending():
+        if values.dtype != header.dtype:
+            raise TraceError(f"Chunk {chunk} was given {values.dtype} numbers; expected {header.dtype}.")
+        # Its own mark alone: to look at all of them for each chunk would take longer than to write it.
+        if not 0 <= chunk < header.chunks or _is_done(chunk_file(self.path, "done", chunk, 1)):
             raise TraceError(f"Chunk {chunk} is no chunk of {self.path} that is still to be written.")
-        values, scale = quantise(np.ascontiguousarray(grad, np.float32), header.dtype)
         # The order of the commit.
         arrays: dict[str, Array] = {"grad": values} | ({"scale": scale} if header.dtype == "int8" else {})
         arrays |= {"norm": norm, "loss": loss, "sample": sample}
         arrays |= {f"meta/{name}": _as_array(columns[name], kind) for name, kind in header.columns.items()}
         try:
-            for name, array in arrays.items():
-                self._write_chunk(name, chunk, array, slots)
-            self._write_chunk("done", chunk, np.ones(1, np.uint8), range(chunk, chunk + 1))
+            self._write_chunks(chunk, arrays, slots)
+            self._write_chunks(chunk, {"done": np.ones(1, np.uint8)}, range(chunk, chunk + 1))
         except OSError as error:
             raise TraceError(
                 f"Chunk {chunk} of {self.path} cannot be written: {error.strerror or error}. Make room and run the "
                 "capture again on demand (dmin-trace capture); what is done is kept."
             ) from None
 
-    def _write_chunk(self, name: str, chunk: int, values: Array, slots: range) -> None:
-        """Writes one chunk of one array, and has the disk keep it."""
+    def _write_chunks(self, chunk: int, arrays: Mapping[str, Array], slots: range) -> None:
+        """Writes one chunk of each of these arrays, and has the disk keep them."""
         import zarr
 
-        file = chunk_file(self.path, name, chunk, values.ndim)
         # Zarr by default writes no file for a chunk of fill values, such as one of samples that all lack a caption.
         with _quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
-            array = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
-            array[slots.start : slots.stop] = values
-        sync(file)
-        top = self.path / name
-        for folder in file.parents:
-            sync(folder)
-            if folder == top:
-                break
+            for name, values in arrays.items():
+                if name not in self._arrays:
+                    self._arrays[name] = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
+                self._arrays[name][slots.start : slots.stop] = values
+        # New files are kept only if the folders that name them are. All together, which a disk takes as one or two
+        # commits: one after the other, each would wait for its own.
+        paths: dict[Path, None] = {}
+        for name, values in arrays.items():
+            file, top = chunk_file(self.path, name, chunk, values.ndim), self.path / name
+            new = [file, *(folder for folder in file.parents if folder.is_relative_to(top) and folder != top)]
+            paths.update(dict.fromkeys(new if top in self._kept else [*new, top]))
+        with ThreadPoolExecutor(SYNCS) as pool:
+            list(pool.map(sync, paths))
+        self._kept.update(self.path / name for name in arrays)
 
     def finish(self) -> None:
         """Marks the store complete. Raises TraceError if a chunk is not done."""
@@ -367,6 +423,9 @@ class Trace:
         self.header = header
         self.complete = complete
         self.done = done
+        self._read: set[int] = set()
+        self._last_unpacked: tuple[int, Array] | None = None
+        self._maps: dict[int, Array] = {}
 
     @property
     def chunks_done(self) -> list[int]:
@@ -435,13 +494,46 @@ class Trace:
         return int(found[0])
 
     def grad_chunk(self, chunk: int) -> Array:
-        """The stored numbers of a chunk that is done, (n, T, v), mapped from its file.
+        """The stored numbers of a chunk that is done, (n, T, v): mapped from its file, or unpacked.
 
-        Raises TraceError if the file is missing or not as long as it must be.
+        Raises TraceError if the file is missing or not as long as it must be, or if it cannot be unpacked.
         """
         header = self.header
         shape = (header.chunk_rows, len(header.timesteps), header.dimension)
+        if header.codec != "none":
+            return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
         return self._mapped("grad", chunk, np.dtype(header.dtype), shape)[: len(header.rows(chunk))]
+
+    def grad_parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
+        """The stored numbers of a chunk that is done, in order, in parts of at most `rows` samples, (n, T, v).
+
+        A part lasts until the next one. The first time a chunk is read into `memory`, which has room for that many
+        samples: from a disk that is faster than a map, and as fast from the system's cache. What has been read is in
+        the cache if there is room, so the next time it is mapped, and the map kept, which is three times as fast.
+
+        Raises TraceError as `grad_chunk` does.
+        """
+        header = self.header
+        count = len(header.rows(chunk))
+        if header.codec != "none" or chunk in self._maps or (chunk in self._read and len(self._maps) < MOST_MAPS):
+            whole = self._maps[chunk] if chunk in self._maps else self.grad_chunk(chunk)
+            if header.codec == "none":
+                self._maps[chunk] = whole
+            yield from (whole[start : start + rows] for start in range(0, count, rows))
+            return
+        path = self._file("grad", chunk, header.chunk_rows * header.sample_bytes, 3)
+        with path.open("rb", buffering=0) as file:
+            for start in range(0, count, rows):
+                size = min(rows, count - start) * header.sample_bytes
+                part, filled = memory[:size], 0
+                while filled < size:
+                    read = file.readinto(part[filled:].data)
+                    if not read:
+                        raise TraceError(f"{self.path} is damaged: chunk {chunk} of grad became shorter while read.")
+                    filled += read
+                numbers = part.view(np.dtype(header.dtype).newbyteorder("<"))
+                yield numbers.reshape(-1, len(header.timesteps), header.dimension)
+        self._read.add(chunk)
 
     def scale_chunk(self, chunk: int) -> NDArray[np.float32]:
         """The scales of a chunk of an int8 store, (n, T); ones for other stores."""
@@ -455,11 +547,18 @@ class Trace:
     def stored_row(self, slot: int) -> Array:
         """The stored numbers of one slot, (T, v), read from its file: for scattered rows cheaper than many maps.
 
+        Of a packed store its whole chunk is unpacked, and kept until a row of another is asked for.
+
         Raises TraceError if the slot's chunk is not done, or if its file is missing or not as long as it must be.
         """
         header = self.header
         dtype, shape = np.dtype(header.dtype), (len(header.timesteps), header.dimension)
         chunk, place = divmod(slot, header.chunk_rows)
+        if header.codec != "none":
+            if self._last_unpacked is None or self._last_unpacked[0] != chunk:
+                self._last_unpacked = (chunk, self.grad_chunk(chunk))
+            packed: Array = self._last_unpacked[1][place]
+            return packed
         row = math.prod(shape) * dtype.itemsize
         try:
             with chunk_file(self.path, "grad", chunk, 3).open("rb", buffering=0) as opened:
@@ -551,13 +650,38 @@ class Trace:
         file = self._file(name, chunk, math.prod(shape) * dtype.itemsize, len(shape))
         return np.memmap(file, dtype=dtype.newbyteorder("<"), mode="r", shape=shape)
 
+    def _unpacked(self, chunk: int) -> Array:
+        """The numbers of a chunk's Blosc frame, flat. What the frame claims is checked before memory is made for it."""
+        import google_crc32c
+        from numcodecs import blosc
+
+        header = self.header
+        size = header.chunk_rows * header.sample_bytes
+        file = self._done_file("grad", chunk, 3)
+        length = file.stat().st_size if file.is_file() else 0
+        if not FRAME_HEADER + TRAILER <= length <= size + FRAME_HEADER + TRAILER:
+            raise self._damaged(chunk, f"has {length} bytes, expected at most {size + FRAME_HEADER + TRAILER}")
+        data = file.read_bytes()
+        frame, trailer = data[:-TRAILER], data[-TRAILER:]
+        if google_crc32c.value(frame) != int.from_bytes(trailer, "little"):
+            raise self._damaged(chunk, "does not have the numbers of its checksum")
+        # Bytes 4 to 16 of a frame: the size it unpacks to, that of its blocks, and its own.
+        unpacked, block, packed = (int.from_bytes(frame[at : at + 4], "little") for at in (4, 8, 12))
+        if (unpacked, packed) != (size, len(frame)) or not 0 < block <= size:
+            raise self._damaged(chunk, f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}")
+        numbers = np.empty(size, np.uint8)
+        try:
+            blosc.decompress(frame, numbers)
+        except (RuntimeError, ValueError):
+            raise self._damaged(chunk, "cannot be unpacked") from None
+        return numbers.view(np.dtype(header.dtype).newbyteorder("<"))
+
+    def _damaged(self, chunk: int, what: str) -> TraceError:
+        return TraceError(f"{self.path} is damaged: chunk {chunk} of grad {what}. Restore the file, or capture again.")
+
     def _file(self, name: str, chunk: int, size: int, axes: int = 1) -> Path:
         """The file of a chunk that is done and has `size` bytes of numbers; every chunk has, the last one is padded."""
-        if not 0 <= chunk < self.header.chunks:
-            raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
-        if not self.done[chunk]:
-            raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
-        file = chunk_file(self.path, name, chunk, axes)
+        file = self._done_file(name, chunk, axes)
         found = file.stat().st_size if file.is_file() else 0
         if found != size + TRAILER:
             raise TraceError(
@@ -565,6 +689,14 @@ class Trace:
                 "Restore the file, or capture again."
             )
         return file
+
+    def _done_file(self, name: str, chunk: int, axes: int) -> Path:
+        """Where the file of a chunk that is done lies."""
+        if not 0 <= chunk < self.header.chunks:
+            raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
+        if not self.done[chunk]:
+            raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
+        return chunk_file(self.path, name, chunk, axes)
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
@@ -595,14 +727,21 @@ def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[Array, NDArray[np
     int8 is the number over the scale, the largest magnitude of its (sample, timestep) over 127. A row that is not
     finite is stored as zeros; its norm says that it is not to be ranked.
     """
-    finite = np.asarray(np.isfinite(grad).all(axis=2))
-    if not finite.all():
-        grad = np.where(finite[:, :, None], grad, 0)
+    # Sample by sample: each is read several times, and lies in the cache after the first.
+    values = np.empty(grad.shape, dtype)
     scale = np.ones(grad.shape[:2], np.float32)
-    if dtype != "int8":
-        return grad.astype(dtype), scale
-    scale = (np.abs(grad).max(axis=2) / 127).astype(np.float32)
-    return np.rint(grad / np.where(scale > 0, scale, 1)[:, :, None]).clip(-127, 127).astype(np.int8), scale
+    room = np.empty(grad.shape[1:], np.float32)
+    for row, stored, own in zip(grad, values, scale, strict=True):
+        largest = np.maximum(row.max(axis=1), -row.min(axis=1))
+        if not (finite := np.isfinite(largest)).all():
+            row, largest = np.where(finite[:, None], row, 0), np.where(finite, largest, 0)
+        if dtype != "int8":
+            stored[...] = row
+            continue
+        own[...] = largest / 127
+        np.divide(row, np.where(own > 0, own, 1)[:, None], out=room)
+        stored[...] = np.rint(room, out=room).clip(-127, 127, out=room)
+    return values, scale
 
 
 def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
@@ -619,7 +758,10 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
     """What `dmin-trace info` shows of a store: names and values."""
     header = trace.header
     rows = sum(len(header.rows(chunk)) for chunk in trace.chunks_done)
-    sketch = len(header.timesteps) * header.dimension * np.dtype(header.dtype).itemsize
+    sketch: float = header.sample_bytes
+    if header.codec != "none" and rows:
+        files = [chunk_file(trace.path, "grad", chunk, 3) for chunk in trace.chunks_done]
+        sketch = sum(file.stat().st_size for file in files if file.is_file()) / rows or sketch
     whole = len(header.timesteps) * header.projection.length * 4
     state = "complete" if trace.complete else f"unfinished: {int(trace.done.sum())} of {header.chunks} chunks are done"
     # A capture that has only begun has no rows to look at.
@@ -629,8 +771,15 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
         ("gradient", f"{header.projection.length:,} numbers in {len(header.parameters.names):,} tensors"),
         ("compressed", f"to {header.dimension:,} numbers of {header.dtype}, projection {header.projection.kind}"),
-        ("a sample", f"{sketch:,} bytes; {whole / sketch:,.0f} times smaller than its gradients in float32"),
-        ("the store", f"{trace.bytes:,} bytes in {header.chunks} chunks of {header.chunk_rows} samples"),
+        (
+            "a sample",
+            f"{sketch:,.0f} bytes; its gradients in float32 have {whole:,}, {whole / sketch:,.4g} times as many",
+        ),
+        ("the store", f"{trace.bytes:,} bytes, codec {header.codec}"),
+        (
+            "chunks",
+            f"{header.chunks:,} of {header.chunk_rows:,} samples, {header.chunk_rows * header.sample_bytes:,} bytes",
+        ),
         ("precondition", header.precondition),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
         ("the script draws", _calls(header.noise.draws[0])),
@@ -718,6 +867,7 @@ class _Array(NamedTuple):
     dtype: str
     chunks: tuple[int, ...]
     fill: str | int | float
+    packed: bool = False
 
 
 def _arrays(header: Header) -> dict[str, _Array]:
@@ -725,7 +875,13 @@ def _arrays(header: Header) -> dict[str, _Array]:
     count, slots, rows = header.samples, len(header.timesteps), header.chunk_rows
     empty = 0 if header.dtype == "int8" else math.nan
     arrays = {
-        "grad": _Array((count, slots, header.dimension), header.dtype, (rows, slots, header.dimension), empty),
+        "grad": _Array(
+            (count, slots, header.dimension),
+            header.dtype,
+            (rows, slots, header.dimension),
+            empty,
+            packed=header.codec != "none",
+        ),
         "norm": _Array((count, slots), "float32", (rows, slots), math.nan),
         "loss": _Array((count, slots), "float32", (rows, slots), math.nan),
         "sample": _Array((count,), "int64", (rows,), -1),
@@ -787,12 +943,13 @@ def _check_array(path: Path, name: str, expected: _Array) -> None:
     codec = "vlen-utf8" if expected.dtype == "string" else "bytes"
     little = codec, {"endian": "little"}
     # Versions of Zarr write what is a default, or leave it out.
+    packed = [("blosc", {"typesize": np.dtype(expected.dtype).itemsize, **PACKING})] if expected.packed else []
     choices: dict[str, list[object]] = {
         "shape": [list(expected.shape)],
         "data_type": [expected.dtype],
         "chunk_grid": [grid],
         "chunk_key_encoding": [("default", {"separator": "/"}), ("default", {})],
-        "codecs": [[(codec, {}), ("crc32c", {})], [little, ("crc32c", {})]],
+        "codecs": [[(codec, {}), *packed, ("crc32c", {})], [little, *packed, ("crc32c", {})]],
     }
     for name_of_fact, right in choices.items():
         value = metadata.get(name_of_fact)
@@ -828,7 +985,7 @@ def _column_kind(reader: _Attributes, kind: str) -> ColumnKind:
 
 def _create_arrays(path: Path, header: Header) -> None:
     import zarr
-    from zarr.codecs import Crc32cCodec
+    from zarr.codecs import BloscCodec, Crc32cCodec
 
     attributes = {"format": FORMAT, "version": VERSION, **header.to_attributes(), "complete": False}
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
@@ -839,7 +996,7 @@ def _create_arrays(path: Path, header: Header) -> None:
             shape=array.shape,
             dtype=array.dtype,
             chunks=array.chunks,
-            compressors=[Crc32cCodec()],
+            compressors=[*([BloscCodec(**cast(Any, PACKING))] if array.packed else []), Crc32cCodec()],
             fill_value=array.fill,
         )
 
@@ -860,9 +1017,13 @@ def _read_done(path: Path, header: Header) -> NDArray[np.bool_]:
     done = np.zeros(header.chunks, np.bool_)
     folder = path / "done" / "c"
     for file in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch("0|[1-9][0-9]{0,9}", file.name) and int(file.name) < header.chunks and file.is_file():
-            done[int(file.name)] = file.stat().st_size == 1 + TRAILER and file.read_bytes()[:1] == b"\x01"
+        if re.fullmatch("0|[1-9][0-9]{0,9}", file.name) and int(file.name) < header.chunks:
+            done[int(file.name)] = _is_done(file)
     return done
+
+
+def _is_done(mark: Path) -> bool:
+    return mark.is_file() and mark.stat().st_size == 1 + TRAILER and mark.read_bytes()[:1] == b"\x01"
 
 
 @contextmanager

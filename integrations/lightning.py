@@ -64,6 +64,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
         projection: str | None = None,
         seed: int | None = None,
         precondition: str | None = None,
+        codec: str | None = None,
         columns: Sequence[str] | None = None,
         strict: bool = False,
     ) -> None:
@@ -71,7 +72,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
 
         Args:
             out: the store.
-            timesteps, dimension, dtype, projection, seed, precondition, columns: see `dmin_trace.Settings`.
+            timesteps, dimension, dtype, projection, seed, precondition, codec, columns: see `dmin_trace.Settings`.
             strict: raise an error during the capture, instead of logging it.
 
         Raises SettingsError for a setting that cannot be meant.
@@ -86,6 +87,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
                 "projection": projection,
                 "seed": seed,
                 "precondition": precondition,
+                "codec": codec,
                 "columns": columns,
             }
         )

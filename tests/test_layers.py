@@ -36,6 +36,7 @@ ALLOWED = {
         "hnsw": "",
         "index": "errors hnsw score store",
         "report": "errors",
+        "pack": "commands compress errors settings store",
         "questions": "errors",
         "capture": "body columns commands errors frozen gradients integrations loop randomness recorder settings store "
         "weights",
@@ -44,7 +45,7 @@ ALLOWED = {
         "launch": "capture commands errors loop",
         "query": "commands errors index integrations questions report score store",
         "demo": "errors query report store",
-        "cli": "commands demo errors estimate index launch query questions report score settings store version",
+        "cli": "commands demo errors estimate index launch pack query questions report score settings store version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_store import DTYPES, dequantised, make_header, make_rows, write, write_store
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dmin_trace import score
 from dmin_trace.errors import QueryError, TraceError
@@ -41,11 +43,12 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("count, k", [(1, 1), (1, 203), (5, 10), (70, 3)])
-@pytest.mark.parametrize("block", [score.BLOCK, 128 * 5])
+@pytest.mark.parametrize("part, tile", [(score.PART, score.TILE), (5 * 4 * 128, 250)])
 def test_scores_are_those_of_plain_numpy(
-    stored: Trace, count: int, k: int, block: int, monkeypatch: pytest.MonkeyPatch
+    stored: Trace, count: int, k: int, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score, "BLOCK", block)
+    monkeypatch.setattr(score, "PART", part)
+    monkeypatch.setattr(score, "TILE", tile)
     queries = make_queries(stored, count)
     ranking = exact(stored, queries, k)
     slots, products = by_hand(stored.path, queries, k)
@@ -57,6 +60,64 @@ def test_scores_are_those_of_plain_numpy(
     assert np.allclose(ranking.scores, shares.sum(axis=2), rtol=1e-5, atol=1e-6)
     assert np.allclose(ranking.shares.sum(axis=2), ranking.scores, rtol=1e-5, atol=1e-6)
     assert (np.diff(ranking.scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_store_gives_the_same_answer(tmp_path: Path, dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = make_header(samples=50, timesteps=3, dimension=256, dtype=dtype, rows=16)
+    plain = write_store(tmp_path / "plain", header, make_rows(header))
+    packed = write_store(tmp_path / "packed", dataclasses.replace(header, codec="blosc"), make_rows(header))
+    queries = make_queries(plain, 9)
+    unpacked: list[int] = []
+    real = Trace._unpacked
+    monkeypatch.setattr(Trace, "_unpacked", lambda self, chunk: (unpacked.append(chunk), real(self, chunk))[1])
+    one, other = exact(plain, queries, 7), exact(packed, queries, 7, threads=1)
+    for name in ("slots", "scores", "shares"):
+        assert np.array_equal(getattr(one, name), getattr(other, name))
+    # Once for the scan and once for the candidates, however many there are in a chunk.
+    assert sorted(unpacked) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_half_precision_is_converted_as_numpy_does() -> None:
+    """Every float16 there is."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    memory = np.empty(2**16, np.float32)
+    for numbers in (finite, finite[::3], finite[: 2 * 31000].reshape(2, -1)[:, ::2]):
+        converted, expected = score._converted(numbers, memory), numbers.astype(np.float32)
+        assert np.array_equal(converted.view(np.int32), expected.view(np.int32))
+    for value in every[~np.isfinite(every)]:
+        assert not np.isfinite(score._converted(np.array([[1, value, 2]], np.float16), memory)[0, 1])
+
+
+def test_the_threads_of_the_users_process_are_as_before(stored: Trace) -> None:
+    def limits() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    with threadpool_limits(2, "blas"):
+        before = limits()
+        during: list[list[int]] = []
+        exact(stored, make_queries(stored, 2), 3, progress=lambda _: during.append(limits()))
+        assert limits() == before and before
+        assert all(set(found) == {1} for found in during)
+        damaged = make_queries(stored, 1)
+        with pytest.raises(ZeroDivisionError):
+            exact(stored, damaged, 3, progress=lambda _: 1 // 0)  # type: ignore[arg-type, return-value]
+        assert limits() == before
+
+
+def test_queries_are_not_copied(tmp_path: Path) -> None:
+    """64 queries of v = 2^16 are 168 MB: a second copy of them would be most of the memory."""
+    header = make_header(samples=64, timesteps=2, dimension=2**14, rows=16)
+    trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    queries = make_queries(trace, 128)
+    assert trace.rankable.all()
+    tracemalloc.start()
+    exact(trace, queries, 5, threads=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert queries.nbytes == 2**24
+    assert peak < 2**23
 
 
 def test_the_number_of_threads_changes_nothing(stored: Trace) -> None:
@@ -186,6 +247,14 @@ def test_damage_is_an_error_and_no_ranking(tmp_path: Path) -> None:
         with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
             exact(open_trace(trace.path), queries, 1)
     scale.write_bytes(whole)
+    for dtype in ("float16", "float32"):
+        header = make_header(samples=40, rows=8, dtype=dtype)  # type: ignore[arg-type]
+        floats = write_store(tmp_path / dtype, header, make_rows(header))
+        grad = chunk_file(floats.path, "grad", 3, 3)
+        for value in (np.nan, np.inf, -np.inf):
+            grad.write_bytes(np.array(value, dtype).tobytes() + grad.read_bytes()[np.dtype(dtype).itemsize :])
+            with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
+                exact(floats, queries, 1)
     grad = chunk_file(trace.path, "grad", 3, 3)
     grad.write_bytes(grad.read_bytes()[:-1])
     with pytest.raises(TraceError, match="chunk 3 of grad has"):

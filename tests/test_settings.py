@@ -29,6 +29,7 @@ from dmin_trace.settings import Settings, make_settings
         ({"dtype": "bfloat16"}, "int8, float16, float32"),
         ({"projection": "dense"}, "rotation, uniform"),
         ({"precondition": "adam"}, "none"),
+        ({"codec": "zstd"}, "none, blosc"),
         ({"columns": "label"}, "names of dataset columns"),
         ({"columns": ["../label"]}, "names of dataset columns"),
         ({"size": 3}, "size is no setting"),

@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dmin_trace.errors import TraceError
-from dmin_trace.settings import Dtype
+from dmin_trace.settings import Codec, Dtype
 from dmin_trace.store import (
     Header,
     NoiseFacts,
@@ -179,6 +180,98 @@ def test_what_is_written_comes_back_and_is_ordinary_zarr(tmp_path: Path, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_store_is_ordinary_zarr_too(tmp_path: Path, dtype: Dtype) -> None:
+    header = make_header(samples=10, timesteps=3, dimension=512, dtype=dtype)
+    rows = make_rows(header)
+    rows.grad[4:8] = 0
+    plain = write_store(tmp_path / "plain.zarr", header, rows)
+    packed = write_store(tmp_path / "packed.zarr", dataclasses.replace(header, codec="blosc"), rows)
+    assert packed.header.codec == "blosc"
+    group: Any = zarr.open_group(packed.path, mode="r")
+    whole: Any = zarr.open_group(plain.path, mode="r")
+    assert np.array_equal(group["grad"][:], whole["grad"][:])
+    assert [type(codec).__name__ for codec in group["grad"].compressors] == ["BloscCodec", "Crc32cCodec"]
+    for chunk in range(3):
+        assert np.array_equal(packed.grad_chunk(chunk), plain.grad_chunk(chunk))
+        data = chunk_file(packed.path, "grad", chunk, 3).read_bytes()
+        assert data[-4:] == crc32c(data[:-4])
+    # Rows of zeros, which are not random.
+    assert len(chunk_file(packed.path, "grad", 1, 3).read_bytes()) < 200
+    order = np.array([9, 0, 3, 4, 0])
+    assert np.array_equal(packed.rows(order), plain.rows(order))
+    shown = dict(facts(packed))
+    size = sum(chunk_file(packed.path, "grad", chunk, 3).stat().st_size for chunk in range(3))
+    assert shown["the store"] == f"{packed.bytes:,} bytes, codec blosc"
+    assert shown["a sample"].startswith(f"{size / 10:,.0f} bytes; its gradients in float32 have 60,000, ")
+    assert shown["chunks"] == f"3 of 4 samples, {4 * header.sample_bytes:,} bytes"
+
+
+@pytest.mark.parametrize("codec", ["none", "blosc"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_parts_of_a_chunk_are_the_chunk(tmp_path: Path, codec: Codec, rows: int) -> None:
+    header = make_header(dtype="float16", codec=codec)
+    trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    memory = np.empty(rows * header.sample_bytes, np.uint8)
+    # Read, then mapped, then from the map that was kept.
+    for chunk in (0, 1, 2) * 3:
+        parts = [np.array(part) for part in trace.grad_parts(chunk, rows, memory)]
+        assert [len(part) for part in parts[:-1]] == [rows] * (len(parts) - 1)
+        assert np.array_equal(np.concatenate(parts), trace.grad_chunk(chunk))
+
+
+def test_few_maps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dmin_trace.store.MOST_MAPS", 2)
+    header = make_header(samples=20)
+    trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    memory = np.empty(4 * header.sample_bytes, np.uint8)
+    for turn in range(3):
+        mapped = []
+        for chunk in range(5):
+            (part,) = trace.grad_parts(chunk, 4, memory)
+            mapped.append(isinstance(part, np.memmap))
+            assert np.array_equal(part, trace.grad_chunk(chunk))
+        assert mapped == ([False] * 5 if turn == 0 else [True, True, False, False, False])
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """A map of it would end the process."""
+    header = make_header()
+    trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    parts = trace.grad_parts(1, 1, np.empty(header.sample_bytes, np.uint8))
+    next(parts)
+    os.truncate(chunk_file(trace.path, "grad", 1, 3), header.sample_bytes + 10)
+    with pytest.raises(TraceError, match="chunk 1 of grad became shorter while read"):
+        next(parts)
+
+
+def test_a_chunk_is_written_without_looking_at_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store of ten thousand chunks would otherwise read its marks a hundred million times."""
+    header = make_header(samples=200, rows=1)
+    writer = create(tmp_path / "trace.zarr", header)
+    rows = make_rows(header)
+    monkeypatch.setattr("dmin_trace.store._read_done", lambda *_: pytest.fail("all marks were read"))
+    for chunk in range(5):
+        write(writer, rows, chunk)
+    with pytest.raises(TraceError, match="Chunk 3 is no chunk"):
+        write(writer, rows, 3)
+
+
+def test_stored_numbers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    header = make_header()
+    rows = make_rows(header)
+    writer = create(tmp_path / "trace.zarr", header)
+    values, scale = quantise(rows.grad[:4], "int8")
+    columns = {name: column[:4] for name, column in rows.columns.items()}
+    rest = (rows.norm[:4], rows.loss[:4], rows.sample[:4], columns)
+    with pytest.raises(TraceError, match="was given float32 numbers; expected int8"):
+        writer.write_stored(0, rows.grad[:4], scale, *rest)
+    with pytest.raises(TraceError, match="was given scales of shape"):
+        writer.write_stored(0, values, scale[:, :2], *rest)
+    writer.write_stored(0, values, scale, *rest)
+    assert writer.pending() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chunk_file_is_the_array_and_its_checksum(tmp_path: Path, dtype: Dtype) -> None:
     header = make_header(dtype=dtype)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
@@ -239,6 +332,21 @@ def test_values_that_no_file_can_hold_do_not_stop_a_capture(tmp_path: Path) -> N
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     assert trace.column("caption") == ["lone ?", "b"]
     assert trace.column("label") == [-1, -1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_stored_is_the_number_over_the_scale(dtype: Dtype) -> None:
+    """The definition, all at once in float64."""
+    grad = make_rows(make_header(samples=9)).grad
+    grad[2, 1] = 0
+    grad[4, 0, 3] = np.nan
+    values, scale = quantise(grad, dtype)
+    clean = np.where(np.isfinite(grad).all(axis=2, keepdims=True), grad, 0).astype(np.float64)
+    step = np.abs(clean).max(axis=2) / 127 if dtype == "int8" else np.ones((9, 3))
+    expected = clean / np.where(step > 0, step, 1)[:, :, None]
+    assert np.allclose(scale, step, rtol=1e-6)
+    assert np.array_equal(values, np.rint(expected) if dtype == "int8" else expected.astype(dtype))
+    assert values.dtype == dtype and np.isnan(grad[4, 0, 3])
 
 
 @given(grad=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=16, max_size=16))
@@ -315,6 +423,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "samples": {"samples": 11},
     "timesteps": {"timesteps": (0.5, 100.5, 300.0)},
     "dtype": {"dtype": "float16"},
+    "codec": {"codec": "blosc"},
     "chunk_rows": {"chunk_rows": 2},
     "projection.seed": {"projection": ProjectionFacts(kind="rotation", seed=4, length=5000, fingerprint="a" * 64)},
     "weights": {"weights": "d" * 64},
@@ -359,11 +468,22 @@ def test_a_chunk_is_marked_done_after_everything_else_is_on_disk(
     write(writer, make_rows(header), 1)
     files = ["grad/c/1/0/0", "scale/c/1/0", "norm/c/1/0", "loss/c/1/0", "sample/c/1"]
     files += ["meta/caption/c/1", "meta/label/c/1", "meta/weight/c/1", "done/c/1"]
-    assert [name for name in synced if (path / name).is_file()] == files
-    # A new file is kept only if the folders that name it are synced too, after it.
-    for folder, file in (("grad/c/1/0", files[0]), ("grad/c/1", files[0]), ("grad/c", files[0]), ("done/c", files[-1])):
-        assert synced.index(folder) > synced.index(file)
-    assert synced.index("grad") < synced.index("scale/c/1/0")
+    assert sorted(name for name in synced if (path / name).is_file()) == sorted(files)
+    # A new file is kept only if the folders that name it are synced too.
+    for folder in (
+        "grad/c/1/0",
+        "grad/c/1",
+        "grad/c",
+        "grad",
+        "norm/c/1",
+        "sample/c",
+        "meta/label/c",
+        "done/c",
+        "done",
+    ):
+        assert folder in synced
+    late = ["done", "done/c", "done/c/1"]
+    assert sorted(synced[-3:]) == late and not set(late) & set(synced[:-3])
 
 
 @pytest.mark.parametrize("broken", ["grad", "norm", "sample", "meta/weight"])
@@ -661,6 +781,7 @@ WRONG: dict[str, tuple[str, ...]] = {
     "dimension": ("0", "1" + "0" * 15, "-32"),
     "dtype": ('"object"', '"|O"', '["int8"]', "{}"),
     "chunk_rows": ("0", "-4", "4.0"),
+    "codec": ('"zstd"', '["blosc"]', "1"),
     "projection.kind": ('"other"', "1"),
     "parameters.shapes": ("[[70, 70]]", "[[70, -70], [100]]", "[[70.0], [1]]", "[1, 2]"),
     "noise.draws": ("[]", '[["randn"], [], []]', '[[["randn", "x"]], [], []]'),
@@ -719,6 +840,106 @@ def test_a_header_and_arrays_that_agree_on_a_lie_allocate_nothing(finished: Path
             assert peak < 2**21
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store whose chunks are packed, and large enough for Blosc to take the trouble."""
+    path = tmp_path_factory.mktemp("packed") / "trace.zarr"
+    header = make_header(dimension=1024, dtype="float32", codec="blosc")
+    write_store(path, header, make_rows(header))
+    return path
+
+
+def with_checksum(frame: bytes) -> bytes:
+    return frame + google_crc32c.value(frame).to_bytes(4, "little")
+
+
+def number(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+FRAMES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "unpacks to more": (lambda f: f[:4] + number(2**31 - 17) + f[8:], "claims 2147483631 bytes in"),
+    "unpacks to less": (lambda f: f[:4] + number(49148) + f[8:], "claims 49148 bytes in .*expected 49152"),
+    "is said to be longer": (lambda f: f[:12] + number(2**30) + f[16:], "claims 49152 bytes in 1073741824"),
+    "has no blocks": (lambda f: f[:8] + number(0) + f[12:], "claims 49152"),
+    "has a block larger than itself": (lambda f: f[:8] + number(2**31 - 1) + f[12:], "claims 49152"),
+    "is cut short": (lambda f: f[:-100], "claims 49152 bytes in"),
+    "is cut short and says so": (lambda f: f[:12] + number(len(f) - 100) + f[16:-100], "cannot be unpacked"),
+    "is a header alone": (lambda f: f[:12] + number(16) + f[16:16], "cannot be unpacked"),
+    "is of another format": (lambda f: b"\xff" + f[1:], "cannot be unpacked"),
+    "is empty": (lambda f: b"", "has 4 bytes, expected at most 49172"),
+    "is longer than any": (lambda f: f + bytes(49152), "bytes, expected at most 49172"),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_that_lies_is_refused_before_anything_is_allocated(packed: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(packed, tmp_path / "trace.zarr")
+    trace = open_trace(tmp_path / "trace.zarr")
+    file = chunk_file(trace.path, "grad", 1, 3)
+    forge, message = FRAMES[name]
+    file.write_bytes(with_checksum(forge(file.read_bytes()[:-4])))
+    trace.rows(np.array([0]))
+    tracemalloc.start()
+    for read in (lambda: trace.grad_chunk(1), lambda: trace.rows(np.array([5])), lambda: list(parts_of(trace, 1))):
+        with pytest.raises(TraceError, match=f"is damaged: chunk 1 of grad .*{message}"):
+            read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def parts_of(trace: Trace, chunk: int) -> Iterator[np.ndarray]:
+    return trace.grad_parts(chunk, 2, np.empty(0, np.uint8))
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "trace.zarr")
+    trace = open_trace(tmp_path / "trace.zarr")
+    file = chunk_file(trace.path, "grad", 1, 3)
+    whole = file.read_bytes()
+    for place in (0, 5, 13, 16, 20, len(whole) // 2, len(whole) - 5, len(whole) - 4, len(whole) - 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(TraceError, match="does not have the numbers of its checksum"):
+            trace.grad_chunk(1)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_frame_from_anybody_gives_an_error_or_numbers(packed: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """Whoever can write a file can write its checksum."""
+    if not (tmp_path / "trace.zarr").exists():
+        shutil.copytree(packed, tmp_path / "trace.zarr")
+    trace = open_trace(tmp_path / "trace.zarr")
+    frame = bytearray(chunk_file(packed, "grad", 1, 3).read_bytes()[:-4])
+    near = st.integers(0, 200) if data.draw(st.booleans()) else st.integers(0, len(frame) - 1)
+    for _ in range(data.draw(st.integers(1, 6))):
+        frame[data.draw(near)] = data.draw(st.integers(0, 255))
+    chunk_file(trace.path, "grad", 1, 3).write_bytes(with_checksum(bytes(frame)))
+    try:
+        assert trace.grad_chunk(1).shape == (4, 3, 1024)
+    except TraceError as error:
+        assert "chunk 1 of grad" in str(error)
+
+
+def test_the_codec_of_the_header_is_that_of_the_array(finished: Path, packed: Path, tmp_path: Path) -> None:
+    for path, codec in ((finished, "blosc"), (packed, "none")):
+        shutil.copytree(path, tmp_path / codec)
+        change(tmp_path / codec, lambda metadata, codec=codec: metadata["attributes"].update(codec=codec))
+        with pytest.raises(TraceError, match="the codecs of grad is .*; expected"):
+            open_trace(tmp_path / codec)
+
+
+def test_packed_chunks_are_not_larger_than_memory_is_made_for(tmp_path: Path) -> None:
+    for header in (
+        make_header(samples=2**20, dimension=2**20, rows=2**8, codec="blosc"),
+        make_header(samples=2, timesteps=200, dimension=2**24, rows=1, codec="blosc"),
+    ):
+        with pytest.raises(TraceError, match="its attribute codec is 'blosc'; expected none for chunks of more than"):
+            create(tmp_path / "trace.zarr", header)
+    create(tmp_path / "trace.zarr", make_header(samples=2, timesteps=20, dimension=2**22, rows=1, codec="blosc"))
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -766,7 +987,7 @@ def test_attributes_from_anybody_give_an_error_or_a_store(finished: Path, tmp_pa
     assert peak < 2**22
 
 
-def test_reading_needs_no_zarr(finished: Path) -> None:
+def test_reading_needs_no_zarr(finished: Path, packed: Path) -> None:
     """Its pipeline would believe the metadata, and importing it takes longer than reading."""
     import subprocess
     import sys
@@ -775,4 +996,5 @@ def test_reading_needs_no_zarr(finished: Path) -> None:
         "import sys; from dmin_trace.store import open_trace, facts; trace = open_trace(sys.argv[1]); trace.norm; "
         "trace.column('caption'); trace.grad_chunk(0); facts(trace); sys.exit('zarr' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(finished)], check=False).returncode == 0
+    for path in (finished, packed):
+        assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0

@@ -138,9 +138,13 @@ def make_sure(vae: Any) -> None:
 
 def unet(**more: Any) -> UNet2DConditionModel:
     """Stable Diffusion's kind of UNet."""
-    given = {"cross_attention_dim": 32, "attention_head_dim": 8, "sample_size": 8} | more
+    given = {
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+    } | more
     return UNet2DConditionModel(
-        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -160,13 +164,13 @@ def unconditional(folder: Path) -> None:
     ).save_config(folder)
 
 
-def sd1(folder: Path) -> None:
+def sd1(folder: Path, channels: tuple[int, int] = (32, 64)) -> None:
     """Stable Diffusion 1."""
     diffusers.StableDiffusionPipeline(
         vae=autoencoder(4),
         text_encoder=clip_text(),
         tokenizer=clip_tokenizer(),
-        unet=unet(),
+        unet=unet(block_out_channels=channels),
         scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
         safety_checker=None,
         feature_extractor=None,
@@ -413,6 +417,8 @@ def write_videos(folder: Path) -> None:
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "unconditional": unconditional,
     "sd1": sd1,
+    # Of the UNet's and the autoencoder's work, shares as they are at full size.
+    "sd1_wide": partial(sd1, channels=(128, 256)),
     "sdxl": sdxl,
     # A ControlNet makes its picture 8 times smaller, and so must the autoencoder.
     "sdxl_eighth": partial(sdxl, levels=4),

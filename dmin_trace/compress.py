@@ -38,8 +38,11 @@ WIDTH = 2**17
 ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
 
-JOINED = 2**15
-"""Smaller tensors are laid end to end first: a model has hundreds of them, and the calls would be the cost."""
+SMALL = 2**16
+"""Tensors with fewer elements are laid end to end first: a model has hundreds of them, whose calls would be the cost."""
+
+JOINED = 2**18
+"""As many elements are laid end to end at the most."""
 
 PART = 2**18
 """Elements that are converted to float32, squared and added at a time: few calls, and read once into the cache."""
@@ -251,20 +254,26 @@ def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     small: list[torch.Tensor] = []
     count = 0
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        del tensor
-        fits = flat.numel() < JOINED and (not small or (flat.dtype, flat.device) == (small[0].dtype, small[0].device))
-        if small and (not fits or count + flat.numel() > JOINED):
-            yield small[0] if len(small) == 1 else torch.cat(small)
+        size = tensor.numel()
+        is_small = size < SMALL
+        if small and not (
+            is_small and count + size <= JOINED and tensor.dtype == small[0].dtype and tensor.device == small[0].device
+        ):
+            yield _laid_end_to_end(small)
             small, count = [], 0
-        if flat.numel() < JOINED:
-            small.append(flat)
-            count += flat.numel()
+        if is_small:
+            small.append(tensor)
+            count += size
         else:
-            yield flat
-        del flat
+            yield tensor.detach().reshape(-1)
+        del tensor
     if small:
-        yield small[0] if len(small) == 1 else torch.cat(small)
+        yield _laid_end_to_end(small)
+
+
+def _laid_end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _add_rows(

@@ -39,7 +39,7 @@ ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
 
 SMALL = 2**16
-"""Tensors with fewer elements are laid end to end first: a model has hundreds of them, whose calls would be the cost."""
+"""Tensors with fewer elements are laid end to end first: a model has hundreds, whose calls would be the cost."""
 
 JOINED = 2**18
 """As many elements are laid end to end at the most."""
@@ -255,7 +255,8 @@ def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     count = 0
     for tensor in tensors:
         size = tensor.numel()
-        is_small = size < SMALL
+        # Autocast has no idea of a cat in float64.
+        is_small = size < SMALL and tensor.dtype != torch.float64
         if small and not (
             is_small and count + size <= JOINED and tensor.dtype == small[0].dtype and tensor.device == small[0].device
         ):
@@ -272,6 +273,8 @@ def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _laid_end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if len(tensors) == 1:
+        return tensors[0].detach().reshape(-1)
     with torch.no_grad():
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
 

@@ -724,8 +724,10 @@ def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Tra
 def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[Array, NDArray[np.float32]]:
     """Turns sketches (n, T, v) into what is stored, and their scales (n, T).
 
-    int8 is the number over the scale, the largest magnitude of its (sample, timestep) over 127. A row that is not
-    finite is stored as zeros; its norm says that it is not to be ranked.
+    int8 is the number over a step, the largest magnitude of its (sample, timestep) over 127, rounded. The scale is the
+    step, corrected by what rounding did to the norm (a thousandth or so), so that a sketch of norm one is one of norm
+    one in the store, and a sample's score with itself is exact. A row that is not finite is stored as zeros; its norm
+    says that it is not to be ranked.
     """
     # Sample by sample: each is read several times, and lies in the cache after the first.
     values = np.empty(grad.shape, dtype)
@@ -738,9 +740,12 @@ def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[Array, NDArray[np
         if dtype != "int8":
             stored[...] = row
             continue
-        own[...] = largest / 127
-        np.divide(row, np.where(own > 0, own, 1)[:, None], out=room)
+        step = largest / 127
+        np.divide(row, np.where(step > 0, step, 1)[:, None], out=room)
+        before = np.vecdot(room, room)
         stored[...] = np.rint(room, out=room).clip(-127, 127, out=room)
+        after = np.vecdot(room, room)
+        own[...] = step * np.sqrt(before / np.where(after > 0, after, 1))
     return values, scale
 
 

@@ -175,7 +175,9 @@ def test_what_is_written_comes_back_and_is_ordinary_zarr(tmp_path: Path, dtype: 
     assert np.allclose(trace.rows(order), expected[order], rtol=1e-6, atol=0)
     if dtype == "float32":
         assert np.array_equal(trace.rows(np.arange(10)), rows.grad)
-    bound = {"int8": np.abs(rows.grad).max(axis=2, keepdims=True) / 254, "float16": 2**-11 * np.abs(rows.grad) + 2**-25}
+    half = np.abs(rows.grad).max(axis=2, keepdims=True) / 254
+    # Of int8 half a step, and what the norm is corrected by.
+    bound = {"int8": half + 0.01 * np.abs(rows.grad), "float16": 2**-11 * np.abs(rows.grad) + 2**-25}
     assert (np.abs(expected - rows.grad) <= bound.get(dtype, np.zeros(1)) * (1 + 1e-5)).all()
 
 
@@ -344,8 +346,14 @@ def test_what_is_stored_is_the_number_over_the_scale(dtype: Dtype) -> None:
     clean = np.where(np.isfinite(grad).all(axis=2, keepdims=True), grad, 0).astype(np.float64)
     step = np.abs(clean).max(axis=2) / 127 if dtype == "int8" else np.ones((9, 3))
     expected = clean / np.where(step > 0, step, 1)[:, :, None]
-    assert np.allclose(scale, step, rtol=1e-6)
     assert np.array_equal(values, np.rint(expected) if dtype == "int8" else expected.astype(dtype))
+    if dtype == "int8":
+        assert np.allclose(scale, step, rtol=0.02)
+        # Norms are kept.
+        stored = np.linalg.norm(values.astype(np.float64) * scale[:, :, None], axis=2)
+        assert np.allclose(stored, np.linalg.norm(clean, axis=2), rtol=1e-5)
+    else:
+        assert np.array_equal(scale, step)
     assert values.dtype == dtype and np.isnan(grad[4, 0, 3])
 
 
@@ -354,8 +362,10 @@ def test_int8_is_off_by_half_a_step_at_most(grad: list[float]) -> None:
     given_row = np.array(grad, np.float32).reshape(1, 1, 16)
     values, scale = quantise(given_row, "int8")
     step = np.abs(given_row).max() / 127
-    error = np.abs(values.astype(np.float64) * scale[0, 0] - given_row).max()
+    error = np.abs(values.astype(np.float64) * step - given_row).max()
     assert error <= step * 0.5001 + 127 * 2.0**-149
+    # Half a step in each of 16 numbers moves the norm, 127 steps or more, by two steps at the most.
+    assert abs(scale[0, 0] - step) <= step * (2 / 127) * 1.05 + 2.0**-149
     assert values.dtype == np.int8 and values.min() >= -127
 
 

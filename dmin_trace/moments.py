@@ -167,6 +167,8 @@ def _saved_moments(optimizer: torch.optim.Optimizer, path: Path) -> Iterator[Mom
     try:
         # Mapped: what is not looked at, such as the first moment, is not read.
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            raise TypeError(f"it holds a {type(saved).__name__}")
         states, saved_groups = saved["state"], saved["param_groups"]
         numbers = [list(group["params"]) for group in saved_groups]
         found = [states.get(number) for group in numbers for number in group]

@@ -22,20 +22,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dmin_trace import store
+from dmin_trace import moments, precondition, store
 from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.commands import Job, current_command, remember
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, SettingsError
 from dmin_trace.frozen import FrozenModules
 from dmin_trace.gradients import LOSS_SCALE
 from dmin_trace.integrations import diffusers
 from dmin_trace.loop import Ending, LoopDriver
+from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Slot, make_slots, seed_of
 from dmin_trace.recorder import Processes, Recorder
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Trace
-from dmin_trace.weights import find_trainable
+from dmin_trace.weights import Trainable, find_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def attach(
         The loop driver, whose `remove()` detaches again.
 
     Raises:
-        AttachError: attached already, or no way to know where to write and when the training ends.
+        AttachError: attached already, or no way to know where to write and when the training ends. With
+            precondition="adam" `accelerator.prepare` raises it too, for an optimizer that keeps no second moment.
         SettingsError: a setting that cannot be meant.
         TraceError: `out` exists already, or cannot be written.
     """
@@ -184,6 +186,7 @@ class Capture:
             settings={**line.settings, **own.settings},
             out=own.out or line.out,
             weights=own.weights,
+            optimizer=own.optimizer,
             like=own.like,
             max_train_steps=own.max_train_steps or line.max_train_steps,
             num_epochs=own.num_epochs or line.num_epochs,
@@ -238,6 +241,11 @@ class Capture:
 
     # -- loop.Work -------------------------------------------------------------------------------------------------
 
+    def prepared(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Refuses, before the training, an optimizer whose second moment will be wanted and will not be there."""
+        if self.settings.precondition == "adam" and self.like is None:
+            moments.refuse_optimizers(optimizers)
+
     def begin(self, driver: LoopDriver) -> list[int]:
         """Fixes the weights, saves them, and says which samples this process captures."""
         self._models = [driver.unwrap(model) for model in driver.models]
@@ -264,6 +272,7 @@ class Capture:
         self._recorder = Recorder(
             self.settings,
             trainable,
+            self._preconditioner(trainable, driver.optimizers, out),
             Columns(dataset, self.settings.columns),
             out=out,
             samples=len(dataset),
@@ -370,6 +379,34 @@ class Capture:
     def weights_path(self) -> Path | None:
         """Where the trainable tensors are written, beside the store."""
         return None if self.out is None else store.weights_beside(self.out)
+
+    def _preconditioner(
+        self, trainable: Trainable, optimizers: Sequence[torch.optim.Optimizer], out: Path
+    ) -> Preconditioner:
+        """What is done to the gradients, with the weights of the capture in the trainables.
+
+        For adam it is the moment of the raw weights also where averaged ones (EMA) are captured: the training moved
+        those by it, and the average has none.
+        """
+        kind, job = self.settings.precondition, self.job
+        if kind != "adam":
+            if job.optimizer is not None:
+                raise SettingsError(f"--optimizer is for precondition adam; this capture's is {kind}. Leave it out.")
+            return Preconditioner(kind)
+        if self.like is not None:
+            return precondition.load(store.precondition_beside(self.like.path), trainable)
+        if job.mode == "final":
+            return moments.from_optimizers(trainable, optimizers)
+        if job.weights is None:
+            # A trial is of a model that was not trained. Ones take as long.
+            return precondition.adam(trainable, [torch.ones(shape) for shape in trainable.shapes])
+        return moments.find(
+            trainable,
+            optimizers,
+            given=None if job.optimizer is None else Path(job.optimizer),
+            weights=Path(job.weights),
+            beside=store.precondition_beside(out),
+        )
 
     def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
         body = self.driver.body

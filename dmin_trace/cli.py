@@ -40,6 +40,10 @@ Dimension = Annotated[int | None, typer.Option(help="Length of a compressed grad
 Dtype = Annotated[str | None, typer.Option(help="int8, float16 or float32. Default: int8.")]
 ProjectionKind = Annotated[str | None, typer.Option(help="rotation or uniform. Default: rotation.")]
 Codec = Annotated[str | None, typer.Option(help="none, or blosc for archives: smaller and slower. Default: none.")]
+PreconditionKind = Annotated[
+    str | None,
+    typer.Option("--precondition", help="What is done to gradients: none (the paper), sign or adam. Default: none."),
+]
 Seed = Annotated[int | None, typer.Option(help="Of the projection and the shared noise. Default: 0.")]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="A dataset column to keep. May be repeated.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens.")]
@@ -55,6 +59,7 @@ def run_command(
     projection: ProjectionKind = None,
     codec: Codec = None,
     seed: Seed = None,
+    precondition: PreconditionKind = None,
     columns: Columns = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Optimizer steps at which the loop breaks.")] = None,
     num_epochs: Annotated[int | None, typer.Option(help="Times the loop goes through its data.")] = None,
@@ -70,7 +75,7 @@ def run_command(
         Job(
             mode="final",
             command=_script(context),
-            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, columns),
+            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, precondition, columns),
             out=None if out is None else str(out.absolute()),
             max_train_steps=max_train_steps,
             num_epochs=num_epochs,
@@ -83,6 +88,13 @@ def run_command(
 def capture_command(
     context: typer.Context,
     weights: Annotated[Path, typer.Option(help="The trained weights: a safetensors file, or a folder with one.")],
+    optimizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --precondition adam: the optimizer.bin of the training's last checkpoint, or its folder. "
+            "Default: where the weights lie, or what an earlier capture of them kept."
+        ),
+    ] = None,
     out: Out = None,
     timesteps: Timesteps = None,
     dimension: Dimension = None,
@@ -90,6 +102,7 @@ def capture_command(
     projection: ProjectionKind = None,
     codec: Codec = None,
     seed: Seed = None,
+    precondition: PreconditionKind = None,
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
@@ -102,9 +115,10 @@ def capture_command(
         Job(
             mode="now",
             command=_script(context),
-            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, columns),
+            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, precondition, columns),
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
+            optimizer=None if optimizer is None else str(optimizer.absolute()),
         )
     )
 
@@ -117,6 +131,7 @@ def estimate_command(
     dtype: Dtype = None,
     projection: ProjectionKind = None,
     seed: Seed = None,
+    precondition: PreconditionKind = None,
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
@@ -127,7 +142,7 @@ def estimate_command(
     from dmin_trace.launch import run_script
 
     _log(verbose)
-    settings = _settings(timesteps, dimension, dtype, projection, None, seed, columns)
+    settings = _settings(timesteps, dimension, dtype, projection, None, seed, precondition, columns)
     capture = run_script(Job(mode="estimate", command=_script(context), settings=settings))
     console = Console()
     title = "A capture of this script, as two samples show"
@@ -356,6 +371,7 @@ def _settings(
     projection: str | None,
     codec: str | None,
     seed: int | None,
+    precondition: str | None,
     columns: Sequence[str] | None,
 ) -> dict[str, Any]:
     """The settings that were given, checked before anything runs."""
@@ -376,6 +392,7 @@ def _settings(
         "projection": projection,
         "codec": codec,
         "seed": seed,
+        "precondition": precondition,
         "columns": list(columns) if columns else None,
     }
     given = {name: value for name, value in given.items() if value is not None}

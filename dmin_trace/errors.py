@@ -4,7 +4,7 @@
       SettingsError      a setting that cannot be meant: found at birth, before anything runs
       AttachError        the training script does not have the shape that the loop driver needs
       CaptureError       a capture that would give wrong gradients, and so was stopped
-      WeightsError       weights that are missing, damaged, or not those of the trace
+      WeightsError       weights, or an optimizer's state, that are missing, damaged, or not those of the trace
       TraceError         a store that is missing, of another version, unfinished or damaged
       QueryError         a question that cannot be asked of this trace
       ScriptError        the training script itself failed while we drove it
@@ -31,7 +31,7 @@ class CaptureError(DminTraceError):
 
 
 class WeightsError(DminTraceError):
-    """Weights that are missing, damaged, or not those of the trace."""
+    """Weights, or an optimizer's state, that are missing, damaged, or not those of the trace."""
 
 
 class TraceError(DminTraceError):

@@ -74,6 +74,9 @@ class Work(Protocol):
     def strict(self) -> bool:
         """Whether an error may end the script's training."""
 
+    def prepared(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Called when the script has prepared optimizers, before it trains. Refuses those that are no use."""
+
     def begin(self, driver: LoopDriver) -> list[int]:
         """Called once, before the first capture batch. Gives the dataset indices to capture, in order."""
 
@@ -193,7 +196,9 @@ class LoopDriver:
         given = self._original["prepare"](*objects, **options)
         prepared = given if isinstance(given, (tuple, list)) else [given]
         self.models += [p for p in prepared if isinstance(p, torch.nn.Module)]
-        self.optimizers += [p for p in prepared if isinstance(p, torch.optim.Optimizer)]
+        optimizers = [p for p in prepared if isinstance(p, torch.optim.Optimizer)]
+        self.work.prepared(optimizers)
+        self.optimizers += [optimizer for optimizer in optimizers if optimizer not in self.optimizers]
         loaders = [p for p in prepared if isinstance(p, torch.utils.data.DataLoader)]
         if loaders and self.loader is None:
             self.loader = loaders[0]

@@ -63,9 +63,12 @@ def pack(
         raise TraceError(f"{trace.path} is unfinished. Finish the capture before it is packed.")
     header = _packed_header(trace, codec, dtype, dimension)
     store.check_free(out)
-    weights, beside = store.weights_beside(trace.path), store.weights_beside(out)
-    if weights.exists() and (beside.exists() or beside.is_symlink()):
-        raise TraceError(f"{beside} exists already, where the weights of {out} are to lie. Give another --out.")
+    # The weights, and adam's divisors where there are some: queries need both.
+    places = [(place(trace.path), place(out)) for place in (store.weights_beside, store.precondition_beside)]
+    needed = [(file, beside) for file, beside in places if file.exists()]
+    for file, beside in needed:
+        if beside.exists() or beside.is_symlink():
+            raise TraceError(f"{beside} exists already, where a copy of {file} is to lie. Give another --out.")
     partial = out.with_name(f".{out.name}.{header.id}.packing")
     try:
         columns = {name: trace.column(name) for name in header.columns}
@@ -75,12 +78,13 @@ def pack(
             if progress is not None:
                 progress(len(writer.rows(chunk)))
         writer.finish()
-        if weights.exists():
-            _link(weights, beside)
+        for file, beside in needed:
+            _link(file, beside)
         try:
             partial.rename(out)
         except OSError:
-            beside.unlink(missing_ok=True)
+            for _, beside in needed:
+                beside.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise TraceError(f"{out} cannot be written: {error.strerror or error}.") from None
@@ -186,14 +190,14 @@ def _folded(sketches: NDArray[np.float32], dimension: int) -> NDArray[np.float32
     return unit
 
 
-def _link(weights: Path, beside: Path) -> None:
-    """A second name for the weights, which may be gigabytes; a copy where the two stores lie on different disks."""
+def _link(file: Path, beside: Path) -> None:
+    """A second name for a file, which may be gigabytes; a copy where the two stores lie on different disks."""
     try:
-        os.link(weights, beside)
+        os.link(file, beside)
     except OSError:
         partial = beside.with_name(f".{beside.name}.{uuid.uuid4().hex}.partial")
         try:
-            shutil.copyfile(weights, partial)
+            shutil.copyfile(file, partial)
             partial.replace(beside)
         finally:
             partial.unlink(missing_ok=True)

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dmin_trace import query, score
+from dmin_trace import moments, precondition, query, score, store
 from dmin_trace.body import TIMESTEP_ARGUMENTS, Body, takes_timestep
 from dmin_trace.columns import Columns
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.gradients import LOSS_SCALE
+from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import PinnedDraws, RandomState, Slot, make_slots, seed_everything, seed_of
 from dmin_trace.recorder import Recorder
 from dmin_trace.report import Hit
@@ -81,6 +82,7 @@ def recording(
         out: the store.
         like: for queries, the trace that is asked, instead of `out` and of the settings.
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
+            `precondition="adam"` takes its second moment from it: of the raw weights, if averaged ones are recorded.
         timesteps, dimension, dtype, projection, seed, precondition, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
 
@@ -300,9 +302,11 @@ class Recording:
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
             optimizers = self._optimizers
+            trainable = self._find_trainable()
             recorder = Recorder(
                 self._settings,
-                self._find_trainable(),
+                trainable,
+                self._preconditioner(trainable, out),
                 self._columns,
                 out=out,
                 samples=self._samples,
@@ -351,6 +355,34 @@ class Recording:
                 "it was in the training: model.requires_grad_(True)."
             )
         return found
+
+    def _preconditioner(self, trainable: Trainable, out: Path) -> Preconditioner:
+        """What is done to the gradients.
+
+        Raises:
+            CaptureError: the optimizer has no second moment that could be used, or none was given.
+            WeightsError: what is beside the store is damaged, or, for queries, missing.
+        """
+        kind = self._settings.precondition
+        if kind != "adam":
+            return Preconditioner(kind)
+        if self._like is not None:
+            return precondition.load(store.precondition_beside(self._like.path), trainable)
+        optimizers = self._optimizers or []
+        if not moments.has_state(optimizers, trainable):
+            # A recording that goes on in another process has its optimizer no more.
+            kept = moments.find_kept(trainable, [store.precondition_beside(out)])
+            if kept is not None:
+                return kept
+            raise CaptureError(
+                "precondition='adam' needs the optimizer that trained the model, as the training left it. Give it: "
+                "recording(..., optimizer=optimizer), with its state loaded (optimizer.load_state_dict) if it trained "
+                "in another process."
+                if not optimizers
+                else "precondition='adam' needs the optimizer as the training left it, but the one given has no state "
+                "of the model's parameters. Load it (optimizer.load_state_dict), or give the one that trained."
+            )
+        return moments.from_optimizers(trainable, optimizers)
 
     def _prepare_models(self, entering: ExitStack) -> None:
         """Eval mode, empty `.grad`, eyes on timesteps and optimizers, until the recording is over."""

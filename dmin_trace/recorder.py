@@ -1,6 +1,6 @@
 """Records the gradients of a loop's bodies in a store, whatever loop they come from.
 
-    loss -> Recorder.backward: gradient -> compress -> Recorder.take: checks, rows, chunks -> store
+    loss -> Recorder.backward: gradient -> precondition -> compress -> Recorder.take: checks, rows, chunks -> store
 
 The checks are what makes two gradients comparable, so they fail closed. For every sample of a slot the timestep that
 reached the denoiser and the sequence of random calls must be the same; they are kept in the store, and a query must
@@ -29,6 +29,7 @@ from dmin_trace.columns import Columns
 from dmin_trace.compress import compress, make_plan
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
 from dmin_trace.gradients import gradients
+from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Call
 from dmin_trace.settings import Settings
 from dmin_trace.store import Header, Trace, Writer
@@ -71,6 +72,7 @@ class Recorder:
         self,
         settings: Settings,
         trainable: Trainable,
+        preconditioner: Preconditioner,
         columns: Columns,
         *,
         out: Path,
@@ -88,6 +90,7 @@ class Recorder:
         Args:
             settings: what to capture and how.
             trainable: with respect to what gradients are taken.
+            preconditioner: what is done to them.
             columns: of the dataset.
             out: the store.
             samples: N.
@@ -101,10 +104,11 @@ class Recorder:
 
         Raises:
             QueryError: the trainables or the projection are not those of `like`.
-            WeightsError: the weights are not.
+            WeightsError: the weights are not, or adam's divisors.
         """
         self.settings = settings
         self.trainable = trainable
+        self.preconditioner = preconditioner
         self.columns = columns
         self.out = out
         self.samples = samples
@@ -117,8 +121,10 @@ class Recorder:
         self._processes = processes or Processes()
         self._writers = tuple(dict.fromkeys(("dmin_trace", "torch", *writers, "zarr", "numpy")))
         self._weights = trainable.weights_fingerprint()
+        self._divisors = preconditioner.fingerprint
         if like is not None:
             self._check_weights_like(like)
+            self._check_preconditioner_like(like)
         self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
         if like is not None:
             self._check_plan_like(like)
@@ -135,7 +141,7 @@ class Recorder:
         self._kept = self._taken = 0
 
     def begin(self) -> list[int]:
-        """Saves the weights, and says which samples this process captures, in order.
+        """Saves the weights, and adam's divisors, and says which samples this process captures, in order.
 
         Raises:
             CaptureError: there are no samples.
@@ -152,16 +158,7 @@ class Recorder:
         self._existing = self.out.exists()
         if self._existing and self._resuming:
             earlier = store.open_trace(self.out, unfinished=True)
-            if earlier.complete:
-                raise TraceError(
-                    f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
-                )
-            if earlier.header.weights != self._weights:
-                # Before the weights beside it are written over.
-                raise TraceError(
-                    f"{self.out} belongs to another capture: its weights are {earlier.header.weights[:16]}, those of "
-                    f"this run {self._weights[:16]}. Give another path (out, --out), or move it away."
-                )
+            self._refuse_another(earlier)
             self._chunk_rows = earlier.header.chunk_rows
             pending = [c for c, done in enumerate(earlier.done) if not done]
             if not pending and self._processes.number == 0:
@@ -173,6 +170,7 @@ class Recorder:
             path = store.weights_beside(self.out)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.trainable.save(path)
+            self.preconditioner.save(store.precondition_beside(self.out), self._weights)
             self.weights_saved = True
         rows = self._chunk_rows
         ours = [range(c * rows, min((c + 1) * rows, self.samples)) for c in pending[self._processes.number :: world]]
@@ -221,7 +219,7 @@ class Recorder:
             )
         taken, reached = gradients(loss.reshape(()), self.trainable.tensors, scale)
         self._ever_reached = [a or b for a, b in zip(self._ever_reached, reached, strict=True)]
-        body.sketch, body.norm = compress(taken, self._plan)
+        body.sketch, body.norm = compress(self.preconditioner.apply(taken), self._plan)
         body.loss = loss.detach().float().reshape(())
 
     def take(self, body: Body) -> None:
@@ -254,6 +252,26 @@ class Recorder:
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
+    def _refuse_another(self, earlier: Trace) -> None:
+        """Raises TraceError for a store that cannot be gone on with, before what lies beside it is written over."""
+        if earlier.complete:
+            raise TraceError(
+                f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
+            )
+        header = earlier.header
+        if header.weights != self._weights:
+            raise TraceError(
+                f"{self.out} belongs to another capture: its weights are {header.weights[:16]}, those of this run "
+                f"{self._weights[:16]}. Give another path (out, --out), or move it away."
+            )
+        theirs = header.precondition, header.preconditioner
+        ours = self.settings.precondition, self._divisors
+        if theirs != ours:
+            raise TraceError(
+                f"{self.out} belongs to another capture: its gradients are preconditioned by {_named(*theirs)}, those "
+                f"of this run by {_named(*ours)}. Give another path (out, --out), or move it away."
+            )
+
     def _check_weights_like(self, trace: Trace) -> None:
         found, expected = self.trainable, trace.header.parameters
         if found.fingerprint != expected.fingerprint:
@@ -266,6 +284,14 @@ class Recorder:
             raise WeightsError(
                 f"The weights are not those of the trace: their fingerprint is {self._weights[:16]}, that of the trace "
                 f"{trace.header.weights[:16]}. Give the weights that were captured, which lie beside the trace."
+            )
+
+    def _check_preconditioner_like(self, trace: Trace) -> None:
+        if (self.settings.precondition, self._divisors) != (trace.header.precondition, trace.header.preconditioner):
+            raise WeightsError(
+                f"{store.precondition_beside(trace.path)} is not what the trace's gradients were divided by: its "
+                f"fingerprint is {self._divisors[:16] or 'none'}, that of the trace "
+                f"{trace.header.preconditioner[:16] or 'none'}. Put the file back that the capture left there."
             )
 
     def _check_plan_like(self, trace: Trace) -> None:
@@ -457,6 +483,7 @@ class Recorder:
             noise=store.NoiseFacts(seed=settings.seed, draws=tuple(tuple(body.draws.calls) for body in self._first)),
             precondition=settings.precondition,
             codec="none" if self.like is not None else settings.codec,
+            preconditioner=self._divisors,
             batch=self._batch_shapes,
             columns=self.columns.kinds,
             settings=_settings_facts(settings),
@@ -468,6 +495,11 @@ def _settings_facts(settings: Settings) -> dict[str, Any]:
     """The settings as JSON keeps them."""
     facts = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+
+
+def _named(kind: str, fingerprint: str) -> str:
+    """A way of preconditioning, for a person to read."""
+    return f"{kind} {fingerprint[:16]}".strip()
 
 
 def _to_cpu(row: list[Body]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:

@@ -15,7 +15,7 @@ from dmin_trace.errors import SettingsError
 
 Dtype = Literal["int8", "float16", "float32"]
 Projection = Literal["rotation", "uniform"]
-Precondition = Literal["none"]
+Precondition = Literal["none", "sign", "adam"]
 Codec = Literal["none", "blosc"]
 
 SMALLEST_DIMENSION = 2**4
@@ -36,7 +36,9 @@ class Settings:
     projection: "rotation" (matrix-free, the default) or "uniform" (OPORP to the letter, paper section 3.2:
         one permutation and one sign for each parameter, kept in memory).
     seed: of the projection and of the noise that all samples share at a timestep.
-    precondition: what is done to a gradient before it is normalised; "none" is the paper.
+    precondition: what is done to a gradient, element by element, before it is compressed and normalised; the norms in
+        the store are of what it gives. "none" is the paper; "sign" takes the sign of each element; "adam" divides by
+        the root of the optimizer's second moment at the end of training, as an Adam step does.
     codec: how the file of a chunk is packed: "none" (the default) is read as it lies; "blosc" (Zstandard after a bit
         shuffle) is smaller by a few per cent and slower, for archives where bytes cost more than time.
     columns: dataset columns kept for people to read; None keeps those of the usual names (caption, label, file_name

@@ -38,7 +38,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.settings import COLUMN_NAME, LARGEST_DIMENSION, MOST_TIMESTEPS, Codec, Dtype, Projection
+from dmin_trace.settings import (
+    COLUMN_NAME,
+    LARGEST_DIMENSION,
+    MOST_TIMESTEPS,
+    Codec,
+    Dtype,
+    Precondition,
+    Projection,
+)
 
 FORMAT = "dmin_trace"
 VERSION = 1
@@ -106,6 +114,7 @@ class Header:
     timesteps: as the denoiser saw them.
     dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is packed, R.
     weights: fingerprint of the trained parameters.
+    precondition, preconditioner: what was done to gradients, and the fingerprint of adam's divisors beside the store.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns: the readable columns and their kinds.
     settings: the capture's settings, as JSON.
@@ -122,7 +131,8 @@ class Header:
     parameters: ParameterFacts
     weights: str
     noise: NoiseFacts
-    precondition: str
+    precondition: Precondition
+    preconditioner: str
     batch: dict[str, tuple[int, ...]]
     columns: dict[str, ColumnKind]
     settings: dict[str, Any]
@@ -181,7 +191,8 @@ class Header:
                 seed=noise.number("seed", 0, 2**32 - 1),
                 draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MOST_TIMESTEPS)),
             ),
-            precondition=reader.text("precondition", r"[a-z_]{1,40}"),
+            precondition=reader.choice("precondition", get_args(Precondition)),
+            preconditioner=reader.text("preconditioner", r"|[0-9a-f]{64}"),
             batch={name: reader.shape("batch", shape) for name, shape in reader.mapping("batch", list).items()},
             columns={name: _column_kind(reader, kind) for name, kind in reader.mapping("columns", str).items()},
             settings=reader.mapping("settings", object),
@@ -193,6 +204,8 @@ class Header:
             raise reader.wrong("codec", f"none for chunks of more than {most} bytes")
         if header.chunks > MOST_CHUNKS:
             raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
+        if (header.precondition == "adam") != bool(header.preconditioner):
+            raise reader.wrong("preconditioner", "the fingerprint of adam's divisors where it preconditions, else none")
         for name in header.columns:
             # A column's name is a folder's name in meta/.
             if not COLUMN_NAME.fullmatch(name):
@@ -444,7 +457,8 @@ class Trace:
 
     @cached_property
     def norm(self) -> NDArray[np.float32]:
-        """(N, T) the L2 norm of each gradient before it was divided out; NaN in chunks that are not done."""
+        """(N, T) the L2 norm of each gradient, preconditioned if it was, before it was divided out; NaN in chunks that
+        are not done."""
         return self._small("norm", np.dtype(np.float32), math.nan)
 
     @cached_property
@@ -759,6 +773,11 @@ def weights_beside(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")
 
 
+def precondition_beside(path: Path) -> Path:
+    """The file beside a store that holds what its gradients were divided by, where adam preconditions."""
+    return path.with_name(path.name.removesuffix(".zarr") + ".precondition.safetensors")
+
+
 def facts(trace: Trace) -> list[tuple[str, str]]:
     """What `dmin-trace info` shows of a store: names and values."""
     header = trace.header
@@ -785,7 +804,7 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
             "chunks",
             f"{header.chunks:,} of {header.chunk_rows:,} samples, {header.chunk_rows * header.sample_bytes:,} bytes",
         ),
-        ("precondition", header.precondition),
+        ("precondition", " ".join((header.precondition, header.preconditioner[:16])).strip()),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
         ("the script draws", _calls(header.noise.draws[0])),
         ("columns", ", ".join(header.columns) or "none"),

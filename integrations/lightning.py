@@ -23,7 +23,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from dmin_trace import store
+from dmin_trace import moments, store
 from dmin_trace.columns import Columns
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
 from dmin_trace.frozen import FrozenModules
@@ -117,11 +117,14 @@ class TraceCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses a dataloader that could not be captured, and takes the last place among the callbacks.
 
-        Raises AttachError for a dataloader whose samples have no index, or cannot be fetched one by one.
+        Raises AttachError for a dataloader whose samples have no index, or cannot be fetched one by one, and for an
+        optimizer without a second moment where adam is to precondition.
         """
         if trainer.fast_dev_run:
             return
         _refuse_loader(trainer.train_dataloader)
+        if self.settings.precondition == "adam":
+            moments.refuse_optimizers(trainer.optimizers)
         # A new list: the trainer is going through the old one.
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
 
@@ -160,6 +163,7 @@ def capture(
     *,
     out: str | os.PathLike[str],
     settings: Settings | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
     trainer: Any = None,
 ) -> None:
     """Captures a trained module on demand; goes on with a capture that was interrupted.
@@ -169,6 +173,8 @@ def capture(
         loader: the training dataloader; its dataset and its collate_fn are used.
         out: the store.
         settings: what to capture.
+        optimizers: those that trained the module, with their states, for `precondition="adam"`; what they train is
+            captured then. Without them every parameter with `requires_grad`.
         trainer: one with the precision of the training; that which trained the module, if it did so in this process.
 
     Raises:
@@ -178,7 +184,7 @@ def capture(
     """
     _refuse_module(module)
     _refuse_loader(loader)
-    _capture(module, loader, Path(out), settings or Settings(), None, trainer)
+    _capture(module, loader, Path(out), settings or Settings(), optimizers, trainer)
 
 
 def attribute(

@@ -227,6 +227,29 @@ def test_nothing_about_the_training_changes(tmp_path: Path) -> None:
     assert lacking["loggers"] == ["CSVLogger"] and "by_hand" in lacking["log"] and lacking["steps"] == 6
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_adams_divisors_are_those_of_the_trainers_optimizer(tmp_path: Path, precision: Any) -> None:
+    seed_everything(1)
+    module, out = Denoiser(), tmp_path / "trace.zarr"
+    trainer = trainer_of(tmp_path, small(out, precondition="adam", strict=True), precision=precision)
+    trainer.fit(module, loader())
+    trace, kept = open_trace(out), load_file(tmp_path / "trace.precondition.safetensors")
+    assert trace.complete and trace.header.precondition == "adam"
+    for name, parameter in module.named_parameters():
+        state = trainer.optimizers[0].state[parameter]
+        expected = (state["exp_avg_sq"].double() / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-8
+        assert torch.allclose(kept[name].double(), expected, rtol=1e-5), name
+    settings = Settings(timesteps=3, dimension=64, dtype="float32", precondition="adam")
+    capture(module, loader(), out=tmp_path / "again.zarr", settings=settings, optimizers=trainer.optimizers)
+    again = open_trace(tmp_path / "again.zarr")
+    assert again.header.preconditioner == trace.header.preconditioner
+    assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
+    hits = attribute(module, trace, [Points()[4]], k=2)
+    assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(3, abs=1e-5)
+    with pytest.raises(CaptureError, match="needs the optimizer that trained the model"):
+        capture(module, loader(), out=tmp_path / "third.zarr", settings=settings)
+
+
 def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, Path]) -> None:
     module, out = trained
     trace = open_trace(out)
@@ -422,6 +445,17 @@ def test_what_cannot_be_captured_is_refused_before_the_training(
     trainer = trainer_of(tmp_path, small(tmp_path / "a.zarr"))
     with pytest.raises(AttachError, match=message):
         trainer.fit(kind(), data)
+    assert trainer.global_step == 0 and not (tmp_path / "a.zarr").exists()
+
+
+def test_an_optimizer_without_second_moment_is_refused_before_the_training(tmp_path: Path) -> None:
+    class Plain(Denoiser):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+    trainer = trainer_of(tmp_path, small(tmp_path / "a.zarr", precondition="adam"))
+    with pytest.raises(AttachError, match="which the optimizer SGD does not have"):
+        trainer.fit(Plain(), loader())
     assert trainer.global_step == 0 and not (tmp_path / "a.zarr").exists()
 
 

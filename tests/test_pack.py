@@ -23,7 +23,7 @@ from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.pack import pack
 from dmin_trace.score import exact
 from dmin_trace.settings import Codec, Dtype, Projection
-from dmin_trace.store import ProjectionFacts, Trace, chunk_file, open_trace, weights_beside
+from dmin_trace.store import ProjectionFacts, Trace, chunk_file, open_trace, precondition_beside, weights_beside
 
 CLI = ("-m", "dmin_trace.cli")
 CODECS: tuple[Codec, ...] = ("none", "blosc")
@@ -186,13 +186,16 @@ def test_the_command_and_the_weights_are_found(tmp_path: Path) -> None:
     command = Command("/somewhere/train.py", ("--output_dir", "out"), "/somewhere")
     commands.remember(old.header.id, command)
     weights_beside(old.path).write_bytes(b"weights")
+    precondition_beside(old.path).write_bytes(b"divisors")
     (tmp_path / "deep").mkdir()
     new = pack(old, tmp_path / "deep" / "new.zarr", codec="blosc")
     assert commands.recall(new.header.id) == command
     beside = weights_beside(new.path)
     assert beside.read_bytes() == b"weights"
     assert beside.stat().st_ino == weights_beside(old.path).stat().st_ino
-    assert sorted(found.name for found in beside.parent.iterdir()) == ["new.weights.safetensors", "new.zarr"]
+    assert precondition_beside(new.path).read_bytes() == b"divisors"
+    names = ["new.precondition.safetensors", "new.weights.safetensors", "new.zarr"]
+    assert sorted(found.name for found in beside.parent.iterdir()) == names
 
 
 def test_weights_on_another_disk_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

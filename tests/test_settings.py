@@ -28,7 +28,7 @@ from dmin_trace.settings import Settings, make_settings
         ({"seed": 2**32}, "2\\*\\*32"),
         ({"dtype": "bfloat16"}, "int8, float16, float32"),
         ({"projection": "dense"}, "rotation, uniform"),
-        ({"precondition": "adam"}, "none"),
+        ({"precondition": "sgd"}, "none, sign, adam"),
         ({"codec": "zstd"}, "none, blosc"),
         ({"columns": "label"}, "names of dataset columns"),
         ({"columns": ["../label"]}, "names of dataset columns"),

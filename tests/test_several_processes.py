@@ -45,6 +45,18 @@ def test_a_loop_that_gathers(tmp_path: Path, processes: int, samples: int) -> No
     check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)
 
 
+def test_all_processes_divide_alike(tmp_path: Path) -> None:
+    line = "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32', precondition='adam')"
+    script = plain_script(tmp_path / "script.py", attach=line)
+    run(torchrun(2, script, "--output_dir", "several", "--count", 10), tmp_path, ACCELERATE_USE_CPU="true")
+    weights = tmp_path / "several" / "trace.weights.safetensors"
+    assert (tmp_path / "several" / "trace.precondition.safetensors").is_file()
+    settings = ("--timesteps", "3", "--dimension", "64", "--dtype", "float32", "--precondition", "adam")
+    bare = plain_script(tmp_path / "bare.py", attach="", imports="")
+    command_line(["capture", "--weights", weights, *settings, "--out", "one.zarr", "--", bare, "--count", 10], tmp_path)
+    check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", 10)
+
+
 @pytest.mark.parametrize(("processes", "samples"), [(2, 7), (3, 10)])
 def test_text_to_image(tmp_path: Path, processes: int, samples: int) -> None:
     tiny_pipeline(tmp_path / "sd")

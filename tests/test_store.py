@@ -79,6 +79,7 @@ def make_header(
         weights="c" * 64,
         noise=NoiseFacts(seed=3, draws=((("randn", (1, 3, 8, 8)), ("randint", (1,))),) * timesteps),
         precondition="none",
+        preconditioner="",
         batch={"pixel_values": (1, 3, 8, 8)},
         columns={"caption": "string", "label": "integer", "weight": "number"},
         settings={"timesteps": timesteps, "columns": None},

@@ -152,10 +152,10 @@ def test_remembered_encoders_change_no_bit(made: Path, monkeypatch: pytest.Monke
 
 def test_an_estimate_says_what_a_capture_takes_and_leaves_nothing(made: Path) -> None:
     before = sorted(made.rglob("*"))
-    said, _ = command_line(["estimate", "--", made / "train.py", *COMMAND], made / "with")
+    said, _ = command_line(["estimate", "--precondition", "adam", "--", made / "train.py", *COMMAND], made / "with")
     assert sorted(made.rglob("*")) == before
     trace = open_trace(made / "with" / "out" / "trace.zarr")
-    assert f"{COUNT} x 3" in said and f"{trace.header.projection.length:,}" in said
+    assert "adam's divisors" in said and f"{COUNT} x 3" in said and f"{trace.header.projection.length:,}" in said
     # All but the texts and the metadata.
     numbers = sum(f.stat().st_size for f in trace.path.rglob("*") if f.is_file() and "meta" not in f.parts)
     metadata = sum(f.stat().st_size for f in trace.path.rglob("zarr.json") if "meta" not in f.parts)

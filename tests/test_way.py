@@ -67,9 +67,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_line_changes_nothing_but_the_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", ["timesteps=2", "timesteps=2, precondition='adam'"])
+def test_the_line_changes_nothing_but_the_trace(tmp_path: Path, settings: str) -> None:
     digit_folder(tmp_path / "digits", 12)
-    script = with_settings(tmp_path / "with.py", "timesteps=2")
+    script = with_settings(tmp_path / "with.py", settings)
     bare = without_the_line(script, tmp_path / "without.py")
     arguments = (*SHORT, "--gradient_accumulation_steps", "2", "--use_ema", "--checkpointing_steps", "3")
     for name, path in (("a", script), ("b", bare)):

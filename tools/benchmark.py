@@ -326,6 +326,7 @@ def make_header(samples: int, timesteps: int, dimension: int, dtype: Dtype, rows
         weights="0" * 64,
         noise=NoiseFacts(seed=0, draws=((),) * timesteps),
         precondition="none",
+        preconditioner="",
         batch={},
         columns={"label": "integer"},
         settings={},

@@ -343,13 +343,14 @@ class _KernelSums:
     def add(self, tensor: torch.Tensor, at: int) -> None:
         size, add = _KERNEL_SIZES.get(tensor.dtype), self._kernel.add
         sums, columns, rows = self._sums, self._packed.columns, self._packed.rows
+        if not (size and tensor.is_contiguous() and tensor.is_cpu):
+            tensor = tensor.detach().reshape(-1)
         if size and tensor.is_contiguous() and tensor.is_cpu:
             self._square += add(sums, columns, rows, at, tensor.data_ptr(), tensor.numel(), size)
             return
-        # A view stays one, such as one zero seen at every place: it is converted, and laid out, part by part.
-        flat = tensor.detach().reshape(-1)
-        for done in range(0, flat.numel(), PART):
-            part = flat[done : done + PART].to("cpu", torch.float32).contiguous()
+        # What is still a view, such as one zero seen at every place, is laid out and converted part by part.
+        for done in range(0, tensor.numel(), PART):
+            part = tensor[done : done + PART].to("cpu", torch.float32).contiguous()
             self._square += add(sums, columns, rows, at + done, part.data_ptr(), part.numel(), 4)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:

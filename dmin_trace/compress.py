@@ -225,8 +225,8 @@ def make_plan(length: int, dimension: int, seed: int, kind: Projection) -> Plan:
 def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds up the tensors, flattened and laid end to end, in the plan's bins.
 
-    Sums are float32 whatever the gradient's dtype. Squares are float32 within a row and float64 beyond it: numbers
-    greater than 1e19 make the norm infinite, and those below 1e-23 count for nothing in it.
+    Sums are float32 whatever the gradient's dtype. Squares are float32 within a part of a row and float64 beyond it:
+    numbers greater than 1e19 make the norm infinite, and those below 1e-23 count for nothing in it.
 
     Args:
         tensors: the gradient in parts, L elements altogether; each is let go before the next is asked for.

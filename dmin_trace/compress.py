@@ -16,6 +16,9 @@ Two kinds of random projection; both give each gradient element one bin of v and
 A projection is linear: tensors are added one after another at their place in the gradient, nothing concatenates them,
 and the norm is divided out last. It folds: adding bins j and j + v/2 gives a projection to v/2; for rotation, and W
 alike, the very one that a plan of that dimension makes.
+
+On a CPU, rotation runs in a small compiled kernel, `_rows.c`; on other devices, or where there was no compiler when the
+package was installed, in torch. Both add up the same numbers, and differ in rounding alone.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +37,13 @@ import torch
 from dmin_trace.errors import CaptureError, SettingsError
 from dmin_trace.settings import Projection
 
+KERNEL: ModuleType | None
+"""The compiled kernel, or None where it was not built."""
+try:
+    from dmin_trace import _rows as KERNEL
+except ImportError:
+    KERNEL = None
+
 WIDTH = 2**17
 """Rows this wide keep the cost of a row's calls well below that of its elements, and the sums in a core's cache."""
 
@@ -39,7 +51,8 @@ ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
 
 SMALL = 2**16
-"""Tensors with fewer elements are laid end to end first: a model has hundreds, whose calls would be the cost."""
+"""Tensors with fewer elements are laid end to end first: a model has hundreds, whose calls would be the cost. The
+kernel's calls are not."""
 
 JOINED = 2**18
 """As many elements are laid end to end at the most."""
@@ -133,6 +146,16 @@ class Plan:
             )
         return self._on[device]
 
+    @cached_property
+    def packed(self) -> _Packed:
+        """The numbers as the kernel needs them."""
+        order = self.order()
+        return _Packed(
+            rows=_with_sign(self.shifts().astype(np.uint32), self.row_signs()),
+            columns=self.column_signs(),
+            places=_with_sign(order.view(np.uint32), self.signs()[order]),
+        )
+
     def _generator(self, purpose: str) -> np.random.RandomState:
         # NumPy's policy freezes RandomState's streams: a store is to be queried years later. Neither L nor v is part
         # of the seed, so that plans of one width share their numbers, and a folded sketch is that of a smaller plan.
@@ -149,6 +172,26 @@ def _shuffled(count: int, generator: np.random.RandomState) -> npt.NDArray[np.in
     order = np.arange(count, dtype=np.int32)
     generator.shuffle(order)
     return order
+
+
+def _with_sign(numbers: npt.NDArray[np.uint32], signs: npt.NDArray[np.int8]) -> npt.NDArray[np.uint32]:
+    """The numbers, in place, with the highest bit set where the sign is minus one."""
+    numbers[signs < 0] |= np.uint32(2**31)
+    return numbers
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A rotation's numbers as the kernel needs them: in few bytes, signs in the highest bits.
+
+    rows: the shift and the sign of each row, uint32.
+    columns: the sign of each column, (W,) int8.
+    places: the order of the W sums, and the sign of each, uint32.
+    """
+
+    rows: npt.NDArray[np.uint32]
+    columns: npt.NDArray[np.int8]
+    places: npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -182,8 +225,8 @@ def make_plan(length: int, dimension: int, seed: int, kind: Projection) -> Plan:
 def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds up the tensors, flattened and laid end to end, in the plan's bins.
 
-    Sums are float32 whatever the gradient's dtype. Squares are float32 within a row and float64 beyond it: numbers
-    greater than 1e19 make the norm infinite, and those below 1e-23 count for nothing in it.
+    Sums are float32 whatever the gradient's dtype. Squares are float32 within a part of a row and float64 beyond it:
+    numbers greater than 1e19 make the norm infinite, and those below 1e-23 count for nothing in it.
 
     Args:
         tensors: the gradient in parts, L elements altogether; each is let go before the next is asked for.
@@ -197,28 +240,22 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
         CaptureError: the tensors do not hold L elements.
     """
     at = 0
-    sums: torch.Tensor | None = None
-    squares: list[torch.Tensor] = []
-    for flat in _joined(tensors):
-        if at + flat.numel() > plan.length:
-            raise _wrong_length(f"{at + flat.numel()} elements or more", plan)
+    sums: _Sums | None = None
+    for tensor in _joined(tensors, plan):
+        if at + tensor.numel() > plan.length:
+            raise _wrong_length(f"{at + tensor.numel()} elements or more", plan)
         if sums is None:
-            # A row that runs over the end goes on in a second half, in one call rather than two.
-            count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
-            sums = torch.zeros(count, dtype=torch.float32, device=flat.device)
-            numbers = plan.numbers(flat.device)
-            converted = sums.new_empty(0)
-        if flat.dtype != sums.dtype and not converted.numel():
-            converted = sums.new_empty(min(PART, plan.width))
-        add = _add_rows if plan.kind == "rotation" else _add_pieces
-        squares += add(sums, flat, at, numbers, converted)
-        at += flat.numel()
+            if KERNEL is not None and plan.kind == "rotation" and tensor.is_cpu:
+                sums = _KernelSums(plan, KERNEL)
+            else:
+                sums = _TorchSums(plan, tensor.device)
+        sums.add(tensor, at)
+        at += tensor.numel()
         # Without this the last tensor would live on while the next is made.
-        del flat
+        del tensor
     if at != plan.length or sums is None:
         raise _wrong_length(f"{at} elements", plan)
-    square = torch.stack(squares).to(_widest(sums.device)).sum()
-    return _bin_sums(sums, plan, numbers) if plan.kind == "rotation" else sums, square
+    return sums.finish()
 
 
 def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,20 +277,26 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor,
     Raises:
         CaptureError: the tensors do not hold L elements.
     """
-    sketch, square = project(tensors, plan)
+    unit, square = project(tensors, plan)
     norm = square.sqrt().float()
-    # Decided on the device: asking for the norm here would wait for the GPU. Divided by the gradient's norm first,
-    # since the squares of a very small or large sketch would leave float32.
-    unit = sketch / norm
-    unit = unit / torch.linalg.vector_norm(unit, dtype=_widest(unit.device)).float()
-    return torch.where(torch.isfinite(norm) & (norm > 0) & torch.isfinite(unit), unit, 0.0), norm
+    # Divided by the gradient's norm first, since the squares of a very small or large sketch would leave float32. Where
+    # that norm is 0, infinite or nan, all is nan after the second division. Nothing asks for it, which would wait for
+    # the GPU.
+    unit.div_(norm)
+    unit.div_(torch.linalg.vector_norm(unit, dtype=_widest(unit.device)))
+    return unit.nan_to_num_(0.0, 0.0, 0.0), norm
 
 
-def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The tensors flattened, small neighbours in one."""
+def _joined(tensors: Iterable[torch.Tensor], plan: Plan) -> Iterator[torch.Tensor]:
+    """The tensors, small neighbours in one where that saves time."""
     small: list[torch.Tensor] = []
     count = 0
+    has_kernel = KERNEL is not None and plan.kind == "rotation"
     for tensor in tensors:
+        if has_kernel and tensor.is_cpu and not small:
+            yield tensor
+            del tensor
+            continue
         size = tensor.numel()
         # Autocast has no idea of a cat in float64.
         is_small = size < SMALL and tensor.dtype != torch.float64
@@ -266,7 +309,7 @@ def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             small.append(tensor)
             count += size
         else:
-            yield tensor.detach().reshape(-1)
+            yield tensor
         del tensor
     if small:
         yield _laid_end_to_end(small)
@@ -274,9 +317,75 @@ def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _laid_end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
     if len(tensors) == 1:
-        return tensors[0].detach().reshape(-1)
+        return tensors[0]
     with torch.no_grad():
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+class _Sums(Protocol):
+    """The gradient's sums while its tensors come in."""
+
+    def add(self, tensor: torch.Tensor, at: int) -> None:
+        """Adds a tensor whose first element is element `at` of the gradient."""
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sketch and its squared L2 norm, as `project` returns them; the sums are of no more use."""
+
+
+class _KernelSums:
+    """Rotation on a CPU: one pass, by the compiled kernel."""
+
+    def __init__(self, plan: Plan, kernel: ModuleType) -> None:
+        self._plan, self._kernel, self._packed = plan, kernel, plan.packed
+        self._sums = np.zeros(plan.width, np.float32)
+        self._square = 0.0
+
+    def add(self, tensor: torch.Tensor, at: int) -> None:
+        size, add = _KERNEL_SIZES.get(tensor.dtype), self._kernel.add
+        sums, columns, rows = self._sums, self._packed.columns, self._packed.rows
+        if not (size and tensor.is_contiguous() and tensor.is_cpu):
+            tensor = tensor.detach().reshape(-1)
+        if size and tensor.is_contiguous() and tensor.is_cpu:
+            self._square += add(sums, columns, rows, at, tensor.data_ptr(), tensor.numel(), size)
+            return
+        # What is still a view, such as one zero seen at every place, is laid out and converted part by part.
+        for done in range(0, tensor.numel(), PART):
+            part = tensor[done : done + PART].to("cpu", torch.float32).contiguous()
+            self._square += add(sums, columns, rows, at + done, part.data_ptr(), part.numel(), 4)
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sketch = np.empty(self._plan.dimension, np.float32)
+        self._kernel.fold(sketch, self._sums, self._packed.places)
+        return torch.from_numpy(sketch), torch.tensor(self._square, dtype=torch.float64)
+
+
+_KERNEL_SIZES = {torch.float32: 4, torch.bfloat16: 2}
+"""Bytes of an element of the dtypes that the kernel reads; others are converted."""
+
+
+class _TorchSums:
+    """Both kinds on any device, which is never waited for."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._plan, self._numbers = plan, plan.numbers(device)
+        # A row that runs over the end goes on in a second half, in one call rather than two.
+        count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
+        self._sums = torch.zeros(count, dtype=torch.float32, device=device)
+        self._converted = self._sums.new_empty(0)
+        self._squares: list[torch.Tensor] = []
+
+    def add(self, tensor: torch.Tensor, at: int) -> None:
+        flat = tensor.detach().reshape(-1)
+        if flat.dtype != self._sums.dtype and not self._converted.numel():
+            self._converted = self._sums.new_empty(min(PART, self._plan.width))
+        add = _add_rows if self._plan.kind == "rotation" else _add_pieces
+        self._squares += add(self._sums, flat, at, self._numbers, self._converted)
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        square = torch.stack(self._squares).to(_widest(self._sums.device)).sum()
+        if self._plan.kind == "uniform":
+            return self._sums, square
+        return _bin_sums(self._sums, self._plan, self._numbers), square
 
 
 def _add_rows(

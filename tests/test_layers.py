@@ -27,7 +27,8 @@ ALLOWED = {
         "batches": "",
         "randomness": "errors settings",
         "frozen": "randomness",
-        "compress": "errors settings",
+        "_rows": "",
+        "compress": "_rows errors settings",
         "store": "errors settings version",
         "body": "randomness",
         "loop": "body errors randomness variables",
@@ -72,7 +73,8 @@ WITHOUT_TORCH = (
 
 def sources() -> dict[str, Path]:
     """Every module of the package by its name within it."""
-    rooms = {path.stem: path for path in (ROOT / "dmin_trace").glob("*.py")}
+    # What is compiled is there as a stub.
+    rooms = {path.stem: path for path in (ROOT / "dmin_trace").glob("*.py*") if path.suffix in (".py", ".pyi")}
     hosts = {f"integrations.{p.stem}": p for p in (ROOT / "integrations").glob("*.py") if p.stem != "__init__"}
     return rooms | hosts
 

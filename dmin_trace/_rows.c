@@ -1,0 +1,262 @@
+/* The inner loops of compress.py's rotation, for a CPU. `_rows.pyi` says what the functions take.
+
+Every buffer's length is checked here against the others; a tensor is an address, whose length the caller vouches for. */
+
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+/* One binary for all processors: the loops are compiled for several, and the loader picks. That needs glibc's ifunc. */
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#endif
+#ifndef FOR_EACH_PROCESSOR
+#define FOR_EACH_PROCESSOR
+#endif
+
+#ifdef _MSC_VER
+#define RESTRICT __restrict
+#else
+#define RESTRICT restrict
+#endif
+
+/* A short call keeps the GIL: to get it back from a busy thread can take longer than the work. */
+#define LONG 262144
+
+/* Elements that are squared, then added: the first loop has nothing to do but to read, which is what brings memory to
+   the cache fastest, and the second finds them there. Their squares are added up in float32, those of blocks in double. */
+#define BLOCK 1024
+
+/* A row's shift and sign, or a sum's place and sign, are one number: a sign of minus one sets the highest bit. */
+#define MINUS 0x80000000u
+#define PLACE 0x7FFFFFFFu
+
+/* A part of a row: its elements, of `size` bytes, the signs of its columns, and the row's sign. */
+typedef struct {
+    const char *x;
+    const int8_t *signs;
+    uint32_t minus;
+} Part;
+
+FOR_EACH_PROCESSOR
+static float square_float32(const float *x, int64_t count)
+{
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < count; i++)
+        square += x[i] * x[i];
+    return square;
+}
+
+/* A bfloat16 is the upper half of a float32. */
+FOR_EACH_PROCESSOR
+static float square_bfloat16(float *RESTRICT wide, const uint16_t *RESTRICT x, int64_t count)
+{
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)x[i] << 16;
+        float value;
+        memcpy(&value, &bits, sizeof value);
+        wide[i] = value;
+        square += value * value;
+    }
+    return square;
+}
+
+/* The sum of the squares of a part, which is float32 afterwards, in `wide` if it was not. */
+static double square(Part *part, float *wide, int64_t count, int64_t size)
+{
+    if (size == sizeof(float))
+        return square_float32((const float *)part->x, count);
+    const uint16_t *x = (const uint16_t *)part->x;
+    part->x = (const char *)wide;
+    return square_bfloat16(wide, x, count);
+}
+
+static inline float with_sign(float value, int8_t sign, uint32_t minus)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits ^= ((uint32_t)(int32_t)sign & MINUS) ^ minus;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+FOR_EACH_PROCESSOR
+static void add_part(float *RESTRICT sums, Part part, int64_t count)
+{
+    const float *RESTRICT x = (const float *)part.x;
+    const int8_t *RESTRICT signs = part.signs;
+    for (int64_t i = 0; i < count; i++)
+        sums[i] += with_sign(x[i], signs[i], part.minus);
+}
+
+FOR_EACH_PROCESSOR
+static void add_two_parts(float *RESTRICT sums, Part first, Part second, int64_t count)
+{
+    const float *RESTRICT x = (const float *)first.x, *RESTRICT y = (const float *)second.x;
+    const int8_t *RESTRICT x_signs = first.signs, *RESTRICT y_signs = second.signs;
+    for (int64_t i = 0; i < count; i++)
+        sums[i] += with_sign(x[i], x_signs[i], first.minus) + with_sign(y[i], y_signs[i], second.minus);
+}
+
+FOR_EACH_PROCESSOR
+static void fold_sums(float *RESTRICT sketch, const float *RESTRICT sums, const uint32_t *RESTRICT places,
+                      int64_t width, int64_t dimension)
+{
+    memset(sketch, 0, (size_t)dimension * sizeof *sketch);
+    for (int64_t first = 0; first < width; first += dimension) {
+#pragma omp simd
+        for (int64_t bin = 0; bin < dimension; bin++) {
+            uint32_t place = places[first + bin];
+            /* Whatever number it is, it lies within the sums. */
+            sketch[bin] += with_sign(sums[place & (uint32_t)(width - 1)], 0, place & MINUS);
+        }
+    }
+}
+
+static int64_t least(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Adds `count` elements of `size` bytes, the first of which is element `at` of the gradient; returns their squares. */
+static double add_elements(float *sums, const int8_t *signs, const uint32_t *rows, int64_t width, int64_t at,
+                           const char *x, int64_t count, int64_t size)
+{
+    float wide[2][BLOCK];
+    double squares = 0;
+    while (count > 0) {
+        const uint32_t *row = rows + at / width;
+        int64_t column = at % width;
+        if (column == 0 && count >= 2 * width) {
+            /* Two whole rows at a time, in the order of the sums, each of which is then read and written half as often. */
+            for (int64_t place = 0, length; place < width; place += length) {
+                int64_t c = (place + width - (row[0] & PLACE)) % width, d = (place + width - (row[1] & PLACE)) % width;
+                Part first = {x + c * size, signs + c, row[0] & MINUS};
+                Part second = {x + (width + d) * size, signs + d, row[1] & MINUS};
+                length = least(least(width - c, width - d), least(width - place, BLOCK));
+                squares += square(&first, wide[0], length, size) + square(&second, wide[1], length, size);
+                add_two_parts(sums + place, first, second, length);
+            }
+            x += 2 * width * size, at += 2 * width, count -= 2 * width;
+        } else {
+            /* As far as the row goes, and the sums before they begin again. */
+            int64_t place = (column + (row[0] & PLACE)) % width;
+            int64_t length = least(least(width - column, width - place), least(count, BLOCK));
+            Part part = {x, signs + column, row[0] & MINUS};
+            squares += square(&part, wide[0], length, size);
+            add_part(sums + place, part, length);
+            x += length * size, at += length, count -= length;
+        }
+    }
+    return squares;
+}
+
+static void release(Py_buffer *buffers, int count)
+{
+    while (count-- > 0)
+        PyBuffer_Release(&buffers[count]);
+}
+
+/* Gets the buffers of three arguments, the first of which is written, with elements of these sizes. On failure an
+   exception is set and none is held. */
+static int get_buffers(PyObject *const *args, Py_buffer *buffers, const int *sizes)
+{
+    for (int k = 0; k < 3; k++) {
+        if (PyObject_GetBuffer(args[k], &buffers[k], k == 0 ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) {
+            release(buffers, k);
+            return -1;
+        }
+        if (buffers[k].len == 0 || buffers[k].len % sizes[k]) {
+            PyErr_Format(PyExc_ValueError, "array %d has %zd bytes; expected elements of %d", k + 1, buffers[k].len,
+                         sizes[k]);
+            release(buffers, k + 1);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
+{
+    static const int sizes[] = {4, 1, 4};
+    Py_buffer buffers[3];
+    double squares = 0;
+    (void)module;
+    if (given != 7) {
+        PyErr_Format(PyExc_TypeError, "add takes 7 arguments; found %zd", given);
+        return NULL;
+    }
+    int64_t at = PyLong_AsLongLong(args[3]);
+    const char *x = PyLong_AsVoidPtr(args[4]);
+    int64_t count = PyLong_AsLongLong(args[5]), size = PyLong_AsLongLong(args[6]);
+    if (PyErr_Occurred() || get_buffers(args, buffers, sizes) < 0)
+        return NULL;
+    int64_t width = buffers[1].len, room = width * (buffers[2].len / 4);
+    int meant = buffers[0].len / 4 == width && at >= 0 && count >= 0 && at <= room && count <= room - at &&
+                (size == 2 || size == 4);
+    if (meant && count < LONG) {
+        squares = add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
+    } else if (meant) {
+        Py_BEGIN_ALLOW_THREADS
+        squares = add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
+        Py_END_ALLOW_THREADS
+    }
+    release(buffers, 3);
+    if (!meant) {
+        PyErr_SetString(PyExc_ValueError, "expected a sign for each sum, and elements of 2 or 4 bytes within the rows");
+        return NULL;
+    }
+    return PyFloat_FromDouble(squares);
+}
+
+static PyObject *fold(PyObject *module, PyObject *const *args, Py_ssize_t given)
+{
+    static const int sizes[] = {4, 4, 4};
+    Py_buffer buffers[3];
+    (void)module;
+    if (given != 3) {
+        PyErr_Format(PyExc_TypeError, "fold takes 3 arguments; found %zd", given);
+        return NULL;
+    }
+    if (get_buffers(args, buffers, sizes) < 0)
+        return NULL;
+    int64_t dimension = buffers[0].len / 4, width = buffers[1].len / 4;
+    int meant = buffers[2].len / 4 == width && width % dimension == 0 && !(width & (width - 1));
+    if (meant && width < LONG) {
+        fold_sums(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, dimension);
+    } else if (meant) {
+        Py_BEGIN_ALLOW_THREADS
+        fold_sums(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, dimension);
+        Py_END_ALLOW_THREADS
+    }
+    release(buffers, 3);
+    if (!meant) {
+        PyErr_SetString(PyExc_ValueError, "expected a place for each sum, and a power of two of both, a multiple of the "
+                                          "sketch's");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"add", (PyCFunction)(void (*)(void))add, METH_FASTCALL, NULL},
+    {"fold", (PyCFunction)(void (*)(void))fold, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyModuleDef_Slot slots[] = {{0, NULL}};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "_rows", .m_size = 0, .m_methods = functions, .m_slots = slots};
+
+PyMODINIT_FUNC PyInit__rows(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,44 @@
+"""The compiled kernel of `compress`: rotation on a CPU."""
+
+import numpy as np
+import numpy.typing as npt
+
+def add(
+    sums: npt.NDArray[np.float32],
+    columns: npt.NDArray[np.int8],
+    rows: npt.NDArray[np.uint32],
+    at: int,
+    address: int,
+    count: int,
+    size: int,
+    /,
+) -> float:
+    """Adds elements of the gradient to the sums, each times the signs of its row and its column.
+
+    Args:
+        sums: (W,), written.
+        columns: the sign of each column, (W,).
+        rows: the shift of each row, and 2^31 more where its sign is minus one.
+        at: where in the gradient the elements begin.
+        address: of the elements, which lie one after another in this process's memory.
+        count: how many there are.
+        size: 4 for float32, 2 for bfloat16.
+
+    Returns:
+        The sum of the elements' squares; those of a block are added up in float32.
+
+    Raises:
+        ValueError: the arrays do not fit each other, or the elements run over the last row.
+    """
+
+def fold(sketch: npt.NDArray[np.float32], sums: npt.NDArray[np.float32], places: npt.NDArray[np.uint32], /) -> None:
+    """Permutes the sums, multiplies them by their signs, and adds up bins.
+
+    Args:
+        sketch: (v,), written.
+        sums: (W,); W is a power of two, and a multiple of v.
+        places: which sum is k-th after permutation, and 2^31 more where its sign is minus one, (W,).
+
+    Raises:
+        ValueError: the arrays do not fit each other.
+    """

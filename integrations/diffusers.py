@@ -367,7 +367,10 @@ def generate(arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str,
 
 
 def parameter_key(key: str) -> str:
-    """Turns a key of an older LoRA file (`lora.down`, `to_q_lora.up`) into the name of PEFT's parameter."""
+    """Turns a key of an older LoRA file (`lora.down`, `to_q_lora.up`) or of a DoRA into the name of PEFT's parameter."""
+    if key.endswith(".lora_magnitude_vector"):
+        # A module whose only parameter is its weight; files leave that out.
+        return key + ".weight"
     key = re.sub(r"\.to_(q|k|v)_lora\.", r".to_\1.lora.", key).replace(".to_out_lora.", ".to_out.0.lora.")
     return re.sub(r"\.lora(_linear_layer)?\.(down|up)\.", lambda m: ".lora_A." if m[2] == "down" else ".lora_B.", key)
 

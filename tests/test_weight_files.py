@@ -20,7 +20,7 @@ from dmin_trace.errors import WeightsError
 from dmin_trace.weights import Trainable, find_trainable
 
 
-def lora_unet(seed: int) -> UNet2DConditionModel:
+def lora_unet(seed: int, *, dora: bool = False) -> UNet2DConditionModel:
     """A tiny UNet with LoRA layers, of which no tensor is zero."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -33,7 +33,7 @@ def lora_unet(seed: int) -> UNet2DConditionModel:
         norm_num_groups=8,
     )
     unet.requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+    unet.add_adapter(LoraConfig(r=2, use_dora=dora, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     with torch.no_grad():
         for parameter in trainable_of(unet).tensors:
             parameter.normal_()
@@ -81,6 +81,15 @@ def test_a_lora_is_read_in_every_format(tmp_path: Path, save: Callable[[UNet2DCo
     save(unet, tmp_path / "saved")
     trainable_of(other).load(tmp_path / "saved", diffusers.parameter_key)
     assert len(trained(other)) == 64
+    for name, parameter in trained(unet).items():
+        assert torch.equal(parameter, trained(other)[name]), name
+
+
+def test_a_dora_is_read(tmp_path: Path) -> None:
+    unet, other = lora_unet(1, dora=True), lora_unet(2, dora=True)
+    released(unet, tmp_path / "saved")
+    trainable_of(other).load(tmp_path / "saved", diffusers.parameter_key)
+    assert len(trained(other)) == 96
     for name, parameter in trained(unet).items():
         assert torch.equal(parameter, trained(other)[name]), name
 

@@ -1,6 +1,6 @@
 /* The inner loops of compress.py's rotation, for a CPU. `_rows.pyi` says what the functions take.
 
-Every buffer's length is checked here against the others; a tensor is an address, whose length the caller vouches for. */
+Every buffer's length is checked here against the others; a tensor is an address, whose length the caller knows. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -28,7 +28,7 @@ Every buffer's length is checked here against the others; a tensor is an address
 #define LONG 262144
 
 /* Elements that are squared, then added: the first loop has nothing to do but to read, which is what brings memory to
-   the cache fastest, and the second finds them there. Their squares are added up in float32, those of blocks in double. */
+   the cache fastest, and the second finds them there. Squares are float32 within a block, and double beyond it. */
 #define BLOCK 1024
 
 /* A row's shift and sign, or a sum's place and sign, are one number: a sign of minus one sets the highest bit. */
@@ -135,7 +135,7 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
         const uint32_t *row = rows + at / width;
         int64_t column = at % width;
         if (column == 0 && count >= 2 * width) {
-            /* Two whole rows at a time, in the order of the sums, each of which is then read and written half as often. */
+            /* Two whole rows at a time, in the order of the sums, which are then read and written half as often. */
             for (int64_t place = 0, length; place < width; place += length) {
                 int64_t c = (place + width - (row[0] & PLACE)) % width, d = (place + width - (row[1] & PLACE)) % width;
                 Part first = {x + c * size, signs + c, row[0] & MINUS};
@@ -238,8 +238,8 @@ static PyObject *fold(PyObject *module, PyObject *const *args, Py_ssize_t given)
     }
     release(buffers, 3);
     if (!meant) {
-        PyErr_SetString(PyExc_ValueError, "expected a place for each sum, and a power of two of both, a multiple of the "
-                                          "sketch's");
+        PyErr_SetString(PyExc_ValueError, "expected a place for each sum, a power of two of both, and a multiple "
+                                          "of the sketch's");
         return NULL;
     }
     Py_RETURN_NONE;

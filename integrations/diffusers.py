@@ -367,7 +367,7 @@ def generate(arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str,
 
 
 def parameter_key(key: str) -> str:
-    """Turns a key of an older LoRA file (`lora.down`, `to_q_lora.up`) or of a DoRA into the name of PEFT's parameter."""
+    """Turns a key of an older LoRA file (`lora.down`, `to_q_lora.up`), or of a DoRA, into PEFT's name."""
     if key.endswith(".lora_magnitude_vector"):
         # A module whose only parameter is its weight; files leave that out.
         return key + ".weight"

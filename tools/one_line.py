@@ -479,8 +479,8 @@ was changed.
 - *reference*: the largest difference to the rows that `tools/reference.py` computes, which shares no code with the
   loop driver.
 - *copy finds itself*: asked about a copy of a training picture, its score against the runner-up's (4 is the most). With
-  prior preservation a sample's gradient is of a class picture too, which its copy has no part in: it scores less than 4,
-  and need not come first (with SD3 it came third).
+  prior preservation a sample's gradient is of a class picture too, which its copy has no part in: it scores less than
+  4, and need not come first (with SD3 it came third).
 
 """
 

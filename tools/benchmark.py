@@ -504,11 +504,11 @@ def _cold_seconds(trace: Trace, query: np.ndarray, threads: int) -> dict[str, fl
 
 @app.command("scale")
 def scale_command(
-    sizes: Annotated[str, typer.Option(help="Numbers of samples, N.")] = "10000,100000,1000000",
+    sizes: Annotated[str, typer.Option(help="Numbers of samples, N.")] = "10000,50000,1000000",
     timesteps: Annotated[int, typer.Option(help="T.")] = 2,
     dimension: Annotated[int, typer.Option(help="v.")] = 2**6,
     threads: Threads = CORES,
-    indexed: Annotated[bool, typer.Option(help="Build an index too: at a million samples that takes minutes.")] = True,
+    indexed: Annotated[int, typer.Option(help="Samples up to which an index is built; a million take long.")] = 50_000,
     folder: Folder = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture to this PNG file; needs matplotlib.")] = None,
     path: Json = None,
@@ -527,7 +527,7 @@ def scale_command(
             with peak_memory() as grown:
                 scan = best_of(lambda trace=trace, q=queries[:1]: exact(trace, q, 10, threads=threads), 3)  # type: ignore[misc]
             row: list[Any] = [samples, trace.bytes / 1e6, 1e3 * scan, grown[0] / 1e6]
-            result.add(*row, *(_indexed(trace, queries) if indexed else (None,) * 4))
+            result.add(*row, *(_indexed(trace, queries) if samples <= indexed else (None,) * 4))
     result.show(path)
     if plot is not None:
         _plot_scale(result, plot)

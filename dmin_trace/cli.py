@@ -135,7 +135,7 @@ def estimate_command(
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
-    """Capture two samples of SCRIPT ARGS (after --), write nothing, and say what a whole capture would take."""
+    """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and say what a whole capture would take."""
     from dmin_trace import report
     from dmin_trace.commands import Job
     from dmin_trace.estimate import facts

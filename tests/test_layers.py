@@ -61,6 +61,7 @@ WITHOUT_TORCH = (
     "errors",
     "hnsw",
     "index",
+    "pack",
     "query",
     "questions",
     "report",

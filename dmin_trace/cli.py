@@ -182,6 +182,13 @@ def query_command(
     weights: Annotated[Path | None, typer.Option(help="The traced weights. Default: those beside the store.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the answer as JSON.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Also write the answer as CSV.")] = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            help="dmin, the paper's: what looks like it, mostly. deflated: without what all samples share, nearer to "
+            "what caused it. ridge: the same in full, for small stores."
+        ),
+    ] = "dmin",
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
 ) -> None:
     """Show the training samples that made the model make each image.
@@ -194,7 +201,8 @@ def query_command(
 
     The script's command is remembered from the capture on this machine; elsewhere give it after --.
     """
-    from dmin_trace import query, questions, report, score, store
+    from dmin_trace import query, questions, report, store
+    from dmin_trace.score import check_k
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts to ask about, or training samples with --sample, and not both.")
@@ -207,10 +215,11 @@ def query_command(
         if path is not None and not path.parent.is_dir():
             raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
     opened = store.open_trace(trace)
+    scored = query.check_score(opened, score)
+    check_k(opened, k)
     console = Console()
     if sample:
         shown = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
-        score.check_k(opened, k)
         gradients = query.sample_gradients(opened, sample)
     else:
         with Console(stderr=True).status("Reading the questions") as status:
@@ -225,23 +234,27 @@ def query_command(
             status.update("Capturing the gradients of the queries")
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
             behind = [a.conditioning for a in asked]
-            score.check_k(opened, k)
             gradients = query.capture_queries(
                 opened, files, prompts, conditioning=behind, weights=weights, command=context.obj
             )
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
-    answer = query.answer(opened, gradients, k=k, exact=exact)
+    with Console(stderr=True).status("Scoring"):
+        answer = query.answer(opened, gradients, k=k, score=scored, exact=exact)
     hits, timesteps = answer.hits, opened.header.timesteps
     for question, found in zip(shown, hits, strict=True):
-        console.print(report.hits_table(question, found, timesteps, ascii_only=console.options.ascii_only))
+        table = report.hits_table(question, found, timesteps, score=scored, ascii_only=console.options.ascii_only)
+        console.print(table)
         console.print()
     console.print(Text(report.harmless(answer.said, 400), style="dim"))
+    if answer.taken_out:
+        console.print(Text(report.harmless(f"{scored} scores: took out {answer.taken_out}", 400), style="dim"))
     if json_path is not None:
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
         facts |= {"answered_by": "scan" if answer.recall is None else "index", "index_recall": answer.recall}
-        json_path.write_text(report.to_json(shown, hits, timesteps, facts), encoding="utf-8")
+        facts["taken_out"] = answer.taken_out
+        json_path.write_text(report.to_json(shown, hits, timesteps, facts, score=scored), encoding="utf-8")
     if csv_path is not None:
-        csv_path.write_text(report.to_csv(shown, hits, timesteps), encoding="utf-8", newline="")
+        csv_path.write_text(report.to_csv(shown, hits, timesteps, score=scored), encoding="utf-8", newline="")
 
 
 @app.command("index")
@@ -254,6 +267,13 @@ def index_command(
     dimensions: Annotated[str, typer.Option(help="folded or full. Full is the paper's: large and slow.")] = "folded",
     m: Annotated[int, typer.Option("--M", help="HNSW: links of a sample.")] = 16,
     ef_construction: Annotated[int, typer.Option(help="HNSW: samples in view when one is linked.")] = 200,
+    directions: Annotated[
+        int | None,
+        typer.Option(help="Deflated scores: directions to take out; 0 keeps none. Default: those that samples share."),
+    ] = None,
+    ridge: Annotated[
+        float | None, typer.Option(help="Ridge scores: lambda, in units of what one sample alone has. Default: 1.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Build an index beside a store, so that queries need not scan it. Measures the recall that it reaches."""
@@ -285,6 +305,8 @@ def index_command(
             dimensions="full" if dimensions == "full" else "folded",
             m=m,
             ef_construction=ef_construction,
+            directions=directions,
+            ridge=ridge,
             progress=show,
         )
     title = str(index.index_beside(trace))

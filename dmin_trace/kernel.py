@@ -36,8 +36,10 @@ DENSE = 2048
 """Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
 SOLVED = 4096
 """Samples that ridge scores are made for at the most."""
-LEAST_CHOSEN, MOST_CHOSEN = 8, 256
-"""Between these lies the number of directions that is chosen where none is given."""
+ALONE = 1.0
+"""How much of what one sample alone has, T, is lambda: the eigenvalue of a direction that is half taken out."""
+MOST_CHOSEN = 256
+"""Directions that are looked for where no number is given."""
 MOST_DIRECTIONS = 4096
 """Directions at the most, whoever asks."""
 PASSES = 3
@@ -47,7 +49,7 @@ NULL = 1e-6
 BLOCK = 2**24
 """Numbers of gradients that are converted to float32 at a time."""
 LARGEST = 2**28
-"""Numbers of directions, r T v, that are chosen at the most: a gibibyte."""
+"""Numbers of directions, r T v, where no number is given, at the most: a gibibyte."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,18 +85,28 @@ class Directions:
         return freed
 
 
-def choose_directions(trace: Trace) -> int:
-    """How many directions to take out where nobody says: an eighth as many as there are samples, 8 to 256.
+def choose_directions(eigenvalues: NDArray[np.float64], timesteps: int) -> int:
+    """How many of the principal directions all samples share, where nobody says; at least one.
 
-    Not so many that they take more than a gibibyte.
+    Those along which more lies than one sample alone has, T: its own direction, shared with none, has the eigenvalue T,
+    the mean of K's diagonal. It is Kaiser's rule for principal components (eigenvalues above the mean one), and needs
+    nothing but the store.
     """
-    header = trace.header
-    samples = int(trace.rankable.sum())
-    room = LARGEST // (len(header.timesteps) * header.dimension)
-    return min(samples, max(1, room), min(max(samples // 8, LEAST_CHOSEN), MOST_CHOSEN))
+    return max(1, int(np.sum(eigenvalues > ALONE * timesteps)))
 
 
-def principal_directions(trace: Trace, count: int, progress: Progress | None = None) -> Directions:
+def check_ridge(trace: Trace, strength: float | None = None) -> None:
+    """Raises QueryError if the store has too many samples for ridge scores, and SettingsError for a wrong strength."""
+    if strength is not None and not 0 < strength < float("inf"):
+        raise SettingsError(f"ridge is {strength}; expected a number above 0.")
+    if (samples := int(trace.rankable.sum())) > SOLVED:
+        raise QueryError(
+            f"Ridge scores multiply all samples with each other, which is done for up to {SOLVED:,} of them, and this "
+            f"trace has {samples:,}. Ask for deflated scores: they come near, and cost no more than others."
+        )
+
+
+def principal_directions(trace: Trace, count: int | None = None, progress: Progress | None = None) -> Directions:
     """The largest principal directions of the samples that can be ranked, fewer than `count` where there are no more.
 
     Of up to DENSE samples they are exact. Of more they come from PASSES passes over the store: a random basis is
@@ -104,21 +116,23 @@ def principal_directions(trace: Trace, count: int, progress: Progress | None = N
 
     Args:
         trace: the store.
-        count: r, at least 1.
+        count: r; `choose_directions` says how many of up to 256 if it is not given.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
         SettingsError: count is out of range.
         TraceError: the store is damaged, or has no sample that can be ranked.
     """
-    if not 1 <= count <= MOST_DIRECTIONS:
+    if count is not None and not 1 <= count <= MOST_DIRECTIONS:
         raise SettingsError(f"directions is {count}; expected 1 to {MOST_DIRECTIONS}.")
     slots = _ranked(trace)
     progress = progress or (lambda what, done, of: None)
+    timesteps = len(trace.header.timesteps)
+    most = count or min(MOST_CHOSEN, max(1, LARGEST // (timesteps * trace.header.dimension)))
+    find = _exact_directions if len(slots) <= DENSE else _approximate_directions
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
-        if len(slots) <= DENSE:
-            return _exact_directions(trace, slots, count, pool, progress)
-        return _approximate_directions(trace, slots, count, pool, progress)
+        found = find(trace, slots, most, pool, progress)
+    return found if count else found.largest(choose_directions(found.eigenvalues, timesteps))
 
 
 def gram(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
@@ -130,7 +144,7 @@ def gram(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
 def ridge(
     trace: Trace,
     queries: NDArray[np.float32],
-    strength: float,
+    strength: float = ALONE,
     *,
     kernel: NDArray[np.float64] | None = None,
     progress: Progress | None = None,
@@ -140,7 +154,7 @@ def ridge(
     Args:
         trace: the store, of SOLVED samples at the most.
         queries: (Q, T, v), compressed gradients.
-        strength: lambda, over the mean of K's diagonal.
+        strength: lambda over T, which is the mean of K's diagonal.
         kernel: K, from `gram`, if it is there already.
         progress: as for `principal_directions`.
 
@@ -149,20 +163,14 @@ def ridge(
         QueryError: the store has too many samples, or the queries are not finite or not of the store's shape.
         TraceError: the store is damaged.
     """
-    if not 0 < strength < float("inf"):
-        raise SettingsError(f"ridge is {strength}; expected a number above 0.")
+    check_ridge(trace, strength)
     score.check_queries(trace, queries)
     slots = _ranked(trace)
-    if len(slots) > SOLVED:
-        raise QueryError(
-            f"Ridge scores multiply all samples with each other, which is done for up to {SOLVED:,} of them, and this "
-            f"trace has {len(slots):,}. Ask for deflated scores: they come near, and cost no more than others."
-        )
     progress = progress or (lambda what, done, of: None)
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
         if kernel is None:
             kernel = _gram(trace, slots, pool, progress)
-        damped = kernel + np.eye(len(slots)) * (strength * np.trace(kernel) / len(slots))
+        damped = kernel + np.eye(len(slots)) * (strength * len(trace.header.timesteps))
         basis = queries.transpose(1, 0, 2)
         products = np.concatenate([_along(rows, basis, pool) for rows in _blocks(trace, slots, progress)])
         mixture = np.linalg.solve(damped, products)
@@ -218,7 +226,7 @@ def _gram(trace: Trace, slots: NDArray[np.int64], pool: ThreadPoolExecutor, prog
 
 
 def _along(rows: NDArray[np.float32], basis: NDArray[np.float32], pool: ThreadPoolExecutor) -> NDArray[np.float64]:
-    """(n, width) the products of rows (n, T, v) with vectors (T, width, v): float32 in a timestep, their sum float64."""
+    """(n, width) the products of rows (n, T, v) with vectors (T, width, v): float32 in a timestep, float64 in sum."""
     products = np.zeros((len(rows), basis.shape[1]))
     for product in pool.map(np.matmul, rows.transpose(1, 0, 2), basis.transpose(0, 2, 1)):
         products += product

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
+
+Score = Literal["dmin", "deflated", "ridge"]
+"""What samples are ranked by: the paper's inner products, or those with a query freed of what they share (`kernel`)."""
 
 PART = 2**21
 """Numbers that a thread reads at a time, if that is enough samples."""

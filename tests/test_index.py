@@ -238,7 +238,7 @@ def test_a_store_that_cannot_be_served_is_scanned_and_told_of(tmp_path: Path, fo
     facts = build_index(trace, fold=fold)
     assert not facts.depths
     assert "recall@10 is 0." in facts.short
-    assert [file.name for file in index_beside(trace.path).iterdir()] == ["index.json"]
+    assert sorted(file.name for file in index_beside(trace.path).iterdir()) == ["index.json", "principal.f32"]
     queries = like(rows, 2)
     answer = query.answer(trace, queries, k=10)
     assert answer.said.startswith("scanned all 1,000 samples: the index does not serve (recall@10 is 0.")
@@ -370,7 +370,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a fact more": (edited(more=1), "cannot be read"),
     "depths that are none": (edited(depths=[1]), "cannot be read"),
     "more candidates than samples": (
-        edited(depths=[{"k": 10, "candidates": 10**9, "ef": 10**9, "recall": 1.0}]),
+        edited(depths=[{"score": "dmin", "k": 10, "candidates": 10**9, "ef": 10**9, "recall": 1.0}]),
         "cannot be meant",
     ),
     "no JSON": (lambda folder: (folder / "trace.index" / "index.json").write_text("{") and None, "cannot be read"),

@@ -31,7 +31,7 @@ def slow_ridge_scores(trace: Trace, queries: np.ndarray, strength: float) -> np.
     """(Q, n) lambda (K + lambda I)^-1 G q."""
     rows = stored_rows(trace)
     k = rows @ rows.T
-    damping = strength * np.mean(np.diag(k))
+    damping = strength * queries.shape[1]
     products = rows @ queries.reshape(len(queries), -1).T.astype(np.float64)
     return (damping * np.linalg.inv(k + damping * np.eye(len(k))) @ products).T
 

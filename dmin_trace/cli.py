@@ -272,7 +272,7 @@ def index_command(
         typer.Option(help="Deflated scores: directions to take out; 0 keeps none. Default: those that samples share."),
     ] = None,
     ridge: Annotated[
-        float | None, typer.Option(help="Ridge scores: lambda, in units of what one sample alone has. Default: 1.")
+        float | None, typer.Option(help="Ridge scores: lambda, in units of what one sample alone has. Default: 0.3.")
     ] = None,
     verbose: Verbose = False,
 ) -> None:

@@ -5,7 +5,8 @@
       graph.hnsw      hnswlib's graph: a vector for each slot that can be ranked, of copies for the first alone
       shared.f32      (T, r, v) the directions in which the samples mostly lie at each timestep, orthonormal
       copies.i64      (n, 2) slots whose stored numbers are those of an earlier slot, and that slot
-      principal.f32   (T, r, v) the principal directions of whole samples, for deflated scores (`kernel`)
+      principal.f32   (T, r, v) more such directions, for deflated scores (`kernel`)
+      eigenvalues.f64 (T, r) theirs
 
 A projection folds (`compress`): adding bins j and j + v/2 until F are left gives a sketch of F numbers, whose inner
 products err by about the product of the norms over sqrt(F). Gradients of a diffusion model are much alike, and an error
@@ -82,7 +83,7 @@ LARGEST_FACTS = 2**20
 
 GRAPH, SHARED, COPIES, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "index.json"
 NAMES = (GRAPH, SHARED, COPIES)
-PRINCIPAL = "principal.f32"
+PRINCIPAL, EIGENVALUES = "principal.f32", "eigenvalues.f64"
 
 Dimensions = Literal["folded", "full"]
 
@@ -100,6 +101,11 @@ class Depth:
     candidates: int
     ef: int
     recall: float
+
+    @property
+    def name(self) -> str:
+        """What the recall is of."""
+        return f"recall@{self.k}" + ("" if self.score == "dmin" else f" of {self.score} scores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +129,8 @@ class Facts:
     asked: how many samples it was measured with.
     depths: the numbers of hits that are served; none if the scan has to answer.
     short: if it serves less than it should, why.
-    principal: the eigenvalues of the principal directions that are kept for deflated scores, the largest first.
-    ridge: the strength of ridge scores, lambda over T; None if none was given.
+    principal: how many principal directions of each timestep are kept for deflated scores.
+    ridge: the strength of ridge scores, lambda; None if none was given.
     files: the other files.
     """
 
@@ -143,7 +149,7 @@ class Facts:
     asked: int
     depths: tuple[Depth, ...]
     short: str
-    principal: tuple[float, ...]
+    principal: int
     ridge: float | None
     files: dict[str, File]
 
@@ -182,9 +188,8 @@ class Facts:
                 raise GraphError("it was written by another version of dmin_trace")
             depths = tuple(Depth(**depth) for depth in kept.pop("depths"))
             files = {name: File(**file) for name, file in kept.pop("files").items()}
-            principal = tuple(float(value) for value in kept.pop("principal"))
-            facts = cls(**kept, depths=depths, files=files, principal=principal)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            facts = cls(**kept, depths=depths, files=files)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise GraphError(f"{FACTS} cannot be read") from None
         whole = (
             facts.fold,
@@ -192,6 +197,7 @@ class Facts:
             facts.m,
             facts.ef_construction,
             facts.vectors,
+            facts.principal,
             *(file.bytes for file in files.values()),
         )
         whole += tuple(number for depth in depths for number in (depth.k, depth.candidates, depth.ef))
@@ -200,10 +206,7 @@ class Facts:
         right = right and all(type(part) in (int, float) and 0 <= part <= 1 for part in parts)
         right = right and all(depth.k <= depth.candidates <= min(depth.ef, facts.vectors) for depth in depths)
         right = right and all(depth.score in get_args(Score) for depth in depths)
-        right = right and len(principal) <= min(kernel.MOST_DIRECTIONS, facts.samples)
-        right = right and all(
-            math.inf > one >= two > 0 for one, two in zip(principal, (*principal[1:], 1e-30), strict=True)
-        )
+        right = right and facts.principal <= kernel.MOST_DIRECTIONS
         right = right and (facts.ridge is None or (type(facts.ridge) is float and 0 < facts.ridge < math.inf))
         if not right or not 2 <= facts.m <= 100 or not isinstance(facts.short, str):
             raise GraphError(f"{FACTS} holds numbers that cannot be meant")
@@ -324,17 +327,22 @@ def open_directions(trace: Trace) -> Directions | str:
     facts = read_facts(trace)
     if isinstance(facts, str) or not facts.principal:
         return facts if isinstance(facts, str) else ""
-    shape = (facts.timesteps, len(facts.principal), facts.dimension)
+    shape = (facts.timesteps, facts.principal)
+    folder = index_beside(trace.path)
     try:
-        file = _checked(index_beside(trace.path), PRINCIPAL, facts.files[PRINCIPAL], 4 * math.prod(shape))
-        vectors = np.memmap(file, "<f4", "r", shape=shape)
-        if not np.allclose(np.sum([np.vecdot(part, part) for part in vectors], axis=0), 1, atol=1e-2):
+        kept = _checked(folder, EIGENVALUES, facts.files[EIGENVALUES], 8 * math.prod(shape))
+        eigenvalues = np.fromfile(kept, "<f8").reshape(shape)
+        file = _checked(folder, PRINCIPAL, facts.files[PRINCIPAL], 4 * math.prod(shape) * facts.dimension)
+        vectors = np.memmap(file, "<f4", "r", shape=(*shape, facts.dimension))
+        if not np.isfinite(eigenvalues).all() or (np.diff(eigenvalues, append=0.0) > 0).any():
+            raise GraphError(f"{EIGENVALUES} holds none")
+        if not np.allclose(np.vecdot(vectors, vectors), eigenvalues > 0, atol=1e-2):
             raise GraphError(f"{PRINCIPAL} holds no directions")
     except GraphError as error:
         return _unused(error)
     except (OSError, ValueError) as error:
         return _unused(f"it is damaged ({error})")
-    return Directions(vectors, np.array(facts.principal))
+    return Directions(vectors, eigenvalues)
 
 
 def build_index(
@@ -363,7 +371,7 @@ def build_index(
         ef_construction: how many vectors are in view when one is linked.
         directions: how many principal directions deflated scores take out, 0 for none to be kept;
             `kernel.choose_directions` says it if it is not given.
-        ridge: the strength of ridge scores, lambda over T; `kernel.ALONE` if not given.
+        ridge: the strength of ridge scores, lambda; `kernel.ALONE` if not given.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
@@ -412,7 +420,7 @@ def build_index(
         asked=len(held),
         depths=(),
         short=f"{len(kept)} samples are few enough to scan",
-        principal=(),
+        principal=0,
         ridge=ridge,
         files={},
     )
@@ -420,8 +428,8 @@ def build_index(
     arrays: dict[str, NDArray[Any]] = {}
     if directions != 0 and len(kept):
         principal = kernel.principal_directions(trace, directions, progress)
-        facts = replace(facts, principal=tuple(principal.eigenvalues.tolist()))
-        arrays[PRINCIPAL] = principal.vectors
+        facts = replace(facts, principal=principal.eigenvalues.shape[1])
+        arrays |= {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
     if not wanted:
         return _write(folder, facts, arrays)
     questions: dict[Score, NDArray[np.float32]] = {"dmin": _questions(trace, held)}
@@ -434,14 +442,16 @@ def build_index(
         split = Split(shared, fold)
         graph = make_graph(split.length, len(kept), m, ef_construction)
         _add(graph, trace, split, linked, progress)
-        depths: tuple[Depth, ...] = ()
-        short = ""
-        for kind, asked in questions.items():
-            found, lacks = _calibrate(graph, split.vectors(asked), truth[kind], wanted, most, kind)
-            depths, short = depths + found, "; ".join(filter(None, (short, lacks)))
+        found = [
+            _calibrate(graph, split.vectors(asked), truth[kind], wanted, most, kind)
+            for kind, asked in questions.items()
+        ]
+        depths = tuple(depth for served, _ in found for depth in served)
+        short = [why for _, why in found]
         logger.info("fold %d: %s %s", fold, depths, short)
-        facts = replace(facts, fold=fold, depths=depths, short=short)
-        if not short:
+        facts = replace(facts, fold=fold, depths=depths, short="; ".join(filter(None, short)))
+        # The paper's score decides. A larger vector costs every query, and what it cannot serve is scanned for.
+        if not short[0]:
             break
     if not facts.depths:
         return _write(folder, facts, arrays)
@@ -475,24 +485,33 @@ def shown(facts: Facts, trace: Trace) -> list[tuple[str, str]]:
             "each timestep",
         ),
         *(
-            (f"recall@{depth.k}", f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
+            (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
         ),
         ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
-        ("serves", f"queries for up to {facts.depths[-1].k} hits" if facts.depths else "nothing: queries scan"),
+        ("serves", _served(facts)),
     ]
+    if facts.principal:
+        told.append(("deflated scores", f"by {facts.principal} principal directions of each timestep"))
     return [*told, ("short of", facts.short)] if facts.short else told
+
+
+def _served(facts: Facts) -> str:
+    most = {depth.score: depth.k for depth in facts.depths}
+    served = [f"{kind} queries for up to {k} hits" for kind, k in most.items()]
+    return "; ".join(served) if served else "nothing: queries scan"
 
 
 def summary(facts: Facts | str) -> str:
     """What `dmin-trace info` says of an index, from `read_facts`."""
     if isinstance(facts, str):
         return facts or "none; dmin-trace index makes one"
+    kept = f"; {facts.principal} principal directions of each timestep" if facts.principal else ""
     if not facts.depths:
-        return f"serves nothing, queries scan: {facts.short}"
-    recalls = ", ".join(f"recall@{depth.k} {depth.recall:.3f}" for depth in facts.depths)
-    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated"
+        return f"serves nothing, queries scan: {facts.short}{kept}"
+    recalls = ", ".join(f"{depth.name} {depth.recall:.3f}" for depth in facts.depths)
+    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{kept}"
 
 
 def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
@@ -671,11 +690,11 @@ def _calibrate(
             recall = float(found.reshape(2, -1).mean(axis=1).min())
             if recall >= min((1 + least) / 2, reach):
                 break
+        depth = Depth(score=kind, k=k, candidates=candidates, ef=ef, recall=recall)
         if recall < least:
-            of = "" if kind == "dmin" else f" of {kind} scores"
-            short.append(f"recall@{k}{of} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
+            short.append(f"{depth.name} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
         else:
-            depths.append(Depth(score=kind, k=k, candidates=candidates, ef=ef, recall=recall))
+            depths.append(depth)
     return tuple(depths), "; ".join(short)
 
 
@@ -695,7 +714,12 @@ def _parts(trace: Trace, slots: NDArray[np.int64]) -> Iterator[NDArray[np.int64]
 def _check_ours(folder: Path) -> None:
     """Raises TraceError if something else is where the index belongs: it would be lost."""
     try:
-        ours = not folder.exists() or {file.name for file in folder.iterdir()} <= {*NAMES, PRINCIPAL, FACTS}
+        ours = not folder.exists() or {file.name for file in folder.iterdir()} <= {
+            *NAMES,
+            PRINCIPAL,
+            EIGENVALUES,
+            FACTS,
+        }
     except OSError:
         ours = False
     if not ours or folder.is_symlink():
@@ -748,7 +772,7 @@ def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     shape = (facts.samples, facts.timesteps, facts.dimension)
     if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != fingerprint(trace):
         raise GraphError("the store has changed since")
-    files = {*(NAMES if facts.depths else ()), *((PRINCIPAL,) if facts.principal else ())}
+    files = {*(NAMES if facts.depths else ()), *((PRINCIPAL, EIGENVALUES) if facts.principal else ())}
     if not facts.fold or header.dimension % facts.fold or set(facts.files) != files:
         raise GraphError(f"{FACTS} holds numbers that cannot be meant")
     return facts

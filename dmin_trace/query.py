@@ -159,23 +159,25 @@ def _freed(trace: Trace, gradients: np.ndarray, score: Score) -> tuple[np.ndarra
     if score == "ridge":
         facts = read_facts(trace)
         strength = kernel.ALONE if isinstance(facts, str) or facts.ridge is None else facts.ridge
-        return kernel.ridge(trace, gradients, strength), f"ridge of {strength:.3g} T"
+        return kernel.ridge(trace, gradients, strength), f"ridge of {strength:.3g}"
     directions = open_directions(trace)
     said = "kept by the index"
     if isinstance(directions, str):
         _check_few(trace, directions)
         said = f"found for this query ({directions})" if directions else "found for this query"
         directions = kernel.principal_directions(trace)
-    return directions.deflate(gradients), f"{len(directions.eigenvalues)} principal directions, {said}"
+    count = directions.eigenvalues.shape[1]
+    return directions.deflate(gradients), f"{count} principal directions of each timestep, {said}"
 
 
 def _check_few(trace: Trace, why: str) -> None:
     """Raises QueryError where no directions are kept, for this reason, and there are too many samples to find them."""
-    if (samples := int(trace.rankable.sum())) > kernel.DENSE:
+    numbers = int(trace.rankable.sum()) * len(trace.header.timesteps) * trace.header.dimension
+    if numbers > kernel.FOUND:
         raise QueryError(
             "Deflated scores need the principal directions of the samples. The store's index keeps them, and here "
-            f"{why or 'it has none'}; for a query they are found in up to {kernel.DENSE:,} samples, and this trace has "
-            f"{samples:,}. Make them with dmin-trace index {trace.path}."
+            f"{why or 'it has none'}; a query finds them in up to {kernel.FOUND:,} numbers, and this trace has "
+            f"{numbers:,}. Make them with dmin-trace index {trace.path}, or ask with --score dmin."
         )
 
 

@@ -101,6 +101,11 @@ class Depth:
     ef: int
     recall: float
 
+    @property
+    def name(self) -> str:
+        """What the recall is of."""
+        return f"recall@{self.k}" + ("" if self.score == "dmin" else f" of {self.score} scores")
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:
@@ -434,14 +439,16 @@ def build_index(
         split = Split(shared, fold)
         graph = make_graph(split.length, len(kept), m, ef_construction)
         _add(graph, trace, split, linked, progress)
-        depths: tuple[Depth, ...] = ()
-        short = ""
-        for kind, asked in questions.items():
-            found, lacks = _calibrate(graph, split.vectors(asked), truth[kind], wanted, most, kind)
-            depths, short = depths + found, "; ".join(filter(None, (short, lacks)))
+        found = [
+            _calibrate(graph, split.vectors(asked), truth[kind], wanted, most, kind)
+            for kind, asked in questions.items()
+        ]
+        depths = tuple(depth for served, _ in found for depth in served)
+        short = [why for _, why in found]
         logger.info("fold %d: %s %s", fold, depths, short)
-        facts = replace(facts, fold=fold, depths=depths, short=short)
-        if not short:
+        facts = replace(facts, fold=fold, depths=depths, short="; ".join(filter(None, short)))
+        # The paper's score decides. A larger vector costs every query, and what it cannot serve is scanned for.
+        if not short[0]:
             break
     if not facts.depths:
         return _write(folder, facts, arrays)
@@ -475,24 +482,39 @@ def shown(facts: Facts, trace: Trace) -> list[tuple[str, str]]:
             "each timestep",
         ),
         *(
-            (f"recall@{depth.k}", f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
+            (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
         ),
         ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
-        ("serves", f"queries for up to {facts.depths[-1].k} hits" if facts.depths else "nothing: queries scan"),
+        ("serves", _served(facts)),
     ]
+    if facts.principal:
+        least = facts.principal[-1] / facts.timesteps
+        told.append(
+            (
+                "deflated scores",
+                f"by {len(facts.principal)} directions; the last has {least:.2g} times one sample's own",
+            )
+        )
     return [*told, ("short of", facts.short)] if facts.short else told
+
+
+def _served(facts: Facts) -> str:
+    most = {depth.score: depth.k for depth in facts.depths}
+    served = [f"{kind} queries for up to {k} hits" for kind, k in most.items()]
+    return "; ".join(served) if served else "nothing: queries scan"
 
 
 def summary(facts: Facts | str) -> str:
     """What `dmin-trace info` says of an index, from `read_facts`."""
     if isinstance(facts, str):
         return facts or "none; dmin-trace index makes one"
+    kept = f"; {len(facts.principal)} principal directions" if facts.principal else ""
     if not facts.depths:
-        return f"serves nothing, queries scan: {facts.short}"
-    recalls = ", ".join(f"recall@{depth.k} {depth.recall:.3f}" for depth in facts.depths)
-    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated"
+        return f"serves nothing, queries scan: {facts.short}{kept}"
+    recalls = ", ".join(f"{depth.name} {depth.recall:.3f}" for depth in facts.depths)
+    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{kept}"
 
 
 def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
@@ -671,11 +693,11 @@ def _calibrate(
             recall = float(found.reshape(2, -1).mean(axis=1).min())
             if recall >= min((1 + least) / 2, reach):
                 break
+        depth = Depth(score=kind, k=k, candidates=candidates, ef=ef, recall=recall)
         if recall < least:
-            of = "" if kind == "dmin" else f" of {kind} scores"
-            short.append(f"recall@{k}{of} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
+            short.append(f"{depth.name} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
         else:
-            depths.append(Depth(score=kind, k=k, candidates=candidates, ef=ef, recall=recall))
+            depths.append(depth)
     return tuple(depths), "; ".join(short)
 
 

@@ -39,6 +39,7 @@ ALLOWED = {
         "hnsw": "",
         "index": "errors hnsw score store",
         "report": "errors",
+        "evaluate": "errors",
         "pack": "commands compress errors settings store",
         "questions": "errors",
         "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
@@ -59,6 +60,7 @@ WITHOUT_TORCH = (
     "cli",
     "commands",
     "errors",
+    "evaluate",
     "hnsw",
     "index",
     "pack",

@@ -49,8 +49,10 @@ ALLOWED = {
         "estimate": "capture store",
         "launch": "capture commands errors loop",
         "query": "commands errors index integrations questions report score store",
+        "examine": "errors evaluate query score store",
         "demo": "errors query report store",
-        "cli": "commands demo errors estimate index launch pack query questions report score settings store version",
+        "cli": "commands demo errors estimate examine index launch pack query questions report score settings store "
+        "version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }
@@ -61,6 +63,7 @@ WITHOUT_TORCH = (
     "commands",
     "errors",
     "evaluate",
+    "examine",
     "hnsw",
     "index",
     "pack",

@@ -102,8 +102,8 @@ def detection(
         )
     if len(set(labels) - {None}) == sum(label is not None for label in labels):
         raise EvaluationError(
-            f"No two samples have the same value in the column {column}, so every ranking would be wrong. Give a column "
-            "of labels."
+            f"No two samples have the same value in the column {column}, so every ranking would be wrong. Give a "
+            "column of labels."
         )
     asking = _spread([place for place, label in enumerate(labels) if label is not None], queries)
     found, answered = _ask(trace, ranked, asking, max(ks), exact, progress)

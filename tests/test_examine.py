@@ -380,7 +380,9 @@ def test_a_measure_that_cannot_be_taken_is_refused(
 
 def test_a_store_of_few_samples_says_so(tmp_path: Path) -> None:
     header = make_header(samples=5)
-    trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    rows = make_rows(header)
+    rows.columns["label"] = [1, 2, 1, 2, 1]
+    trace = write_store(tmp_path / "trace.zarr", header, rows)
     with pytest.raises(EvaluationError, match="A sample has 4 others to be ranked with; expected 5 or more"):
         detection(trace, "label")
     assert [of["k"] for of in detection(trace, "label", ks=[2, 4]).facts["rates"]] == [2, 4]

@@ -1,0 +1,200 @@
+"""Each method that DMin is compared with against the same equation written another way, in small dense float64."""
+
+from __future__ import annotations
+
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import tiny_tokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from dmin_trace.errors import QueryError, SettingsError, WeightsError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "reproduce"))
+
+import baselines
+
+N, Q, T, P = 12, 3, 4, 20
+
+
+def vectors(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random vectors that, as gradients do, share a direction and differ in length."""
+    generator = np.random.default_rng([seed, *shape])
+    common = np.random.default_rng(7).standard_normal(shape[-1])
+    lengths = generator.uniform(0.3, 3, size=(*shape[:-1], 1))
+    return lengths * (common + generator.standard_normal(shape))
+
+
+def close(scores: np.ndarray, expected: np.ndarray, tolerance: float = 1e-10) -> None:
+    """Equal to the tolerance, relative to the largest score; of the same shape; not all alike."""
+    assert scores.dtype == np.float64
+    assert np.ptp(expected) > 0
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def inverse_scores(train: np.ndarray, query: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """g(q)' matrix^-1 g(i), by the inverse and two loops."""
+    inverse = np.linalg.inv(matrix)
+    return np.array([[float(q @ inverse @ i) for i in train] for q in query])
+
+
+def fisher(train: np.ndarray) -> np.ndarray:
+    """The mean outer product."""
+    return sum(np.outer(g, g) for g in train) / len(train)
+
+
+# Chance and likeness
+
+
+def test_random_scores_are_normal_and_repeat() -> None:
+    scores = baselines.random_scores(40, 500, seed=3)
+    assert scores.shape == (40, 500)
+    assert abs(scores.mean()) < 0.03 and abs(scores.std() - 1) < 0.03
+    assert np.array_equal(scores, baselines.random_scores(40, 500, seed=3))
+    assert not np.array_equal(scores, baselines.random_scores(40, 500, seed=4))
+
+
+def images(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> np.ndarray:
+    """(count, channels, side, side) in [0, 1], of 8 bits."""
+    generator = np.random.default_rng([seed, count, channels, side])
+    return (generator.integers(0, 256, (count, channels, side, side)) / 255).astype(np.float32)
+
+
+def slow_ssim(a: np.ndarray, b: np.ndarray, window: int) -> float:
+    """Wang et al., equation 13, one window after another."""
+    c1, c2 = 0.01**2, 0.03**2
+    values = []
+    for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
+        for top in range(x.shape[0] - window + 1):
+            for left in range(x.shape[1] - window + 1):
+                u = x[top : top + window, left : left + window].ravel()
+                v = y[top : top + window, left : left + window].ravel()
+                (var_u, both), (_, var_v) = np.cov(u, v)
+                up = (2 * u.mean() * v.mean() + c1) * (2 * both + c2)
+                values.append(up / ((u.mean() ** 2 + v.mean() ** 2 + c1) * (var_u + var_v + c2)))
+    return float(np.mean(values))
+
+
+@pytest.mark.skipif(find_spec("skimage") is None, reason="ssim needs scikit-image")
+@pytest.mark.parametrize(("channels", "side", "window", "used"), [(1, 8, None, 3), (3, 8, 5, 5), (1, 17, None, 7)])
+def test_ssim_is_that_of_every_window(channels: int, side: int, window: int | None, used: int) -> None:
+    train, query = images(4, channels, side), images(2, channels, side, seed=1)
+    query[1] = train[2]
+    expected = np.array([[slow_ssim(q, i, used) for i in train] for q in query])
+    scores = baselines.ssim(train, query, window)
+    close(scores, expected, 1e-5)
+    assert scores[1].argmax() == 2 and scores[1, 2] == pytest.approx(1)
+
+
+@pytest.mark.skipif(find_spec("skimage") is None, reason="ssim needs scikit-image")
+def test_ssim_refuses_what_it_would_answer_wrongly() -> None:
+    with pytest.raises(QueryError, match=r"values from -0\.99\d* to 1;"):
+        baselines.ssim(images(2) * 2 - 1, images(1))
+    with pytest.raises(QueryError, match="both must be alike"):
+        baselines.ssim(images(2), images(1, side=9))
+    for window in (4, 9, 1):
+        with pytest.raises(SettingsError, match="an odd number from 3 to 8"):
+            baselines.ssim(images(2), images(1), window)
+
+
+def clip_folder(folder: Path) -> Path:
+    """A tiny random CLIP with its processor, as transformers writes them."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    small = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+    text = {**small, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {**small, "image_size": 24, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    CLIPProcessor(image_processor=pixels, tokenizer=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_clip_similarity_is_the_cosine_of_image_features(
+    channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baselines.likeness.BATCH", 2)
+    folder = clip_folder(tmp_path / "clip")
+    train, query = images(5, channels, side=9), images(2, channels, side=9, seed=1)
+    query[1] = train[4]
+    model = CLIPModel.from_pretrained(folder).eval()
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
+
+    def features(image: np.ndarray) -> torch.Tensor:
+        grey_or_not = np.broadcast_to((image * 255).round().astype(np.uint8), (3, 9, 9)).transpose(1, 2, 0)
+        shown = Image.fromarray(grey_or_not.copy()).resize((24, 24), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(shown, dtype=np.float32) / 255).permute(2, 0, 1)
+        with torch.no_grad():
+            found = model.get_image_features(pixel_values=((pixels - mean) / deviation)[None])
+        return (found if isinstance(found, torch.Tensor) else found.pooler_output)[0]
+
+    seen = [features(image) for image in train]
+    expected = [[torch.cosine_similarity(features(q), i, dim=0).item() for i in seen] for q in query]
+    scores = baselines.clip_similarity(train, query, folder)
+    close(scores, np.array(expected), 1e-5)
+    assert scores[1].argmax() == 4 and scores[1, 4] == pytest.approx(1)
+
+
+def test_clip_similarity_says_that_it_has_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"nowhere has no config\.json: clip_similarity needs a local folder"):
+        baselines.clip_similarity(images(2), images(1), tmp_path / "nowhere")
+    folder = clip_folder(tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lacks weights of a CLIP model: visual_projection\.weight"):
+        baselines.clip_similarity(images(2), images(1), folder)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="no CLIP model that transformers can load"):
+        baselines.clip_similarity(images(2), images(1), folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no CLIP model that transformers can load"):
+        baselines.clip_similarity(images(2), images(1), folder)
+
+
+# DMin without compression
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_inner_products_are_those_of_each_timestep(normalised: bool) -> None:
+    train, query = vectors(N, T, P), vectors(Q, T, P, seed=1)
+    expected = np.zeros((Q, N))
+    for q in range(Q):
+        for i in range(N):
+            for t in range(T):
+                product = math.fsum(query[q, t] * train[i, t])
+                lengths = math.sqrt(math.fsum(query[q, t] ** 2)) * math.sqrt(math.fsum(train[i, t] ** 2))
+                expected[q, i] += product / lengths if normalised else product
+    close(baselines.inner_products(train, query, normalised), expected, 1e-13)
+
+
+def test_a_gradient_of_zero_adds_nothing() -> None:
+    train, query = vectors(N, T, P), vectors(Q, T, P, seed=1)
+    train[3, 1] = 0
+    rest = [0, 2, 3]
+    scores = baselines.inner_products(train, query, normalised=True)
+    without = baselines.inner_products(train[:, rest], query[:, rest], normalised=True)
+    np.testing.assert_allclose(scores[:, 3], without[:, 3], atol=1e-13)
+
+
+def test_float32_and_tensors_lose_nothing_but_their_own_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As at noisy timesteps: cosines of 0.9999, told apart after the fourth digit; in blocks, the last of them shorter.
+    monkeypatch.setattr("baselines.products.ELEMENTS", 1 << 15)
+    common = np.random.default_rng(1).standard_normal(70_000)
+    train = (common + 0.01 * np.random.default_rng(2).standard_normal((5, 1, 70_000))).astype(np.float32)
+    exact = baselines.inner_products(train.astype(np.float64), train.astype(np.float64), normalised=True)
+    scores = baselines.inner_products(torch.from_numpy(train), torch.from_numpy(train), normalised=True)
+    assert np.array_equal(scores, exact)
+    np.testing.assert_allclose(np.diag(scores), 1, rtol=0, atol=1e-13)
+    by_hand = np.array([[a[0].astype(np.longdouble) @ b[0].astype(np.longdouble) for a in train] for b in train])
+    unnormalised = baselines.inner_products(train, train, normalised=False)
+    np.testing.assert_allclose(unnormalised, by_hand.astype(np.float64), rtol=1e-13)

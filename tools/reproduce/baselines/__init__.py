@@ -1,0 +1,20 @@
+"""The methods that DMin is compared with, as functions from gradients or images to scores.
+
+    likeness    random_scores, ssim, clip_similarity        nothing of the model
+    plain       inner_products                              DMin without compression, normalised or not
+
+Gradients are computed once, by whoever calls, and given to every method: numpy arrays or CPU tensors, float32 or
+float64. Q are the queries, N the training samples, P the elements of a gradient, T the timesteps. Scores are (Q, N)
+float64, larger where a training sample lowers the loss of the query more. Every ridge or damping is relative to the
+mean diagonal of the matrix that its docstring names.
+"""
+
+from .likeness import clip_similarity, random_scores, ssim
+from .plain import inner_products
+
+__all__ = [
+    "clip_similarity",
+    "inner_products",
+    "random_scores",
+    "ssim",
+]

@@ -198,3 +198,44 @@ def test_float32_and_tensors_lose_nothing_but_their_own_rounding(monkeypatch: py
     by_hand = np.array([[a[0].astype(np.longdouble) @ b[0].astype(np.longdouble) for a in train] for b in train])
     unnormalised = baselines.inner_products(train, train, normalised=False)
     np.testing.assert_allclose(unnormalised, by_hand.astype(np.float64), rtol=1e-13)
+
+
+# A ridge over all training samples
+
+
+@pytest.mark.parametrize("length", [P, N, 5])
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 10])
+def test_trak_is_the_explicit_inverse(length: int, ridge: float) -> None:
+    train, query = vectors(N, length), vectors(Q, length, seed=1)
+    strength = ridge * np.mean([phi @ phi for phi in train])
+    expected = inverse_scores(train, query, train.T @ train + strength * np.eye(length))
+    close(baselines.trak(train, query, ridge), expected)
+    close(baselines.d_trak(train, query, ridge), expected)
+
+
+def test_trak_is_influence_on_a_linear_model() -> None:
+    # Least squares with a ridge: leaving a sample out moves the prediction by its score times its residual, and by the
+    # leverage that TRAK leaves away.
+    features, targets = vectors(N, 5), np.random.default_rng(5).standard_normal(N)
+    query = vectors(1, 5, seed=1)
+    penalty = 0.1 * np.mean([phi @ phi for phi in features]) * np.eye(5)
+
+    def prediction(kept: np.ndarray) -> float:
+        return float(
+            query[0] @ np.linalg.solve(features[kept].T @ features[kept] + penalty, features[kept].T @ targets[kept])
+        )
+
+    scores = baselines.trak(features, query, 0.1)[0]
+    leverage = np.diag(baselines.trak(features, features, 0.1))
+    whole = np.linalg.solve(features.T @ features + penalty, features.T @ targets)
+    residuals = targets - features @ whole
+    moved = [prediction(np.arange(N)) - prediction(np.delete(np.arange(N), i)) for i in range(N)]
+    np.testing.assert_allclose(scores * residuals / (1 - leverage), moved, atol=1e-12)
+
+
+def test_journey_trak_is_the_mean_of_the_steps_scores() -> None:
+    train, journey = vectors(N, P), vectors(Q, 6, P, seed=1)
+    matrix = train.T @ train + 0.01 * np.mean([phi @ phi for phi in train]) * np.eye(P)
+    steps = [inverse_scores(train, journey[:, s], matrix) for s in range(6)]
+    close(baselines.journey_trak(train, journey, 0.01), sum(steps) / 6)
+    close(baselines.journey_trak(train, journey[:, 2:3], 0.01), steps[2])

@@ -2,6 +2,7 @@
 
     likeness    random_scores, ssim, clip_similarity        nothing of the model
     plain       inner_products                              DMin without compression, normalised or not
+    trak        trak, d_trak, journey_trak                  a ridge over all training samples
 
 Gradients are computed once, by whoever calls, and given to every method: numpy arrays or CPU tensors, float32 or
 float64. Q are the queries, N the training samples, P the elements of a gradient, T the timesteps. Scores are (Q, N)
@@ -11,10 +12,14 @@ mean diagonal of the matrix that its docstring names.
 
 from .likeness import clip_similarity, random_scores, ssim
 from .plain import inner_products
+from .trak import d_trak, journey_trak, trak
 
 __all__ = [
     "clip_similarity",
+    "d_trak",
     "inner_products",
+    "journey_trak",
     "random_scores",
     "ssim",
+    "trak",
 ]

@@ -239,3 +239,119 @@ def test_journey_trak_is_the_mean_of_the_steps_scores() -> None:
     steps = [inverse_scores(train, journey[:, s], matrix) for s in range(6)]
     close(baselines.journey_trak(train, journey, 0.01), sum(steps) / 6)
     close(baselines.journey_trak(train, journey[:, 2:3], 0.01), steps[2])
+
+
+# The inverse Hessian, approximated
+
+
+def test_lissa_is_its_series_step_for_step() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    strength = 0.1 * np.mean(train**2)
+    hessian = fisher(train) + strength * np.eye(P)
+    for depth, scale in ((1, 50.0), (2, 50.0), (7, 200.0)):
+        expected = np.zeros((Q, N))
+        for q in range(Q):
+            r = query[q]
+            for _ in range(depth):
+                r = query[q] + r - hessian @ r / scale
+            expected[q] = [r @ g / scale for g in train]
+        close(baselines.lissa(train, query, 0.1, depth=depth, scale=scale), expected)
+
+
+def test_lissa_converges_to_the_closed_form() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    expected = inverse_scores(train, query, fisher(train) + 0.5 * np.mean(train**2) * np.eye(P))
+    close(baselines.lissa(train, query, 0.5, depth=5000), expected)
+    close(N * baselines.trak(train, query, 0.5 * N / P), expected)
+    early = baselines.lissa(train, query, 0.5, depth=3)
+    assert np.abs(early - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def test_lissa_with_batches_comes_near_the_closed_form() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    expected = inverse_scores(train, query, fisher(train) + 5 * np.mean(train**2) * np.eye(P))
+
+    def error(repeats: int) -> float:
+        scores = baselines.lissa(train, query, 5, depth=40, batch=4, repeats=repeats)
+        return float(np.linalg.norm(scores - expected) / np.linalg.norm(expected))
+
+    assert error(30) < 0.04 < 0.1 < error(1) < 1
+    whole = baselines.lissa(train, query, 5, depth=30, batch=N, scale=1000.0)
+    close(whole, baselines.lissa(train, query, 5, depth=30, scale=1000.0))
+
+
+def test_lissa_says_when_it_diverges() -> None:
+    with pytest.raises(QueryError, match="diverged at a scale of 1e-06"):
+        baselines.lissa(vectors(N, P), vectors(Q, P), depth=500, scale=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [None, [P], [3, 10, 7]])
+def test_datainf_is_the_mean_of_inverses(blocks: list[int] | None) -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    # Layers have gradients of other sizes, and each its own damping.
+    train[:, 3:13] *= 100
+    query[:, 3:13] *= 100
+    expected = np.zeros((Q, N))
+    start = 0
+    for size in blocks or [P]:
+        g, v = train[:, start : start + size], query[:, start : start + size]
+        strength = 0.1 * np.mean(g**2)
+        inverse = sum(np.linalg.inv(np.outer(j, j) + strength * np.eye(size)) for j in g) / N
+        expected += np.array([[a @ inverse @ b for b in g] for a in v])
+        start += size
+    close(baselines.datainf(train, query, 0.1, blocks), expected)
+
+
+def test_datainf_and_lissa_agree_where_nothing_is_swapped() -> None:
+    # One training sample: the mean of inverses is the inverse of the mean.
+    train, query = vectors(1, P), vectors(Q, P, seed=1)
+    close(baselines.datainf(train, query, 1), baselines.lissa(train, query, 1, depth=100))
+
+
+def test_a_layer_without_gradient_has_no_influence() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    train[:, :5] = 0
+    scores = baselines.datainf(train, query, 0.1, [5, P - 5])
+    close(scores, baselines.datainf(train[:, 5:], query[:, 5:], 0.1))
+
+
+def test_the_identity_is_plain_inner_products() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    close(baselines.datainf_identity(train, query), np.array([[math.fsum(q * i) for i in train] for q in query]), 1e-13)
+
+
+def test_large_damping_leaves_the_identity() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    plain = baselines.datainf_identity(train, query)
+    mean_square, mean_norm = np.mean(train**2), np.mean([g @ g for g in train])
+    close(1e9 * mean_square * baselines.datainf(train, query, 1e9), plain, 1e-6)
+    close(1e9 * mean_norm * baselines.trak(train, query, 1e9), plain, 1e-6)
+
+
+# Bad input
+
+
+def test_bad_input_gets_one_clear_error() -> None:
+    train, query = vectors(N, P), vectors(Q, P, seed=1)
+    with pytest.raises(QueryError, match="19 and of 20 elements"):
+        baselines.trak(train, query[:, 1:], 0.1)
+    with pytest.raises(QueryError, match=r"train has the shape \(12, 20, 1\); \(N, P\) is expected"):
+        baselines.trak(train[..., None], query, 0.1)
+    with pytest.raises(QueryError, match="query is int64"):
+        baselines.datainf(train, np.ones((Q, P), dtype=np.int64))
+    with pytest.raises(QueryError, match="not finite"):
+        baselines.datainf_identity(np.where(train > 2, np.nan, train), query)
+    with pytest.raises(QueryError, match="are zero"):
+        baselines.trak(0 * train, query, 0.1)
+    with pytest.raises(QueryError, match="4 timesteps, query 3"):
+        baselines.inner_products(vectors(N, T, P), vectors(Q, T - 1, P), normalised=True)
+    with pytest.raises(SettingsError, match="ridge is 0"):
+        baselines.trak(train, query, 0)
+    with pytest.raises(SettingsError, match="damping is nan"):
+        baselines.datainf(train, query, math.nan)
+    with pytest.raises(SettingsError, match="20 together"):
+        baselines.datainf(train, query, 0.1, [5, 5])
+    with pytest.raises(SettingsError, match="depth is 0"):
+        baselines.lissa(train, query, depth=0)
+    with pytest.raises(SettingsError, match="A batch of 13"):
+        baselines.lissa(train, query, depth=1, batch=13)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_tokenizer
@@ -355,3 +356,107 @@ def test_bad_input_gets_one_clear_error() -> None:
         baselines.lissa(train, query, depth=0)
     with pytest.raises(SettingsError, match="A batch of 13"):
         baselines.lissa(train, query, depth=1, batch=13)
+
+
+# What DMin's published code computes: the numbers are those of a run of it, at commit a550120
+
+
+def published_unet() -> UNet2DModel:
+    """A small model with the weights of that run, 0.3 sin k in the k-th."""
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(4, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=2,
+        add_attention=False,
+    ).eval()
+    start = 0
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            numbers = torch.arange(start, start + parameter.numel(), dtype=torch.float64)
+            parameter.copy_(0.3 * torch.sin(numbers).reshape(parameter.shape))
+            start += parameter.numel()
+    return unet
+
+
+IMAGE = torch.from_numpy((np.arange(64) * 37 % 256).astype(np.float32).reshape(1, 8, 8) / 255)
+NOISE = (torch.cos(torch.arange(64, dtype=torch.float64) * 1.7) * 1.4).float().reshape(1, 8, 8)
+
+
+def published_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+
+
+def test_the_published_timesteps_are_cubic() -> None:
+    schedule = published_scheduler().timesteps
+    assert baselines.published_timesteps(4, schedule) == [999, 984, 874, 578]
+    assert baselines.published_timesteps(5, schedule) == [999, 991, 935, 783, 487]
+    assert baselines.published_timesteps(10, schedule) == [999, 998, 991, 972, 935, 874, 783, 656, 487, 270]
+    assert baselines.published_timesteps(12, schedule) == [999, 999, 995, 984, 962, 927, 874, 801, 703, 578, 421, 229]
+    with pytest.raises(SettingsError, match="must go down"):
+        baselines.published_timesteps(4, range(1000))
+    with pytest.raises(SettingsError, match="count is 0"):
+        baselines.published_timesteps(0, schedule)
+
+
+def test_the_published_loss_is_that_of_the_published_code() -> None:
+    unet, scheduler = published_unet(), published_scheduler()
+    for timestep, expected in ((999, 1.03719783), (984, 1.03727579), (874, 1.03750622), (578, 1.03670740)):
+        loss = baselines.published_loss(unet, scheduler, IMAGE, timestep, NOISE)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(SettingsError, match=r"takes \[0, 1\]"):
+        baselines.published_loss(unet, scheduler, IMAGE * 2 - 1, 0, NOISE)
+    with pytest.raises(SettingsError, match=r"both must be one \(C, H, W\)"):
+        baselines.published_loss(unet, scheduler, IMAGE[None], 0, NOISE[None])
+
+
+def test_the_published_gradients_are_those_of_the_published_code() -> None:
+    unet = published_unet()
+    gradients = baselines.published_gradients(unet, published_scheduler(), IMAGE, [999, 984, 874, 578], NOISE)
+    assert gradients.shape == (4, 10405) and gradients.dtype == torch.float32
+    norms = [0.42551273, 0.42594942, 0.42836872, 0.42740589]
+    np.testing.assert_allclose(gradients.norm(dim=1), norms, rtol=1e-5)
+    np.testing.assert_allclose(gradients.abs().sum(dim=1), [8.9725876, 8.9864235, 8.8797455, 8.6455546], rtol=1e-4)
+    np.testing.assert_allclose(gradients[3, [0, 100, -1]], [-0.00896342, 0.00043182, -0.30860567], rtol=1e-3)
+    scores = baselines.inner_products(gradients[None], gradients[None].flip(1), normalised=True)
+    np.testing.assert_allclose(scores, 2 * 0.98843741 + 2 * 0.99917805, rtol=1e-5)
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_published_gradients_are_of_adapters_where_there_are_any() -> None:
+    unet = published_unet()
+    unet.conv_out.register_parameter("lora_unused", torch.nn.Parameter(torch.zeros(3)))
+    unet.conv_out.lora_scale = torch.nn.Parameter(torch.ones(1))
+    unet.conv_out.register_forward_hook(lambda layer, _, out: out * layer.lora_scale)
+    gradients = baselines.published_gradients(unet, published_scheduler(), IMAGE, [500], NOISE)
+    shift = 1e-2
+    losses = []
+    for value in (1 + shift, 1 - shift):
+        torch.nn.init.constant_(unet.conv_out.lora_scale, value)
+        losses.append(baselines.published_loss(unet, published_scheduler(), IMAGE, 500, NOISE).item())
+    assert gradients.shape == (1, 1)
+    assert gradients.item() == pytest.approx((losses[0] - losses[1]) / (2 * shift), rel=1e-3)
+
+
+def test_the_published_compression_is_that_of_the_published_code() -> None:
+    numbers = torch.arange(1, 23, dtype=torch.float32)[None]
+    length = math.sqrt(3795)  # of 1 to 22
+    eight = baselines.published_compression(numbers, 8)
+    np.testing.assert_allclose(eight[0] * length, [-10, -15, -45, -2, 10, 16, 14, -11], rtol=1e-5)
+    four = baselines.published_compression(numbers, 4, largest=8)
+    np.testing.assert_allclose(four[0] * length, [-25, -47, 26, 3], rtol=1e-5)
+    with pytest.raises(SettingsError, match="3000 does not divide 4096"):
+        baselines.published_compression(numbers, 3000, largest=4096)
+
+
+def test_the_published_noise_repeats_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    noise = baselines.published_noise((3, 32, 32))
+    assert torch.equal(noise, baselines.published_noise((3, 32, 32)))
+    assert not torch.equal(noise, baselines.published_noise((3, 32, 32), seed=1))
+    assert abs(noise.std().item() - 1) < 0.05
+    assert torch.equal(state, torch.get_rng_state())

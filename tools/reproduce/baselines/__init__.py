@@ -5,6 +5,7 @@
     trak        trak, d_trak, journey_trak                  a ridge over all training samples
     lissa       lissa                                       the inverse Hessian by a series
     datainf     datainf, datainf_identity                   the mean of inverses, and none
+    published   published_timesteps, published_loss, ...    what DMin's published code computes for a DDPM
 
 Gradients are computed once, by whoever calls, and given to every method: numpy arrays or CPU tensors, float32 or
 float64. Q are the queries, N the training samples, P the elements of a gradient, T the timesteps. Scores are (Q, N)
@@ -16,6 +17,13 @@ from .datainf import datainf, datainf_identity
 from .likeness import clip_similarity, random_scores, ssim
 from .lissa import lissa
 from .plain import inner_products
+from .published import (
+    published_compression,
+    published_gradients,
+    published_loss,
+    published_noise,
+    published_timesteps,
+)
 from .trak import d_trak, journey_trak, trak
 
 __all__ = [
@@ -26,6 +34,11 @@ __all__ = [
     "inner_products",
     "journey_trak",
     "lissa",
+    "published_compression",
+    "published_gradients",
+    "published_loss",
+    "published_noise",
+    "published_timesteps",
     "random_scores",
     "ssim",
     "trak",

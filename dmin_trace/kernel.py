@@ -94,8 +94,8 @@ def choose_directions(eigenvalues: NDArray[np.float64]) -> int:
     """How many of the principal directions all samples share, where nobody says; at least one.
 
     Those along which more lies than SHARED of what one sample alone has: its own direction, shared with none, has the
-    eigenvalue 1, the mean of K's diagonal. It is Jolliffe's rule for principal components, Kaiser's (more than the mean)
-    with a margin, of the timestep that has most of them; it needs nothing but the store.
+    eigenvalue 1, the mean of K's diagonal. It is Jolliffe's rule for principal components, Kaiser's
+    (more than the mean) with a margin, of the timestep that has most of them; it needs nothing but the store.
 
     Args:
         eigenvalues: (T, r), of each timestep.

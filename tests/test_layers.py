@@ -40,6 +40,7 @@ ALLOWED = {
         "hnsw": "",
         "index": "errors hnsw kernel score store",
         "report": "errors score",
+        "evaluate": "errors",
         "pack": "commands compress errors settings store",
         "questions": "errors",
         "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
@@ -49,8 +50,10 @@ ALLOWED = {
         "estimate": "capture store",
         "launch": "capture commands errors loop",
         "query": "commands errors index integrations kernel questions report score store",
+        "examine": "errors evaluate query score store",
         "demo": "errors query report store",
-        "cli": "commands demo errors estimate index launch pack query questions report score settings store version",
+        "cli": "commands demo errors estimate examine index launch pack query questions report score settings store "
+        "version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }
@@ -60,6 +63,8 @@ WITHOUT_TORCH = (
     "cli",
     "commands",
     "errors",
+    "evaluate",
+    "examine",
     "hnsw",
     "index",
     "kernel",

@@ -205,7 +205,7 @@ class Facts:
         right = right and all(type(part) in (int, float) and 0 <= part <= 1 for part in parts)
         right = right and all(depth.k <= depth.candidates <= min(depth.ef, facts.vectors) for depth in depths)
         right = right and all(depth.score in get_args(Score) for depth in depths)
-        right = right and len(principal) <= min(kernel.MOST_DIRECTIONS, facts.samples)
+        right = right and len(principal) <= kernel.MOST_DIRECTIONS
         right = right and all(
             math.inf > one >= two > 0 for one, two in zip(principal, (*principal[1:], 1e-30), strict=True)
         )
@@ -424,6 +424,12 @@ def build_index(
     principal = None
     arrays: dict[str, NDArray[Any]] = {}
     if directions != 0 and len(kept):
+        free = _free_memory()
+        if free is not None and free < (needed := kernel.memory(trace, directions)):
+            raise SettingsError(
+                f"To find principal directions takes {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
+                "are free. Give a smaller --directions, or 0 for none."
+            )
         principal = kernel.principal_directions(trace, directions, progress)
         facts = replace(facts, principal=tuple(principal.eigenvalues.tolist()))
         arrays[PRINCIPAL] = principal.vectors
@@ -771,7 +777,8 @@ def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != fingerprint(trace):
         raise GraphError("the store has changed since")
     files = {*(NAMES if facts.depths else ()), *((PRINCIPAL,) if facts.principal else ())}
-    if not facts.fold or header.dimension % facts.fold or set(facts.files) != files:
+    possible = facts.fold and header.dimension % facts.fold == 0 and len(facts.principal) <= header.samples
+    if not possible or set(facts.files) != files:
         raise GraphError(f"{FACTS} holds numbers that cannot be meant")
     return facts
 

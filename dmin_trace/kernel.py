@@ -128,11 +128,17 @@ def principal_directions(trace: Trace, count: int | None = None, progress: Progr
     slots = _ranked(trace)
     progress = progress or (lambda what, done, of: None)
     timesteps = len(trace.header.timesteps)
-    most = count or min(MOST_CHOSEN, max(1, LARGEST // (timesteps * trace.header.dimension)))
+    most = count or _most_chosen(trace)
     find = _exact_directions if len(slots) <= DENSE else _approximate_directions
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
         found = find(trace, slots, most, pool, progress)
     return found if count else found.largest(choose_directions(found.eigenvalues, timesteps))
+
+
+def memory(trace: Trace, count: int | None = None) -> int:
+    """Bytes that `principal_directions` takes at the most, but for a block."""
+    header = trace.header
+    return 12 * len(header.timesteps) * header.dimension * _width(count or _most_chosen(trace))
 
 
 def gram(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
@@ -191,7 +197,7 @@ def _approximate_directions(
     trace: Trace, slots: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
     timesteps, dimension = len(trace.header.timesteps), trace.header.dimension
-    width = min(count + max(16, count // 8), len(slots), timesteps * dimension)
+    width = min(_width(count), len(slots), timesteps * dimension)
     basis = np.random.default_rng(0).standard_normal((timesteps, width, dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
@@ -274,6 +280,15 @@ def _largest(
     values, vectors = values[: -1 - count : -1], vectors[:, : -1 - count : -1]
     real = values > least * values[0]
     return values[real], vectors[:, real]
+
+
+def _most_chosen(trace: Trace) -> int:
+    return min(MOST_CHOSEN, max(1, LARGEST // (len(trace.header.timesteps) * trace.header.dimension)))
+
+
+def _width(count: int) -> int:
+    """How many directions are looked for, so that the wanted ones are good."""
+    return count + max(16, count // 8)
 
 
 def _ranked(trace: Trace) -> NDArray[np.int64]:

@@ -206,9 +206,8 @@ class Facts:
         right = right and all(depth.k <= depth.candidates <= min(depth.ef, facts.vectors) for depth in depths)
         right = right and all(depth.score in get_args(Score) for depth in depths)
         right = right and len(principal) <= kernel.MOST_DIRECTIONS
-        right = right and all(
-            math.inf > one >= two > 0 for one, two in zip(principal, (*principal[1:], 1e-30), strict=True)
-        )
+        right = right and all(0 < value < math.inf for value in principal)
+        right = right and list(principal) == sorted(principal, reverse=True)
         right = right and (facts.ridge is None or (type(facts.ridge) is float and 0 < facts.ridge < math.inf))
         if not right or not 2 <= facts.m <= 100 or not isinstance(facts.short, str):
             raise GraphError(f"{FACTS} holds numbers that cannot be meant")

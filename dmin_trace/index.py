@@ -430,6 +430,12 @@ def build_index(
     principal = None
     arrays: dict[str, NDArray[Any]] = {}
     if directions != 0 and len(kept):
+        free = _free_memory()
+        if free is not None and free < (needed := kernel.memory(trace, directions)):
+            raise SettingsError(
+                f"To find principal directions takes {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
+                "are free. Give a smaller --directions, or 0 for none."
+            )
         principal = kernel.principal_directions(trace, directions, progress)
         facts = replace(facts, principal=principal.eigenvalues.shape[1])
         arrays |= {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
@@ -777,7 +783,8 @@ def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != fingerprint(trace):
         raise GraphError("the store has changed since")
     files = {*(NAMES if facts.depths else ()), *((PRINCIPAL, EIGENVALUES) if facts.principal else ())}
-    if not facts.fold or header.dimension % facts.fold or set(facts.files) != files:
+    possible = facts.fold and header.dimension % facts.fold == 0 and facts.principal <= header.samples
+    if not possible or set(facts.files) != files:
         raise GraphError(f"{FACTS} holds numbers that cannot be meant")
     return facts
 

@@ -135,12 +135,17 @@ def principal_directions(trace: Trace, count: int | None = None, progress: Progr
         raise SettingsError(f"directions is {count}; expected 1 to {MOST_DIRECTIONS}.")
     slots = _ranked(trace)
     progress = progress or (lambda what, done, of: None)
-    most = count or min(MOST_CHOSEN, max(1, LARGEST // (len(trace.header.timesteps) * trace.header.dimension)))
-    most = min(most, len(slots), trace.header.dimension)
+    most = min(count or _most_chosen(trace), len(slots), trace.header.dimension)
     find = _exact_directions if len(slots) <= DENSE else _approximate_directions
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
         found = find(trace, slots, most, pool, progress)
     return found if count else found.largest(choose_directions(found.eigenvalues))
+
+
+def memory(trace: Trace, count: int | None = None) -> int:
+    """Bytes that `principal_directions` takes at the most, but for a block."""
+    header = trace.header
+    return 12 * len(header.timesteps) * header.dimension * _width(count or _most_chosen(trace))
 
 
 def grams(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
@@ -202,7 +207,7 @@ def _approximate_directions(
     trace: Trace, slots: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
     timesteps, dimension = len(trace.header.timesteps), trace.header.dimension
-    width = min(count + max(16, count // 8), len(slots), dimension)
+    width = min(_width(count), len(slots), dimension)
     basis = np.random.default_rng(0).standard_normal((timesteps, width, dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
@@ -298,6 +303,15 @@ def _largest(
 def _over_root(vectors: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Vectors (..., n, r) over the roots of their values (..., r); zero where those are."""
     return vectors / np.sqrt(np.where(values > 0, values, 1.0))[..., None, :]
+
+
+def _most_chosen(trace: Trace) -> int:
+    return min(MOST_CHOSEN, max(1, LARGEST // (len(trace.header.timesteps) * trace.header.dimension)))
+
+
+def _width(count: int) -> int:
+    """How many directions are looked for, so that the wanted ones are good."""
+    return count + max(16, count // 8)
 
 
 def _ranked(trace: Trace) -> NDArray[np.int64]:

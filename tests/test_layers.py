@@ -34,7 +34,7 @@ ALLOWED = {
         "loop": "body errors randomness variables",
         "recorder": "batches body columns compress errors gradients precondition randomness settings store weights",
         "integrations.diffusers": "",
-        "integrations.lightning": "columns errors frozen moments plain report settings store variables",
+        "integrations.lightning": "columns errors frozen moments plain report score settings store variables",
         "score": "errors store",
         "kernel": "errors score store",
         "hnsw": "",

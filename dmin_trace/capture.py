@@ -53,6 +53,8 @@ def attach(
     dtype: str | None = None,
     projection: str | None = None,
     seed: int | None = None,
+    objective: str | None = None,
+    draws: int | None = None,
     precondition: str | None = None,
     codec: str | None = None,
     columns: Sequence[str] | None = None,
@@ -72,7 +74,7 @@ def attach(
         args: the script's arguments; `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`) are
             read from it.
         out: the store; `<args.output_dir>/trace.zarr` if not given.
-        timesteps, dimension, dtype, projection, seed, precondition, codec, columns: see `Settings`.
+        timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec, columns: see `Settings`.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
@@ -92,6 +94,8 @@ def attach(
         "dtype": dtype,
         "projection": projection,
         "seed": seed,
+        "objective": objective,
+        "draws": draws,
         "precondition": precondition,
         "codec": codec,
         "columns": columns,
@@ -206,6 +210,11 @@ class Capture:
         return self.job.strict
 
     @property
+    def sees_outputs(self) -> bool:
+        """Whether gradients are of what the denoiser answers."""
+        return self.settings.objective != "loss"
+
+    @property
     def item_seed(self) -> int:
         """The seed under which every sample is fetched, so that all get the same augmentation draw."""
         return seed_of(self.settings.seed, 0)
@@ -309,7 +318,7 @@ class Capture:
     def take(self, body: Body) -> None:
         """Has the recorder check and keep what a body gave."""
         self.recorder.take(body)
-        if self.recorder.trial and body.slot.number == len(self.slots) - 1:
+        if self.recorder.trial and body.slot == self.slots[-1]:
             self._sample_ends.append(time.perf_counter())
 
     def moved(self, parameters: list[torch.nn.Parameter]) -> bool:

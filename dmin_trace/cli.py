@@ -45,6 +45,11 @@ PreconditionKind = Annotated[
     str | None,
     typer.Option("--precondition", help="What is done to gradients: none (the paper), sign or adam. Default: none."),
 ]
+ObjectiveKind = Annotated[
+    str | None,
+    typer.Option("--objective", help="What gradients are of: loss, or squared_output (D-TRAK's). Default: loss."),
+]
+Draws = Annotated[int | None, typer.Option(help="Noises drawn at each timestep, gradients averaged. Default: 1.")]
 Seed = Annotated[int | None, typer.Option(help="Of the projection and the shared noise. Default: 0.")]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="A dataset column to keep. May be repeated.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens.")]
@@ -60,6 +65,8 @@ def run_command(
     projection: ProjectionKind = None,
     codec: Codec = None,
     seed: Seed = None,
+    objective: ObjectiveKind = None,
+    draws: Draws = None,
     precondition: PreconditionKind = None,
     columns: Columns = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Optimizer steps at which the loop breaks.")] = None,
@@ -76,7 +83,9 @@ def run_command(
         Job(
             mode="final",
             command=_script(context),
-            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, precondition, columns),
+            settings=_settings(
+                timesteps, dimension, dtype, projection, codec, seed, objective, draws, precondition, columns
+            ),
             out=None if out is None else str(out.absolute()),
             max_train_steps=max_train_steps,
             num_epochs=num_epochs,
@@ -103,6 +112,8 @@ def capture_command(
     projection: ProjectionKind = None,
     codec: Codec = None,
     seed: Seed = None,
+    objective: ObjectiveKind = None,
+    draws: Draws = None,
     precondition: PreconditionKind = None,
     columns: Columns = None,
     verbose: Verbose = False,
@@ -116,7 +127,9 @@ def capture_command(
         Job(
             mode="now",
             command=_script(context),
-            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, precondition, columns),
+            settings=_settings(
+                timesteps, dimension, dtype, projection, codec, seed, objective, draws, precondition, columns
+            ),
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
             optimizer=None if optimizer is None else str(optimizer.absolute()),
@@ -132,6 +145,8 @@ def estimate_command(
     dtype: Dtype = None,
     projection: ProjectionKind = None,
     seed: Seed = None,
+    objective: ObjectiveKind = None,
+    draws: Draws = None,
     precondition: PreconditionKind = None,
     columns: Columns = None,
     verbose: Verbose = False,
@@ -143,7 +158,7 @@ def estimate_command(
     from dmin_trace.launch import run_script
 
     _log(verbose)
-    settings = _settings(timesteps, dimension, dtype, projection, None, seed, precondition, columns)
+    settings = _settings(timesteps, dimension, dtype, projection, None, seed, objective, draws, precondition, columns)
     capture = run_script(Job(mode="estimate", command=_script(context), settings=settings))
     console = Console()
     title = "A capture of this script, as two samples show"
@@ -539,6 +554,8 @@ def _settings(
     projection: str | None,
     codec: str | None,
     seed: int | None,
+    objective: str | None,
+    draws: int | None,
     precondition: str | None,
     columns: Sequence[str] | None,
 ) -> dict[str, Any]:
@@ -560,6 +577,8 @@ def _settings(
         "projection": projection,
         "codec": codec,
         "seed": seed,
+        "objective": objective,
+        "draws": draws,
         "precondition": precondition,
         "columns": list(columns) if columns else None,
     }

@@ -34,9 +34,12 @@ def facts(trial: Capture) -> Sequence[tuple[str, str]]:
     a_sample = decimal(stored // samples)
     # The rows of a chunk are gathered as float32 before they are written.
     waiting = header.chunk_rows * timesteps * header.dimension * NUMBER
+    draws = header.draws
+    # The trial had that gradient too.
+    summed = f", {decimal(length * NUMBER)} are the mean of the draws" if draws > 1 else ""
     beside = f"{decimal(weights)} for the weights" + (f", {decimal(divisors)} for adam's divisors" if divisors else "")
     rows = [
-        ("samples x timesteps", f"{samples:,} x {timesteps}"),
+        ("samples x timesteps", f"{samples:,} x {timesteps}" + (f", {draws} draws each" if draws > 1 else "")),
         ("trained parameters", f"{length:,} in {len(recorder.trainable.names)} tensors"),
         ("time", f"{_time(trial.seconds_a_sample * samples)} ({trial.seconds_a_sample:.3g} s a sample, one process)"),
         (
@@ -44,7 +47,10 @@ def facts(trial: Capture) -> Sequence[tuple[str, str]]:
             f"{decimal(stored)} for the store ({a_sample} a sample), {beside}",
         ),
         ("uncompressed", f"{decimal(whole)} would be the gradients as float32, {whole / stored:,.0f} times as much"),
-        ("memory", f"{decimal(_peak_memory() + waiting)} at the peak, of which {decimal(waiting)} wait for the disk"),
+        (
+            "memory",
+            f"{decimal(_peak_memory() + waiting)} at the peak, of which {decimal(waiting)} wait for the disk{summed}",
+        ),
     ]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         rows.append(("GPU memory", f"{decimal(torch.cuda.max_memory_allocated())} at the peak"))

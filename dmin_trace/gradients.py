@@ -1,4 +1,4 @@
-"""The gradient of the script's loss with respect to the trained parameters, one tensor after another.
+"""The gradient of a loss with respect to the trained parameters, one tensor after another.
 
 Paper, equation 3: the gradient is taken at the final parameters. `torch.autograd.grad` leaves `.grad`, the GradScaler,
 the division for gradient accumulation and DDP's synchronisation alone.
@@ -18,12 +18,12 @@ scale moves during training, and would round the gradients of a query otherwise 
 def gradients(
     loss: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float = 1.0
 ) -> tuple[Iterator[torch.Tensor], list[bool]]:
-    """Takes the gradient of a scalar loss.
+    """Takes the gradient of a scalar.
 
     The tensors are handed out one at a time and let go, so that compressing them needs no second copy.
 
     Args:
-        loss: the script's loss, a scalar.
+        loss: the script's loss, or another objective; a scalar.
         parameters: the trained parameters.
         scale: multiplies the loss before the backward pass and is divided out again.
 
@@ -50,3 +50,29 @@ def gradients(
             del gradient
 
     return hand_out(), reached
+
+
+class Mean:
+    """The mean of several gradients, which are added one tensor at a time: one gradient in float32 is kept."""
+
+    def __init__(self, count: int) -> None:
+        """The mean of so many."""
+        self._count = count
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, taken: Iterator[torch.Tensor]) -> None:
+        """Adds a gradient, its tensors in the order of those before."""
+        if self._sums:
+            for total, gradient in zip(self._sums, taken, strict=True):
+                total.add_(gradient)
+        else:
+            # Copies of their own: autograd may give one tensor for two parameters, or a number seen at every place.
+            self._sums = [
+                gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for gradient in taken
+            ]
+
+    def hand_out(self) -> Iterator[torch.Tensor]:
+        """The mean, one tensor after another, each let go before the next is asked for."""
+        sums, self._sums = self._sums[::-1], []
+        while sums:
+            yield sums.pop().div_(self._count)

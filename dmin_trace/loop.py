@@ -64,11 +64,15 @@ class Work(Protocol):
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """The timestep slots of each sample."""
+        """The runs of the loop body for each sample."""
 
     @property
     def item_seed(self) -> int:
         """The seed under which every sample is fetched."""
+
+    @property
+    def sees_outputs(self) -> bool:
+        """Whether a body must see what the loop's models answer."""
 
     @property
     def strict(self) -> bool:
@@ -373,7 +377,7 @@ class LoopDriver:
             self._remember(script_frame())
         samples = self._guarded(self._begin) or []
         for n, (sample, slot) in enumerate(product(samples, self.work.slots)):
-            if slot.number == 0:
+            if slot == self.work.slots[0]:
                 batch = self._guarded(partial(self._fetch, sample))
             if self.failed:
                 break
@@ -415,19 +419,29 @@ class LoopDriver:
         for module in self._denoisers():
             handle = module.register_forward_pre_hook(self._see_timestep, with_kwargs=True)
             self._leaving.callback(handle.remove)
+        for module in self._answering() if self.work.sees_outputs else ():
+            self._leaving.callback(module.register_forward_hook(self._see_output).remove)
         self._leaving.callback(self.work.leave)
         return self.work.begin(self)
 
     def _denoisers(self) -> list[torch.nn.Module]:
         """The prepared models that take a timestep, or, where only others are trained, the loop's own that do."""
         prepared = [self.unwrap(model) for model in self.models]
-        own = (
-            [value for value in self.variables.values() if isinstance(value, torch.nn.Module)] if self.variables else []
-        )
-        for modules in (prepared, list(dict.fromkeys(own))):
+        for modules in (prepared, self._own_modules()):
             if found := [module for module in modules if takes_timestep(module)]:
                 return found
         return prepared
+
+    def _answering(self) -> list[torch.nn.Module]:
+        """The models that take a timestep as the loop calls them: those prepared, in their wrappers, and its own."""
+        inside = {id(self.unwrap(model)) for model in self.models}
+        models = self.models + [module for module in self._own_modules() if id(module) not in inside]
+        return [model for model in dict.fromkeys(models) if takes_timestep(self.unwrap(model))]
+
+    def _own_modules(self) -> list[torch.nn.Module]:
+        """The modules among the loop's variables, each once."""
+        values = self.variables.values() if self.variables else ()
+        return list(dict.fromkeys(value for value in values if isinstance(value, torch.nn.Module)))
 
     def _fetch(self, sample: int) -> Any:
         seed_everything(self.work.item_seed)
@@ -520,3 +534,7 @@ class LoopDriver:
     def _see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._body is not None:
             self._body.see_timestep(module, args, kwargs)
+
+    def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._body is not None:
+            self._body.see_output(module, output)

@@ -55,6 +55,8 @@ def recording(
     dtype: str | None = None,
     projection: str | None = None,
     seed: int | None = None,
+    objective: str | None = None,
+    draws: int | None = None,
     precondition: str | None = None,
     codec: str | None = None,
     columns: Mapping[str, Values] | None = None,
@@ -79,12 +81,13 @@ def recording(
 
     Args:
         model: what was trained, one module or several; the modules inside DistributedDataParallel and torch.compile.
+            With `objective="squared_output"` also a denoiser that was not trained but takes what a trained one gives.
         samples: N, how many samples there are.
         out: the store.
         like: for queries, the trace that is asked, instead of `out` and of the settings.
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
             `precondition="adam"` takes its second moment from it: of the raw weights, if averaged ones are recorded.
-        timesteps, dimension, dtype, projection, seed, precondition, codec: see `Settings`.
+        timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
 
     Raises:
@@ -101,6 +104,8 @@ def recording(
         "dtype": dtype,
         "projection": projection,
         "seed": seed,
+        "objective": objective,
+        "draws": draws,
         "precondition": precondition,
         "codec": codec,
         "columns": tuple(columns) or None,
@@ -216,7 +221,7 @@ class Recording:
 
     @property
     def slots(self) -> range:
-        """The numbers of the timestep slots, from 0 to T - 1."""
+        """The numbers of a sample's bodies, from 0 to T - 1; to T x D - 1 where each timestep has D draws."""
         return range(len(self._all_slots))
 
     @property
@@ -398,8 +403,15 @@ class Recording:
             for module in model.modules():
                 entering.callback(setattr, module, "training", module.training)
             model.eval()
-        for module in _denoisers(self._models):
+        denoisers = _denoisers(self._models)
+        for module in denoisers:
             entering.callback(module.register_forward_pre_hook(self._see_timestep, with_kwargs=True).remove)
+        if self._settings.objective != "loss":
+            # Where the loop compiled its model, the hook is no part of the graph that is compiled.
+            see_output = torch.compiler.disable(self._see_output)  # type: ignore[no-untyped-call]
+            # A body may ask for its timestep, and give it to its model by any name.
+            for module in denoisers or self._models:
+                entering.callback(module.register_forward_hook(see_output).remove)
         entering.callback(register_optimizer_step_pre_hook(self._refuse_step).remove)
         scale = torch.amp.GradScaler.scale
         entering.callback(setattr, torch.amp.GradScaler, "scale", scale)
@@ -417,8 +429,7 @@ class Recording:
             raise CaptureError("An earlier body failed. Mend what its error said, and make another recording.")
         if self._body is not None:
             raise CaptureError(
-                f"A body was opened inside that of sample {self._body.sample}, slot {self._body.slot.number}. Close "
-                "that one first."
+                f"A body was opened inside that of sample {self._body.sample}, slot {self._slot}. Close that one first."
             )
         if not 0 <= sample < self._samples or slot not in self.slots:
             raise CaptureError(
@@ -454,7 +465,7 @@ class Recording:
         body.backwards += 1
         if body.backwards > 1:
             raise CaptureError(
-                f"loss.backward() was called twice in the body of sample {body.sample}, slot {body.slot.number}; "
+                f"loss.backward() was called twice in the body of sample {body.sample}, slot {self._slot}; "
                 "expected once. Add the losses up first."
             )
         if args or options.get("gradient") is not None or options.get("inputs") is not None:
@@ -472,11 +483,20 @@ class Recording:
         if self._body is not None:
             self._body.see_timestep(module, args, kwargs)
 
+    def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._body is not None:
+            self._body.see_output(module, output)
+
     def _refuse_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         raise CaptureError(
             "An optimizer stepped inside the recording, which is of a model that is trained already. Compute the loss "
             "and call loss.backward() in it, and nothing else of the training."
         )
+
+    @property
+    def _slot(self) -> int:
+        """The number of the next body, or of that which is under way."""
+        return self._done % len(self._all_slots)
 
     def _versions(self) -> list[int]:
         return [parameter._version for parameter in self._parameters]
@@ -485,7 +505,7 @@ class Recording:
         """Checks what a body did, and hands it to the recorder."""
         if body.draws.error is not None:
             raise body.draws.error
-        which = f"the body of sample {body.sample}, slot {body.slot.number}"
+        which = f"the body of sample {body.sample}, slot {self._slot}"
         landed = [parameter for parameter in self._parameters if parameter.grad is not None]
         for parameter in landed:
             parameter.grad = None

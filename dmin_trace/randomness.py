@@ -35,18 +35,20 @@ SHORTEST_SCHEDULE = 50
 
 @dataclass(frozen=True)
 class Slot:
-    """One of the T timesteps of a capture.
+    """One run of a loop's body for a sample: one of the T timesteps of a capture, with one of the D noises drawn there.
 
-    number: k, from 0.
+    number: k of the timestep, from 0.
     fraction: the place in the schedule, (k + 1/2) / T, where no timestep is given.
     timestep: the timestep itself, as the script's draw would give it, or None.
     seed: of every generator at the start of the loop body.
+    draw: d of the noise, from 0.
     """
 
     number: int
     fraction: float
     timestep: int | None
     seed: int
+    draw: int = 0
 
     def index_in(self, length: int) -> int:
         """The slot's timestep in a schedule of `length` steps. Raises CaptureError if the schedule is shorter."""
@@ -61,16 +63,23 @@ class Slot:
 
 
 def make_slots(settings: Settings) -> tuple[Slot, ...]:
-    """The slots of a capture, in the order they are stored."""
+    """The slots of a capture: T timesteps in the order they are stored, each with its D draws one after the other."""
     given = settings.timesteps
     listed: Sequence[int | None] = [None] * given if isinstance(given, int) else given
     count = len(listed)
-    return tuple(Slot(k, (k + 0.5) / count, t, seed_of(settings.seed, k + 1)) for k, t in enumerate(listed))
+    return tuple(
+        Slot(k, (k + 0.5) / count, t, seed_of(settings.seed, k + 1, d), d)
+        for k, t in enumerate(listed)
+        for d in range(settings.draws)
+    )
 
 
-def seed_of(seed: int, stream: int) -> int:
-    """An independent 32-bit seed for each stream of a capture: 0 for the samples' augmentation, k + 1 for slot k."""
-    return int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+def seed_of(seed: int, stream: int, draw: int = 0) -> int:
+    """An independent 32-bit seed for each stream of a capture: 0 for the samples' augmentation, k + 1 for timestep k.
+
+    A timestep's first draw has the stream's own seed, whatever the number of draws.
+    """
+    return int(np.random.SeedSequence([seed, stream, *([draw] if draw else [])]).generate_state(1)[0])
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,7 @@
 """Records the gradients of a loop's bodies in a store, whatever loop they come from.
 
-    loss -> Recorder.backward: gradient -> precondition -> compress -> Recorder.take: checks, rows, chunks -> store
+    loss -> Recorder.backward: objective -> gradient -> mean of the draws -> precondition -> compress
+         -> Recorder.take: checks, rows, chunks -> store
 
 The checks are what makes two gradients comparable, so they fail closed. For every sample of a slot the timestep that
 reached the denoiser and the sequence of random calls must be the same; they are kept in the store, and a query must
@@ -28,7 +29,8 @@ from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.compress import compress, make_plan
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
-from dmin_trace.gradients import gradients
+from dmin_trace.gradients import Mean, gradients
+from dmin_trace.objective import squared_output
 from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Call
 from dmin_trace.settings import Settings
@@ -125,12 +127,14 @@ class Recorder:
         if like is not None:
             self._check_weights_like(like)
             self._check_preconditioner_like(like)
+            self._check_objective_like(like)
         self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
         if like is not None:
             self._check_plan_like(like)
         self._ever_reached = [False] * len(trainable.names)
         self._batch_shapes: dict[str, tuple[int, ...]] = {}
         self._row_columns: Mapping[str, str | int | float] = {}
+        self._mean: Mean | None = None
         self._row: list[Body] = []
         self._first: list[Body] = []
         self._timesteps: tuple[float, ...] = ()
@@ -201,14 +205,14 @@ class Recorder:
         self._row_columns = self.columns.of(number, item)
 
     def backward(self, body: Body, loss: torch.Tensor, scale: float = 1.0) -> None:
-        """Takes and compresses the gradient of a body's loss.
+        """Takes the gradient of a body's loss, or of what else is the objective, and compresses the mean of its draws.
 
         Args:
             body: the body that is under way.
             loss: a scalar.
-            scale: multiplies the loss before the backward pass and is divided out again.
+            scale: multiplies the objective before the backward pass and is divided out again.
 
-        Raises CaptureError for a loss that is none, or has no gradient.
+        Raises CaptureError for a loss that is none, or has no gradient, or where the denoiser's output cannot be told.
         """
         if loss.numel() != 1:
             raise CaptureError(f"The script's loss has shape {tuple(loss.shape)}; expected a scalar.")
@@ -217,16 +221,29 @@ class Recorder:
                 "The script's loss has no gradient: it does not depend on a trainable parameter, or was computed under "
                 "torch.no_grad."
             )
-        taken, reached = gradients(loss.reshape(()), self.trainable.tensors, scale)
+        target = loss.reshape(()) if self.settings.objective == "loss" else squared_output(body.outputs, loss)
+        # The graph must not outlive the body.
+        body.outputs.clear()
+        taken, reached = gradients(target, self.trainable.tensors, scale)
         self._ever_reached = [a or b for a, b in zip(self._ever_reached, reached, strict=True)]
-        body.sketch, body.norm = compress(self.preconditioner.apply(taken), self._plan)
         body.loss = loss.detach().float().reshape(())
+        draws = self.settings.draws
+        if draws > 1:
+            if body.slot.draw == 0:
+                self._mean = Mean(draws)
+            if self._mean is None:
+                raise CaptureError("A timestep's first draw is missing. This is an error of dmin_trace; report it.")
+            self._mean.add(taken)
+            if body.slot.draw < draws - 1:
+                return
+            taken, self._mean = self._mean.hand_out(), None
+        body.sketch, body.norm = compress(self.preconditioner.apply(taken), self._plan)
 
     def take(self, body: Body) -> None:
-        """Checks a body's draws, and after the sample's last slot its row."""
+        """Checks a body's random calls, and after the sample's last slot its row."""
         self._check_draws(body)
         self._row.append(body)
-        if len(self._row) == self.settings.slots:
+        if len(self._row) == self.settings.slots * self.settings.draws:
             row, self._row = self._row, []
             self._take_row(row)
 
@@ -264,6 +281,12 @@ class Recorder:
                 f"{self.out} belongs to another capture: its weights are {header.weights[:16]}, those of this run "
                 f"{self._weights[:16]}. Give another path (out, --out), or move it away."
             )
+        facts = _aim(header.objective, header.draws), _aim(self.settings.objective, self.settings.draws)
+        if facts[0] != facts[1]:
+            raise TraceError(
+                f"{self.out} belongs to another capture: its gradients are of {facts[0]}, those of this run of "
+                f"{facts[1]}. Give another path (out, --out), or move it away."
+            )
         theirs = header.precondition, header.preconditioner
         ours = self.settings.precondition, self._divisors
         if theirs != ours:
@@ -292,6 +315,15 @@ class Recorder:
                 f"{store.precondition_beside(trace.path)} is not what the trace's gradients were divided by: its "
                 f"fingerprint is {self._divisors[:16] or 'none'}, that of the trace "
                 f"{trace.header.preconditioner[:16] or 'none'}. Put the file back that the capture left there."
+            )
+
+    def _check_objective_like(self, trace: Trace) -> None:
+        ours = _aim(self.settings.objective, self.settings.draws)
+        theirs = _aim(trace.header.objective, trace.header.draws)
+        if ours != theirs:
+            raise QueryError(
+                f"The query's gradients are of {ours}, those of {trace.path} of {theirs}, so its header contradicts "
+                "its settings. The store was changed by hand: capture again."
             )
 
     def _check_plan_like(self, trace: Trace) -> None:
@@ -354,18 +386,30 @@ class Recorder:
                     f"On the query the script drew {calls}, on the training samples {_show_calls(expected)}, so their "
                     "noise differs. Give an image of the size that the model was trained on, and the same arguments."
                 )
-        elif self._first and body.draws.calls != self._first[body.slot.number].draws.calls:
-            first = self._first[body.slot.number]
+        elif self._first and body.draws.calls != (first := self._first[len(self._row)]).draws.calls:
             raise CaptureError(
                 f"On sample {body.sample} the script drew {calls}, on sample {first.sample} "
                 f"{_show_calls(first.draws.calls)}, so their noise differs. Samples of different sizes (buckets) or a "
                 "random branch cannot be captured."
             )
+        elif body.slot.draw and body.draws.calls != (first := self._row[-body.slot.draw]).draws.calls:
+            raise CaptureError(
+                f"In draw {body.slot.draw} of slot {body.slot.number} the script drew {calls}, in the first "
+                f"{_show_calls(first.draws.calls)}. A random branch cannot be captured."
+            )
 
     def _take_row(self, row: list[Body]) -> None:
         if not self._first:
             self._check_reached()
-        sketches, norms, losses, timesteps = _to_cpu(row)
+        sketches, norms, losses, seen = _to_cpu(row)
+        draws = self.settings.draws
+        losses = losses.reshape(-1, draws).mean(axis=1)
+        timesteps = seen[::draws]
+        if any(timestep != timesteps[at // draws] for at, timestep in enumerate(seen)):
+            raise CaptureError(
+                f"The denoiser saw the timesteps {seen} for sample {row[0].sample}; expected each {draws} times, once "
+                "for each draw. The script draws timesteps in a way that is not pinned."
+            )
         if not self._first:
             self._first = row
             self._timesteps = timesteps
@@ -394,18 +438,20 @@ class Recorder:
             if not reached
         ]
         names = ", ".join(name for name, _ in never[:3])
+        objective = "loss" if self.settings.objective == "loss" else "denoiser's output"
         trained = [name for name, tensor in never if self._trained(tensor)]
         if trained or len(never) == len(self._ever_reached):
             raise CaptureError(
-                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, among "
-                f"them {names}, though the training moved them. Does the loop body skip a part of the model when the "
-                "model is in eval mode, or for some batches? What a plain loop does not train must have "
+                f"The {objective} does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, "
+                f"among them {names}, though the training moved them. Does the loop body skip a part of the model when "
+                "the model is in eval mode, or for some batches? What a plain loop does not train must have "
                 "requires_grad=False."
             )
         if never:
             logger.warning(
-                "The loss does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
+                "The %s does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
                 "move them; their gradients are zero.",
+                objective,
                 len(never),
                 len(self._ever_reached),
                 names,
@@ -480,8 +526,14 @@ class Recorder:
                 fingerprint=self.trainable.fingerprint,
             ),
             weights=self._weights,
-            noise=store.NoiseFacts(seed=settings.seed, draws=tuple(tuple(body.draws.calls) for body in self._first)),
+            noise=store.NoiseFacts(
+                seed=settings.seed,
+                # They are the same in every draw.
+                draws=tuple(tuple(body.draws.calls) for body in self._first if body.slot.draw == 0),
+            ),
             precondition=settings.precondition,
+            objective=settings.objective,
+            draws=settings.draws,
             codec="none" if self.like is not None else settings.codec,
             preconditioner=self._divisors,
             batch=self._batch_shapes,
@@ -497,13 +549,18 @@ def _settings_facts(settings: Settings) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
 
 
+def _aim(objective: str, draws: int) -> str:
+    """What a gradient is of, for a person to read."""
+    return f"{objective}, draws {draws}"
+
+
 def _named(kind: str, fingerprint: str) -> str:
     """A way of preconditioning, for a person to read."""
     return f"{kind} {fingerprint[:16]}".strip()
 
 
 def _to_cpu(row: list[Body]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:
-    """A row's sketches (T, v), norms (T,), losses (T,) and timesteps: one transfer each, once a sample."""
+    """A row's sketches (T, v), norms (T,), losses (T x D,) and timesteps, T x D: one transfer each, once a sample."""
     sketches = torch.stack([body.sketch for body in row if body.sketch is not None]).cpu().numpy()
     norms = torch.stack([body.norm.float() for body in row if body.norm is not None]).cpu().numpy()
     losses = torch.stack([body.loss for body in row if body.loss is not None]).cpu().numpy()

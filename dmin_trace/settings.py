@@ -17,10 +17,12 @@ Dtype = Literal["int8", "float16", "float32"]
 Projection = Literal["rotation", "uniform"]
 Precondition = Literal["none", "sign", "adam"]
 Codec = Literal["none", "blosc"]
+Objective = Literal["loss", "squared_output"]
 
 SMALLEST_DIMENSION = 2**4
 LARGEST_DIMENSION = 2**24
 MOST_TIMESTEPS = 1000
+MOST_DRAWS = 1000
 COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 """A column is kept in a folder of its name."""
 
@@ -36,6 +38,11 @@ class Settings:
     projection: "rotation" (matrix-free, the default) or "uniform" (OPORP to the letter, paper section 3.2:
         one permutation and one sign for each parameter, kept in memory).
     seed: of the projection and of the noise that all samples share at a timestep.
+    objective: what the gradient is taken of: "loss", the script's own (the default, the paper), or "squared_output",
+        the mean of the squares of the denoiser's output (D-TRAK, arXiv 2311.00500). The losses in the store are the
+        script's own with either.
+    draws: D, how many noises are drawn at each timestep, the same for all samples. A gradient is then the mean of D, at
+        the cost of D passes and of one more gradient in memory. The first draw is that of draws=1.
     precondition: what is done to a gradient, element by element, before it is compressed and normalised; the norms in
         the store are of what it gives. "none" is the paper; "sign" takes the sign of each element; "adam" divides by
         the root of the optimizer's second moment at the end of training, as an Adam step does.
@@ -52,6 +59,8 @@ class Settings:
     dtype: Dtype = "int8"
     projection: Projection = "rotation"
     seed: int = 0
+    objective: Objective = "loss"
+    draws: int = 1
     precondition: Precondition = "none"
     codec: Codec = "none"
     columns: tuple[str, ...] | None = None
@@ -67,7 +76,15 @@ class Settings:
             )
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:
             raise SettingsError(f"seed is {self.seed!r}; expected an integer from 0 to 2**32 - 1.")
-        choices = {"dtype": Dtype, "projection": Projection, "precondition": Precondition, "codec": Codec}
+        if not _is_integer(self.draws) or not 1 <= self.draws <= MOST_DRAWS:
+            raise SettingsError(f"draws is {self.draws!r}; expected a count from 1 to {MOST_DRAWS}.")
+        choices = {
+            "dtype": Dtype,
+            "projection": Projection,
+            "objective": Objective,
+            "precondition": Precondition,
+            "codec": Codec,
+        }
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):

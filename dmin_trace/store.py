@@ -41,9 +41,11 @@ from dmin_trace.errors import TraceError
 from dmin_trace.settings import (
     COLUMN_NAME,
     LARGEST_DIMENSION,
+    MOST_DRAWS,
     MOST_TIMESTEPS,
     Codec,
     Dtype,
+    Objective,
     Precondition,
     Projection,
 )
@@ -68,6 +70,8 @@ LARGEST_PACKED = 2**25
 """A packed chunk of more than one sample is at most so large: its file may be far smaller than what it unpacks to."""
 MOST_MAPS = 2**8
 """Chunks whose maps are kept: each holds an open file, and the user's process may have many of its own."""
+LATER: dict[str, Any] = {"objective": "loss", "draws": 1}
+"""What is true of a store from before there were these attributes, and settings, and that therefore lacks them."""
 UNSEEN = 2**20
 """Numbers that are allocated on the word of a header alone, for rows of which no file says anything."""
 
@@ -114,6 +118,7 @@ class Header:
     timesteps: as the denoiser saw them.
     dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is packed, R.
     weights: fingerprint of the trained parameters.
+    objective, draws: what gradients were taken of, and the mean of how many noises they are.
     precondition, preconditioner: what was done to gradients, and the fingerprint of adam's divisors beside the store.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns: the readable columns and their kinds.
@@ -138,6 +143,8 @@ class Header:
     settings: dict[str, Any]
     writers: dict[str, str]
     codec: Codec = "none"
+    objective: Objective = "loss"
+    draws: int = 1
 
     @property
     def sample_bytes(self) -> int:
@@ -164,7 +171,7 @@ class Header:
 
         Raises TraceError that names the first attribute that is wrong.
         """
-        reader = _Attributes(attributes, str(path))
+        reader = _Attributes({**LATER, **attributes}, str(path))
         projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
         header = cls(
             id=reader.text("id", r"[0-9a-f]{32}"),
@@ -198,6 +205,8 @@ class Header:
             settings=reader.mapping("settings", object),
             writers=reader.mapping("writers", str),
             codec=reader.choice("codec", get_args(Codec)),
+            objective=reader.choice("objective", get_args(Objective)),
+            draws=reader.number("draws", 1, MOST_DRAWS),
         )
         most = LARGEST_FRAME if header.chunk_rows == 1 else LARGEST_PACKED
         if header.codec != "none" and header.chunk_rows * header.sample_bytes > most:
@@ -280,7 +289,10 @@ def resume(path: Path, header: Header) -> Writer:
     Raises TraceError if the store is not of the same capture; id and writers may differ.
     """
     existing = _read_header(path)[0]
-    found, expected = _flat(existing.to_attributes()), _flat(header.to_attributes())
+    found, expected = (
+        _flat({**attributes, "settings": {**LATER, **attributes["settings"]}})
+        for attributes in (existing.to_attributes(), header.to_attributes())
+    )
     for name in sorted(found | expected):
         if name.split(".")[0] not in ("id", "writers") and found.get(name, "missing") != expected.get(name, "missing"):
             raise TraceError(
@@ -790,6 +802,8 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
     state = "complete" if trace.complete else f"unfinished: {int(trace.done.sum())} of {header.chunks} chunks are done"
     # A capture that has only begun has no rows to look at.
     without = rows - int(trace.rankable.sum()) if rows else 0
+    unusual: list[tuple[str, str]] = [("objective", header.objective)] if header.objective != "loss" else []
+    unusual += [("draws", f"{header.draws} at each timestep, whose mean a gradient is")] if header.draws != 1 else []
     shown = [
         ("samples", f"{rows:,} of {header.samples:,}; {state}"),
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
@@ -804,6 +818,7 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
             "chunks",
             f"{header.chunks:,} of {header.chunk_rows:,} samples, {header.chunk_rows * header.sample_bytes:,} bytes",
         ),
+        *unusual,
         ("precondition", " ".join((header.precondition, header.preconditioner[:16])).strip()),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
         ("the script draws", _calls(header.noise.draws[0])),

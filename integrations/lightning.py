@@ -64,6 +64,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
         dtype: str | None = None,
         projection: str | None = None,
         seed: int | None = None,
+        objective: str | None = None,
+        draws: int | None = None,
         precondition: str | None = None,
         codec: str | None = None,
         columns: Sequence[str] | None = None,
@@ -73,7 +75,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
 
         Args:
             out: the store.
-            timesteps, dimension, dtype, projection, seed, precondition, codec, columns: see `dmin_trace.Settings`.
+            timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec, columns: see
+                `dmin_trace.Settings`.
             strict: raise an error during the capture, instead of logging it.
 
         Raises SettingsError for a setting that cannot be meant.
@@ -87,6 +90,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
                 "dtype": dtype,
                 "projection": projection,
                 "seed": seed,
+                "objective": objective,
+                "draws": draws,
                 "precondition": precondition,
                 "codec": codec,
                 "columns": columns,

@@ -19,6 +19,7 @@ from torch.nn.functional import mse_loss
 
 import dmin_trace
 from dmin_trace import examine, score
+from dmin_trace.cli import main
 from dmin_trace.errors import EvaluationError, QueryError, TraceError
 from dmin_trace.examine import copies, datamodeling, detection, read_retrained, stored_gradients
 from dmin_trace.index import build_index
@@ -404,7 +405,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     script.write_text(text)
     options = ["--timesteps", "2", "--dimension", "1024", "--column", "label", "--column", "original"]
-    command = [script, "--train_data_dir", "digits", "--output_dir", "out", "--max_train_steps", "40"]
+    command = [script, "--train_data_dir", "digits", "--output_dir", "out", "--max_train_steps", "4"]
     run([*CLI, "run", *options, "--", *command], folder)
     return folder
 
@@ -426,7 +427,9 @@ def test_a_users_own_trace_is_measured(made: Path) -> None:
     assert ran.stderr == ""
 
 
-def test_a_user_who_trained_again_gets_the_datamodeling_score(made: Path) -> None:
+def test_a_user_who_trained_again_gets_the_datamodeling_score(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Images ask through the script itself; the losses are minus the sums of the scores that their samples have."""
     trace = open_trace(made / "out" / "trace.zarr")
     asked = [4, 11, 7]
@@ -442,12 +445,18 @@ def test_a_user_who_trained_again_gets_the_datamodeling_score(made: Path) -> Non
     assert by_images["queries"] == ["0004.png", "0011.png", "0007.png"]
     # What is captured anew is what is stored, but for int8.
     assert min(by_images["each"]) > 0.98
-    samples = ["--samples", "4,11,7", "--lds", "models.npz", "--json", "samples.json"]
-    run([*CLI, "evaluate", "out/trace.zarr", *samples], made)
+    monkeypatch.chdir(made)
+    assert (
+        main(["evaluate", "out/trace.zarr", "--samples", "4,11,7", "--lds", "models.npz", "--json", "samples.json"])
+        == 0
+    )
     by_samples = json.loads((made / "samples.json").read_text())["measures"][0]
     assert by_samples["queries"] == asked and by_samples["each"] == pytest.approx([1, 1, 1])
-    ran = run([*CLI, "evaluate", "out/trace.zarr", *images[:2], "--lds", "models.npz"], made, code=1)
-    assert "losses (models, 2)" in ran.stderr and len(ran.stderr.strip().splitlines()) == 1
+    capsys.readouterr()
+    # Before the script is run.
+    assert main(["evaluate", "out/trace.zarr", *images[:2], "--lds", "models.npz"]) == 1
+    said = capsys.readouterr().err
+    assert "losses (models, 2)" in said and len(said.strip().splitlines()) == 1
 
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -470,10 +479,12 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_gives_one_clear_line(
-    made: Path, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    made: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from dmin_trace.cli import main
-
     monkeypatch.chdir(made)
     assert main(["evaluate", "out/trace.zarr", *arguments]) == 1
     said = capsys.readouterr()

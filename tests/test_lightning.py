@@ -250,6 +250,34 @@ def test_adams_divisors_are_those_of_the_trainers_optimizer(tmp_path: Path, prec
         capture(module, loader(), out=tmp_path / "third.zarr", settings=settings)
 
 
+def test_the_mean_over_draws_of_the_squared_output(tmp_path: Path) -> None:
+    seed_everything(1)
+    module, out, points = Denoiser(), tmp_path / "trace.zarr", Points()
+    asked: dict[str, Any] = {"timesteps": [100, 900], "dimension": 1024, "projection": "uniform", "dtype": "float32"}
+    asked |= {"objective": "squared_output", "draws": 2}
+    trainer_of(tmp_path, TraceCallback(out, **asked, strict=True)).fit(module, loader())
+    trace = open_trace(out)
+    assert (trace.header.objective, trace.header.draws) == ("squared_output", 2)
+    module.eval()
+    for sample in range(12):
+        clean = points[sample]["point"][None]
+        for slot, timestep in enumerate((100, 900)):
+            expected = torch.zeros(())
+            for entropy in ([0, slot + 1], [0, slot + 1, 1]):
+                seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+                noise = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed))
+                output = module.denoiser(clean + noise * timestep / 1000, torch.tensor([timestep]))
+                gradients = torch.autograd.grad(output.square().sum() / 16, list(module.parameters()))
+                expected = expected + torch.cat([g.flatten() for g in gradients]) / 2
+            found = torch.from_numpy(unshuffled(trace, sample))[slot]
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, slot)
+    capture(module, loader(), out=tmp_path / "again.zarr", settings=Settings(**asked | {"timesteps": (100, 900)}))
+    again = open_trace(tmp_path / "again.zarr")
+    assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
+    hits = attribute(module, trace, [points[4]], k=2)
+    assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(2, abs=1e-5)
+
+
 def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, Path]) -> None:
     module, out = trained
     trace = open_trace(out)

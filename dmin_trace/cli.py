@@ -43,7 +43,7 @@ ProjectionKind = Annotated[str | None, typer.Option(help="rotation or uniform. D
 Codec = Annotated[str | None, typer.Option(help="none, or blosc for archives: smaller and slower. Default: none.")]
 PreconditionKind = Annotated[
     str | None,
-    typer.Option("--precondition", help="What is done to gradients: none (the paper), sign or adam. Default: none."),
+    typer.Option("--precondition", help="What is done to gradients: sign, adam, or none (the paper). Default: sign."),
 ]
 ObjectiveKind = Annotated[
     str | None,
@@ -201,10 +201,10 @@ def query_command(
     score: Annotated[
         str,
         typer.Option(
-            help="dmin, the paper's: what looks like it, mostly. deflated: without what all samples share, nearer to "
-            "what caused it. ridge: the same in full, for small stores."
+            help="deflated: without what all samples share, nearest to what caused it. dmin, the paper's: what looks "
+            "like it, mostly. ridge: as deflated, in full, for small stores."
         ),
-    ] = "dmin",
+    ] = "deflated",
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
 ) -> None:
     """Show the training samples that made the model make each image.
@@ -403,6 +403,9 @@ def evaluate_command(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write all figures, of every query too, as JSON.")
     ] = None,
+    score: Annotated[
+        str, typer.Option(help="The score that is measured: deflated, dmin or ridge, as query has them.")
+    ] = ("deflated"),
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
 ) -> None:
     """Measure how good the attributions of a trace are. Likeness and cause are different things; measure both.
@@ -441,6 +444,7 @@ def evaluate_command(
     if json_path is not None and not json_path.parent.is_dir():
         raise QueryError(f"There is no folder {json_path.parent} to write {json_path.name} to.")
     opened = store.open_trace(trace)
+    kind = query.check_score(opened, score)
     count = examine.QUERIES if queries is None else queries
     console, to_errors = Console(), Console(stderr=True)
     findings, gradients = [], None
@@ -471,10 +475,14 @@ def evaluate_command(
         for column, measure in ((label, examine.detection), (duplicates, examine.copies)):
             if column is not None:
                 shown = show(f"Asking by {report.harmless(column)}")
-                findings.append(measure(opened, column, ks=ks, queries=count, exact=exact, seed=seed, progress=shown))
+                findings.append(
+                    measure(opened, column, ks=ks, queries=count, kind=kind, exact=exact, seed=seed, progress=shown)
+                )
         if gradients is not None:
             shown = show("Scoring every sample")
-            findings.append(examine.datamodeling(opened, gradients, retrained, names, seed=seed, progress=shown))
+            findings.append(
+                examine.datamodeling(opened, gradients, retrained, names, kind=kind, seed=seed, progress=shown)
+            )
     for found in findings:
         table = report.measure_table(
             found.title, found.headings, found.rows, found.meaning, ascii_only=console.options.ascii_only

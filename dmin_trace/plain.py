@@ -279,7 +279,7 @@ class Recording:
         """
         self._check_turn(sample, 0).sample(sample, item, batch)
 
-    def hits(self, k: int = 10, *, score: Score = "dmin", exact: bool = False) -> list[list[Hit]]:
+    def hits(self, k: int = 10, *, score: Score = "deflated", exact: bool = False) -> list[list[Hit]]:
         """After a recording `like` a trace: the training samples with the largest influence on each query, best first.
 
         Args:

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def attribute(
     k: int = 10,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
-    score: Score = "dmin",
+    score: Score = "deflated",
     exact: bool = False,
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each image, best first.
@@ -112,14 +113,54 @@ def check_score(trace: Trace, name: str) -> Score:
     return "dmin"
 
 
-def answer(trace: Trace, gradients: np.ndarray, *, k: int, score: Score = "dmin", exact: bool = False) -> Answer:
+@dataclass(frozen=True)
+class Freeing:
+    """What makes queries ready for a score of a store; `freeing` makes one.
+
+    score: the score.
+    free: from (Q, T, v) to (Q, T, v).
+    taken_out: what it takes out of them, in words; "" for the paper's score.
+    """
+
+    score: Score
+    free: Callable[[np.ndarray], np.ndarray]
+    taken_out: str
+
+
+def freeing(trace: Trace, score: Score) -> Freeing:
+    """What makes queries ready for a score: finds the principal directions, where the index does not keep them.
+
+    Raises:
+        QueryError: the trace cannot be asked for this score.
+        TraceError: the store is damaged.
+    """
+    check_score(trace, score)
+    if score == "dmin":
+        return Freeing(score, lambda queries: queries, "")
+    if score == "ridge":
+        facts = read_facts(trace)
+        strength = kernel.ALONE if isinstance(facts, str) or facts.ridge is None else facts.ridge
+        return Freeing(score, partial(kernel.ridge, trace, strength=strength), f"ridge of {strength:.3g}")
+    directions = open_directions(trace)
+    said = "kept by the index"
+    if isinstance(directions, str):
+        _check_few(trace, directions)
+        said = f"found for this query ({directions})" if directions else "found for this query"
+        directions = kernel.principal_directions(trace)
+    count = directions.eigenvalues.shape[1]
+    return Freeing(score, directions.deflate, f"{count} principal directions of each timestep, {said}")
+
+
+def answer(
+    trace: Trace, gradients: np.ndarray, *, k: int, score: Score | Freeing = "deflated", exact: bool = False
+) -> Answer:
     """The training samples with the largest influence on queries whose gradients are captured.
 
     Args:
         trace: the store.
         gradients: (Q, T, v), from `capture_queries`.
         k: how many training samples for each query.
-        score: as for `attribute`.
+        score: as for `attribute`; or, to ask again and again, what `freeing` made of it.
         exact: scan all samples even if there is an index.
 
     Raises:
@@ -129,17 +170,17 @@ def answer(trace: Trace, gradients: np.ndarray, *, k: int, score: Score = "dmin"
     """
     check_k(trace, k)
     check_queries(trace, gradients)
-    check_score(trace, score)
-    queries, taken_out = _freed(trace, gradients, score)
+    made = score if isinstance(score, Freeing) else freeing(trace, score)
+    queries, kind = made.free(gradients), made.score
     index = "" if exact else open_index(trace)
     depth = None
     if not isinstance(index, str):
-        depth = index.facts.depth(k, score)
+        depth = index.facts.depth(k, kind)
         if depth is not None:
-            ranking = search(index, queries, k, kind=score)
+            ranking = search(index, queries, k, kind=kind)
             said = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
         else:
-            index = index.facts.unserved(score)
+            index = index.facts.unserved(kind)
     if isinstance(index, str):
         ranking = scan(trace, queries, k)
         said = f"scanned all {len(trace.slots_done):,} samples" + (f": {index}" if index else "")
@@ -147,27 +188,9 @@ def answer(trace: Trace, gradients: np.ndarray, *, k: int, score: Score = "dmin"
         hits=hits_of(trace, ranking),
         recall=None if depth is None else (depth.k, depth.recall),
         said=said,
-        score=score,
-        taken_out=taken_out,
+        score=kind,
+        taken_out=made.taken_out,
     )
-
-
-def _freed(trace: Trace, gradients: np.ndarray, score: Score) -> tuple[np.ndarray, str]:
-    """The queries as the score has them, and in words what was taken out of them."""
-    if score == "dmin":
-        return gradients, ""
-    if score == "ridge":
-        facts = read_facts(trace)
-        strength = kernel.ALONE if isinstance(facts, str) or facts.ridge is None else facts.ridge
-        return kernel.ridge(trace, gradients, strength), f"ridge of {strength:.3g}"
-    directions = open_directions(trace)
-    said = "kept by the index"
-    if isinstance(directions, str):
-        _check_few(trace, directions)
-        said = f"found for this query ({directions})" if directions else "found for this query"
-        directions = kernel.principal_directions(trace)
-    count = directions.eigenvalues.shape[1]
-    return directions.deflate(gradients), f"{count} principal directions of each timestep, {said}"
 
 
 def _check_few(trace: Trace, why: str) -> None:

@@ -201,7 +201,7 @@ def attribute(
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     trainer: Any = None,
     k: int = 10,
-    score: Score = "dmin",
+    score: Score = "deflated",
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each item, best first.
 

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
 ]
 
-SMALL = Settings(timesteps=3, dimension=64, dtype="float32")
+SMALL = Settings(timesteps=3, dimension=64, dtype="float32", precondition="none")
 
 
 class Points(Dataset[Any]):
@@ -107,7 +107,7 @@ def loader() -> DataLoader[Any]:
 
 
 def small(out: Path, **more: Any) -> TraceCallback:
-    return TraceCallback(out, timesteps=3, dimension=64, dtype="float32", **more)
+    return TraceCallback(out, timesteps=3, dimension=64, dtype="float32", precondition="none", **more)
 
 
 def trainer_of(folder: Path, *callbacks: Any, **more: Any) -> Trainer:
@@ -166,7 +166,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     module, out = Digits(), tmp_path / "trace.zarr"
     asked: dict[str, Any] = {"timesteps": [0, 250, 999], "dimension": 2**20, "projection": "uniform"}
     data = DataLoader(images, batch_size=3, shuffle=True)  # type: ignore[arg-type]
-    trainer_of(tmp_path, TraceCallback(out, dtype="float32", **asked)).fit(module, data)
+    trainer_of(tmp_path, TraceCallback(out, dtype="float32", precondition="none", **asked)).fit(module, data)
     trace = open_trace(out)
     weights = load_file(tmp_path / "trace.weights.safetensors")
     save_file({name.removeprefix("unet."): value for name, value in weights.items()}, blank)
@@ -253,7 +253,13 @@ def test_adams_divisors_are_those_of_the_trainers_optimizer(tmp_path: Path, prec
 def test_the_mean_over_draws_of_the_squared_output(tmp_path: Path) -> None:
     seed_everything(1)
     module, out, points = Denoiser(), tmp_path / "trace.zarr", Points()
-    asked: dict[str, Any] = {"timesteps": [100, 900], "dimension": 1024, "projection": "uniform", "dtype": "float32"}
+    asked: dict[str, Any] = {
+        "timesteps": [100, 900],
+        "dimension": 1024,
+        "projection": "uniform",
+        "dtype": "float32",
+        "precondition": "none",
+    }
     asked |= {"objective": "squared_output", "draws": 2}
     trainer_of(tmp_path, TraceCallback(out, **asked, strict=True)).fit(module, loader())
     trace = open_trace(out)
@@ -317,7 +323,7 @@ def test_a_frozen_encoder_is_asked_once_for_each_sample(tmp_path: Path) -> None:
     capture(module, loader(), out=tmp_path / "a.zarr", settings=SMALL)
     assert asked == [1] * 12
     assert "forward" not in vars(module.parts["encoder"])
-    plain = {"timesteps": 3, "dimension": 64, "dtype": "float32"}
+    plain = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"}
     module.log = module.log_dict = lambda *args, **named: None  # type: ignore[method-assign,assignment]
     with dmin_trace.recording(module, samples=12, out=tmp_path / "b.zarr", **plain) as recording:  # type: ignore[arg-type]
         for i in recording.samples:

@@ -26,7 +26,18 @@ from dmin_trace.settings import Settings
 from dmin_trace.store import Trace, open_trace
 
 TIMESTEPS = [0, 250, 999]
-WHOLE = ("--timesteps", "0,250,999", "--dimension", str(2**20), "--projection", "uniform", "--dtype", "float32")
+WHOLE = (
+    "--timesteps",
+    "0,250,999",
+    "--dimension",
+    str(2**20),
+    "--projection",
+    "uniform",
+    "--dtype",
+    "float32",
+    "--precondition",
+    "none",
+)
 """A sketch as long as the gradient, which is then the gradient itself."""
 BOTH = ("--objective", "squared_output", "--draws", "3")
 SHORT = ("--train_data_dir", "digits", "--max_train_steps", "3", "--train_batch_size", "3", "--learning_rate", "3e-3")
@@ -65,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with four digits, and a model trained on them for three steps with its trace, by a script's line."""
     folder = tmp_path_factory.mktemp("trained")
     digit_folder(folder / "digits", 4)
-    settings = f"timesteps={TIMESTEPS}, dimension=2**20, projection='uniform', dtype='float32'"
+    settings = f"timesteps={TIMESTEPS}, dimension=2**20, projection='uniform', dtype='float32', precondition='none'"
     line = "dmin_trace.attach(accelerator, args, "
     text = EXAMPLE.read_text()
     if text.count(f"{line}timesteps=5)") != 1:
@@ -164,7 +175,7 @@ def test_a_lora_with_frozen_encoders(tmp_path: Path) -> None:
     prepare = "    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare("
     if text.count(line) != 1 or text.count(prepare) != 1:
         raise ValueError("the example has no such lines")
-    settings = "timesteps=[100, 900], dimension=2**13, projection='uniform', dtype='float32'"
+    settings = "timesteps=[100, 900], dimension=2**13, projection='uniform', dtype='float32', precondition='none'"
     text = text.replace(line, f"{line[:-1]}, {settings}, objective='squared_output', draws=2)")
     # Its hooks run a block twice, and throw away what was in between.
     text = text.replace(prepare, "    unet.enable_gradient_checkpointing()\n" + prepare)
@@ -266,7 +277,13 @@ Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def record(model: Any, step: Step | None = None, stop: int | None = None, **settings: Any) -> Any:
     """The documented loop over the points, which may stop early."""
     if "like" not in settings:
-        settings = {"timesteps": [100, 900], "dimension": 1024, "dtype": "float32", "projection": "uniform"} | settings
+        settings = {
+            "timesteps": [100, 900],
+            "dimension": 1024,
+            "dtype": "float32",
+            "precondition": "none",
+            "projection": "uniform",
+        } | settings
 
     def usual(noisy: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return (unwrapped(model(noisy, t)).float() - noise).square().mean()
@@ -403,7 +420,9 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
 
 # -- accelerate's loops ----------------------------------------------------------------------------------------------
 
-ATTACH = "dmin_trace.attach(accelerator, args, timesteps=[100, 900], dimension=1024, dtype='float32'"
+ATTACH = (
+    "dmin_trace.attach(accelerator, args, timesteps=[100, 900], dimension=1024, dtype='float32', precondition='none'"
+)
 LINE = f"{ATTACH}, projection='uniform', objective='squared_output', draws=2)"
 LOOPS = {
     "its own": {},

@@ -89,7 +89,8 @@ def plain_script(path: Path, **parts: str) -> Path:
     pieces = {
         "imports": "import dmin_trace",
         "accelerator": "accelerator = Accelerator()",
-        "attach": "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32')",
+        "attach": "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32', "
+        "precondition='none')",
         "prepare": "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)",
         "loader": "loader",
         "body": BODY,

@@ -145,7 +145,8 @@ def principal_directions(trace: Trace, count: int | None = None, progress: Progr
 def memory(trace: Trace, count: int | None = None) -> int:
     """Bytes that `principal_directions` takes at the most, but for a block."""
     header = trace.header
-    return 12 * len(header.timesteps) * header.dimension * _width(count or _most_chosen(trace))
+    width = min(_width(count or _most_chosen(trace)), header.dimension, header.samples)
+    return 12 * len(header.timesteps) * header.dimension * width
 
 
 def grams(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:

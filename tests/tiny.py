@@ -125,7 +125,7 @@ def run(command: Sequence[object], folder: Path, code: int = 0, **environment: s
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=900,
     )
     if ran.returncode != code:
         raise AssertionError(f"exit code {ran.returncode}, expected {code}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")

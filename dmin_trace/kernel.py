@@ -137,8 +137,8 @@ def principal_directions(trace: Trace, count: int | None = None, progress: Progr
 
 def memory(trace: Trace, count: int | None = None) -> int:
     """Bytes that `principal_directions` takes at the most, but for a block."""
-    header = trace.header
-    return 12 * len(header.timesteps) * header.dimension * _width(count or _most_chosen(trace))
+    numbers = len(trace.header.timesteps) * trace.header.dimension
+    return 12 * numbers * min(_width(count or _most_chosen(trace)), numbers, trace.header.samples)
 
 
 def gram(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:

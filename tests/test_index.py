@@ -274,7 +274,10 @@ def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SettingsError, match=r"needs 0.0 GiB of memory \(300 samples of 2 x 128 float32 numbers"):
         build_index(trace, dimensions="full")
     assert (index_beside(trace.path) / GRAPH).read_bytes() == before
-    build_index(trace, fold=16)
+    with pytest.raises(SettingsError, match="To find principal directions takes .* Give a smaller --directions"):
+        build_index(trace, fold=16)
+    assert (index_beside(trace.path) / GRAPH).read_bytes() == before
+    build_index(trace, fold=16, directions=4)
 
 
 def test_the_size_that_is_foretold_is_the_size_that_is_written(stored: tuple[Trace, Rows]) -> None:

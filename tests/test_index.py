@@ -360,7 +360,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "other timesteps": (other_timesteps, "the store has changed"),
     "other gradients": (other_gradients, "the store has changed"),
     "other norms": (other_norms, "the store has changed"),
-    "another version": (edited(version=2), "another version"),
+    "another version": (edited(version=1), "another version"),
     "another format": (edited(format="x"), "another version"),
     "another space": (edited(space="l2"), "another version"),
     "another number of samples": (edited(samples=10), "the store has changed"),

@@ -210,7 +210,7 @@ def test_a_few_samples_are_asked_without_an_index_and_with_what_it_keeps(tmp_pat
     told = query.answer(trace, queries, k=2, score="deflated").taken_out
     assert told == "5 principal directions of each timestep, kept by the index"
     assert query.answer(trace, queries, k=2, score="ridge").taken_out == "ridge of 0.25"
-    assert query.answer(trace, queries, k=2).taken_out == ""
+    assert query.answer(trace, queries, k=2, score="dmin").taken_out == ""
     assert not build_index(trace, directions=0).files
     assert "found for this query" in query.answer(trace, queries, k=2, score="deflated").taken_out
     with pytest.raises(SettingsError, match="ridge is 0"):

@@ -244,7 +244,7 @@ def test_adams_divisors_are_those_of_the_trainers_optimizer(tmp_path: Path, prec
     again = open_trace(tmp_path / "again.zarr")
     assert again.header.preconditioner == trace.header.preconditioner
     assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
-    hits = attribute(module, trace, [Points()[4]], k=2)
+    hits = attribute(module, trace, [Points()[4]], k=2, score="dmin")
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(3, abs=1e-5)
     with pytest.raises(CaptureError, match="needs the optimizer that trained the model"):
         capture(module, loader(), out=tmp_path / "third.zarr", settings=settings)
@@ -280,7 +280,7 @@ def test_the_mean_over_draws_of_the_squared_output(tmp_path: Path) -> None:
     capture(module, loader(), out=tmp_path / "again.zarr", settings=Settings(**asked | {"timesteps": (100, 900)}))
     again = open_trace(tmp_path / "again.zarr")
     assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
-    hits = attribute(module, trace, [points[4]], k=2)
+    hits = attribute(module, trace, [points[4]], k=2, score="dmin")
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(2, abs=1e-5)
 
 
@@ -291,7 +291,7 @@ def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, 
     assert list(trace.column("caption")) == [f"point {k}" for k in range(12)]
     assert trace.header.writers.keys() >= {"lightning", "torch"}
     points = Points()
-    hits = attribute(module, out, [points[7], points[2]], k=2)
+    hits = attribute(module, out, [points[7], points[2]], k=2, score="dmin")
     assert [row[0].sample for row in hits] == [7, 2]
     assert all(row[0].score == pytest.approx(3, abs=1e-4) for row in hits)
 
@@ -339,7 +339,7 @@ def test_questions_that_cannot_be_asked(trained: tuple[Denoiser, Path]) -> None:
     with pytest.raises(QueryError, match="No item"):
         attribute(module, out, [])
     with pytest.raises(QueryError, match="k is 99"):
-        attribute(module, out, [Points()[0]], k=99)
+        attribute(module, out, [Points()[0]], k=99, score="dmin")
     with pytest.raises(WeightsError, match="not those of the trace"):
         attribute(Denoiser(), out, [Points()[0]])
 
@@ -422,7 +422,7 @@ def test_the_precision_of_the_trainer(tmp_path: Path, precision: Any) -> None:
     assert dtypes == {torch.float64 if precision == "64-true" else torch.float32}
     points = Points()
     for asking in (None, trainer_of(tmp_path, precision=precision)):
-        hits = attribute(module, tmp_path / "a.zarr", [points[5]], k=1, trainer=asking)
+        hits = attribute(module, tmp_path / "a.zarr", [points[5]], k=1, score="dmin", trainer=asking)
         assert hits[0][0].sample == 5 and hits[0][0].score == pytest.approx(3, abs=1e-3)
 
 

@@ -144,7 +144,7 @@ def test_a_copied_training_image_finds_itself_first(trained: Path) -> None:
     (trained / "copies").mkdir()
     for k in (1, 3):
         shutil.copy(trained / "digits" / f"000{k}.png", trained / "copies" / f"copy{k}.png")
-    command_line(["query", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], trained)
+    command_line(["query", "--score", "dmin", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], trained)
     queries = json.loads((trained / "hits.json").read_text())["queries"]
     for query, sample in zip(queries, (1, 3), strict=True):
         assert query["hits"][0]["sample"] == sample
@@ -570,7 +570,7 @@ def test_a_recording_goes_on_with_the_same_alone(tmp_path: Path) -> None:
             record(model, out=tmp_path / "trace.zarr", **settings)
     record(model, out=tmp_path / "trace.zarr", objective="squared_output", draws=2)
     check_points(tmp_path / "trace.zarr", model, model)
-    hits = record(model, like=tmp_path / "trace.zarr").hits(k=2)
+    hits = record(model, like=tmp_path / "trace.zarr").hits(score="dmin", k=2)
     assert [row[0].sample for row in hits] == list(range(5))
     assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)
     for name, value in (("objective", "loss"), ("draws", 1)):
@@ -599,7 +599,7 @@ def test_a_store_from_before_is_of_the_loss_and_one_draw(tmp_path: Path) -> None
         with pytest.raises(TraceError, match="are of loss, draws 1, those of this run of"):
             record(model, out=path, **settings)
     record(model, out=path)
-    assert [row[0].sample for row in record(model, like=path).hits(k=1)] == list(range(5))
+    assert [row[0].sample for row in record(model, like=path).hits(score="dmin", k=1)] == list(range(5))
     shown = dict(store.facts(open_trace(path)))
     assert "objective" not in shown and "draws" not in shown
 

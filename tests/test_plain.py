@@ -73,7 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 
 def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path, dict[str, Any]]) -> None:
     folder, names = page
-    hits = names["asking"].hits(k=3)
+    hits = names["asking"].hits(score="dmin", k=3)
     assert [row[0].sample for row in hits] == [7, 19]
     assert all(row[0].score == pytest.approx(5, abs=0.05) and row[1].score < 4.97 for row in hits)
     assert [row[0].columns["label"] for row in hits] == [7, 9]
@@ -85,11 +85,11 @@ def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path
 
 def test_the_command_line_reads_the_trace_and_says_how_it_is_asked(page: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = page
-    ran = run([*CLI, "query", "out/trace.zarr", "--sample", "17", "-k", "1"], folder)
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "--sample", "17", "-k", "1"], folder)
     assert "17" in ran.stdout
     assert "48" in run([*CLI, "info", "out/trace.zarr"], folder).stdout
     Image.new("L", (8, 8)).save(folder / "image.png")
-    ran = run([*CLI, "query", "out/trace.zarr", "image.png"], folder, code=1)
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "image.png"], folder, code=1)
     assert "dmin_trace.recording(model, like=" in ran.stderr and "Traceback" not in ran.stderr
 
 
@@ -548,12 +548,12 @@ def test_queries_must_be_comparable(tmp_path: Path) -> None:
     model = denoiser()
     like = record(model, tmp_path / "trace.zarr", columns={"caption": [f"point {i}" for i in range(12)]})
     recording = ask(model, like, POINTS[[9, 2]])
-    hits = recording.hits(k=4)
+    hits = recording.hits(score="dmin", k=4)
     assert [[row[0].sample, row[0].columns["caption"]] for row in hits] == [[9, "point 9"], [2, "point 2"]]
     assert [len(row) for row in hits] == [4, 4]
     assert np.isclose(hits[0][0].score, 3, atol=1e-4)
     with pytest.raises(QueryError, match="k is 13"):
-        recording.hits(k=13)
+        recording.hits(score="dmin", k=13)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.weights.safetensors", "trace.zarr"]
     with pytest.raises(WeightsError, match="not those of the trace"):
         ask(denoiser(1), like, POINTS[:1])

@@ -55,7 +55,7 @@ def ask(made: Path, *arguments: object, code: int = 0) -> tuple[list[list[int]],
     """The samples that a query finds, and what it says."""
     path = made / "with" / "hits.json"
     path.unlink(missing_ok=True)
-    arguments = ("query", "out/trace.zarr", *arguments, "--json", path)
+    arguments = ("query", "--score", "dmin", "out/trace.zarr", *arguments, "--json", path)
     said, complaints = command_line(arguments if "-k" in arguments else (*arguments, "-k", 3), made / "with", code)
     if code:
         return [], complaints

@@ -273,7 +273,8 @@ class Capture:
             self.settings,
             trainable,
             self._preconditioner(trainable, driver.optimizers, out),
-            Columns(dataset, self.settings.columns),
+            # Queries have no labels; a column that was asked for of the training set is not asked for of them.
+            Columns(dataset, self.settings.columns if self.like is None else None),
             out=out,
             samples=len(dataset),
             resuming=self.job.mode == "now",

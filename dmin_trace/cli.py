@@ -6,6 +6,7 @@ dmin-trace capture --weights DIR -- SCRIPT ARGS capture a trained model
 dmin-trace query TRACE IMAGE...                 which training samples made this image?
 dmin-trace index TRACE                          make queries fast
 dmin-trace info TRACE                           what a store holds
+dmin-trace evaluate TRACE --label COLUMN        how good its attributions are
 dmin-trace pack TRACE --out NEW                 rewrite a store: smaller, or with another codec
 dmin-trace demo                                 all of it on handwritten digits
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -303,6 +304,151 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
     console.print(table)
 
 
+@app.command("evaluate")
+def evaluate_command(
+    context: typer.Context,
+    trace: Annotated[Path, typer.Argument(help="The store.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[IMAGES]...", help="For --lds: the queries, in the order of the losses, as query takes them."
+        ),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(
+            help="Detection rate by this column: stored samples ask; what part of their k best bear their label? Needs "
+            "no model. It says whether what is found is alike; likeness is not cause."
+        ),
+    ] = None,
+    duplicates: Annotated[
+        str | None,
+        typer.Option(
+            help="Recall of copies: samples with the same value in this column are copies of one another; what part of "
+            "them is among their k best? Needs no model. A score that misses them is broken; one that finds them "
+            "may rank the rest badly."
+        ),
+    ] = None,
+    lds: Annotated[
+        Path | None,
+        typer.Option(
+            help="Linear datamodeling score, on models that you trained again on subsets of the samples: a file of "
+            "numpy.savez with subsets, bool (models, samples), and losses (models, queries). Do scores foretell "
+            "which model has the lower loss on a query? It says whether what is found are causes, of many samples "
+            "together."
+        ),
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="For --lds: stored samples as queries instead of images, such as 3,17,40.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="For --lds: the prompt of each image, or one for all.")] = (
+        None
+    ),
+    conditioning: Annotated[
+        list[Path] | None, typer.Option(help="For --lds: what each image was made from, likewise.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="For --lds: the traced weights. Default: those beside the store.")
+    ] = None,
+    k: Annotated[
+        str | None,
+        typer.Option(
+            "--k",
+            "-k",
+            help="How many of the best to look at. Default: 5,10,50,100. An index is asked for one more, the sample "
+            "that asks.",
+        ),
+    ] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="How many stored samples ask, spread evenly. Default: 100.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap that gives the 95 % intervals.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write all figures, of every query too, as JSON.")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
+) -> None:
+    """Measure how good the attributions of a trace are. Likeness and cause are different things; measure both.
+
+    dmin-trace evaluate TRACE --label label
+
+    dmin-trace evaluate TRACE --duplicates file_name --k 1,10
+
+    dmin-trace evaluate TRACE queries/ --lds retrained.npz
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dmin_trace import examine, query, questions, report, store
+
+    if label is None and duplicates is None and lds is None:
+        raise QueryError("Nothing was asked for. Give one of --label, --duplicates and --lds, or several.")
+    if lds is not None and bool(images) == bool(samples):
+        raise QueryError("--lds needs its queries: give the images, or stored samples with --samples, and not both.")
+    for_lds = {"images": images, "--samples": samples, "--weights": weights}
+    if lds is None and (unused := [name for name, value in for_lds.items() if value]):
+        raise QueryError(f"{', '.join(unused)} is for --lds, which was not given. Leave it out.")
+    for_images = {"--prompt": prompt, "--conditioning": conditioning}
+    if not images and (unused := [name for name, value in for_images.items() if value]):
+        raise QueryError(f"{', '.join(unused)} is for the images of --lds. Give them too.")
+    for_columns = {"--k": k, "--queries": queries}
+    if (
+        label is None
+        and duplicates is None
+        and (unused := [n for n, value in for_columns.items() if value is not None])
+    ):
+        raise QueryError(f"{', '.join(unused)} is for --label and --duplicates. Leave it out.")
+    if seed < 0:
+        raise SettingsError(f"--seed is {seed}; expected 0 or more.")
+    ks = None if k is None else _numbers("--k", k, "5,10,50")
+    chosen = None if samples is None else _numbers("--samples", samples, "3,17,40")
+    if json_path is not None and not json_path.parent.is_dir():
+        raise QueryError(f"There is no folder {json_path.parent} to write {json_path.name} to.")
+    opened = store.open_trace(trace)
+    count = examine.QUERIES if queries is None else queries
+    console, to_errors = Console(), Console(stderr=True)
+    findings, gradients = [], None
+    if lds is not None:
+        asked = questions.read_questions(images or [], prompt or [], conditioning or [])
+        names: list[str | int] = [*(chosen or []), *(a.image.name for a in asked)]
+        # Before the queries are captured, which takes long.
+        retrained = examine.read_retrained(lds, opened, len(names))
+        if chosen is not None:
+            gradients = examine.stored_gradients(opened, chosen)
+        else:
+            with to_errors.status("Capturing the gradients of the queries"):
+                gradients = query.capture_queries(
+                    opened,
+                    [a.image for a in asked],
+                    [a.prompt for a in asked],
+                    conditioning=[a.conditioning for a in asked],
+                    weights=weights,
+                    command=context.obj,
+                )
+    bars = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
+    with Progress(*bars, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
+
+        def show(what: str) -> Callable[[int, int], None]:
+            task = progress.add_task(what)
+            return lambda done, of: progress.update(task, completed=done, total=of)
+
+        for column, measure in ((label, examine.detection), (duplicates, examine.copies)):
+            if column is not None:
+                shown = show(f"Asking by {report.harmless(column)}")
+                findings.append(measure(opened, column, ks=ks, queries=count, exact=exact, seed=seed, progress=shown))
+        if gradients is not None:
+            shown = show("Scoring every sample")
+            findings.append(examine.datamodeling(opened, gradients, retrained, names, seed=seed, progress=shown))
+    for found in findings:
+        table = report.measure_table(
+            found.title, found.headings, found.rows, found.meaning, ascii_only=console.options.ascii_only
+        )
+        console.print(table)
+        console.print()
+    if json_path is not None:
+        facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
+        json_path.write_text(report.measures_json([found.facts for found in findings], facts), encoding="utf-8")
+
+
 @app.command("pack")
 def pack_command(
     trace: Annotated[Path, typer.Argument(help="The store.")],
@@ -398,6 +544,14 @@ def _settings(
     given = {name: value for name, value in given.items() if value is not None}
     make_settings(given)
     return given
+
+
+def _numbers(option: str, given: str, example: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(number) for number in given.split(",")]
+    except ValueError:
+        raise SettingsError(f"{option} is {given!r}; expected whole numbers such as {example}.") from None
 
 
 def _script(context: typer.Context) -> Any:

@@ -8,6 +8,7 @@
       TraceError         a store that is missing, of another version, unfinished or damaged
       QueryError         a question that cannot be asked of this trace
       ScriptError        the training script itself failed while we drove it
+      EvaluationError    a measure that cannot be taken of what was given
 
 Each message says what was found, what was expected and what to do. The command line prints it as one red line and
 exits with 1.
@@ -44,3 +45,7 @@ class QueryError(DminTraceError):
 
 class ScriptError(DminTraceError):
     """The training script itself failed while it was driven."""
+
+
+class EvaluationError(DminTraceError):
+    """A measure that cannot be taken of what was given."""

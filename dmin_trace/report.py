@@ -26,6 +26,8 @@ from rich.text import Text
 
 JSON_FORMAT = "dmin_trace.hits"
 JSON_VERSION = 1
+MEASURES_FORMAT = "dmin_trace.measures"
+MEASURES_VERSION = 1
 
 # The first of these that the hits have a value for is the text (the file) shown; case does not count.
 TEXT_COLUMNS = ("caption", "text", "prompt", "label", "class", "label_name", "class_name", "labels", "title", "name")
@@ -137,6 +139,50 @@ def facts_table(facts: Sequence[tuple[str, str]], title: str, *, ascii_only: boo
     return table
 
 
+def measure_table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    meaning: str,
+    *,
+    ascii_only: bool = False,
+) -> Table:
+    """Figures of a measure, a row each, under a title, and below them what they mean."""
+    table = Table(
+        title=Text(_shown(title, 200, ascii_only), style="bold"),
+        title_justify="left",
+        title_style="",
+        caption=Text(_shown(meaning, 2000, ascii_only)),
+        caption_justify="left",
+        caption_style="dim",
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+        # A table of few figures is narrow, and what they mean would stand below it one word a line.
+        min_width=60,
+    )
+    for heading in headings:
+        table.add_column(Text(_shown(heading, 200, ascii_only)), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_shown(cell, 200, ascii_only)) for cell in row))
+    return table
+
+
+def measures_json(measures: Sequence[Mapping[str, object]], trace_facts: Mapping[str, object]) -> str:
+    """What measures found as strict JSON in plain ASCII, keys always in this order:
+
+        format      "dmin_trace.measures"
+        version     1; a reader should refuse any other
+        trace       the facts of the trace, as given
+        measures    [{measure, ...}, ...], as given
+
+    A number that is NaN or infinite is null.
+    """
+    return _json(
+        {"format": MEASURES_FORMAT, "version": MEASURES_VERSION, "trace": trace_facts, "measures": list(measures)}
+    )
+
+
 def to_json(
     questions: Sequence[Question],
     hits: Sequence[Sequence[Hit]],
@@ -179,8 +225,7 @@ def to_json(
             for question, causes in zip(questions, hits, strict=True)
         ],
     }
-    # ASCII only, so that the text is safe to show and to pipe whatever the captions hold.
-    return json.dumps(_plain(report), allow_nan=False, ensure_ascii=True, indent=2)
+    return _json(report)
 
 
 def to_csv(questions: Sequence[Question], hits: Sequence[Sequence[Hit]], timesteps: tuple[float, ...]) -> str:
@@ -328,6 +373,11 @@ def _aligned(scores: Sequence[float]) -> list[str]:
         return [f"{score:.3e}" for score in scores]
     decimals = max(2, 3 - math.floor(math.log10(largest))) if largest else 2
     return [f"{score:.{decimals}f}" for score in scores]
+
+
+def _json(report: Mapping[str, object]) -> str:
+    # ASCII only, so that the text is safe to show and to pipe whatever the captions hold.
+    return json.dumps(_plain(report), allow_nan=False, ensure_ascii=True, indent=2)
 
 
 def _plain(value: object) -> object:

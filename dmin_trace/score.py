@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
+
+R = TypeVar("R")
 
 PART = 2**21
 """Numbers that a thread reads at a time, if that is enough samples."""
@@ -92,38 +95,51 @@ def exact(
         QueryError: k is out of range, or the queries are not finite or not of the store's shape.
         TraceError: a chunk is damaged.
     """
-    if threads is not None and threads < 1:
-        raise QueryError(f"threads is {threads}; expected 1 or more.")
     check_k(trace, k)
     check_queries(trace, queries)
     queries = np.ascontiguousarray(queries, np.float32)
-    rankable = trace.rankable
     kept = k + SPARE
-    memory = threading.local()
 
-    def best_of_chunk(chunk: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        rows = trace.header.rows(chunk)
-        usable = rankable[rows.start : rows.stop]
-        with np.errstate(invalid="ignore", over="ignore"):  # numbers of a damaged store; an error, not a warning
-            scores = _chunk_scores(trace, chunk, queries, memory)[usable]
-        if not np.isfinite(scores).all():
-            raise TraceError(f"{trace.path} is damaged: chunk {chunk} holds numbers that are not finite.")
-        slots = np.arange(rows.start, rows.stop)[usable]
+    def best_of_chunk(
+        slots: NDArray[np.int64], scores: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         return _best(slots[:, None].repeat(len(queries), 1), scores, kept)
 
     slots = np.empty((0, len(queries)), np.int64)
     scores = np.empty((0, len(queries)), np.float32)
-    chunks = trace.chunks_done
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        for chunk, (chunk_slots, chunk_scores) in zip(chunks, pool.map(best_of_chunk, chunks), strict=True):
+    with closing(_scan(trace, queries, best_of_chunk, threads, progress)) as chunks:
+        for chunk_slots, chunk_scores in chunks:
             slots, scores = _best(np.concatenate([slots, chunk_slots]), np.concatenate([scores, chunk_scores]), kept)
-            if progress is not None:
-                progress(len(trace.header.rows(chunk)))
     candidates = []
     for query, near, values in zip(queries, slots.T, scores.T, strict=True):
         off = ROUNDING * float(np.linalg.norm(query, axis=1).sum())
         candidates.append(near[values >= values[k - 1] - off])
     return rerank(trace, queries, candidates, k)
+
+
+def every(
+    trace: Trace,
+    queries: NDArray[np.float32],
+    *,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """The score of every sample for each query, (Q, N) by slot: Q x N numbers of memory, where `exact` keeps k of them.
+
+    Summed in float32, so equal rows may differ in the last digit: to rank, ask `exact`. NaN for a slot that is not done
+    or has no direction. Arguments and errors are those of `exact`.
+    """
+    check_queries(trace, queries)
+    queries = np.ascontiguousarray(queries, np.float32)
+    whole = np.full((len(queries), len(trace.rankable)), np.nan, np.float32)
+
+    def of_chunk(slots: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
+        whole[:, slots] = scores.T
+
+    with closing(_scan(trace, queries, of_chunk, threads, progress)) as chunks:
+        for _ in chunks:
+            pass
+    return whole
 
 
 def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDArray[np.int64]], k: int) -> Ranking:
@@ -162,6 +178,37 @@ def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDAr
     firsts = np.searchsorted(of, np.arange(len(queries)))
     kept = best[(firsts[:, None] + np.arange(k))]
     return Ranking(slots[kept], totals[kept].astype(np.float32), parts[kept].astype(np.float32))
+
+
+def _scan(
+    trace: Trace,
+    queries: NDArray[np.float32],
+    of_chunk: Callable[[NDArray[np.int64], NDArray[np.float32]], R],
+    threads: int | None,
+    progress: Callable[[int], None] | None,
+) -> Generator[R, None, None]:
+    """What `of_chunk` makes of the rankable slots of each chunk, (n,), and their scores, (n, Q): in the chunk's thread,
+    and in the order of the chunks."""
+    if threads is not None and threads < 1:
+        raise QueryError(f"threads is {threads}; expected 1 or more.")
+    rankable = trace.rankable
+    memory = threading.local()
+
+    def scored(chunk: int) -> R:
+        rows = trace.header.rows(chunk)
+        usable = rankable[rows.start : rows.stop]
+        with np.errstate(invalid="ignore", over="ignore"):  # numbers of a damaged store; an error, not a warning
+            scores = _chunk_scores(trace, chunk, queries, memory)[usable]
+        if not np.isfinite(scores).all():
+            raise TraceError(f"{trace.path} is damaged: chunk {chunk} holds numbers that are not finite.")
+        return of_chunk(np.arange(rows.start, rows.stop)[usable], scores)
+
+    chunks = trace.chunks_done
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        for chunk, found in zip(chunks, pool.map(scored, chunks), strict=True):
+            yield found
+            if progress is not None:
+                progress(len(trace.header.rows(chunk)))
 
 
 def _chunk_scores(

@@ -36,9 +36,11 @@ ALLOWED = {
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen moments plain report settings store variables",
         "score": "errors store",
+        "kernel": "errors score store",
         "hnsw": "",
         "index": "errors hnsw score store",
         "report": "errors",
+        "evaluate": "errors",
         "pack": "commands compress errors settings store",
         "questions": "errors",
         "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
@@ -48,8 +50,10 @@ ALLOWED = {
         "estimate": "capture store",
         "launch": "capture commands errors loop",
         "query": "commands errors index integrations questions report score store",
+        "examine": "errors evaluate query score store",
         "demo": "errors query report store",
-        "cli": "commands demo errors estimate index launch pack query questions report score settings store version",
+        "cli": "commands demo errors estimate examine index launch pack query questions report score settings store "
+        "version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }
@@ -59,8 +63,11 @@ WITHOUT_TORCH = (
     "cli",
     "commands",
     "errors",
+    "evaluate",
+    "examine",
     "hnsw",
     "index",
+    "kernel",
     "pack",
     "query",
     "questions",

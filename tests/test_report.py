@@ -26,6 +26,8 @@ from dmin_trace.report import (
     facts_table,
     harmless,
     hits_table,
+    measure_table,
+    measures_json,
     to_csv,
     to_json,
 )
@@ -454,3 +456,25 @@ def test_lists_that_do_not_belong_together_are_refused() -> None:
 def test_a_hit_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         hit().rank = 2  # type: ignore[misc]
+
+
+def test_a_measure_is_shown_with_what_it_means_and_harms_nothing() -> None:
+    words = "Detection rate by \x1b[31mlabel", ("k", "rate"), [("5", "0.926"), ("10", "0.856")]
+    text = render(measure_table(*words, "What it says [/] and\u202e what it does not. " * 4))
+    assert "\x1b" not in text and "\\x1b[31mlabel" in text and "\u202e" not in text
+    lines = [line.strip() for line in text.splitlines()]
+    assert [line.split() for line in lines if line.startswith(("5", "10"))] == [["5", "0.926"], ["10", "0.856"]]
+    # Wide enough to read, however few the figures.
+    assert sum("What it says [/]" in line for line in lines) >= 2
+    assert render(measure_table(*words, "…", ascii_only=True)).replace("─", "").isascii()
+
+
+def test_measures_are_strict_json() -> None:
+    text = measures_json([{"measure": "x", "low": float("nan"), "each": [np.float64(0.5), float("inf")]}], {"id": "é"})
+    assert text.isascii()
+    assert json.loads(text) == {
+        "format": "dmin_trace.measures",
+        "version": 1,
+        "trace": {"id": "é"},
+        "measures": [{"measure": "x", "low": None, "each": [0.5, None]}],
+    }

@@ -32,7 +32,7 @@ from dmin_trace.pack import pack
 from dmin_trace.settings import Precondition
 from dmin_trace.store import Trace, open_trace
 
-RECIPE = ddpm.Recipe(size=16, channels=(24, 48, 48), attention=False, steps=2500, batch=64, rate=2e-3)
+RECIPE = ddpm.Recipe(size=16, channels=(24, 48, 48), attention=False, steps=2000, batch=64, rate=2e-3)
 KIND = sketches.Kind(tuple(ddpm.evenly(5)))
 PRECONDITIONS: tuple[Precondition, ...] = ("none", "sign", "adam")
 DIMENSIONS = (2**16, 2**14, 2**12)

@@ -183,30 +183,50 @@ static int get_buffers(PyObject *const *args, Py_buffer *buffers, const int *siz
     return 0;
 }
 
+/* The k-th of the tensors, each (address, elements). Returns -1 with an exception set if it is none. */
+static int get_tensor(PyObject *tensors, Py_ssize_t k, const char **x, int64_t *count)
+{
+    PyObject *tensor = PyList_GetItem(tensors, k);
+    if (!tensor || !PyTuple_Check(tensor) || PyTuple_Size(tensor) != 2) {
+        PyErr_SetString(PyExc_TypeError, "expected a list of pairs (address, elements)");
+        return -1;
+    }
+    *x = PyLong_AsVoidPtr(PyTuple_GetItem(tensor, 0));
+    *count = PyLong_AsLongLong(PyTuple_GetItem(tensor, 1));
+    return PyErr_Occurred() ? -1 : 0;
+}
+
 static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     static const int sizes[] = {4, 1, 4};
     Py_buffer buffers[3];
+    const char *x;
+    int64_t count;
     double squares = 0;
     (void)module;
-    if (given != 7) {
-        PyErr_Format(PyExc_TypeError, "add takes 7 arguments; found %zd", given);
+    if (given != 6 || !PyList_Check(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "add takes 6 arguments, the fifth of which is a list");
         return NULL;
     }
-    int64_t at = PyLong_AsLongLong(args[3]);
-    const char *x = PyLong_AsVoidPtr(args[4]);
-    int64_t count = PyLong_AsLongLong(args[5]), size = PyLong_AsLongLong(args[6]);
+    int64_t at = PyLong_AsLongLong(args[3]), size = PyLong_AsLongLong(args[5]);
     if (PyErr_Occurred() || get_buffers(args, buffers, sizes) < 0)
         return NULL;
     int64_t width = buffers[1].len, room = width * (buffers[2].len / 4);
-    int meant = buffers[0].len / 4 == width && at >= 0 && count >= 0 && at <= room && count <= room - at &&
-                (size == 2 || size == 4);
-    if (meant && count < LONG) {
-        squares = add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
-    } else if (meant) {
-        Py_BEGIN_ALLOW_THREADS
-        squares = add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
-        Py_END_ALLOW_THREADS
+    int meant = buffers[0].len / 4 == width && at >= 0 && at <= room && (size == 2 || size == 4);
+    for (Py_ssize_t k = 0; meant && k < PyList_Size(args[4]); k++) {
+        if (get_tensor(args[4], k, &x, &count) < 0) {
+            release(buffers, 3);
+            return NULL;
+        }
+        meant = count >= 0 && count <= room - at;
+        if (meant && count < LONG) {
+            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
+        } else if (meant) {
+            Py_BEGIN_ALLOW_THREADS
+            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
+            Py_END_ALLOW_THREADS
+        }
+        at += count;
     }
     release(buffers, 3);
     if (!meant) {

@@ -8,8 +8,7 @@ def add(
     columns: npt.NDArray[np.int8],
     rows: npt.NDArray[np.uint32],
     at: int,
-    address: int,
-    count: int,
+    tensors: list[tuple[int, int]],
     size: int,
     /,
 ) -> float:
@@ -19,9 +18,9 @@ def add(
         sums: (W,), written.
         columns: the sign of each column, (W,).
         rows: the shift of each row, and 2^31 more where its sign is minus one.
-        at: where in the gradient the elements begin.
-        address: of the elements, which lie one after another in this process's memory.
-        count: how many there are.
+        at: where in the gradient the first tensor begins; the others follow it.
+        tensors: of each the address in this process's memory, where its elements lie one after another, and how many
+            there are.
         size: 4 for float32, 2 for bfloat16.
 
     Returns:

@@ -51,8 +51,8 @@ ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
 
 SMALL = 2**16
-"""Tensors with fewer elements are laid end to end first: a model has hundreds, whose calls would be the cost. The
-kernel's calls are not."""
+"""Tensors with fewer elements are laid end to end first, or given to the kernel together: a model has hundreds, whose
+calls would be the cost."""
 
 JOINED = 2**18
 """As many elements are laid end to end at the most."""
@@ -239,22 +239,21 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
     Raises:
         CaptureError: the tensors do not hold L elements.
     """
-    at = 0
-    sums: _Sums | None = None
-    for tensor in _joined(tensors, plan):
-        if at + tensor.numel() > plan.length:
-            raise _wrong_length(f"{at + tensor.numel()} elements or more", plan)
-        if sums is None:
-            if KERNEL is not None and plan.kind == "rotation" and tensor.is_cpu:
-                sums = _KernelSums(plan, KERNEL)
-            else:
-                sums = _TorchSums(plan, tensor.device)
-        sums.add(tensor, at)
-        at += tensor.numel()
-        # Without this the last tensor would live on while the next is made.
-        del tensor
-    if at != plan.length or sums is None:
-        raise _wrong_length(f"{at} elements", plan)
+    rest = iter(tensors)
+    first = next(rest, None)
+    if first is None:
+        raise _wrong_length("0 elements", plan)
+    sums: _Sums
+    rest = _with_first([first], rest)
+    if KERNEL is not None and plan.kind == "rotation" and first.is_cpu:
+        sums = _KernelSums(plan, KERNEL)
+    else:
+        sums = _TorchSums(plan, first.device)
+    # Without this, here and below, a tensor would live on while the next is made.
+    del first
+    count = sums.add(rest)
+    if count != plan.length:
+        raise _wrong_length(f"{count} elements or more" if count > plan.length else f"{count} elements", plan)
     return sums.finish()
 
 
@@ -287,16 +286,17 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor,
     return unit.nan_to_num_(0.0, 0.0, 0.0), norm
 
 
-def _joined(tensors: Iterable[torch.Tensor], plan: Plan) -> Iterator[torch.Tensor]:
-    """The tensors, small neighbours in one where that saves time."""
+def _with_first(first: list[torch.Tensor], rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What was taken to be looked at, and the rest; nothing holds what was handed out."""
+    yield first.pop()
+    yield from rest
+
+
+def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors, small neighbours in one."""
     small: list[torch.Tensor] = []
     count = 0
-    has_kernel = KERNEL is not None and plan.kind == "rotation"
     for tensor in tensors:
-        if has_kernel and tensor.is_cpu and not small:
-            yield tensor
-            del tensor
-            continue
         size = tensor.numel()
         # Autocast has no idea of a cat in float64.
         is_small = size < SMALL and tensor.dtype != torch.float64
@@ -323,10 +323,10 @@ def _laid_end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 class _Sums(Protocol):
-    """The gradient's sums while its tensors come in."""
+    """The gradient's sums."""
 
-    def add(self, tensor: torch.Tensor, at: int) -> None:
-        """Adds a tensor whose first element is element `at` of the gradient."""
+    def add(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Adds tensors up to the plan's length; says how many elements they have, or more than that length."""
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The sketch and its squared L2 norm, as `project` returns them; the sums are of no more use."""
@@ -339,19 +339,60 @@ class _KernelSums:
         self._plan, self._kernel, self._packed = plan, kernel, plan.packed
         self._sums = np.zeros(plan.width, np.float32)
         self._square = 0.0
+        # What waits to be added: where in memory each tensor lies and its length; the tensors, lest they are let go;
+        # where in the gradient the first begins; and the bytes of an element, 0 where the kernel does not read them.
+        self._waiting: list[tuple[int, int]] = []
+        self._held: list[torch.Tensor] = []
+        self._begin, self._size = 0, 0
 
-    def add(self, tensor: torch.Tensor, at: int) -> None:
-        size, add = _KERNEL_SIZES.get(tensor.dtype), self._kernel.add
-        sums, columns, rows = self._sums, self._packed.columns, self._packed.rows
-        if not (size and tensor.is_contiguous() and tensor.is_cpu):
-            tensor = tensor.detach().reshape(-1)
-        if size and tensor.is_contiguous() and tensor.is_cpu:
-            self._square += add(sums, columns, rows, at, tensor.data_ptr(), tensor.numel(), size)
-            return
-        # What is still a view, such as one zero seen at every place, is laid out and converted part by part.
-        for done in range(0, tensor.numel(), PART):
-            part = tensor[done : done + PART].to("cpu", torch.float32).contiguous()
-            self._square += add(sums, columns, rows, at + done, part.data_ptr(), part.numel(), 4)
+    def add(self, tensors: Iterable[torch.Tensor]) -> int:
+        # What Python does for each of many small tensors is a good part of the whole for a small model: little, then.
+        waiting, held, length = self._waiting, self._held, self._plan.length
+        end, dtype = 0, None
+        for tensor in tensors:
+            if tensor.dtype is not dtype:
+                self._add_waiting(end)
+                dtype = tensor.dtype
+                self._size = _KERNEL_SIZES.get(dtype, 0)
+            count = tensor.numel()
+            end += count
+            if end > length:
+                break
+            if self._size and tensor.is_cpu and tensor.is_contiguous():
+                waiting.append((tensor.data_ptr(), count))
+                held.append(tensor)
+            else:
+                self._add_waiting(end - count)
+                self._add_converted(tensor.detach().reshape(-1))
+                self._begin = end
+            del tensor
+            if end - self._begin >= SMALL:
+                self._add_waiting(end)
+        self._add_waiting(end)
+        return end
+
+    def _add_waiting(self, end: int) -> None:
+        """Adds what waits; what waits next begins at `end`."""
+        if self._waiting:
+            self._square += self._kernel.add(
+                self._sums, self._packed.columns, self._packed.rows, self._begin, self._waiting, self._size
+            )
+            self._waiting.clear()
+            self._held.clear()
+        self._begin = end
+
+    def _add_converted(self, flat: torch.Tensor) -> None:
+        """Adds what is a view, such as one zero seen at every place, or of another dtype or device, part by part."""
+        for done in range(0, flat.numel(), PART):
+            part = flat[done : done + PART].to("cpu", torch.float32).contiguous()
+            self._square += self._kernel.add(
+                self._sums,
+                self._packed.columns,
+                self._packed.rows,
+                self._begin + done,
+                [(part.data_ptr(), part.numel())],
+                4,
+            )
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         sketch = np.empty(self._plan.dimension, np.float32)
@@ -374,12 +415,20 @@ class _TorchSums:
         self._converted = self._sums.new_empty(0)
         self._squares: list[torch.Tensor] = []
 
-    def add(self, tensor: torch.Tensor, at: int) -> None:
-        flat = tensor.detach().reshape(-1)
-        if flat.dtype != self._sums.dtype and not self._converted.numel():
-            self._converted = self._sums.new_empty(min(PART, self._plan.width))
+    def add(self, tensors: Iterable[torch.Tensor]) -> int:
         add = _add_rows if self._plan.kind == "rotation" else _add_pieces
-        self._squares += add(self._sums, flat, at, self._numbers, self._converted)
+        end = 0
+        for tensor in _joined(tensors):
+            flat = tensor.detach().reshape(-1)
+            del tensor
+            at, end = end, end + flat.numel()
+            if end > self._plan.length:
+                break
+            if flat.dtype != self._sums.dtype and not self._converted.numel():
+                self._converted = self._sums.new_empty(min(PART, self._plan.width))
+            self._squares += add(self._sums, flat, at, self._numbers, self._converted)
+            del flat
+        return end
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         square = torch.stack(self._squares).to(_widest(self._sums.device)).sum()

@@ -35,14 +35,18 @@ def gradients(
         torch.autograd.grad(loss * scale if scale != 1.0 else loss, parameters, allow_unused=True)
     )
     reached = [gradient is not None for gradient in taken]
+    taken.reverse()
 
     def hand_out() -> Iterator[torch.Tensor]:
-        for k, parameter in enumerate(parameters):
-            gradient, taken[k] = taken[k], None
+        for parameter in parameters:
+            gradient = taken.pop()
             if gradient is None:
                 # One zero seen at every place: no memory.
-                yield torch.zeros((), device=parameter.device).expand(parameter.shape)
-            else:
-                yield gradient.float() / scale if scale != 1.0 else gradient
+                gradient = torch.zeros((), device=parameter.device).expand(parameter.shape)
+            elif scale != 1.0:
+                gradient = gradient.float() / scale
+            yield gradient
+            # Without this it would live on while the next is made.
+            del gradient
 
     return hand_out(), reached

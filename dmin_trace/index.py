@@ -61,6 +61,9 @@ HELD_OUT = 64
 SCANNED = 8
 """Candidates are at most one in so many samples: beyond that scattered reads cost about what the scan does."""
 MOST_CANDIDATES = 4096
+DEEPEST = 2**12
+"""ef goes no further than this, or than eight times the candidates: among a million vectors that lie close, a graph is
+left early, and 20 candidates need an ef of thousands, which take milliseconds."""
 MARGIN = 2
 """Times the candidates that were enough in calibration."""
 SMALL = 0.05
@@ -600,11 +603,12 @@ def _calibrate(
         enough = int(np.sort(places, axis=1)[:, math.ceil(least * places.shape[1]) - 1].max()) + 1
         candidates = min(most, max(k, MARGIN * enough))
         reach = float(np.mean(places < candidates, axis=1).min())
-        for times in (2, 4, 8):
-            ef = times * candidates
+        ef = candidates
+        while True:
+            ef *= 2
             found = (_ask(graph, asked, candidates, ef)[:, None, :] == truth[:, :k, None]).any(axis=2)
             recall = float(found.reshape(2, -1).mean(axis=1).min())
-            if recall >= min((1 + least) / 2, reach):
+            if recall >= min((1 + least) / 2, reach) or ef >= max(DEEPEST, 8 * candidates):
                 break
         if recall < least:
             short.append(f"recall@{k} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")

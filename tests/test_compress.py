@@ -164,13 +164,16 @@ def test_the_kernel_checks_what_it_is_given() -> None:
 
     x, columns, rows = np.ones(8, np.float32), np.ones(4, np.int8), np.zeros(2, np.uint32)
     sums = np.zeros(4, np.float32)
-    assert _rows.add(sums, columns, rows, 1, x.ctypes.data, 7, 4) == 7
+    assert _rows.add(sums, columns, rows, 1, [(x.ctypes.data, 3), (x.ctypes.data, 4)], 4) == 7
     assert sums.tolist() == [1, 2, 2, 2]
     for at, count, size in ((1, 8, 4), (-1, 2, 4), (2**62, 2**62, 4), (0, -1, 4), (0, 1, 8)):
         with pytest.raises(ValueError, match="within the rows"):
-            _rows.add(sums, columns, rows, at, x.ctypes.data, count, size)
+            _rows.add(sums, columns, rows, at, [(x.ctypes.data, 0), (x.ctypes.data, count)], size)
     with pytest.raises(ValueError, match="a sign for each sum"):
-        _rows.add(sums, columns[:3].copy(), rows, 0, x.ctypes.data, 1, 4)
+        _rows.add(sums, columns[:3].copy(), rows, 0, [(x.ctypes.data, 1)], 4)
+    for tensors in ([x.ctypes.data], [(x.ctypes.data,)], [(x.ctypes.data, 1.5)], (x.ctypes.data, 1)):
+        with pytest.raises(TypeError):
+            _rows.add(sums, columns, rows, 0, tensors, 4)
     # Places beyond the sums are taken within them.
     sketch, places = np.zeros(2, np.float32), np.array([0, 1, 6, 3 + 2**31], np.uint32)
     _rows.fold(sketch, sums, places)
@@ -184,7 +187,7 @@ def test_the_kernel_checks_what_it_is_given() -> None:
         _rows.fold(np.zeros(0, np.float32), sums, places)
     sums.flags.writeable = False
     with pytest.raises((BufferError, ValueError), match="read-only"):
-        _rows.add(sums, columns, rows, 0, x.ctypes.data, 8, 4)
+        _rows.add(sums, columns, rows, 0, [(x.ctypes.data, 8)], 4)
 
 
 LENGTH, DIMENSION, WIDTH, SEEDS = 1024, 32, 128, 1000

@@ -509,6 +509,7 @@ def scale_command(
     dimension: Annotated[int, typer.Option(help="v.")] = 2**6,
     threads: Threads = CORES,
     indexed: Annotated[int, typer.Option(help="Samples up to which an index is built; a million take long.")] = 50_000,
+    ef_construction: Annotated[int, typer.Option(help="HNSW's, of the indexes.")] = 200,
     folder: Folder = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture to this PNG file; needs matplotlib.")] = None,
     path: Json = None,
@@ -527,7 +528,7 @@ def scale_command(
             with peak_memory() as grown:
                 scan = best_of(lambda trace=trace, q=queries[:1]: exact(trace, q, 10, threads=threads), 3)  # type: ignore[misc]
             row: list[Any] = [samples, trace.bytes / 1e6, 1e3 * scan, grown[0] / 1e6]
-            result.add(*row, *(_indexed(trace, queries) if samples <= indexed else (None,) * 4))
+            result.add(*row, *(_indexed(trace, queries, ef_construction) if samples <= indexed else (None,) * 4))
     result.show(path)
     if plot is not None:
         _plot_scale(result, plot)
@@ -536,10 +537,10 @@ def scale_command(
 SCAN, SCAN_MEMORY, INDEX, INDEX_SIZE = "scan, ms", "scan: memory, MB", "index, ms", "index: size, MB"
 
 
-def _indexed(trace: Trace, queries: np.ndarray) -> tuple[float | str, ...]:
+def _indexed(trace: Trace, queries: np.ndarray, ef_construction: int) -> tuple[float | str, ...]:
     """Of an index: median milliseconds a query, recall, seconds to build, MB. Why there is none, if there is none."""
     start = time.perf_counter()
-    facts = build_index(trace)
+    facts = build_index(trace, ef_construction=ef_construction)
     built = time.perf_counter() - start
     index = open_index(trace)
     if isinstance(index, str):

@@ -1,18 +1,21 @@
 """Kernel scores: the query is freed of what all samples share, and then scored by inner products like any other.
 
-G has a row for each sample that can be ranked: its concat vector, the T v numbers of all timesteps one after another.
-K = G G', with eigenvalues d and the principal directions V of the rows (not centred). Plain inner products say what
-looks like the query; most of them is the same for every sample. Kernel ridge regression, which TRAK's scores are (arXiv
-2303.14186), weighs each direction by lambda / (d + lambda), so that what few samples have counts for more:
+For each timestep t on its own, G has a row for each sample that can be ranked, its v numbers. K = G G', with
+eigenvalues d and the principal directions V of the rows (not centred). Plain inner products say what looks like the
+query; most of them is the same for every sample. Kernel ridge regression, which TRAK's scores are (arXiv 2303.14186),
+weighs each direction by lambda / (d + lambda), so that what few samples have counts for more:
 
     ridge       q' = q - G' (K + lambda I)^-1 G q       whose scores are G q' = lambda (K + lambda I)^-1 G q
     deflated    q' = q - V diag(d / (d + d_r)) V' q     the same in the r largest directions, with lambda = d_r
 
-Only the query changes, so the exact scan, the index and the rerank serve both as they are. Ridge needs K, of N x N
-numbers; deflation needs V, of r x T v numbers, found in a few passes over the store whatever N is.
+A kernel for each timestep rather than one of all of them together: it was as good or better at finding causes wherever
+both were measured (docs/quality.md), and asks for no more numbers.
 
-Everything is multiplied by BLAS on one thread, a thread for each timestep, and added up in one order: the numbers do
-not depend on how many threads there are.
+Only the query changes, so the exact scan, the index and the rerank serve both as they are. Ridge needs K, of N x N
+numbers; deflation needs V, of r x v numbers a timestep, found in a few passes over the store whatever N is.
+
+Everything is multiplied by BLAS on one thread, a thread for each timestep: the numbers do not depend on how many
+threads there are.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ from dmin_trace import score
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.store import Trace
 
-DENSE = 2048
+DENSE = 1024
 """Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
 SOLVED = 4096
 """Samples that ridge scores are made for at the most."""
-LEAST_CHOSEN, MOST_CHOSEN = 8, 256
-"""Between these lies the number of directions that is chosen where none is given."""
+ALONE = 0.3
+"""Lambda of ridge scores, where nobody says: how much of the mean of K's diagonal, 1, is added to it."""
+SHARED = 0.7
+"""A direction with more than this part of what one sample alone has, 1, is shared: Jolliffe's rule (1972)."""
+MOST_CHOSEN = 256
+"""Directions that are looked for where no number is given."""
 MOST_DIRECTIONS = 4096
 """Directions at the most, whoever asks."""
 PASSES = 3
@@ -47,17 +54,17 @@ NULL = 1e-6
 BLOCK = 2**24
 """Numbers of gradients that are converted to float32 at a time."""
 LARGEST = 2**28
-"""Numbers of directions, r T v, that are chosen at the most: a gibibyte."""
+"""Numbers of directions, r T v, where no number is given, at the most: a gibibyte."""
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The r largest principal directions of a store's samples.
+    """The r largest principal directions of a store's samples at each timestep.
 
-    vectors: (T, r, v) float32; each is of T v numbers, and they are orthonormal.
-    eigenvalues: (r,) float64, of K, the largest first.
+    vectors: (T, r, v) float32; those of a timestep are orthonormal, or zero where it has no more of them.
+    eigenvalues: (T, r) float64, of each timestep's K, the largest first; zero where the vector is.
     """
 
     vectors: NDArray[np.float32]
@@ -65,36 +72,47 @@ class Directions:
 
     def largest(self, count: int) -> Directions:
         """The first of them, as if no more had been looked for."""
-        return Directions(self.vectors[:, :count], self.eigenvalues[:count])
+        return Directions(self.vectors[:, :count], self.eigenvalues[:, :count])
 
     def deflate(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """The queries (Q, T, v) for deflated scores, with lambda the last eigenvalue; float32, of the same shape."""
-        if not len(self.eigenvalues):
-            return queries
-        shrunk = self.eigenvalues / (self.eigenvalues + self.eigenvalues[-1])
-        freed = np.empty(queries.shape, np.float32)
+        freed = np.array(queries, np.float32)
         with threadpool_limits(1, "blas"):
-            along = np.zeros((len(queries), len(shrunk)))
-            for t, vectors in enumerate(self.vectors):
-                along += queries[:, t].astype(np.float64) @ vectors.T.astype(np.float64)
-            along *= shrunk
-            for t, vectors in enumerate(self.vectors):
-                freed[:, t] = queries[:, t] - along @ vectors.astype(np.float64)
+            for t, (vectors, eigenvalues) in enumerate(zip(self.vectors, self.eigenvalues, strict=True)):
+                real = eigenvalues > 0
+                if not real.any():
+                    continue
+                shrunk = eigenvalues[real] / (eigenvalues[real] + eigenvalues[real][-1])
+                basis = vectors[real].astype(np.float64)
+                freed[:, t] -= (queries[:, t].astype(np.float64) @ basis.T * shrunk) @ basis
         return freed
 
 
-def choose_directions(trace: Trace) -> int:
-    """How many directions to take out where nobody says: an eighth as many as there are samples, 8 to 256.
+def choose_directions(eigenvalues: NDArray[np.float64]) -> int:
+    """How many of the principal directions all samples share, where nobody says; at least one.
 
-    Not so many that they take more than a gibibyte.
+    Those along which more lies than SHARED of what one sample alone has: its own direction, shared with none, has the
+    eigenvalue 1, the mean of K's diagonal. It is Jolliffe's rule for principal components, Kaiser's (more than the mean)
+    with a margin, of the timestep that has most of them; it needs nothing but the store.
+
+    Args:
+        eigenvalues: (T, r), of each timestep.
     """
-    header = trace.header
-    samples = int(trace.rankable.sum())
-    room = LARGEST // (len(header.timesteps) * header.dimension)
-    return min(samples, max(1, room), min(max(samples // 8, LEAST_CHOSEN), MOST_CHOSEN))
+    return max(1, int((eigenvalues > SHARED).sum(axis=1).max()))
 
 
-def principal_directions(trace: Trace, count: int, progress: Progress | None = None) -> Directions:
+def check_ridge(trace: Trace, strength: float | None = None) -> None:
+    """Raises QueryError if the store has too many samples for ridge scores, and SettingsError for a wrong strength."""
+    if strength is not None and not 0 < strength < float("inf"):
+        raise SettingsError(f"ridge is {strength}; expected a number above 0.")
+    if (samples := int(trace.rankable.sum())) > SOLVED:
+        raise QueryError(
+            f"Ridge scores multiply all samples with each other, which is done for up to {SOLVED:,} of them, and this "
+            f"trace has {samples:,}. Ask for deflated scores: they come near, and cost no more than others."
+        )
+
+
+def principal_directions(trace: Trace, count: int | None = None, progress: Progress | None = None) -> Directions:
     """The largest principal directions of the samples that can be ranked, fewer than `count` where there are no more.
 
     Of up to DENSE samples they are exact. Of more they come from PASSES passes over the store: a random basis is
@@ -104,35 +122,37 @@ def principal_directions(trace: Trace, count: int, progress: Progress | None = N
 
     Args:
         trace: the store.
-        count: r, at least 1.
+        count: r; `choose_directions` says how many of up to 256 if it is not given.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
         SettingsError: count is out of range.
         TraceError: the store is damaged, or has no sample that can be ranked.
     """
-    if not 1 <= count <= MOST_DIRECTIONS:
+    if count is not None and not 1 <= count <= MOST_DIRECTIONS:
         raise SettingsError(f"directions is {count}; expected 1 to {MOST_DIRECTIONS}.")
     slots = _ranked(trace)
     progress = progress or (lambda what, done, of: None)
+    most = count or min(MOST_CHOSEN, max(1, LARGEST // (len(trace.header.timesteps) * trace.header.dimension)))
+    most = min(most, len(slots), trace.header.dimension)
+    find = _exact_directions if len(slots) <= DENSE else _approximate_directions
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
-        if len(slots) <= DENSE:
-            return _exact_directions(trace, slots, count, pool, progress)
-        return _approximate_directions(trace, slots, count, pool, progress)
+        found = find(trace, slots, most, pool, progress)
+    return found if count else found.largest(choose_directions(found.eigenvalues))
 
 
-def gram(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
-    """K of the samples that can be ranked, (n, n). Raises TraceError as `principal_directions` does."""
+def grams(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
+    """(T, n, n): K of each timestep. Raises TraceError as `principal_directions` does."""
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
-        return _gram(trace, _ranked(trace), pool, progress or (lambda what, done, of: None))
+        return _grams(trace, _ranked(trace), pool, progress or (lambda what, done, of: None))
 
 
 def ridge(
     trace: Trace,
     queries: NDArray[np.float32],
-    strength: float,
+    strength: float = ALONE,
     *,
-    kernel: NDArray[np.float64] | None = None,
+    kernels: NDArray[np.float64] | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """The queries for ridge scores, float32, of the same shape.
@@ -140,8 +160,8 @@ def ridge(
     Args:
         trace: the store, of SOLVED samples at the most.
         queries: (Q, T, v), compressed gradients.
-        strength: lambda, over the mean of K's diagonal.
-        kernel: K, from `gram`, if it is there already.
+        strength: lambda, over the mean of K's diagonal, which is 1.
+        kernels: each timestep's K, from `grams`, if they are there already.
         progress: as for `principal_directions`.
 
     Raises:
@@ -149,24 +169,21 @@ def ridge(
         QueryError: the store has too many samples, or the queries are not finite or not of the store's shape.
         TraceError: the store is damaged.
     """
-    if not 0 < strength < float("inf"):
-        raise SettingsError(f"ridge is {strength}; expected a number above 0.")
+    check_ridge(trace, strength)
     score.check_queries(trace, queries)
     slots = _ranked(trace)
-    if len(slots) > SOLVED:
-        raise QueryError(
-            f"Ridge scores multiply all samples with each other, which is done for up to {SOLVED:,} of them, and this "
-            f"trace has {len(slots):,}. Ask for deflated scores: they come near, and cost no more than others."
-        )
     progress = progress or (lambda what, done, of: None)
     with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
-        if kernel is None:
-            kernel = _gram(trace, slots, pool, progress)
-        damped = kernel + np.eye(len(slots)) * (strength * np.trace(kernel) / len(slots))
+        if kernels is None:
+            kernels = _grams(trace, slots, pool, progress)
         basis = queries.transpose(1, 0, 2)
-        products = np.concatenate([_along(rows, basis, pool) for rows in _blocks(trace, slots, progress)])
-        mixture = np.linalg.solve(damped, products)
-        shared = _mixed(trace, slots, mixture, pool, progress)
+        products = np.concatenate([_along(rows, basis, pool) for rows in _blocks(trace, slots, progress)], axis=1)
+
+        def solved(t: int) -> NDArray[np.float64]:
+            mixture: NDArray[np.float64] = np.linalg.solve(kernels[t] + strength * np.eye(len(slots)), products[t])
+            return mixture
+
+        shared = _mixed(trace, slots, np.stack(list(pool.map(solved, range(len(basis))))), pool, progress)
     freed: NDArray[np.float32] = (queries - shared.transpose(1, 0, 2)).astype(np.float32)
     return freed
 
@@ -174,16 +191,16 @@ def ridge(
 def _exact_directions(
     trace: Trace, slots: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
-    eigenvalues, mixtures = _largest(_gram(trace, slots, pool, progress), count)
-    vectors = _mixed(trace, slots, mixtures / np.sqrt(eigenvalues), pool, progress)
-    return Directions(vectors, eigenvalues)
+    found = list(pool.map(partial(_largest, count=count), _grams(trace, slots, pool, progress)))
+    eigenvalues, mixtures = (np.stack(parts) for parts in zip(*found, strict=True))
+    return Directions(_mixed(trace, slots, _over_root(mixtures, eigenvalues), pool, progress), eigenvalues)
 
 
 def _approximate_directions(
     trace: Trace, slots: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
     timesteps, dimension = len(trace.header.timesteps), trace.header.dimension
-    width = min(count + max(16, count // 8), len(slots), timesteps * dimension)
+    width = min(count + max(16, count // 8), len(slots), dimension)
     basis = np.random.default_rng(0).standard_normal((timesteps, width, dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
@@ -192,36 +209,46 @@ def _approximate_directions(
             list(pool.map(partial(_add, image, along, rows), range(timesteps)))
         if n < PASSES - 1:
             # Orthonormal again, and near to the principal directions: then the small ones lose nothing to rounding.
-            squares, mixtures = _largest(_products(image, image), width, NULL**2)
-            basis = _rotated(image, mixtures / np.sqrt(squares))
-    # G' G is about Z (W' Z)^-1 Z' for a basis W and its image Z.
-    small, mixtures = _largest(_products(basis, image), width)
-    root = mixtures / np.sqrt(small)
+            basis = np.stack(list(pool.map(_orthonormal, image)))
+    found = list(pool.map(partial(_nystroem, count=count), basis, image))
+    return Directions(*(np.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def _orthonormal(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors (width, v) in the same span, orthonormal, or zero where the span has no more."""
+    squares, mixtures = _largest(_products(vectors, vectors), len(vectors), NULL**2)
+    return _mixtures_of(vectors, _over_root(mixtures, squares))
+
+
+def _nystroem(
+    basis: NDArray[np.float32], image: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Directions (r, v) and eigenvalues (r,) of G' G, which is about Z (W' Z)^-1 Z' for a basis W and its image Z."""
+    small, mixtures = _largest(_products(basis, image), len(basis))
+    root = _over_root(mixtures, small)
     eigenvalues, mixtures = _largest(root.T @ _products(image, image) @ root, count)
-    return Directions(_rotated(image, root @ (mixtures / np.sqrt(eigenvalues))), eigenvalues)
+    return _mixtures_of(image, root @ _over_root(mixtures, eigenvalues)), eigenvalues
 
 
-def _gram(trace: Trace, slots: NDArray[np.int64], pool: ThreadPoolExecutor, progress: Progress) -> NDArray[np.float64]:
-    """(n, n) the products of these samples with each other."""
-    kernel = np.empty((len(slots), len(slots)))
+def _grams(trace: Trace, slots: NDArray[np.int64], pool: ThreadPoolExecutor, progress: Progress) -> NDArray[np.float64]:
+    """(T, n, n) the products of these samples with each other."""
+    kernels = np.empty((len(trace.header.timesteps), len(slots), len(slots)))
     size = 4 * _block_rows(trace)
     for start in range(0, len(slots), size):
         some = trace.rows(slots[start : start + size]).transpose(1, 0, 2)
         end, at = start + some.shape[1], start
         for rows in _blocks(trace, slots[start:]):
             here = slice(at, at + len(rows))
-            kernel[here, start:end] = _along(rows, some, pool)
-            kernel[start:end, here] = kernel[here, start:end].T
+            kernels[:, here, start:end] = _along(rows, some, pool)
+            kernels[:, start:end, here] = kernels[:, here, start:end].transpose(0, 2, 1)
             at += len(rows)
         progress("multiplying samples with each other", end * (2 * len(slots) - end), len(slots) ** 2)
-    return kernel
+    return kernels
 
 
 def _along(rows: NDArray[np.float32], basis: NDArray[np.float32], pool: ThreadPoolExecutor) -> NDArray[np.float64]:
-    """(n, width) the products of rows (n, T, v) with vectors (T, width, v): float32 in a timestep, their sum float64."""
-    products = np.zeros((len(rows), basis.shape[1]))
-    for product in pool.map(np.matmul, rows.transpose(1, 0, 2), basis.transpose(0, 2, 1)):
-        products += product
+    """(T, n, width) the products of rows (n, T, v) with vectors (T, width, v)."""
+    products = np.stack(list(pool.map(np.matmul, rows.transpose(1, 0, 2), basis.transpose(0, 2, 1)))).astype(np.float64)
     if not np.isfinite(products).all():
         raise TraceError("The trace is damaged: it holds numbers that are not finite.")
     return products
@@ -230,42 +257,45 @@ def _along(rows: NDArray[np.float32], basis: NDArray[np.float32], pool: ThreadPo
 def _mixed(
     trace: Trace, slots: NDArray[np.int64], mixtures: NDArray[np.float64], pool: ThreadPoolExecutor, progress: Progress
 ) -> NDArray[np.float32]:
-    """(T, width, v) the sums of the samples' vectors, weighted by mixtures (n, width)."""
-    timesteps = len(trace.header.timesteps)
-    sums = np.zeros((timesteps, mixtures.shape[1], trace.header.dimension), np.float32)
+    """(T, width, v) the sums of the samples' vectors at each timestep, weighted by mixtures (T, n, width)."""
+    sums = np.zeros((len(mixtures), mixtures.shape[2], trace.header.dimension), np.float32)
     at = 0
     for rows in _blocks(trace, slots, progress):
-        weights = mixtures[at : at + len(rows)].astype(np.float32)
-        list(pool.map(partial(_add, sums, weights, rows), range(timesteps)))
+        weights = mixtures[:, at : at + len(rows)].astype(np.float32)
+        list(pool.map(partial(_add, sums, weights, rows), range(len(sums))))
         at += len(rows)
     return sums
 
 
 def _add(sums: NDArray[np.float32], weights: NDArray[np.float32], rows: NDArray[np.float32], t: int) -> None:
-    sums[t] += weights.T @ rows[:, t]
+    sums[t] += weights[t].T @ rows[:, t]
 
 
 def _products(some: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(width, width) the products of vectors (T, width, v), made symmetric: but for rounding they are."""
-    products = np.zeros((some.shape[1], others.shape[1]))
-    for one, other in zip(some, others, strict=True):
-        products += one.astype(np.float64) @ other.T.astype(np.float64)
+    """(width, width) the products of vectors (width, v), made symmetric: but for rounding they are."""
+    products = some.astype(np.float64) @ others.T.astype(np.float64)
     return (products + products.T) / 2
 
 
-def _rotated(vectors: NDArray[np.float32], mixtures: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(T, r, v) mixtures (width, r) of vectors (T, width, v)."""
-    return np.stack([(mixtures.T @ part.astype(np.float64)).astype(np.float32) for part in vectors])
+def _mixtures_of(vectors: NDArray[np.float32], mixtures: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(r, v) mixtures (width, r) of vectors (width, v)."""
+    mixed: NDArray[np.float32] = (mixtures.T @ vectors.astype(np.float64)).astype(np.float32)
+    return mixed
 
 
 def _largest(
     symmetric: NDArray[np.float64], count: int, least: float = NULL
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The largest eigenvalues, largest first, and (n, r) their vectors; only those that are no rounding errors."""
+    """The `count` largest eigenvalues, largest first, and (n, count) their vectors; zero what is a rounding error."""
     values, vectors = np.linalg.eigh(symmetric)  # the smallest first
     values, vectors = values[: -1 - count : -1], vectors[:, : -1 - count : -1]
     real = values > least * values[0]
-    return values[real], vectors[:, real]
+    return np.where(real, values, 0.0), vectors * real
+
+
+def _over_root(vectors: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Vectors (..., n, r) over the roots of their values (..., r); zero where those are."""
+    return vectors / np.sqrt(np.where(values > 0, values, 1.0))[..., None, :]
 
 
 def _ranked(trace: Trace) -> NDArray[np.int64]:

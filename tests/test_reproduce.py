@@ -1,4 +1,4 @@
-"""The experiments' own parts, in small: gradients, stores, trainings that are functions of seeds, and their measures."""
+"""The experiments' own parts, in small: gradients, stores, trainings and measures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dmin_trace.compress import compress, make_plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools" / "reproduce"))
 
-import ddpm  # noqa: E402
-import removal  # noqa: E402
-import sketches  # noqa: E402
-import subsets  # noqa: E402
+import ddpm
+import removal
+import sketches
+import subsets
 
 RECIPE = ddpm.Recipe(size=8, channels=(8, 16), attention=False, steps=3, batch=4, rate=1e-3)
 
@@ -28,7 +28,9 @@ def trained() -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor]:
     return *ddpm.train(RECIPE, images), images
 
 
-def by_hand(model: torch.nn.Module, image: torch.Tensor, timestep: int, slot: int, draw: int, squared: bool) -> torch.Tensor:
+def by_hand(
+    model: torch.nn.Module, image: torch.Tensor, timestep: int, slot: int, draw: int, squared: bool
+) -> torch.Tensor:
     """The gradient of one image at one timestep, by autograd."""
     schedule = ddpm.noise_schedule()
     kept = schedule.alphas_cumprod[timestep]

@@ -1,6 +1,6 @@
 """What the index's settings do, as in the paper's Table 6, and what is stored, as in its Table 3.
 
-    python tools/reproduce/ablation.py --work WORK        after mnist.py with the same WORK
+python tools/reproduce/ablation.py --work WORK        after mnist.py with the same WORK
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def main(
         "python tools/reproduce/ablation.py --work WORK",
         time.monotonic() - began,
         f"The stores of mnist.md at v = 2^{DIMENSION.bit_length() - 1}, int8, N = {trace.header.samples:,}, "
-        f"T = {len(trace.header.timesteps)}, asked by {len(asked)} generated digits. In each column HNSW's search has ef "
-        f"vectors in view, the {CANDIDATES} nearest are scored exactly, and the figures are the recall of the ten best of "
-        "the exact scan, and milliseconds a query, the exact scores with them. An index that is built without settings "
+        f"T = {len(trace.header.timesteps)}, asked by {len(asked)} generated digits. In each column HNSW's search has "
+        f"ef vectors in view, the {CANDIDATES} nearest are scored exactly, and the figures are the recall of the ten best "
+        "of the exact scan, and milliseconds a query, the exact scores with them. An index that is built without settings "
         "chooses ef and the number of candidates itself.",
     )
     page.heading("M, ef_construction and ef (the paper's Table 6)")

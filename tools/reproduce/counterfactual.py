@@ -87,11 +87,11 @@ def main(
         "Does the model lose what a score says it got? Retraining without the top samples",
         "python tools/reproduce/counterfactual.py --work WORK",
         time.monotonic() - began,
-        f"Digits, the model of lds.md. For each of {len(queries)} queries, half of them held out and half generated, the "
-        f"{REMOVED} samples of {subsets.SAMPLES:,} with the largest score are left out, the model is trained again from "
-        f"the same beginning, and its loss on the query is compared with the full model's; {RANDOM} random sets of the "
-        "same size are left out beside it. Pictures: how far (root of the mean square, pixels from -1 to 1) the picture "
-        "that the model makes from a generated query's noise lies from the query.",
+        f"Digits, the model of lds.md. For each of {len(queries)} queries, half of them held out, half generated, the "
+        f"{REMOVED} samples of {subsets.SAMPLES:,} with the largest score are left out, the model is trained again "
+        f"from the same beginning, and its loss on the query is compared with the full model's; {RANDOM} random sets of the "
+        "same size are left out beside it. Pictures: how far (root of the mean square, pixels from -1 to 1) the "
+        "picture that the model makes from a generated query's noise lies from the query.",
     )
     rows = []
     for number, score in enumerate(SCORES):
@@ -99,11 +99,22 @@ def main(
         top = np.array([one["losses"][query] for one, query in zip(of, queries, strict=True)])
         change = counterfactual(full[queries][None], top[None], losses[:, queries])
         generated = queries[queries >= subsets.QUERIES] - subsets.QUERIES
-        far = np.array([_moved(one["pictures"], pictures)[q] for one, q in zip(of[-len(generated) :], generated, strict=True)])
+        far = np.array(
+            [_moved(one["pictures"], pictures)[q] for one, q in zip(of[-len(generated) :], generated, strict=True)]
+        )
         rows.append((score, change, far.mean(), moved[:, generated].mean()))
     base = rows[0][1].top.value
     page.table(
-        ("score", "change of loss", "95 %", "times plain DMin", "random ones", "times random", "picture", "picture, random"),
+        (
+            "score",
+            "change of loss",
+            "95 %",
+            "times plain DMin",
+            "random ones",
+            "times random",
+            "picture",
+            "picture, random",
+        ),
         [
             (
                 score,

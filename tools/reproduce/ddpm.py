@@ -94,7 +94,7 @@ def train(
 
 @torch.no_grad()
 def losses(model: UNet2DModel, images: torch.Tensor, draws: int = 100, seed: int = 7) -> NDArray[np.float64]:
-    """The loss of each image (n,): the mean over timesteps spread evenly, with noise that is the same for all images."""
+    """The loss of each image (n,): the mean over timesteps spread evenly, with the same noise for all images."""
     schedule, generator = noise_schedule(), torch.Generator().manual_seed(seed)
     total = torch.zeros(len(images), dtype=torch.float64)
     for timestep in evenly(draws):

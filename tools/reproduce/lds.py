@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ from dmin_trace.settings import Precondition
 from dmin_trace.store import open_trace
 
 Scores = NDArray[np.float64]
+Floats = NDArray[np.float32]
 DIMENSION = 2**14
 PRECONDITIONS: tuple[Precondition, ...] = ("none", "sign", "adam")
 EVEN = tuple(ddpm.evenly(10))
@@ -42,6 +44,7 @@ KINDS = {
     "loss, cubic t": sketches.Kind(tuple(baselines.published_timesteps(10, list(range(ddpm.STEPS - 1, -1, -1))))),
 }
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
+DAMPINGS = (0.1, 10.0, 1000.0, 100_000.0)
 DIRECTIONS = (8, 16, 32, 64, 128, 256)
 
 
@@ -82,20 +85,29 @@ def _of_store(folder: Path, kind: str, precondition: Precondition) -> Iterator[W
 
     yield Way("store", f"{name}: dmin", "", lambda: products(queries))
     found = kernel.principal_directions(trace, DIRECTIONS[-1])
-    chosen = kernel.choose_directions(found.eigenvalues, len(trace.header.timesteps))
+    chosen = kernel.choose_directions(found.eigenvalues)
     yield Way("store", f"{name}: deflated", f"r = {chosen}", lambda: products(found.largest(chosen).deflate(queries)))
-    gram = kernel.gram(trace)
-    yield Way("store", f"{name}: ridge", "T", lambda: products(kernel.ridge(trace, queries, kernel=gram)))
+    grams = kernel.grams(trace)
+    yield Way("store", f"{name}: ridge", "default", lambda: products(kernel.ridge(trace, queries, kernels=grams)))
     for count in DIRECTIONS:
         yield Way(
-            "store", f"{name}: deflated, best r", f"{count}", lambda c=count: products(found.largest(c).deflate(queries))
+            "store",
+            f"{name}: deflated, best r",
+            f"{count}",
+            lambda c=count: products(found.largest(c).deflate(queries)),
+        )
+        yield Way(
+            "store",
+            f"{name}: deflated, timesteps together, best r",
+            f"{count}",
+            lambda c=count: _deflated_together(grams.sum(0), products(queries), c),
         )
     for ridge in RIDGES:
         yield Way(
             "store",
             f"{name}: ridge, best",
-            f"{ridge:g} T",
-            lambda s=ridge: products(kernel.ridge(trace, queries, s, kernel=gram)),
+            f"{ridge:g}",
+            lambda s=ridge: products(kernel.ridge(trace, queries, s, kernels=grams)),
         )
         yield Way(
             "store",
@@ -105,70 +117,89 @@ def _of_store(folder: Path, kind: str, precondition: Precondition) -> Iterator[W
         )
 
 
+def _deflated_together(gram: Scores, products: Scores, count: int) -> Scores:
+    """Deflated scores (Q, N) of one kernel of all timesteps, from it and the queries' products with the samples."""
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = values[: -1 - count : -1], vectors[:, : -1 - count : -1]
+    return products - products @ vectors * (values / (values + values[-1])) @ vectors.T
+
+
 def of_whole_gradients(work: Path) -> Iterator[Way]:
     """Scores from uncompressed gradients, as the baselines have them."""
     model, moments = ddpm.load(subsets.full_model(work), subsets.RECIPE)
     images, queries = subsets.digits().images, subsets.queries(work)
-    blocks = [p.numel() for p in model.parameters()]
     for precondition in ("none", "adam"):
-        asked = sketches.whole(model, queries, KINDS["loss"], precondition, moments)
-        lengths = np.linalg.norm(asked, axis=2, keepdims=True)
-        plain, normalised, means = [], [], []
-        for batch in sketches.batches(model, images, KINDS["loss"]):
-            rows = np.stack([sketches.flat(sketches.preconditioned(of_t, precondition, moments)) for of_t in batch], 1)
-            products = np.einsum("qtp,ntp->tqn", asked, rows, optimize=True)
-            plain.append(products.sum(0))
-            cosines = products / lengths.transpose(1, 0, 2) / np.linalg.norm(rows, axis=2).T[:, None]
-            normalised.append(cosines.sum(0))
-            means.append(rows.mean(1))
-        train, query = np.concatenate(means), asked.mean(1)
-        del asked
-        name = f"loss, {precondition}"
-        yield Way("whole", f"{name}: inner products, normalised", "", lambda p=normalised: np.concatenate(p, 1))
-        yield Way("whole", f"{name}: inner products", "", lambda p=plain: np.concatenate(p, 1))
-        for ridge in RIDGES:
-            yield Way("whole", f"{name}: TRAK, best", f"{ridge:g}", lambda s=ridge: baselines.trak(train, query, s))
-        if precondition == "none":
-            yield Way("whole", f"{name}: DataInf, identity", "", lambda: baselines.datainf_identity(train, query))
-            for damping in (0.1, 10.0, 1000.0):
-                yield Way(
-                    "whole",
-                    f"{name}: DataInf, best",
-                    f"{damping:g}",
-                    lambda s=damping: baselines.datainf(train, query, s, blocks),
-                )
-                yield Way(
-                    "whole",
-                    f"{name}: LiSSA, best",
-                    f"{damping:g}",
-                    lambda s=damping: baselines.lissa(train, query, s, depth=100),
-                )
-            journey = _journey(model, moments)
-            for ridge in RIDGES:
-                yield Way(
-                    "whole",
-                    f"{name}: Journey-TRAK, best",
-                    f"{ridge:g}",
-                    lambda s=ridge: np.concatenate(
-                        [np.zeros((subsets.QUERIES, len(train))), baselines.journey_trak(train, journey, s)]
-                    ),
-                )
+        yield from _of_losses(model, moments, images, queries, precondition)
         train, query = (
-            np.concatenate(
-                [
-                    np.mean([sketches.flat(sketches.preconditioned(t, precondition, moments)) for t in batch], 0)
-                    for batch in sketches.batches(model, of, KINDS["squared output"])
-                ]
-            )
+            _means(sketches.batches(model, of, KINDS["squared output"]), precondition, moments)
             for of in (images, queries)
         )
-        for ridge in RIDGES:
-            yield Way(
-                "whole",
-                f"squared output, {precondition}: D-TRAK, best",
-                f"{ridge:g}",
-                lambda s=ridge: baselines.d_trak(train, query, s),
-            )
+        yield from _of_ridges(f"squared output, {precondition}: D-TRAK, best", baselines.d_trak, train, query)
+
+
+def _of_losses(
+    model: torch.nn.Module,
+    moments: dict[str, torch.Tensor],
+    images: torch.Tensor,
+    queries: torch.Tensor,
+    precondition: Precondition,
+) -> Iterator[Way]:
+    asked = sketches.whole(model, queries, KINDS["loss"], precondition, moments)
+    lengths = np.linalg.norm(asked, axis=2, keepdims=True)
+    plain, normalised, means = [], [], []
+    for batch in sketches.batches(model, images, KINDS["loss"]):
+        rows = np.stack([sketches.flat(sketches.preconditioned(of_t, precondition, moments)) for of_t in batch], 1)
+        products = np.matmul(asked.transpose(1, 0, 2), rows.transpose(1, 2, 0))  # (T, Q, n)
+        plain.append(products.sum(0))
+        cosines = products / lengths.transpose(1, 0, 2) / np.linalg.norm(rows, axis=2).T[:, None]
+        normalised.append(cosines.sum(0))
+        means.append(rows.mean(1))
+    train, query = np.concatenate(means), asked.mean(1)
+    del asked
+    name = f"loss, {precondition}"
+    yield Way("whole", f"{name}: inner products, normalised", "", lambda: np.concatenate(normalised, 1))
+    yield Way("whole", f"{name}: inner products", "", lambda: np.concatenate(plain, 1))
+    yield from _of_ridges(f"{name}: TRAK, best", baselines.trak, train, query)
+    if precondition != "none":
+        return
+    blocks = [p.numel() for p in model.parameters()]
+    yield Way("whole", f"{name}: DataInf, identity", "", lambda: baselines.datainf_identity(train, query))
+    for damping in DAMPINGS:
+        yield Way(
+            "whole",
+            f"{name}: DataInf, best",
+            f"{damping:g}",
+            partial(baselines.datainf, train, query, damping, blocks),
+        )
+        yield Way(
+            "whole", f"{name}: LiSSA, best", f"{damping:g}", partial(baselines.lissa, train, query, damping, depth=100)
+        )
+    journey = _journey(model, moments)
+    for ridge in RIDGES:
+        yield Way("whole", f"{name}: Journey-TRAK, best", f"{ridge:g}", partial(_of_journey, train, journey, ridge))
+
+
+def _of_ridges(
+    method: str, scores: Callable[[Floats, Floats, float], Scores], train: Floats, query: Floats
+) -> Iterator[Way]:
+    for ridge in RIDGES:
+        yield Way("whole", method, f"{ridge:g}", partial(scores, train, query, ridge))
+
+
+def _of_journey(train: Floats, journey: Floats, ridge: float) -> Scores:
+    """(Q, N): of held-out digits, which were not sampled, zeros."""
+    return np.concatenate([np.zeros((subsets.QUERIES, len(train))), baselines.journey_trak(train, journey, ridge)])
+
+
+def _means(
+    batches: Iterator[list[sketches.Gradients]], precondition: Precondition, moments: dict[str, torch.Tensor]
+) -> Floats:
+    """(n, P): means over timesteps."""
+    found = [
+        torch.stack([sketches.flat(sketches.preconditioned(of_t, precondition, moments)) for of_t in batch]).mean(0)
+        for batch in batches
+    ]
+    return torch.cat(found).numpy()
 
 
 def _journey(model: torch.nn.Module, moments: dict[str, torch.Tensor]) -> NDArray[np.float32]:
@@ -213,7 +244,7 @@ def published(work: Path) -> Iterator[Way]:
             rows.append(baselines.published_compression(flat, DIMENSION).numpy().reshape(-1))
         return np.stack(rows)
 
-    yield Way("other", "DMin's published code, v = 2^14", "", lambda: (compressed(queries) @ compressed(images).T))
+    yield Way("other", "DMin's published code, v = 2^14", "", lambda: compressed(queries) @ compressed(images).T)
 
 
 def run(work: Path) -> dict[str, dict[str, Scores]]:

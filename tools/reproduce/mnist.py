@@ -121,9 +121,7 @@ def captured(work: Path, digits: Digits) -> None:
     model, moments = ddpm.load(trained(work, digits), RECIPE)
     asked, _ = queries(work, digits)
     whole = work / f"v{DIMENSIONS[0]}"
-    sketches.capture(
-        whole, model, moments, digits.images, digits.labels, asked, KIND, PRECONDITIONS, DIMENSIONS[0]
-    )
+    sketches.capture(whole, model, moments, digits.images, digits.labels, asked, KIND, PRECONDITIONS, DIMENSIONS[0])
     for dimension in DIMENSIONS[1:]:
         folder = work / f"v{dimension}"
         folder.mkdir(exist_ok=True)
@@ -145,7 +143,9 @@ def rankings(work: Path, digits: Digits, whole: bool) -> Iterator[tuple[str, NDA
     most = max(KS)
     yield "random", _best(baselines.random_scores(len(images), len(digits.images), 0), most), 0.0
     began = time.perf_counter()
-    flat = [x.reshape(len(x), -1) - digits.images.reshape(len(digits.images), -1).mean(0) for x in (images, digits.images)]
+    flat = [
+        x.reshape(len(x), -1) - digits.images.reshape(len(digits.images), -1).mean(0) for x in (images, digits.images)
+    ]
     unit = [torch.nn.functional.normalize(x, dim=1) for x in flat]
     yield "cosine of pixels, less the mean", _best((unit[0] @ unit[1].T).numpy(), most), _each(began, images)
     for dimension in DIMENSIONS:
@@ -158,17 +158,25 @@ def rankings(work: Path, digits: Digits, whole: bool) -> Iterator[tuple[str, NDA
             yield from _indexed(trace, asked, f"dmin {shown}, index", most)
             if dimension == 2**14:
                 directions = kernel.principal_directions(trace, 256)
-                chosen = kernel.choose_directions(directions.eigenvalues, len(trace.header.timesteps))
+                chosen = kernel.choose_directions(directions.eigenvalues)
                 for count in sorted({8, 64, 256, chosen}):
                     freed = directions.largest(count).deflate(asked)
                     mark = " (chosen by the store)" if count == chosen else ""
                     began = time.perf_counter()
-                    yield f"deflated {shown}, r = {count}{mark}", score.exact(trace, freed, most).slots, _each(began, images)
+                    yield (
+                        f"deflated {shown}, r = {count}{mark}",
+                        score.exact(trace, freed, most).slots,
+                        _each(began, images),
+                    )
                 rows = sketches.rows_of(trace).mean(1)
                 for ridge in (0.01, 1.0):
                     began = time.perf_counter()
                     found = baselines.trak(rows, asked.mean(1), ridge)
-                    yield f"ridge of the mean over t (TRAK's form) {shown}, {ridge:g}", _best(found, most), _each(began, images)
+                    yield (
+                        f"ridge of the mean over t (TRAK's form) {shown}, {ridge:g}",
+                        _best(found, most),
+                        _each(began, images),
+                    )
     if whole:
         model, moments = ddpm.load(trained(work, digits), RECIPE)
         yield from _whole(model, moments, digits.images, images, most)
@@ -241,8 +249,8 @@ def main(
         "python tools/reproduce/mnist.py --data mnist10k.npz --work WORK",
         time.monotonic() - began,
         f"A DDPM of {sum(p.numel() for p in ddpm.make_model(RECIPE).parameters()):,} parameters, trained on "
-        f"{len(digits.images):,} MNIST digits of 16 by 16 pixels; T = {len(KIND.timesteps)}. Queries: {len(images) // 2} "
-        f"generated digits, those of which a classifier ({right:.1%} right on digits it had not seen) is surest; every "
+        f"{len(digits.images):,} MNIST digits of 16 by 16 pixels; T = {len(KIND.timesteps)}. Queries: "
+        f"{len(images) // 2} generated digits, those of which a classifier ({right:.1%} right on digits it had not seen) is surest; every "
         "other one, the rest being there to choose settings by. The detection rate at k is the share of the k samples "
         "with the largest score that bear the query's label, as in the paper's Table 5; chance is 0.1. It measures "
         "likeness, not cause.",

@@ -38,7 +38,9 @@ class Page:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Rows of words and figures."""
         lines = [columns, ["---"] * len(columns), *rows]
-        self._parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
+        self._parts.append(
+            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        )
         shown = Table(*columns)
         for row in rows:
             shown.add_row(*row)

@@ -73,7 +73,13 @@ def main(
         rows = mnist.asked_of(work, 2**14, precondition)[asked]
         if deflated:
             rows = kernel.principal_directions(trace).deflate(rows)
-        stored = np.concatenate([trace.rows(np.arange(a, min(a + 500, len(digits.images)))).reshape(-1, rows[0].size) @ rows.sum(0).reshape(-1) for a in range(0, len(digits.images), 500)])
+        stored = np.concatenate(
+            [
+                trace.rows(np.arange(a, min(a + 500, len(digits.images)))).reshape(-1, rows[0].size)
+                @ rows.sum(0).reshape(-1)
+                for a in range(0, len(digits.images), 500)
+            ]
+        )
         removed[name] = np.argsort(-stored, kind="stable")[:REMOVED]
     of_samples = thickness(digits.images)
     with ProcessPoolExecutor(processes) as pool:
@@ -89,8 +95,8 @@ def main(
         "python tools/reproduce/removal.py --data mnist10k.npz --work WORK",
         time.monotonic() - began,
         f"As in the paper's Figure 5. The {THICK} generated digits with the thickest strokes ask; the {REMOVED:,} of "
-        f"{len(digits.images):,} samples with the largest summed score are left out, the model is trained again from the "
-        f"same beginning, and makes {mnist.GENERATED} pictures from the same noise. Widths are of strokes, in pixels of "
+        f"{len(digits.images):,} samples with the largest summed score are left out, the model is trained again from "
+        f"the same beginning, and makes {mnist.GENERATED} pictures from the same noise. Widths are of strokes, in pixels of "
         "16 by 16; intervals are two standard errors over pictures. One training each.",
     )
     rows = []
@@ -108,7 +114,8 @@ def main(
             )
         )
     page.table(
-        ("left out", "width of what was left out", "width of what is made", "change", "of the tenth that was thickest"), rows
+        ("left out", "width of what was left out", "width of what is made", "change", "of the tenth that was thickest"),
+        rows,
     )
     page.text(f"Mean width of the training samples: {of_samples.mean():.2f}.")
     _picture(pictures, thick[:SHOWN], out / "removal.png")

@@ -58,9 +58,9 @@ def main(
         time.monotonic() - began,
         f"The stores of mnist.md at v = 2^{DIMENSION.bit_length() - 1}, int8, N = {trace.header.samples:,}, "
         f"T = {len(trace.header.timesteps)}, asked by {len(asked)} generated digits. In each column HNSW's search has "
-        f"ef vectors in view, the {CANDIDATES} nearest are scored exactly, and the figures are the recall of the ten best "
-        "of the exact scan, and milliseconds a query, the exact scores with them. An index that is built without settings "
-        "chooses ef and the number of candidates itself.",
+        f"ef vectors in view, the {CANDIDATES} nearest are scored exactly; the figures are the recall of the ten "
+        "best of the exact scan, and milliseconds a query, the exact scores with them. An index that is built without "
+        "settings chooses ef and the number of candidates itself.",
     )
     page.heading("M, ef_construction and ef (the paper's Table 6)")
     page.table(("precondition", "M", "ef_construction", "built, s", "MB", *(f"ef {ef}" for ef in EFS)), built)

@@ -89,8 +89,8 @@ def main(
         time.monotonic() - began,
         f"Digits, the model of lds.md. For each of {len(queries)} queries, half of them held out, half generated, the "
         f"{REMOVED} samples of {subsets.SAMPLES:,} with the largest score are left out, the model is trained again "
-        f"from the same beginning, and its loss on the query is compared with the full model's; {RANDOM} random sets of the "
-        "same size are left out beside it. Pictures: how far (root of the mean square, pixels from -1 to 1) the "
+        f"from the same beginning, and its loss on the query is compared with the full model's; {RANDOM} random sets of "
+        "the same size are left out beside it. Pictures: how far (root of the mean square, pixels from -1 to 1) the "
         "picture that the model makes from a generated query's noise lies from the query.",
     )
     rows = []

@@ -250,8 +250,8 @@ def main(
         time.monotonic() - began,
         f"A DDPM of {sum(p.numel() for p in ddpm.make_model(RECIPE).parameters()):,} parameters, trained on "
         f"{len(digits.images):,} MNIST digits of 16 by 16 pixels; T = {len(KIND.timesteps)}. Queries: "
-        f"{len(images) // 2} generated digits, those of which a classifier ({right:.1%} right on digits it had not seen) is surest; every "
-        "other one, the rest being there to choose settings by. The detection rate at k is the share of the k samples "
+        f"{len(images) // 2} generated digits, those of which a classifier ({right:.1%} right on digits it had not "
+        "seen) is surest; every other one, the rest being there to choose settings by. The detection rate at k is the share of the k samples "
         "with the largest score that bear the query's label, as in the paper's Table 5; chance is 0.1. It measures "
         "likeness, not cause.",
     )

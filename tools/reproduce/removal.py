@@ -96,8 +96,8 @@ def main(
         time.monotonic() - began,
         f"As in the paper's Figure 5. The {THICK} generated digits with the thickest strokes ask; the {REMOVED:,} of "
         f"{len(digits.images):,} samples with the largest summed score are left out, the model is trained again from "
-        f"the same beginning, and makes {mnist.GENERATED} pictures from the same noise. Widths are of strokes, in pixels of "
-        "16 by 16; intervals are two standard errors over pictures. One training each.",
+        f"the same beginning, and makes {mnist.GENERATED} pictures from the same noise. Widths are of strokes, in pixels "
+        "of 16 by 16; intervals are two standard errors over pictures. One training each.",
     )
     rows = []
     for name, made in pictures.items():

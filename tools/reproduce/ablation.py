@@ -66,7 +66,7 @@ def main(
     page.table(("precondition", "M", "ef_construction", "built, s", "MB", *(f"ef {ef}" for ef in EFS)), built)
     page.heading("Bytes (the paper's Table 3)")
     rows = []
-    for dimension in mnist.DIMENSIONS:
+    for dimension in sorted(int(folder.name[1:]) for folder in work.glob("v*")):
         trace = open_trace(work / f"v{dimension}" / "none.zarr")
         samples, timesteps, length = (
             trace.header.samples,

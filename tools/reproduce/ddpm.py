@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 STEPS = 1000
 """Timesteps of the noise schedule."""
+COSINE = "squaredcos_cap_v2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Recipe:
     size: pixels of a side.
     channels: of the UNet's blocks; all but the first have attention if `attention`.
     steps, batch, rate: of AdamW, whose rate falls to zero along a cosine.
+    schedule: of the noise: diffusers' name for it.
     """
 
     size: int
@@ -35,6 +37,7 @@ class Recipe:
     steps: int
     batch: int
     rate: float
+    schedule: str = COSINE
 
 
 def make_model(recipe: Recipe, seed: int = 0) -> UNet2DModel:
@@ -56,9 +59,9 @@ def make_model(recipe: Recipe, seed: int = 0) -> UNet2DModel:
         )
 
 
-def noise_schedule() -> DDPMScheduler:
+def noise_schedule(name: str = COSINE) -> DDPMScheduler:
     """Of training and of all losses."""
-    return DDPMScheduler(num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2")
+    return DDPMScheduler(num_train_timesteps=STEPS, beta_schedule=name)
 
 
 def train(
@@ -69,7 +72,7 @@ def train(
     Returns:
         The model, and the second moment that AdamW has of each parameter at the end.
     """
-    model, schedule = make_model(recipe, seed), noise_schedule()
+    model, schedule = make_model(recipe, seed), noise_schedule(recipe.schedule)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
     draws, order = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
@@ -110,23 +113,23 @@ def evenly(count: int) -> list[int]:
     return [int((k + 0.5) / count * STEPS) for k in range(count)]
 
 
-def generate(model: UNet2DModel, count: int, steps: int = 100, seed: int = 0) -> torch.Tensor:
+def generate(model: UNet2DModel, count: int, steps: int = 100, seed: int = 0, schedule: str = COSINE) -> torch.Tensor:
     """Pictures (count, 1, size, size) in [-1, 1], by DDIM without noise of its own."""
-    return followed(model, count, steps, seed)[0]
+    return followed(model, count, steps, seed, schedule)[0]
 
 
 @torch.no_grad()
 def followed(
-    model: UNet2DModel, count: int, steps: int = 100, seed: int = 0
+    model: UNet2DModel, count: int, steps: int = 100, seed: int = 0, schedule: str = COSINE
 ) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
     """The pictures of `generate`, and for each step of their sampling its timestep and the pictures expected then."""
-    schedule = DDIMScheduler(num_train_timesteps=STEPS, beta_schedule="squaredcos_cap_v2")
-    schedule.set_timesteps(steps)
+    sampler = DDIMScheduler(num_train_timesteps=STEPS, beta_schedule=schedule)
+    sampler.set_timesteps(steps)
     size = model.config.sample_size
     images = torch.randn((count, 1, size, size), generator=torch.Generator().manual_seed(seed))
     seen = []
-    for timestep in schedule.timesteps:
-        step = schedule.step(model(images, timestep).sample, timestep, images)
+    for timestep in sampler.timesteps:
+        step = sampler.step(model(images, timestep).sample, timestep, images)
         images = step.prev_sample
         seen.append((int(timestep), step.pred_original_sample.clamp(-1, 1)))
     return images.clamp(-1, 1), seen

@@ -4,7 +4,7 @@
     python tools/reproduce/lds.py --work WORK          the scores of all methods, and the page
 
 Resumable: WORK keeps the stores, and the scores of each method. Where a method has a strength that must be chosen, it
-is run at several; the best is chosen on every other query, and all figures are of the queries in between. What is
+is run at several, and each half of the queries is scored with the strength that is best on the other half. What is
 chosen from the store alone never sees the truth.
 """
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from page import Page
 
 from dmin_trace import kernel
-from dmin_trace.evaluate import Datamodeling, linear_datamodeling_score
+from dmin_trace.evaluate import RESAMPLES, Datamodeling, linear_datamodeling_score
 from dmin_trace.settings import Precondition
 from dmin_trace.store import open_trace
 
@@ -292,18 +292,19 @@ def main(
     digits, found = subsets.digits(), run(work)
     of_models, losses = subsets.truth(work, models)
     count = 2 * subsets.QUERIES
-    choosing, reporting = np.arange(0, count, 2), np.arange(1, count, 2)
+    halves = np.arange(0, count, 2), np.arange(1, count, 2)
     rows = []
     for method, by_strength in found.items():
         # Journey-TRAK has no scores of pictures that were not sampled.
         has = np.flatnonzero(next(iter(by_strength.values())).any(axis=1))
-        choose, report = np.intersect1d(choosing, has), np.intersect1d(reporting, has)
-        strength = max(by_strength, key=lambda s: _lds(by_strength[s], of_models, losses, choose).score.value)
-        scores = by_strength[strength]
-        kinds = [report[report < subsets.QUERIES], report[report >= subsets.QUERIES]]
-        both, *each = [_lds(scores, of_models, losses, part) if len(part) else None for part in (report, *kinds)]
-        alike = _same_label(scores[kinds[0]], digits.labels, digits.validation_labels[kinds[0]])
-        rows.append((method, strength, both, each, alike if len(kinds[0]) else None))
+        scores, strengths = np.zeros((count, len(digits.images))), []
+        for half, other in zip(halves, halves[::-1], strict=True):
+            strengths.append(best_strength(by_strength, of_models, losses, np.intersect1d(other, has)))
+            scores[half] = by_strength[strengths[-1]][half]
+        kinds = [has[has < subsets.QUERIES], has[has >= subsets.QUERIES]]
+        both, *each = [_lds(scores, of_models, losses, part) if len(part) else None for part in (has, *kinds)]
+        alike = _same_label(scores[kinds[0]], digits.labels, digits.validation_labels) if len(kinds[0]) else None
+        rows.append((method, " and ".join(dict.fromkeys(strengths)), both, each, alike))
     rows.sort(key=lambda row: row[2].score.value if row[2] else -1.0)
     page = Page(
         "Which scores find causes? LDS on digits",
@@ -312,9 +313,10 @@ def main(
         f"{models} models, each trained on a random half of {len(digits.images):,} digits of 8 by 8 pixels. A score is "
         "good if the sum over a model's training samples foretells how low its loss on a query is: the linear "
         "datamodeling score (LDS) is the mean over queries of Spearman's correlation, with a 95 % interval that "
-        f"resamples queries and models. Queries: {len(reporting)}, half of them held-out digits (validation), half "
-        f"generated; strengths called best were chosen on {len(choosing)} others. Same digit: of the ten best for "
-        "held-out digits. Store: dmin_trace's int8 rows of v = 2^14, T = 10; whole: uncompressed gradients.",
+        f"resamples queries and models. Queries: {count}, half of them held-out digits (validation), half generated. "
+        "Strengths called best: each half of the queries has the one that is best on the other half. Same digit: of "
+        "the ten best for held-out digits. Store: dmin_trace's int8 rows of v = 2^14, T = 10; whole: uncompressed "
+        "gradients.",
     )
     page.table(
         ("method", "strength", "LDS", "95 %", "validation", "generated", "same digit, top 10"),
@@ -334,10 +336,21 @@ def main(
     page.write(out / "lds.md")
 
 
+def best_strength(
+    by_strength: dict[str, Scores], of_models: NDArray[np.bool_], losses: Scores, queries: NDArray[np.int64]
+) -> str:
+    """The strength with the largest LDS on these queries."""
+    return max(by_strength, key=lambda s: _lds(by_strength[s], of_models, losses, queries, 1).score.value)
+
+
 def _lds(
-    scores: Scores, of_models: NDArray[np.bool_], losses: NDArray[np.float64], queries: NDArray[np.int64]
+    scores: Scores,
+    of_models: NDArray[np.bool_],
+    losses: NDArray[np.float64],
+    queries: NDArray[np.int64],
+    resamples: int = RESAMPLES,
 ) -> Datamodeling:
-    return linear_datamodeling_score(scores[queries], of_models, losses[:, queries])
+    return linear_datamodeling_score(scores[queries], of_models, losses[:, queries], resamples=resamples)
 
 
 def _same_label(scores: Scores, labels: NDArray[np.int64], asked: NDArray[np.int64]) -> float:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,20 +32,25 @@ from dmin_trace.pack import pack
 from dmin_trace.settings import Precondition
 from dmin_trace.store import Trace, open_trace
 
-RECIPE = ddpm.Recipe(size=16, channels=(24, 48, 48), attention=False, steps=2000, batch=64, rate=2e-3)
-KIND = sketches.Kind(tuple(ddpm.evenly(5)))
+COSINE = ddpm.Recipe(size=16, channels=(24, 48, 48), attention=False, steps=2000, batch=64, rate=2e-3)
+RECIPES = {"cosine": COSINE, "linear": replace(COSINE, schedule="linear")}
 PRECONDITIONS: tuple[Precondition, ...] = ("none", "sign", "adam")
-DIMENSIONS = (2**16, 2**14, 2**12)
 GENERATED, QUERIES = 400, 128
 KS = (5, 10, 50, 100)
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (N, 1, 16, 16) in [-1, 1] and their labels."""
+    """Images (N, 1, 16, 16) in [-1, 1], their labels, and how a model is made of them."""
 
     images: torch.Tensor
     labels: NDArray[np.int64]
+    recipe: ddpm.Recipe
+
+    @property
+    def kind(self) -> sketches.Kind:
+        """What gradients are taken of."""
+        return sketches.Kind(tuple(ddpm.evenly(5)), schedule=self.recipe.schedule)
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,20 @@ class Rates:
     seconds: float
 
 
-def read(path: Path) -> Digits:
+def read(path: Path, schedule: str) -> Digits:
     """The digits of a file, a pixel or two cut off at each side, and scaled to 16 by 16."""
     with np.load(path, allow_pickle=False) as data:
         pixels, labels = torch.from_numpy(data["x"]).float()[:, None, 2:26, 2:26], data["y"].astype(np.int64)
     scaled = torch.nn.functional.interpolate(pixels, size=16, mode="area")
-    return Digits(scaled / 127.5 - 1, labels)
+    return Digits(scaled / 127.5 - 1, labels, RECIPES[schedule])
 
 
 def trained(work: Path, digits: Digits, name: str = "model") -> Path:
     """The file of a model of these digits, trained if it is not there."""
     path = work / f"{name}.safetensors"
     if not path.exists():
-        with_bar = iter(track(range(RECIPE.steps), f"training {name}"))
-        ddpm.save(path, *ddpm.train(RECIPE, digits.images, done=lambda: next(with_bar, None)))
+        with_bar = iter(track(range(digits.recipe.steps), f"training {name}"))
+        ddpm.save(path, *ddpm.train(digits.recipe, digits.images, done=lambda: next(with_bar, None)))
     return path
 
 
@@ -106,23 +111,25 @@ def classifier(work: Path, digits: Digits) -> Callable[[torch.Tensor], torch.Ten
 
 def queries(work: Path, digits: Digits) -> tuple[torch.Tensor, NDArray[np.int64]]:
     """(QUERIES, 1, 16, 16) generated digits, the surest of GENERATED, and their labels."""
-    model, _ = ddpm.load(trained(work, digits), RECIPE)
+    model, _ = ddpm.load(trained(work, digits), digits.recipe)
     path = work / "generated.npy"
     if not path.exists():
-        np.save(path, ddpm.generate(model, GENERATED).numpy())
+        np.save(path, ddpm.generate(model, GENERATED, schedule=digits.recipe.schedule).numpy())
     images = torch.from_numpy(np.load(path))
     sure, labels = classifier(work, digits)(images).max(1)
     kept = sure.argsort(descending=True, stable=True)[:QUERIES].sort().values
     return images[kept], labels[kept].numpy()
 
 
-def captured(work: Path, digits: Digits) -> None:
-    """Captures the stores of the largest dimension, and packs the others from them."""
-    model, moments = ddpm.load(trained(work, digits), RECIPE)
+def captured(work: Path, digits: Digits, dimensions: Sequence[int]) -> None:
+    """Captures the stores of the first dimension, the largest, and packs the others from them."""
+    model, moments = ddpm.load(trained(work, digits), digits.recipe)
     asked, _ = queries(work, digits)
-    whole = work / f"v{DIMENSIONS[0]}"
-    sketches.capture(whole, model, moments, digits.images, digits.labels, asked, KIND, PRECONDITIONS, DIMENSIONS[0])
-    for dimension in DIMENSIONS[1:]:
+    whole = work / f"v{dimensions[0]}"
+    sketches.capture(
+        whole, model, moments, digits.images, digits.labels, asked, digits.kind, PRECONDITIONS, dimensions[0]
+    )
+    for dimension in dimensions[1:]:
         folder = work / f"v{dimension}"
         folder.mkdir(exist_ok=True)
         for name in PRECONDITIONS:
@@ -132,12 +139,15 @@ def captured(work: Path, digits: Digits) -> None:
 
 def asked_of(work: Path, dimension: int, name: str) -> NDArray[np.float32]:
     """(Q, T, v) the queries' compressed gradients, folded and of norm one, as a capture at that dimension has them."""
-    rows: NDArray[np.float32] = np.load(work / f"v{DIMENSIONS[0]}" / f"{name}.npy")
+    (captured_at,) = work.glob(f"v*/{name}.npy")
+    rows: NDArray[np.float32] = np.load(captured_at)
     folded = rows.reshape(*rows.shape[:2], -1, dimension).sum(2)
     return folded / np.linalg.norm(folded, axis=2, keepdims=True)
 
 
-def rankings(work: Path, digits: Digits, whole: bool) -> Iterator[tuple[str, NDArray[np.int64], float]]:
+def rankings(
+    work: Path, digits: Digits, dimensions: Sequence[int], whole: bool
+) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     """Of each way its name, the slots (Q, 100) it puts first, and seconds a query."""
     images, _ = queries(work, digits)
     most = max(KS)
@@ -148,7 +158,7 @@ def rankings(work: Path, digits: Digits, whole: bool) -> Iterator[tuple[str, NDA
     ]
     unit = [torch.nn.functional.normalize(x, dim=1) for x in flat]
     yield "cosine of pixels, less the mean", _best((unit[0] @ unit[1].T).numpy(), most), _each(began, images)
-    for dimension in DIMENSIONS:
+    for dimension in dimensions:
         for name in PRECONDITIONS:
             trace = open_trace(work / f"v{dimension}" / f"{name}.zarr")
             asked = asked_of(work, dimension, name)
@@ -178,17 +188,17 @@ def rankings(work: Path, digits: Digits, whole: bool) -> Iterator[tuple[str, NDA
                         _each(began, images),
                     )
     if whole:
-        model, moments = ddpm.load(trained(work, digits), RECIPE)
-        yield from _whole(model, moments, digits.images, images, most)
+        model, moments = ddpm.load(trained(work, digits), digits.recipe)
+        yield from _whole(model, moments, digits, images, most)
 
 
 def _whole(
-    model: torch.nn.Module, moments: dict[str, torch.Tensor], train: torch.Tensor, images: torch.Tensor, most: int
+    model: torch.nn.Module, moments: dict[str, torch.Tensor], digits: Digits, images: torch.Tensor, most: int
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
-    asked = torch.from_numpy(sketches.whole(model, images, KIND, "none", moments))
+    asked = torch.from_numpy(sketches.whole(model, images, digits.kind, "none", moments))
     plain, normalised = [], []
     began = time.perf_counter()
-    for batch in sketches.batches(model, train, KIND, what="whole gradients"):
+    for batch in sketches.batches(model, digits.images, digits.kind, what="whole gradients"):
         products = torch.stack([a @ sketches.flat(of_t).T for a, of_t in zip(asked.unbind(1), batch, strict=True)])
         norms = torch.stack([sketches.flat(of_t).norm(dim=1) for of_t in batch])
         plain.append(products.sum(0).numpy())
@@ -224,35 +234,38 @@ def main(
     data: Annotated[Path, typer.Option(help="The digits, .npz.")],
     work: Annotated[Path, typer.Option(help="Folder for what is done.")],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("docs/results"),
+    schedule: Annotated[str, typer.Option(help="Of the noise: cosine or linear.")] = "cosine",
+    dimensions: Annotated[str, typer.Option(help="v, the largest first.")] = "65536,16384,4096",
     whole: Annotated[bool, typer.Option(help="Uncompressed gradients too.")] = True,
 ) -> None:
     """Detection rates, and the page."""
     began = time.monotonic()
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
-    digits = read(data)
-    captured(work, digits)
+    digits, sizes = read(data, schedule), [int(size) for size in dimensions.split(",")]
+    captured(work, digits, sizes)
     images, labels = queries(work, digits)
     held_out = slice(9 * len(digits.images) // 10, None)
     right = (classifier(work, digits)(digits.images[held_out]).argmax(1).numpy() == digits.labels[held_out]).mean()
     kept = work / "rates.json"
     if not kept.exists():
         rows = []
-        for name, slots, seconds in rankings(work, digits, whole):
+        for name, slots, seconds in rankings(work, digits, sizes, whole):
             rates = detection_rate(digits.labels.tolist(), slots[1::2], labels[1::2].tolist(), KS)
             spread = [[getattr(rate.rate, part) for rate in rates] for part in ("value", "low", "high")]
             rows.append(Rates(name, *spread, seconds))
         kept.write_text(json.dumps([asdict(row) for row in rows]))
     found = [Rates(**row) for row in json.loads(kept.read_text())]
     page = Page(
-        "What looks like a generated digit? Detection rates on MNIST",
-        "python tools/reproduce/mnist.py --data mnist10k.npz --work WORK",
+        f"What looks like a generated digit? Detection rates on MNIST, {schedule} schedule",
+        "python tools/reproduce/mnist.py --data mnist10k.npz --work WORK "
+        f"--schedule {schedule} --dimensions {dimensions}" + ("" if whole else " --no-whole"),
         time.monotonic() - began,
-        f"A DDPM of {sum(p.numel() for p in ddpm.make_model(RECIPE).parameters()):,} parameters, trained on "
-        f"{len(digits.images):,} MNIST digits of 16 by 16 pixels; T = {len(KIND.timesteps)}. Queries: "
+        f"A DDPM of {sum(p.numel() for p in ddpm.make_model(digits.recipe).parameters()):,} parameters, trained with a "
+        f"{schedule} noise schedule on {len(digits.images):,} MNIST digits of 16 by 16 pixels; T = {len(digits.kind.timesteps)}. Queries: "
         f"{len(images) // 2} generated digits, those of which a classifier ({right:.1%} right on digits it had not "
-        "seen) is surest; every other one, the rest being there to choose settings by. The detection rate at k is the share of the k samples "
-        "with the largest score that bear the query's label, as in the paper's Table 5; chance is 0.1. It measures "
+        "seen) is surest; every other one, the rest being there to choose settings by. The detection rate at k is the share of "
+        "the k samples with the largest score that bear the query's label, as in the paper's Table 5; chance is 0.1. It measures "
         "likeness, not cause.",
     )
     page.table(
@@ -267,7 +280,7 @@ def main(
             for row in found
         ],
     )
-    page.write(out / "mnist.md")
+    page.write(out / f"mnist_{schedule}.md")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ THICK = 16
 """Queries: those of the generated ones with the thickest strokes."""
 REMOVED = 2000
 SHOWN = 32
-WAYS = {"dmin none": ("none", False), "dmin sign": ("sign", False), "deflated sign": ("sign", True)}
+WAYS = {"dmin none": ("none", False), "deflated sign": ("sign", True)}
 
 
 def thickness(images: torch.Tensor) -> NDArray[np.float64]:
@@ -47,23 +47,24 @@ def thickness(images: torch.Tensor) -> NDArray[np.float64]:
     return np.array(widths)
 
 
-def _without(work: Path, data: Path, name: str, removed: NDArray[np.int64]) -> None:
+def _without(work: Path, data: Path, schedule: str, name: str, removed: NDArray[np.int64]) -> None:
     torch.set_num_threads(1)
-    digits = mnist.read(data)
+    digits = mnist.read(data, schedule)
     kept = np.setdiff1d(np.arange(len(digits.images)), removed)
-    mnist.trained(work, mnist.Digits(digits.images[kept], digits.labels[kept]), f"without-{name}")
+    mnist.trained(work, mnist.Digits(digits.images[kept], digits.labels[kept], digits.recipe), f"without-{name}")
 
 
 def main(
     data: Annotated[Path, typer.Option(help="The digits, .npz.")],
     work: Annotated[Path, typer.Option(help="Folder for what is done, that of mnist.py.")],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("docs/results"),
+    schedule: Annotated[str, typer.Option(help="That of mnist.py.")] = "cosine",
     processes: Annotated[int, typer.Option(help="As many trainings at a time, each on one thread.")] = 2,
 ) -> None:
     """Trains without the most influential samples, and writes the page."""
     began = time.monotonic()
     torch.set_num_threads(1)
-    digits = mnist.read(data)
+    digits = mnist.read(data, schedule)
     images, _ = mnist.queries(work, digits)
     widths = thickness(images)
     asked = np.argsort(-widths, kind="stable")[:THICK]
@@ -83,11 +84,24 @@ def main(
         removed[name] = np.argsort(-stored, kind="stable")[:REMOVED]
     of_samples = thickness(digits.images)
     with ProcessPoolExecutor(processes) as pool:
-        list(pool.map(_without, [work] * len(removed), [data] * len(removed), removed, removed.values()))
-    pictures = {"all samples": ddpm.generate(ddpm.load(mnist.trained(work, digits), mnist.RECIPE)[0], mnist.GENERATED)}
+        list(
+            pool.map(
+                _without,
+                [work] * len(removed),
+                [data] * len(removed),
+                [schedule] * len(removed),
+                removed,
+                removed.values(),
+            )
+        )
+    pictures = {
+        "all samples": ddpm.generate(
+            ddpm.load(mnist.trained(work, digits), digits.recipe)[0], mnist.GENERATED, schedule=digits.recipe.schedule
+        )
+    }
     for name in removed:
-        model, _ = ddpm.load(work / f"without-{name}.safetensors", mnist.RECIPE)
-        pictures[name] = ddpm.generate(model, mnist.GENERATED)
+        model, _ = ddpm.load(work / f"without-{name}.safetensors", digits.recipe)
+        pictures[name] = ddpm.generate(model, mnist.GENERATED, schedule=digits.recipe.schedule)
     full = thickness(pictures["all samples"])
     thick = np.argsort(-full, kind="stable")[: mnist.GENERATED // 10]
     page = Page(
@@ -96,8 +110,8 @@ def main(
         time.monotonic() - began,
         f"As in the paper's Figure 5. The {THICK} generated digits with the thickest strokes ask; the {REMOVED:,} of "
         f"{len(digits.images):,} samples with the largest summed score are left out, the model is trained again from "
-        f"the same beginning, and makes {mnist.GENERATED} pictures from the same noise. Widths are of strokes, in pixels "
-        "of 16 by 16; intervals are two standard errors over pictures. One training each.",
+        f"the same beginning, and makes {mnist.GENERATED} pictures from the same noise. Widths are of strokes, in "
+        "pixels of 16 by 16; intervals are two standard errors over pictures. One training each.",
     )
     rows = []
     for name, made in pictures.items():

@@ -38,12 +38,14 @@ class Kind:
 
     timesteps: T of them.
     objective: the script's loss, or the mean square of the denoiser's output (D-TRAK, arXiv 2311.00500).
+    schedule: of the noise, as the model was trained.
     draws: noises that are averaged over at each timestep; the same ones for all images.
     """
 
     timesteps: tuple[int, ...]
     objective: Objective = "loss"
     draws: int = 1
+    schedule: str = ddpm.COSINE
 
 
 def batches(
@@ -51,7 +53,7 @@ def batches(
 ) -> Iterator[list[Gradients]]:
     """The gradients of images (n, C, H, W), some images at a time: for each timestep by parameter (images, *shape)."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    schedule = ddpm.noise_schedule()
+    schedule = ddpm.noise_schedule(kind.schedule)
 
     def objective(given: Gradients, noisy: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         found = functional_call(model, given, (noisy[None], timestep[None])).sample

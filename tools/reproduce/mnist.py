@@ -261,11 +261,12 @@ def main(
         "python tools/reproduce/mnist.py --data mnist10k.npz --work WORK "
         f"--schedule {schedule} --dimensions {dimensions}" + ("" if whole else " --no-whole"),
         time.monotonic() - began,
-        f"A DDPM of {sum(p.numel() for p in ddpm.make_model(digits.recipe).parameters()):,} parameters, trained with a "
-        f"{schedule} noise schedule on {len(digits.images):,} MNIST digits of 16 by 16 pixels; T = {len(digits.kind.timesteps)}. Queries: "
-        f"{len(images) // 2} generated digits, those of which a classifier ({right:.1%} right on digits it had not "
-        "seen) is surest; every other one, the rest being there to choose settings by. The detection rate at k is the share of "
-        "the k samples with the largest score that bear the query's label, as in the paper's Table 5; chance is 0.1. It measures "
+        f"A DDPM of {sum(p.numel() for p in ddpm.make_model(digits.recipe).parameters()):,} parameters, trained with "
+        f"a {schedule} noise schedule on {len(digits.images):,} MNIST digits of 16 by 16 pixels; "
+        f"T = {len(digits.kind.timesteps)}. Queries: {len(images) // 2} generated digits, those of which a classifier "
+        f"({right:.1%} right on digits it had not seen) is surest; every other one, the rest being there to choose "
+        "settings by. The detection rate at k is the share of the k samples with the largest score that bear the "
+        "query's label, as in the paper's Table 5; chance is 0.1. It measures "
         "likeness, not cause.",
     )
     page.table(

@@ -314,10 +314,12 @@ def main(
             strengths.append(best_strength(by_strength, of_models, losses, np.intersect1d(other, has)))
             scores[half] = by_strength[strengths[-1]][half]
         kinds = [has[has < subsets.QUERIES], has[has >= subsets.QUERIES]]
-        both, *each = [_lds(scores, of_models, losses, part) if len(part) else None for part in (has, *kinds)]
+        draws = RESAMPLES if method in IN_SHORT else 1
+        both = _lds(scores, of_models, losses, has, draws)
+        each = [_lds(scores, of_models, losses, part, 1) if len(part) else None for part in kinds]
         alike = _same_label(scores[kinds[0]], digits.labels, digits.validation_labels) if len(kinds[0]) else None
         rows.append((method, " and ".join(dict.fromkeys(strengths)), both, each, alike))
-    rows.sort(key=lambda row: row[2].score.value if row[2] else -1.0)
+    rows.sort(key=lambda row: -row[2].score.value)
     page = Page(
         "Which scores find causes? LDS on digits",
         f"python tools/reproduce/subsets.py --work WORK --models {models}\npython tools/reproduce/lds.py --work WORK",
@@ -336,12 +338,11 @@ def main(
             method,
             strength,
             f"{both.score.value:.3f}",
-            f"{both.score.low:.2f} to {both.score.high:.2f}",
+            f"{both.score.low:.2f} to {both.score.high:.2f}" if method in IN_SHORT else "",
             *(f"{part.score.value:.3f}" if part else "" for part in each),
             f"{alike:.2f}" if alike is not None else "",
         )
-        for method, strength, both, each, alike in reversed(rows)
-        if both is not None
+        for method, strength, both, each, alike in rows
     }
     page.table(columns, [row for method, row in shown.items() if method in IN_SHORT])
     page.heading("All that was tried")

@@ -24,7 +24,7 @@ from dmin_trace.store import Trace, open_trace
 
 DIMENSION = 2**14
 LINKS = (8, 16, 32)
-CONSTRUCTION = (50, 100, 200, 400)
+CONSTRUCTION = (50, 100, 200)
 EFS = (100, 200, 400, 800, 1600)
 CANDIDATES = 100
 
@@ -38,13 +38,13 @@ def main(
     torch.set_num_threads(1)
     copy = work / "ablation"
     built = []
-    for precondition in ("none", "sign"):
+    for precondition in ("sign",):
         trace = _alone(work / f"v{DIMENSION}" / f"{precondition}.zarr", copy)
         asked = mnist.asked_of(work, DIMENSION, precondition)
         truth = score.exact(trace, asked, 10).slots
         for m, construction in product(LINKS, CONSTRUCTION):
             start = time.perf_counter()
-            facts = build_index(trace, m=m, ef_construction=construction)
+            facts = build_index(trace, m=m, ef_construction=construction, directions=0)
             seconds = time.perf_counter() - start
             index = open_index(trace)
             figures = ["none"] * len(EFS) if isinstance(index, str) else [_asked(index, asked, truth, ef) for ef in EFS]

@@ -88,7 +88,7 @@ def test_detection_is_that_of_the_samples_that_ask(tmp_path: Path) -> None:
         alike = [sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in asked]
         assert of["chance"] == pytest.approx(np.mean(alike) / 158)
     assert found.facts["rates"][0]["value"] > 0.5
-    assert found.title == "Detection rate by label, 31 samples asking"
+    assert found.title == "Detection rate by label, dmin scores, 31 samples asking"
     assert "Scanned all 160 samples." in found.meaning
 
 

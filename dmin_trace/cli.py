@@ -43,7 +43,7 @@ ProjectionKind = Annotated[str | None, typer.Option(help="rotation or uniform. D
 Codec = Annotated[str | None, typer.Option(help="none, or blosc for archives: smaller and slower. Default: none.")]
 PreconditionKind = Annotated[
     str | None,
-    typer.Option("--precondition", help="What is done to gradients: none (the paper), sign or adam. Default: none."),
+    typer.Option("--precondition", help="What is done to gradients: sign, adam, or none (the paper). Default: sign."),
 ]
 ObjectiveKind = Annotated[
     str | None,
@@ -198,6 +198,13 @@ def query_command(
     weights: Annotated[Path | None, typer.Option(help="The traced weights. Default: those beside the store.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the answer as JSON.")] = None,
     csv_path: Annotated[Path | None, typer.Option("--csv", help="Also write the answer as CSV.")] = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            help="deflated: without what all samples share, nearest to what caused it. dmin, the paper's: what looks "
+            "like it, mostly. ridge: as deflated, in full, for small stores."
+        ),
+    ] = "deflated",
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
 ) -> None:
     """Show the training samples that made the model make each image.
@@ -210,7 +217,8 @@ def query_command(
 
     The script's command is remembered from the capture on this machine; elsewhere give it after --.
     """
-    from dmin_trace import query, questions, report, score, store
+    from dmin_trace import query, questions, report, store
+    from dmin_trace.score import check_k
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts to ask about, or training samples with --sample, and not both.")
@@ -223,10 +231,11 @@ def query_command(
         if path is not None and not path.parent.is_dir():
             raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
     opened = store.open_trace(trace)
+    scored = query.check_score(opened, score)
+    check_k(opened, k)
     console = Console()
     if sample:
         shown = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
-        score.check_k(opened, k)
         gradients = query.sample_gradients(opened, sample)
     else:
         with Console(stderr=True).status("Reading the questions") as status:
@@ -241,23 +250,27 @@ def query_command(
             status.update("Capturing the gradients of the queries")
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
             behind = [a.conditioning for a in asked]
-            score.check_k(opened, k)
             gradients = query.capture_queries(
                 opened, files, prompts, conditioning=behind, weights=weights, command=context.obj
             )
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
-    answer = query.answer(opened, gradients, k=k, exact=exact)
+    with Console(stderr=True).status("Scoring"):
+        answer = query.answer(opened, gradients, k=k, score=scored, exact=exact)
     hits, timesteps = answer.hits, opened.header.timesteps
     for question, found in zip(shown, hits, strict=True):
-        console.print(report.hits_table(question, found, timesteps, ascii_only=console.options.ascii_only))
+        table = report.hits_table(question, found, timesteps, score=scored, ascii_only=console.options.ascii_only)
+        console.print(table)
         console.print()
     console.print(Text(report.harmless(answer.said, 400), style="dim"))
+    if answer.taken_out:
+        console.print(Text(report.harmless(f"{scored} scores: took out {answer.taken_out}", 400), style="dim"))
     if json_path is not None:
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
         facts |= {"answered_by": "scan" if answer.recall is None else "index", "index_recall": answer.recall}
-        json_path.write_text(report.to_json(shown, hits, timesteps, facts), encoding="utf-8")
+        facts["taken_out"] = answer.taken_out
+        json_path.write_text(report.to_json(shown, hits, timesteps, facts, score=scored), encoding="utf-8")
     if csv_path is not None:
-        csv_path.write_text(report.to_csv(shown, hits, timesteps), encoding="utf-8", newline="")
+        csv_path.write_text(report.to_csv(shown, hits, timesteps, score=scored), encoding="utf-8", newline="")
 
 
 @app.command("index")
@@ -270,6 +283,13 @@ def index_command(
     dimensions: Annotated[str, typer.Option(help="folded or full. Full is the paper's: large and slow.")] = "folded",
     m: Annotated[int, typer.Option("--M", help="HNSW: links of a sample.")] = 16,
     ef_construction: Annotated[int, typer.Option(help="HNSW: samples in view when one is linked.")] = 200,
+    directions: Annotated[
+        int | None,
+        typer.Option(help="Deflated scores: directions to take out; 0 keeps none. Default: those that samples share."),
+    ] = None,
+    ridge: Annotated[
+        float | None, typer.Option(help="Ridge scores: lambda, in units of what one sample alone has. Default: 0.3.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Build an index beside a store, so that queries need not scan it. Measures the recall that it reaches."""
@@ -301,6 +321,8 @@ def index_command(
             dimensions="full" if dimensions == "full" else "folded",
             m=m,
             ef_construction=ef_construction,
+            directions=directions,
+            ridge=ridge,
             progress=show,
         )
     title = str(index.index_beside(trace))
@@ -381,6 +403,9 @@ def evaluate_command(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write all figures, of every query too, as JSON.")
     ] = None,
+    score: Annotated[
+        str, typer.Option(help="The score that is measured: deflated, dmin or ridge, as query has them.")
+    ] = ("deflated"),
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
 ) -> None:
     """Measure how good the attributions of a trace are. Likeness and cause are different things; measure both.
@@ -419,6 +444,7 @@ def evaluate_command(
     if json_path is not None and not json_path.parent.is_dir():
         raise QueryError(f"There is no folder {json_path.parent} to write {json_path.name} to.")
     opened = store.open_trace(trace)
+    kind = query.check_score(opened, score)
     count = examine.QUERIES if queries is None else queries
     console, to_errors = Console(), Console(stderr=True)
     findings, gradients = [], None
@@ -449,10 +475,14 @@ def evaluate_command(
         for column, measure in ((label, examine.detection), (duplicates, examine.copies)):
             if column is not None:
                 shown = show(f"Asking by {report.harmless(column)}")
-                findings.append(measure(opened, column, ks=ks, queries=count, exact=exact, seed=seed, progress=shown))
+                findings.append(
+                    measure(opened, column, ks=ks, queries=count, kind=kind, exact=exact, seed=seed, progress=shown)
+                )
         if gradients is not None:
             shown = show("Scoring every sample")
-            findings.append(examine.datamodeling(opened, gradients, retrained, names, seed=seed, progress=shown))
+            findings.append(
+                examine.datamodeling(opened, gradients, retrained, names, kind=kind, seed=seed, progress=shown)
+            )
     for found in findings:
         table = report.measure_table(
             found.title, found.headings, found.rows, found.meaning, ascii_only=console.options.ascii_only

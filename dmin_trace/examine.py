@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dmin_trace import evaluate, query, score
 from dmin_trace.errors import EvaluationError
 from dmin_trace.evaluate import Estimate, TopRate
+from dmin_trace.score import Score
 from dmin_trace.store import Trace
 
 KS = (5, 10, 50, 100)
@@ -72,6 +73,7 @@ def detection(
     *,
     ks: Sequence[int] | None = None,
     queries: int = QUERIES,
+    kind: Score = "deflated",
     exact: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -83,6 +85,7 @@ def detection(
         column: of labels; an empty text, the whole number -1 and NaN are none, as they are to the store.
         ks: how many of the best; `KS` if not given.
         queries: how many samples with a label ask, spread evenly over the dataset.
+        kind: the score that is measured.
         exact: scan all samples even if there is an index.
         seed: of the interval's bootstrap.
         progress: counts the queries that were answered.
@@ -106,7 +109,7 @@ def detection(
             "column of labels."
         )
     asking = _spread([place for place, label in enumerate(labels) if label is not None], queries)
-    found, answered = _ask(trace, ranked, asking, max(ks), exact, progress)
+    found, answered = _ask(trace, ranked, asking, max(ks), kind, exact, progress)
     rates = evaluate.detection_rate(labels, found, [labels[place] for place in asking], ks, asking=asking, seed=seed)
     return _finding(
         f"Detection rate by {column}",
@@ -125,6 +128,7 @@ def copies(
     *,
     ks: Sequence[int] | None = None,
     queries: int = QUERIES,
+    kind: Score = "deflated",
     exact: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -155,7 +159,7 @@ def copies(
     for place in having:
         members.setdefault(groups[place], []).append(place)
     others = [[other for other in members[groups[place]] if other != place] for place in asking]
-    found, answered = _ask(trace, ranked, asking, max(ks), exact, progress)
+    found, answered = _ask(trace, ranked, asking, max(ks), kind, exact, progress)
     rates = evaluate.duplicate_recall(found, others, ks, ranked=len(ranked) - 1, seed=seed)
     return _finding(
         f"Recall of copies by {column}",
@@ -208,6 +212,7 @@ def datamodeling(
     retrained: Retrained,
     names: Sequence[str | int],
     *,
+    kind: Score = "deflated",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Finding:
@@ -220,6 +225,7 @@ def datamodeling(
         gradients: (Q, T, v), of the queries.
         retrained: the models.
         names: of the queries.
+        kind: the score that is measured.
         seed: of the interval's bootstrap.
         progress: counts the samples that were scored.
 
@@ -242,14 +248,15 @@ def datamodeling(
         if progress is not None:
             progress(done, len(numbers))
 
-    by_slot = score.every(trace, gradients, progress=count)
+    score.check_queries(trace, gradients)
+    by_slot = score.every(trace, query.freeing(trace, kind).free(gradients), progress=count)
     scores = np.empty(by_slot.shape)
     scores[:, numbers] = np.nan_to_num(by_slot, nan=0.0)
     found = evaluate.linear_datamodeling_score(scores, retrained.subsets, retrained.losses, seed=seed)
     without = int((~trace.rankable).sum())
     row = (str(len(gradients)), str(found.models), _part(found.score.value), _interval(found.score), "0.000")
     return Finding(
-        title="Linear datamodeling score",
+        title=f"Linear datamodeling score of {kind} scores",
         headings=("queries", "models", "LDS", "95 % interval", "chance"),
         rows=(row,),
         meaning="Rank correlation, over the models, of the summed scores of the samples that a model was trained on "
@@ -259,6 +266,7 @@ def datamodeling(
         + (f" {without:,} samples have no gradient to rank, and count as of no influence." if without else ""),
         facts={
             "measure": "linear_datamodeling_score",
+            "scored_by": kind,
             "seed": seed,
             "models": found.models,
             "samples_without_score": without,
@@ -326,6 +334,7 @@ def _ask(
     ranked: NDArray[np.int64],
     asking: NDArray[np.int64],
     k: int,
+    kind: Score,
     exact: bool,
     progress: Progress | None,
 ) -> tuple[NDArray[np.int64], query.Answer]:
@@ -333,10 +342,11 @@ def _ask(
     samples = trace.sample[ranked]
     together = max(1, TOGETHER // (len(trace.header.timesteps) * trace.header.dimension))
     found = np.empty((len(asking), k), np.int64)
+    made = query.freeing(trace, kind)
     for first in range(0, len(asking), together):
         here = asking[first : first + together]
         # One more than is looked at, for the one that asks. Another may be before it, if it is a copy.
-        answer = query.answer(trace, trace.rows(ranked[here]), k=k + 1, exact=exact)
+        answer = query.answer(trace, trace.rows(ranked[here]), k=k + 1, score=made, exact=exact)
         hits = np.array([[hit.sample for hit in hits] for hits in answer.hits])
         found[first : first + together] = evaluate.without_self(np.searchsorted(samples, hits), here)
         if progress is not None:
@@ -353,7 +363,7 @@ def _finding(
     answered: query.Answer,
 ) -> Finding:
     return Finding(
-        title=f"{title}, {len(samples):,} samples asking",
+        title=f"{title}, {answered.score} scores, {len(samples):,} samples asking",
         headings=("k", "rate", "95 % interval", "chance", "at best"),
         rows=tuple(
             (str(of.k), _part(of.rate.value), _interval(of.rate), _part(of.chance), _part(of.best)) for of in rates
@@ -362,6 +372,7 @@ def _finding(
         f"{answered.said[1:]}.",
         facts=facts
         | {
+            "scored_by": answered.score,
             "answered_by": "scan" if answered.recall is None else "index",
             "index_recall": answered.recall,
             "queries": samples.tolist(),

@@ -5,6 +5,8 @@
       graph.hnsw      hnswlib's graph: a vector for each slot that can be ranked, of copies for the first alone
       shared.f32      (T, r, v) the directions in which the samples mostly lie at each timestep, orthonormal
       copies.i64      (n, 2) slots whose stored numbers are those of an earlier slot, and that slot
+      principal.f32   (T, r, v) more such directions, for deflated scores (`kernel`)
+      eigenvalues.f64 (T, r) theirs
 
 A projection folds (`compress`): adding bins j and j + v/2 until F are left gives a sketch of F numbers, whose inner
 products err by about the product of the norms over sqrt(F). Gradients of a diffusion model are much alike, and an error
@@ -16,7 +18,8 @@ no norms.
 HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest products, and `score.rerank` ranks
 their rows by the very scores of the exact scan. Building measures how many of the true 10 and 100 best are found for
 samples that are not in the graph yet and for mixtures of them, chooses C and F by that, and writes it down; where the
-recall cannot be reached the scan answers.
+recall cannot be reached the scan answers. That is done for each score that queries may ask for: a deflated query has
+other neighbours, in the same graph.
 
 An index can come from anybody, as a store can. It is used only if everything in it fits the store as it is now; its
 checksums find damage, but not a forger, who writes them too: see `hnsw` for what is checked against those.
@@ -31,19 +34,20 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace import score
+from dmin_trace import kernel, score
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.hnsw import GraphError, graph_bytes, load_graph, make_graph
-from dmin_trace.score import Ranking
+from dmin_trace.kernel import Directions, Progress
+from dmin_trace.score import Ranking, Score
 from dmin_trace.store import TRAILER, Trace, chunk_file, sync, sync_tree
 
 if TYPE_CHECKING:
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = "dmin_trace.index"
-VERSION = 1
+VERSION = 2
 
 RECALL_AT_100 = 0.95
 """What is asked of the 100 best; of the 10 best it is the user's to say."""
@@ -82,23 +86,29 @@ LARGEST_FACTS = 2**20
 
 GRAPH, SHARED, COPIES, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "index.json"
 NAMES = (GRAPH, SHARED, COPIES)
+PRINCIPAL, EIGENVALUES = "principal.f32", "eigenvalues.f64"
 
 Dimensions = Literal["folded", "full"]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """How to ask for up to k hits, and what part of the true k best was found so.
+    """How to ask for up to k hits of a score, and what part of the true k best was found so.
 
     candidates: C, how many rows are scored exactly.
     ef: how many vectors hnswlib's search has in view.
     """
 
+    score: Score
     k: int
     candidates: int
     ef: int
     recall: float
+
+    @property
+    def name(self) -> str:
+        """What the recall is of."""
+        return f"recall@{self.k}" + ("" if self.score == "dmin" else f" of {self.score} scores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +132,8 @@ class Facts:
     asked: how many samples it was measured with.
     depths: the numbers of hits that are served; none if the scan has to answer.
     short: if it serves less than it should, why.
+    principal: how many principal directions of each timestep are kept for deflated scores.
+    ridge: the strength of ridge scores, lambda; None if none was given.
     files: the other files.
     """
 
@@ -140,6 +152,8 @@ class Facts:
     asked: int
     depths: tuple[Depth, ...]
     short: str
+    principal: int
+    ridge: float | None
     files: dict[str, File]
 
     @property
@@ -152,9 +166,17 @@ class Facts:
         """Bytes of its files."""
         return sum(file.bytes for file in self.files.values())
 
-    def depth(self, k: int) -> Depth | None:
-        """How to ask for k hits; None if so many were not calibrated."""
-        return next((depth for depth in self.depths if depth.k >= k), None)
+    def depth(self, k: int, score: Score = "dmin") -> Depth | None:
+        """How to ask for k hits of a score; None if so many were not calibrated."""
+        return next((depth for depth in self.depths if depth.k >= k and depth.score == score), None)
+
+    def unserved(self, score: Score) -> str:
+        """Why the graph does not answer for a score, or not for more hits."""
+        served = [depth.k for depth in self.depths if depth.score == score]
+        if served:
+            return f"the index serves up to {max(served)} hits"
+        of = f" {score} scores" if self.depths else ""
+        return f"the index does not serve{of}" + (f" ({self.short})" if self.short else "")
 
     def to_json(self) -> str:
         """The facts as index.json keeps them."""
@@ -178,6 +200,7 @@ class Facts:
             facts.m,
             facts.ef_construction,
             facts.vectors,
+            facts.principal,
             *(file.bytes for file in files.values()),
         )
         whole += tuple(number for depth in depths for number in (depth.k, depth.candidates, depth.ef))
@@ -185,6 +208,9 @@ class Facts:
         right = all(type(number) is int and 0 <= number < 2**50 for number in whole)
         right = right and all(type(part) in (int, float) and 0 <= part <= 1 for part in parts)
         right = right and all(depth.k <= depth.candidates <= min(depth.ef, facts.vectors) for depth in depths)
+        right = right and all(depth.score in get_args(Score) for depth in depths)
+        right = right and facts.principal <= kernel.MOST_DIRECTIONS
+        right = right and (facts.ridge is None or (type(facts.ridge) is float and 0 < facts.ridge < math.inf))
         if not right or not 2 <= facts.m <= 100 or not isinstance(facts.short, str):
             raise GraphError(f"{FACTS} holds numbers that cannot be meant")
         return facts
@@ -247,13 +273,14 @@ class Index:
         return [np.append(slots, self._copies[np.isin(self._copies[:, 1], slots), 0]) for slots in found]
 
 
-def search(index: Index, queries: NDArray[np.float32], k: int) -> Ranking:
+def search(index: Index, queries: NDArray[np.float32], k: int, *, kind: Score = "dmin") -> Ranking:
     """The k best of what the graph proposes for each query, by exact scores; of equal ones the first slot.
 
     Args:
         index: from `open_index`.
-        queries: (Q, T, v), compressed gradients.
-        k: how many to keep; `index.facts.depth(k)` says whether so many are served.
+        queries: (Q, T, v), compressed gradients, as the score has them.
+        k: how many to keep; `index.facts.depth(k, kind)` says whether so many are served.
+        kind: the score that the queries are for.
 
     Raises:
         QueryError: k is out of range or not served, or the queries are not finite or not of the store's shape.
@@ -261,7 +288,7 @@ def search(index: Index, queries: NDArray[np.float32], k: int) -> Ranking:
     """
     score.check_k(index.trace, k)
     score.check_queries(index.trace, queries)
-    depth = index.facts.depth(k)
+    depth = index.facts.depth(k, kind)
     if depth is None:
         raise QueryError(f"k is {k}, more than the index was calibrated for. Ask for fewer, or ask with --exact.")
     return score.rerank(index.trace, queries, index.candidates(queries, depth), k)
@@ -289,13 +316,36 @@ def open_index(trace: Trace) -> Index | str:
     if isinstance(facts, str):
         return facts
     if not facts.depths:
-        return f"the index does not serve ({facts.short})"
+        return facts.unserved("dmin")
     try:
         return _opened(trace, facts, index_beside(trace.path))
     except GraphError as error:
         return _unused(error)
     except (OSError, ValueError) as error:
         return _unused(f"it is damaged ({error})")
+
+
+def open_directions(trace: Trace) -> Directions | str:
+    """The principal directions that a store's index keeps; or in words why there are none, "" if none was made."""
+    facts = read_facts(trace)
+    if isinstance(facts, str) or not facts.principal:
+        return facts if isinstance(facts, str) else ""
+    shape = (facts.timesteps, facts.principal)
+    folder = index_beside(trace.path)
+    try:
+        kept = _checked(folder, EIGENVALUES, facts.files[EIGENVALUES], 8 * math.prod(shape))
+        eigenvalues = np.fromfile(kept, "<f8").reshape(shape)
+        file = _checked(folder, PRINCIPAL, facts.files[PRINCIPAL], 4 * math.prod(shape) * facts.dimension)
+        vectors = np.memmap(file, "<f4", "r", shape=(*shape, facts.dimension))
+        if not np.isfinite(eigenvalues).all() or (np.diff(eigenvalues, append=0.0) > 0).any():
+            raise GraphError(f"{EIGENVALUES} holds none")
+        if not np.allclose(np.vecdot(vectors, vectors), eigenvalues > 0, atol=1e-2):
+            raise GraphError(f"{PRINCIPAL} holds no directions")
+    except GraphError as error:
+        return _unused(error)
+    except (OSError, ValueError) as error:
+        return _unused(f"it is damaged ({error})")
+    return Directions(vectors, eigenvalues)
 
 
 def build_index(
@@ -306,11 +356,14 @@ def build_index(
     dimensions: Dimensions = "folded",
     m: int = 16,
     ef_construction: int = 200,
+    directions: int | None = None,
+    ridge: float | None = None,
     progress: Progress | None = None,
 ) -> Facts:
     """Builds a store's index, measures its recall, and puts it beside the store in place of an older one.
 
-    Where the recall cannot be reached, that is written down instead of a graph, and queries scan.
+    Where the recall cannot be reached, that is written down instead of a graph, and queries scan. The principal
+    directions of deflated scores are found and kept all the same.
 
     Args:
         trace: the store.
@@ -319,6 +372,9 @@ def build_index(
         dimensions: "full" for vectors of all dimensions, as the paper has them: large and slow.
         m: links of a vector, 2 to 100.
         ef_construction: how many vectors are in view when one is linked.
+        directions: how many principal directions deflated scores take out, 0 for none to be kept;
+            `kernel.choose_directions` says it if it is not given.
+        ridge: the strength of ridge scores, lambda; `kernel.ALONE` if not given.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
@@ -335,6 +391,8 @@ def build_index(
         raise SettingsError(f"M is {m}; expected 2 to 100.")
     if not m <= ef_construction <= 10_000:
         raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
+    if ridge is not None and not 0 < ridge < math.inf:
+        raise SettingsError(f"ridge is {ridge}; expected a number above 0.")
     folds = _folds(trace, fold, dimensions, m)
     if not trace.complete:
         raise TraceError(f"{trace.path} is unfinished. Finish the capture before it is indexed.")
@@ -365,27 +423,49 @@ def build_index(
         asked=len(held),
         depths=(),
         short=f"{len(kept)} samples are few enough to scan",
+        principal=0,
+        ridge=ridge,
         files={},
     )
+    principal = None
+    arrays: dict[str, NDArray[Any]] = {}
+    if directions != 0 and len(kept):
+        free = _free_memory()
+        if free is not None and free < (needed := kernel.memory(trace, directions)):
+            raise SettingsError(
+                f"To find principal directions takes {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
+                "are free. Give a smaller --directions, or 0 for none."
+            )
+        principal = kernel.principal_directions(trace, directions, progress)
+        facts = replace(facts, principal=principal.eigenvalues.shape[1])
+        arrays |= {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
     if not wanted:
-        return _write(folder, facts)
-    questions = _questions(trace, held)
-    truth = _truth(trace, questions, held, copies, max(wanted), progress)
+        return _write(folder, facts, arrays)
+    questions: dict[Score, NDArray[np.float32]] = {"dmin": _questions(trace, held)}
+    if principal is not None:
+        questions["deflated"] = principal.deflate(questions["dmin"])
+    truth = {kind: _truth(trace, asked, held, copies, max(wanted), progress) for kind, asked in questions.items()}
     shared = _shared_directions(trace, kept)
     for fold in folds:
         _check_memory(trace, fold, m)
         split = Split(shared, fold)
         graph = make_graph(split.length, len(kept), m, ef_construction)
         _add(graph, trace, split, linked, progress)
-        depths, short = _calibrate(graph, split.vectors(questions), truth, wanted, most)
+        found = [
+            _calibrate(graph, split.vectors(asked), truth[kind], wanted, most, kind)
+            for kind, asked in questions.items()
+        ]
+        depths = tuple(depth for served, _ in found for depth in served)
+        short = [why for _, why in found]
         logger.info("fold %d: %s %s", fold, depths, short)
-        facts = replace(facts, fold=fold, depths=depths, short=short)
-        if not short:
+        facts = replace(facts, fold=fold, depths=depths, short="; ".join(filter(None, short)))
+        # The paper's score decides. A larger vector costs every query, and what it cannot serve is scanned for.
+        if not short[0]:
             break
     if not facts.depths:
-        return _write(folder, facts)
+        return _write(folder, facts, arrays)
     _add(graph, trace, split, held, progress)
-    return _write(folder, facts, graph, shared, copies)
+    return _write(folder, facts, {**arrays, SHARED: shared, COPIES: copies}, graph)
 
 
 def fingerprint(trace: Trace) -> str:
@@ -414,24 +494,33 @@ def shown(facts: Facts, trace: Trace) -> list[tuple[str, str]]:
             "each timestep",
         ),
         *(
-            (f"recall@{depth.k}", f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
+            (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
         ),
         ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
-        ("serves", f"queries for up to {facts.depths[-1].k} hits" if facts.depths else "nothing: queries scan"),
+        ("serves", _served(facts)),
     ]
+    if facts.principal:
+        told.append(("deflated scores", f"by {facts.principal} principal directions of each timestep"))
     return [*told, ("short of", facts.short)] if facts.short else told
+
+
+def _served(facts: Facts) -> str:
+    most = {depth.score: depth.k for depth in facts.depths}
+    served = [f"{kind} queries for up to {k} hits" for kind, k in most.items()]
+    return "; ".join(served) if served else "nothing: queries scan"
 
 
 def summary(facts: Facts | str) -> str:
     """What `dmin-trace info` says of an index, from `read_facts`."""
     if isinstance(facts, str):
         return facts or "none; dmin-trace index makes one"
+    kept = f"; {facts.principal} principal directions of each timestep" if facts.principal else ""
     if not facts.depths:
-        return f"serves nothing, queries scan: {facts.short}"
-    recalls = ", ".join(f"recall@{depth.k} {depth.recall:.3f}" for depth in facts.depths)
-    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated"
+        return f"serves nothing, queries scan: {facts.short}{kept}"
+    recalls = ", ".join(f"{depth.name} {depth.recall:.3f}" for depth in facts.depths)
+    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{kept}"
 
 
 def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
@@ -587,6 +676,7 @@ def _calibrate(
     truth: NDArray[np.int64],
     wanted: dict[int, float],
     most: int,
+    kind: Score,
 ) -> tuple[tuple[Depth, ...], str]:
     """How to ask the graph so that each number of hits has its recall; and, where one cannot be served, why.
 
@@ -610,10 +700,11 @@ def _calibrate(
             recall = float(found.reshape(2, -1).mean(axis=1).min())
             if recall >= min((1 + least) / 2, reach) or ef >= max(DEEPEST, 8 * candidates):
                 break
+        depth = Depth(score=kind, k=k, candidates=candidates, ef=ef, recall=recall)
         if recall < least:
-            short.append(f"recall@{k} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
+            short.append(f"{depth.name} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
         else:
-            depths.append(Depth(k=k, candidates=candidates, ef=ef, recall=recall))
+            depths.append(depth)
     return tuple(depths), "; ".join(short)
 
 
@@ -633,35 +724,32 @@ def _parts(trace: Trace, slots: NDArray[np.int64]) -> Iterator[NDArray[np.int64]
 def _check_ours(folder: Path) -> None:
     """Raises TraceError if something else is where the index belongs: it would be lost."""
     try:
-        ours = not folder.exists() or {file.name for file in folder.iterdir()} <= {*NAMES, FACTS}
+        ours = not folder.exists() or {file.name for file in folder.iterdir()} <= {
+            *NAMES,
+            PRINCIPAL,
+            EIGENVALUES,
+            FACTS,
+        }
     except OSError:
         ours = False
     if not ours or folder.is_symlink():
         raise TraceError(f"{folder} is where the index belongs, but is no index of dmin_trace. Move it away.")
 
 
-def _write(
-    folder: Path,
-    facts: Facts,
-    graph: hnswlib.Index | None = None,
-    shared: NDArray[np.float32] | None = None,
-    copies: NDArray[np.int64] | None = None,
-) -> Facts:
+def _write(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph: hnswlib.Index | None = None) -> Facts:
     """Puts the index in its place, whole: what a killed build leaves has another name."""
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        if graph is not None and shared is not None and copies is not None:
+        if graph is not None:
             graph.save_index(os.fspath(partial / GRAPH))
             if (partial / GRAPH).stat().st_size != graph.index_file_size():  # hnswlib says nothing of a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            shared.astype("<f4").tofile(partial / SHARED)
-            copies.astype("<i8").tofile(partial / COPIES)
-            sizes = {
-                name: File(bytes=(partial / name).stat().st_size, sha256=_sha256(partial / name)) for name in NAMES
-            }
-            facts = replace(facts, files=sizes)
+        for name, numbers in arrays.items():
+            numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tofile(partial / name)
+        sizes = {file.name: File(bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(partial.iterdir())}
+        facts = replace(facts, files=sizes)
         (partial / FACTS).write_text(facts.to_json(), encoding="utf-8")
         sync_tree(partial)
         shutil.rmtree(old, ignore_errors=True)
@@ -694,7 +782,9 @@ def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     shape = (facts.samples, facts.timesteps, facts.dimension)
     if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != fingerprint(trace):
         raise GraphError("the store has changed since")
-    if not facts.fold or header.dimension % facts.fold or (facts.depths and set(facts.files) != set(NAMES)):
+    files = {*(NAMES if facts.depths else ()), *((PRINCIPAL, EIGENVALUES) if facts.principal else ())}
+    possible = facts.fold and header.dimension % facts.fold == 0 and facts.principal <= header.samples
+    if not possible or set(facts.files) != files:
         raise GraphError(f"{FACTS} holds numbers that cannot be meant")
     return facts
 
@@ -709,12 +799,8 @@ def _opened(trace: Trace, facts: Facts, folder: Path) -> Index:
         SHARED: 4 * facts.timesteps * facts.directions * facts.dimension,
         COPIES: 16 * len(usable),
     }
-    for name, file in facts.files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != file.bytes or file.bytes > largest[name]:
-            raise GraphError(f"{name} is not of the size that was written")
-        if _sha256(path) != file.sha256:
-            raise GraphError(f"{name} is damaged")
+    for name, most in largest.items():
+        _checked(folder, name, facts.files[name], most)
     shared = np.fromfile(folder / SHARED, "<f4").reshape(facts.timesteps, facts.directions, facts.dimension)
     copies = np.fromfile(folder / COPIES, "<i8").reshape(-1, 2).astype(np.int64)
     linked = np.setdiff1d(usable, copies[:, 0])
@@ -724,6 +810,16 @@ def _opened(trace: Trace, facts: Facts, folder: Path) -> Index:
         raise GraphError(f"{COPIES} does not leave the {facts.vectors} slots that the graph holds")
     split = Split(shared, facts.fold)
     return Index(trace, facts, split, load_graph(folder / GRAPH, split.length, linked, facts.m), copies)
+
+
+def _checked(folder: Path, name: str, written: File, most: int) -> Path:
+    """A file of the index. Raises GraphError if it is not what was written, or larger than it can be."""
+    path = folder / name
+    if not path.is_file() or path.stat().st_size != written.bytes or written.bytes > most:
+        raise GraphError(f"{name} is not of the size that was written")
+    if _sha256(path) != written.sha256:
+        raise GraphError(f"{name} is damaged")
+    return path
 
 
 def _unused(why: object) -> str:

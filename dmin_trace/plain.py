@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dmin_trace import moments, precondition, query, score, store
+from dmin_trace import moments, precondition, query, store
 from dmin_trace.body import TIMESTEP_ARGUMENTS, Body, takes_timestep
 from dmin_trace.columns import Columns
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
@@ -35,6 +35,7 @@ from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import PinnedDraws, RandomState, Slot, make_slots, seed_everything, seed_of
 from dmin_trace.recorder import Recorder
 from dmin_trace.report import Hit
+from dmin_trace.score import Score, check_k
 from dmin_trace.settings import Settings, make_settings
 from dmin_trace.store import Trace, open_trace
 from dmin_trace.weights import Trainable, find_named, find_trainable
@@ -278,22 +279,24 @@ class Recording:
         """
         self._check_turn(sample, 0).sample(sample, item, batch)
 
-    def hits(self, k: int = 10, *, exact: bool = False) -> list[list[Hit]]:
+    def hits(self, k: int = 10, *, score: Score = "deflated", exact: bool = False) -> list[list[Hit]]:
         """After a recording `like` a trace: the training samples with the largest influence on each query, best first.
 
         Args:
             k: how many training samples for each query.
+            score: "dmin", "deflated" or "ridge", as for `dmin_trace.attribute`.
             exact: scan all samples even if the trace has an index.
 
-        Raises QueryError if this was no recording of queries or is not over, or k is out of range.
+        Raises QueryError if this was no recording of queries or is not over, k is out of range, or the trace cannot be
+        asked for this score.
         """
         if self._like is None or self._asked is None:
             raise QueryError(
                 "There are no hits: this recording makes a trace, or has not recorded all its queries. Ask with "
                 "recording(model, like='...', samples=...), and for hits when its loop is over."
             )
-        score.check_k(self._like, k)
-        return query.answer(self._like, self._asked, k=k, exact=exact).hits
+        check_k(self._like, k)
+        return query.answer(self._like, self._asked, k=k, score=score, exact=exact).hits
 
     # -- beginning and end -----------------------------------------------------------------------------------------
 

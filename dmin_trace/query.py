@@ -14,20 +14,22 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dmin_trace import errors, score
+from dmin_trace import errors, kernel
 from dmin_trace.commands import Command, Job, recall
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
-from dmin_trace.index import open_index, search
+from dmin_trace.index import open_directions, open_index, read_facts, search
 from dmin_trace.questions import Asked
 from dmin_trace.report import Hit
-from dmin_trace.score import Ranking
+from dmin_trace.score import Ranking, Score, check_k, check_queries
+from dmin_trace.score import exact as scan
 from dmin_trace.store import Trace, open_trace, weights_beside
 
 
@@ -39,11 +41,15 @@ class Answer:
     recall: (depth, part): where the index answered, what part of the true `depth` best it found when it was calibrated;
         None where every sample was scanned.
     said: what answered, on one line; words of the index's own file may be in it.
+    score: what the samples are ranked by.
+    taken_out: what was taken out of the queries for that, in words; "" for the paper's score.
     """
 
     hits: list[list[Hit]]
     recall: tuple[int, float] | None
     said: str
+    score: Score
+    taken_out: str
 
 
 def attribute(
@@ -55,6 +61,7 @@ def attribute(
     k: int = 10,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
+    score: Score = "deflated",
     exact: bool = False,
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each image, best first.
@@ -70,45 +77,131 @@ def attribute(
         weights: the traced weights; those beside the store if not given.
         command: the script and its arguments, as the traced run was started; what this user's machine remembers of
             that run if not given. `{data}` in an argument stands for the folder with the queries.
+        score: "dmin" is the paper's sum of inner products; "deflated" takes what all samples share out of the query,
+            along the principal directions that the store's index keeps; "ridge" does so along all directions.
+        exact: scan all samples even if there is an index.
 
     Returns:
         A list of k hits for each image.
 
     Raises:
         QueryError: no such image, one that cannot be asked of this trace (of another size, or without a prompt where
-            the model was trained with captions), or k is out of range.
+            the model was trained with captions), k is out of range, or the trace cannot be asked for this score.
         WeightsError: the weights are missing or not those of the trace.
         ScriptError: the script failed on the queries.
         TraceError: there is no finished store.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
-    score.check_k(trace, k)
+    check_k(trace, k)
+    check_score(trace, score)
     gradients = capture_queries(trace, images, prompts, conditioning=conditioning, weights=weights, command=command)
-    return answer(trace, gradients, k=k, exact=exact).hits
+    return answer(trace, gradients, k=k, score=score, exact=exact).hits
 
 
-def answer(trace: Trace, gradients: np.ndarray, *, k: int, exact: bool = False) -> Answer:
+def check_score(trace: Trace, name: str) -> Score:
+    """The score of this name. Raises QueryError if there is none, or the store cannot be asked for it."""
+    if name == "ridge":
+        kernel.check_ridge(trace)
+        return "ridge"
+    if name == "deflated":
+        facts = read_facts(trace)
+        if isinstance(facts, str) or not facts.principal:
+            _check_few(trace, facts if isinstance(facts, str) else "")
+        return "deflated"
+    if name != "dmin":
+        raise QueryError(f"score is {name!r}; expected dmin, deflated or ridge.")
+    return "dmin"
+
+
+@dataclass(frozen=True)
+class Freeing:
+    """What makes queries ready for a score of a store; `freeing` makes one.
+
+    score: the score.
+    free: from (Q, T, v) to (Q, T, v).
+    taken_out: what it takes out of them, in words; "" for the paper's score.
+    """
+
+    score: Score
+    free: Callable[[np.ndarray], np.ndarray]
+    taken_out: str
+
+
+def freeing(trace: Trace, score: Score) -> Freeing:
+    """What makes queries ready for a score: finds the principal directions, where the index does not keep them.
+
+    Raises:
+        QueryError: the trace cannot be asked for this score.
+        TraceError: the store is damaged.
+    """
+    check_score(trace, score)
+    if score == "dmin":
+        return Freeing(score, lambda queries: queries, "")
+    if score == "ridge":
+        facts = read_facts(trace)
+        strength = kernel.ALONE if isinstance(facts, str) or facts.ridge is None else facts.ridge
+        return Freeing(score, partial(kernel.ridge, trace, strength=strength), f"ridge of {strength:.3g}")
+    directions = open_directions(trace)
+    said = "kept by the index"
+    if isinstance(directions, str):
+        _check_few(trace, directions)
+        said = f"found for this query ({directions})" if directions else "found for this query"
+        directions = kernel.principal_directions(trace)
+    count = directions.eigenvalues.shape[1]
+    return Freeing(score, directions.deflate, f"{count} principal directions of each timestep, {said}")
+
+
+def answer(
+    trace: Trace, gradients: np.ndarray, *, k: int, score: Score | Freeing = "deflated", exact: bool = False
+) -> Answer:
     """The training samples with the largest influence on queries whose gradients are captured.
 
     Args:
         trace: the store.
         gradients: (Q, T, v), from `capture_queries`.
         k: how many training samples for each query.
+        score: as for `attribute`; or, to ask again and again, what `freeing` made of it.
         exact: scan all samples even if there is an index.
 
     Raises:
-        QueryError: k is out of range, or the gradients are not finite or not of the store's shape.
+        QueryError: k is out of range, the gradients are not finite or not of the store's shape, or the trace cannot be
+            asked for this score.
         TraceError: the store is damaged.
     """
+    check_k(trace, k)
+    check_queries(trace, gradients)
+    made = score if isinstance(score, Freeing) else freeing(trace, score)
+    queries, kind = made.free(gradients), made.score
     index = "" if exact else open_index(trace)
+    depth = None
     if not isinstance(index, str):
-        depth = index.facts.depth(k)
+        depth = index.facts.depth(k, kind)
         if depth is not None:
+            ranking = search(index, queries, k, kind=kind)
             said = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
-            return Answer(hits=hits_of(trace, search(index, gradients, k)), recall=(depth.k, depth.recall), said=said)
-        index = f"the index serves up to {index.facts.depths[-1].k} hits"
-    said = f"scanned all {len(trace.slots_done):,} samples" + (f": {index}" if index else "")
-    return Answer(hits=hits_of(trace, score.exact(trace, gradients, k)), recall=None, said=said)
+        else:
+            index = index.facts.unserved(kind)
+    if isinstance(index, str):
+        ranking = scan(trace, queries, k)
+        said = f"scanned all {len(trace.slots_done):,} samples" + (f": {index}" if index else "")
+    return Answer(
+        hits=hits_of(trace, ranking),
+        recall=None if depth is None else (depth.k, depth.recall),
+        said=said,
+        score=kind,
+        taken_out=made.taken_out,
+    )
+
+
+def _check_few(trace: Trace, why: str) -> None:
+    """Raises QueryError where no directions are kept, for this reason, and there are too many samples to find them."""
+    numbers = int(trace.rankable.sum()) * len(trace.header.timesteps) * trace.header.dimension
+    if numbers > kernel.FOUND:
+        raise QueryError(
+            "Deflated scores need the principal directions of the samples. The store's index keeps them, and here "
+            f"{why or 'it has none'}; a query finds them in up to {kernel.FOUND:,} numbers, and this trace has "
+            f"{numbers:,}. Make them with dmin-trace index {trace.path}, or ask with --score dmin."
+        )
 
 
 def sample_gradients(trace: Trace, samples: Sequence[int]) -> np.ndarray:

@@ -24,6 +24,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from dmin_trace.score import Score
+
 JSON_FORMAT = "dmin_trace.hits"
 JSON_VERSION = 1
 MEASURES_FORMAT = "dmin_trace.measures"
@@ -75,9 +77,14 @@ class Question:
 
 
 def hits_table(
-    question: Question, hits: Sequence[Hit], timesteps: tuple[float, ...], *, ascii_only: bool = False
+    question: Question,
+    hits: Sequence[Hit],
+    timesteps: tuple[float, ...],
+    *,
+    score: Score = "dmin",
+    ascii_only: bool = False,
 ) -> Table:
-    """The causes of one query as a table of one row a hit.
+    """The causes of one query as a table of one row a hit, and under it what their score is.
 
     The shares are drawn as one bar a timestep, all bars of the table on one scale, a negative share as a dot; above
     20 timesteps, neighbours are averaged into 20 bars. With `ascii_only` (give it `console.options.ascii_only`) bars
@@ -93,7 +100,7 @@ def hits_table(
         title=title,
         title_justify="left",
         title_style="",
-        caption=Text(_meaning(len(timesteps))),
+        caption=Text(_meaning(score, len(timesteps))),
         caption_justify="left",
         caption_style="dim",
         box=box.SIMPLE_HEAD,
@@ -112,8 +119,8 @@ def hits_table(
     pooled = [_pooled(hit.shares) for hit in hits]
     peak = max((share for row in pooled for share in row if math.isfinite(share)), default=0.0)
     scores = _aligned([hit.score for hit in hits])
-    for hit, score, shares in zip(hits, scores, pooled, strict=True):
-        row = [Text(str(hit.rank)), Text(score), _bars(shares, peak, ascii_only), Text(str(hit.sample))]
+    for hit, value, shares in zip(hits, scores, pooled, strict=True):
+        row = [Text(str(hit.rank)), Text(value), _bars(shares, peak, ascii_only), Text(str(hit.sample))]
         if text_column is not None:
             row.append(Text(_shown(_written(hit.columns.get(text_column)), LONGEST_TEXT, ascii_only)))
         if file_column is not None:
@@ -188,12 +195,15 @@ def to_json(
     hits: Sequence[Sequence[Hit]],
     timesteps: tuple[float, ...],
     trace_facts: dict[str, object],
+    *,
+    score: Score = "dmin",
 ) -> str:
     """The hits of all queries as strict JSON in plain ASCII, keys always in this order:
 
         format      "dmin_trace.hits"
         version     1; a reader should refuse any other
-        score       what a score is, in words
+        scored_by   "dmin", "deflated" or "ridge"
+        score       what such a score is, in words
         timesteps   [t, ...]
         trace       the facts of the trace, as given
         queries     [{name, prompt, hits: [{rank, sample, score, shares, columns}, ...]}, ...]
@@ -204,7 +214,8 @@ def to_json(
     report = {
         "format": JSON_FORMAT,
         "version": JSON_VERSION,
-        "score": _meaning(len(timesteps)),
+        "scored_by": score,
+        "score": _meaning(score, len(timesteps)),
         "timesteps": timesteps,
         "trace": trace_facts,
         "queries": [
@@ -228,15 +239,22 @@ def to_json(
     return _json(report)
 
 
-def to_csv(questions: Sequence[Question], hits: Sequence[Sequence[Hit]], timesteps: tuple[float, ...]) -> str:
+def to_csv(
+    questions: Sequence[Question],
+    hits: Sequence[Sequence[Hit]],
+    timesteps: tuple[float, ...],
+    *,
+    score: Score = "dmin",
+) -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
-    Columns: query, prompt, rank, sample, score, the store's own columns, then share_t<timestep> for each timestep.
+    Columns: query, prompt, rank, sample, score, scored_by ("dmin", "deflated" or "ridge"), the store's own columns,
+    then share_t<timestep> for each timestep.
     A column of the store with a name already taken gets "meta_" before it. Control characters in text are escaped,
     and text that a spreadsheet would take for a formula gets a leading "'". A missing value, NaN or infinity is an
     empty cell. Lines end in a newline alone.
     """
-    fixed = ["query", "prompt", "rank", "sample", "score"]
+    fixed = ["query", "prompt", "rank", "sample", "score", "scored_by"]
     shares = [f"share_t{_timestep(t)}" for t in timesteps]
     # A dict for its order: each name once, where it was first met.
     names = dict.fromkeys(name for causes in hits for hit in causes for name in hit.columns)
@@ -256,7 +274,7 @@ def to_csv(questions: Sequence[Question], hits: Sequence[Sequence[Hit]], timeste
         for hit in causes:
             if len(hit.shares) != len(timesteps):
                 raise ValueError(f"sample {hit.sample} has {len(hit.shares)} shares for {len(timesteps)} timesteps")
-            values = [question.name, question.prompt, hit.rank, hit.sample, hit.score]
+            values = [question.name, question.prompt, hit.rank, hit.sample, hit.score, score]
             values += [hit.columns.get(name) for name in names]
             writer.writerow([_cell(value) for value in [*values, *hit.shares]])
     return out.getvalue()
@@ -318,11 +336,16 @@ def _chosen(hits: Sequence[Hit], wanted: Sequence[str], others: Sequence[str] | 
     return next((name for name in present if name.lower() not in others), None)
 
 
-def _meaning(count: int) -> str:
+def _meaning(score: Score, count: int) -> str:
     timesteps = "1 timestep" if count == 1 else f"{count} timesteps"
+    if score == "dmin":
+        return (
+            f"score: inner product of normalised compressed gradients, summed over {timesteps}; "
+            f"{count} would be a perfect match"
+        )
     return (
-        f"score: inner product of normalised compressed gradients, summed over {timesteps}; "
-        f"{count} would be a perfect match"
+        f"{score} score: inner product of compressed gradients, the query's without what all samples share, summed "
+        f"over {timesteps}; above 0 helps, below 0 hinders; compare within a query only"
     )
 
 

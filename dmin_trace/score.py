@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
 
 R = TypeVar("R")
+Score = Literal["dmin", "deflated", "ridge"]
+"""What samples are ranked by: the paper's inner products, or those with a query freed of what they share (`kernel`)."""
 
 PART = 2**21
 """Numbers that a thread reads at a time, if that is enough samples."""

@@ -44,8 +44,9 @@ class Settings:
     draws: D, how many noises are drawn at each timestep, the same for all samples. A gradient is then the mean of D, at
         the cost of D passes and of one more gradient in memory. The first draw is that of draws=1.
     precondition: what is done to a gradient, element by element, before it is compressed and normalised; the norms in
-        the store are of what it gives. "none" is the paper; "sign" takes the sign of each element; "adam" divides by
-        the root of the optimizer's second moment at the end of training, as an Adam step does.
+        the store are of what it gives. "sign" (the default) takes the sign of each element: better at likeness and
+        at causes than "none", which is the paper (docs/quality.md); "adam" divides by the root of the optimizer's
+        second moment at the end of training, as an Adam step does.
     codec: how the file of a chunk is packed: "none" (the default) is read as it lies; "blosc" (Zstandard after a bit
         shuffle) is smaller by a few per cent and slower, for archives where bytes cost more than time.
     columns: dataset columns kept for people to read; None keeps those of the usual names (caption, label, file_name
@@ -61,7 +62,7 @@ class Settings:
     seed: int = 0
     objective: Objective = "loss"
     draws: int = 1
-    precondition: Precondition = "none"
+    precondition: Precondition = "sign"
     codec: Codec = "none"
     columns: tuple[str, ...] | None = None
 

@@ -29,6 +29,7 @@ from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryEr
 from dmin_trace.frozen import FrozenModules
 from dmin_trace.plain import Recording
 from dmin_trace.report import Hit
+from dmin_trace.score import Score
 from dmin_trace.settings import Settings, make_settings
 from dmin_trace.store import Trace, open_trace
 from dmin_trace.variables import undo_of
@@ -200,6 +201,7 @@ def attribute(
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     trainer: Any = None,
     k: int = 10,
+    score: Score = "deflated",
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each item, best first.
 
@@ -210,6 +212,7 @@ def attribute(
         collate_fn: the training dataloader's.
         trainer: as for `capture`.
         k: how many training samples for each item.
+        score: "dmin", "deflated" or "ridge", as for `dmin_trace.attribute`.
 
     Raises:
         QueryError: an item that is not like those of the training, or k out of range.
@@ -231,7 +234,7 @@ def attribute(
         item=None,
     )
     _record(recording, module, lambda i: items[i], collate_fn, trainer)
-    return recording.hits(k)
+    return recording.hits(k, score=score)
 
 
 def _capture(

@@ -25,6 +25,7 @@ from dmin_trace import index, query, score
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.hnsw import HEADER, graph_bytes
 from dmin_trace.index import GRAPH, Index, Split, build_index, index_beside, open_index, search
+from dmin_trace.score import Ranking, Score
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Header, Trace, open_trace
 
@@ -103,7 +104,9 @@ def test_real_gradients_are_found_by_images_that_were_not_trained_on(digits: Pat
     assert opened(trace).facts.depths[0].recall >= 0.99
     said = {}
     for name, options in {"index": (), "scan": ("--exact",)}.items():
-        ran = run([*CLI, "query", "out/trace.zarr", *others, "--json", f"{name}.json", *options], digits)
+        ran = run(
+            [*CLI, "query", "--score", "dmin", "out/trace.zarr", *others, "--json", f"{name}.json", *options], digits
+        )
         said[name] = ran.stdout.strip().splitlines()[-1]
     assert said["index"].startswith("answered by the index (recall@10 ")
     assert said["scan"] == "scanned all 240 samples"
@@ -122,10 +125,15 @@ def test_python_uses_the_index_unless_told_to_scan(digits: Path, monkeypatch: py
     build_index(open_trace(digits / "out" / "trace.zarr"))
     images = sorted((digits / "others").iterdir())[:2]
     searched: list[int] = []
-    monkeypatch.setattr(query, "search", lambda found, gradients, k: searched.append(k) or search(found, gradients, k))
-    hits = query.attribute(digits / "out" / "trace.zarr", images, k=3)
+
+    def watched(found: Index, gradients: np.ndarray, k: int, *, kind: Score) -> Ranking:
+        searched.append(k)
+        return search(found, gradients, k, kind=kind)
+
+    monkeypatch.setattr(query, "search", watched)
+    hits = query.attribute(digits / "out" / "trace.zarr", images, k=3, score="dmin")
     assert searched == [3]
-    scanned = query.attribute(digits / "out" / "trace.zarr", images, k=3, exact=True)
+    scanned = query.attribute(digits / "out" / "trace.zarr", images, k=3, score="dmin", exact=True)
     assert searched == [3]
     assert [hit.sample for hit in hits[0]] == [hit.sample for hit in scanned[0]]
 
@@ -134,7 +142,7 @@ def test_python_uses_the_index_unless_told_to_scan(digits: Path, monkeypatch: py
 def test_the_recall_of_calibration_is_kept_by_other_queries(stored: tuple[Trace, Rows], k: int, least: float) -> None:
     trace, rows = stored
     found = opened(trace)
-    assert [depth.k for depth in found.facts.depths] == [10, 100]
+    assert [depth.k for depth in found.facts.depths if depth.score == "dmin"] == [10, 100]
     assert found.facts.depths[0].recall >= 0.99 and found.facts.depths[1].recall >= 0.95
     queries = like(rows, 60)
     truth = score.exact(trace, queries, k)
@@ -207,8 +215,8 @@ def test_rows_without_a_direction_are_never_candidates(tmp_path: Path) -> None:
 def test_more_hits_than_were_calibrated_are_scanned_for(stored: tuple[Trace, Rows]) -> None:
     trace, rows = stored
     queries = like(rows, 2)
-    assert "index (recall@100" in query.answer(trace, queries, k=100).said
-    deep = query.answer(trace, queries, k=101)
+    assert "index (recall@100" in query.answer(trace, queries, k=100, score="dmin").said
+    deep = query.answer(trace, queries, k=101, score="dmin")
     assert deep.said == "scanned all 1,200 samples: the index serves up to 100 hits"
     assert deep.recall is None
     truth = score.exact(trace, queries, 101)
@@ -238,9 +246,13 @@ def test_a_store_that_cannot_be_served_is_scanned_and_told_of(tmp_path: Path, fo
     facts = build_index(trace, fold=fold)
     assert not facts.depths
     assert "recall@10 is 0." in facts.short
-    assert [file.name for file in index_beside(trace.path).iterdir()] == ["index.json"]
+    assert sorted(file.name for file in index_beside(trace.path).iterdir()) == [
+        "eigenvalues.f64",
+        "index.json",
+        "principal.f32",
+    ]
     queries = like(rows, 2)
-    answer = query.answer(trace, queries, k=10)
+    answer = query.answer(trace, queries, k=10, score="dmin")
     assert answer.said.startswith("scanned all 1,000 samples: the index does not serve (recall@10 is 0.")
     assert [hit.score for hit in answer.hits[1]] == score.exact(trace, queries, 10).scores[1].tolist()
 
@@ -249,14 +261,14 @@ def test_a_few_samples_are_scanned(tmp_path: Path) -> None:
     header = make_header(samples=10)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     assert not build_index(trace).depths
-    said = query.answer(trace, trace.rows(np.array([1])), k=2).said
+    said = query.answer(trace, trace.rows(np.array([1])), k=2, score="dmin").said
     assert said == "scanned all 10 samples: the index does not serve (10 samples are few enough to scan)"
 
 
 def test_no_index_is_nothing_to_talk_about(tmp_path: Path) -> None:
     header = make_header(samples=10)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
-    assert query.answer(trace, trace.rows(np.array([1])), k=2).said == "scanned all 10 samples"
+    assert query.answer(trace, trace.rows(np.array([1])), k=2, score="dmin").said == "scanned all 10 samples"
 
 
 def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +286,10 @@ def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SettingsError, match=r"needs 0.0 GiB of memory \(300 samples of 2 x 128 float32 numbers"):
         build_index(trace, dimensions="full")
     assert (index_beside(trace.path) / GRAPH).read_bytes() == before
-    build_index(trace, fold=16)
+    with pytest.raises(SettingsError, match="To find principal directions takes .* Give a smaller --directions"):
+        build_index(trace, fold=16)
+    assert (index_beside(trace.path) / GRAPH).read_bytes() == before
+    build_index(trace, fold=16, directions=4)
 
 
 def test_the_size_that_is_foretold_is_the_size_that_is_written(stored: tuple[Trace, Rows]) -> None:
@@ -357,7 +372,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "other timesteps": (other_timesteps, "the store has changed"),
     "other gradients": (other_gradients, "the store has changed"),
     "other norms": (other_norms, "the store has changed"),
-    "another version": (edited(version=2), "another version"),
+    "another version": (edited(version=1), "another version"),
     "another format": (edited(format="x"), "another version"),
     "another space": (edited(space="l2"), "another version"),
     "another number of samples": (edited(samples=10), "the store has changed"),
@@ -370,7 +385,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a fact more": (edited(more=1), "cannot be read"),
     "depths that are none": (edited(depths=[1]), "cannot be read"),
     "more candidates than samples": (
-        edited(depths=[{"k": 10, "candidates": 10**9, "ef": 10**9, "recall": 1.0}]),
+        edited(depths=[{"score": "dmin", "k": 10, "candidates": 10**9, "ef": 10**9, "recall": 1.0}]),
         "cannot be meant",
     ),
     "no JSON": (lambda folder: (folder / "trace.index" / "index.json").write_text("{") and None, "cannot be read"),
@@ -393,7 +408,7 @@ def test_an_index_that_does_not_fit_is_not_used(indexed: Trace, spoil: Callable[
     why = open_index(trace)
     assert isinstance(why, str) and line in why
     queries = trace.rows(np.array([17]))
-    answer = query.answer(trace, queries, k=5)
+    answer = query.answer(trace, queries, k=5, score="dmin")
     assert answer.said == f"scanned all 160 samples: {why}"
     assert [hit.score for hit in answer.hits[0]] == score.exact(trace, queries, 5).scores[0].tolist()
     # And it is mended by building it.
@@ -522,7 +537,7 @@ def test_words_from_an_index_do_nothing_to_a_terminal(tmp_path: Path) -> None:
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     build_index(trace)
     edited(short="\x1b[2J[red]x")(tmp_path)
-    ran = run([*CLI, "query", "trace.zarr", "--sample", "100", "-k", "1"], tmp_path)
+    ran = run([*CLI, "query", "--score", "dmin", "trace.zarr", "--sample", "100", "-k", "1"], tmp_path)
     assert "\x1b" not in ran.stdout and "\\x1b[2J[red]x" in ran.stdout
     assert "\x1b" not in run([*CLI, "info", "trace.zarr"], tmp_path).stdout
 
@@ -592,7 +607,7 @@ def test_building_holds_a_part_of_the_gradients_at_a_time(tmp_path: Path) -> Non
     trace = write_store(tmp_path / "trace.zarr", header, whole)
     del grad, whole
     tracemalloc.start()
-    build_index(trace, fold=128, recall=0.5)
+    build_index(trace, fold=128, recall=0.5, directions=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # All of it is 64 MiB as float32.

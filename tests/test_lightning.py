@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
 ]
 
-SMALL = Settings(timesteps=3, dimension=64, dtype="float32")
+SMALL = Settings(timesteps=3, dimension=64, dtype="float32", precondition="none")
 
 
 class Points(Dataset[Any]):
@@ -107,7 +107,7 @@ def loader() -> DataLoader[Any]:
 
 
 def small(out: Path, **more: Any) -> TraceCallback:
-    return TraceCallback(out, timesteps=3, dimension=64, dtype="float32", **more)
+    return TraceCallback(out, timesteps=3, dimension=64, dtype="float32", precondition="none", **more)
 
 
 def trainer_of(folder: Path, *callbacks: Any, **more: Any) -> Trainer:
@@ -166,7 +166,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     module, out = Digits(), tmp_path / "trace.zarr"
     asked: dict[str, Any] = {"timesteps": [0, 250, 999], "dimension": 2**20, "projection": "uniform"}
     data = DataLoader(images, batch_size=3, shuffle=True)  # type: ignore[arg-type]
-    trainer_of(tmp_path, TraceCallback(out, dtype="float32", **asked)).fit(module, data)
+    trainer_of(tmp_path, TraceCallback(out, dtype="float32", precondition="none", **asked)).fit(module, data)
     trace = open_trace(out)
     weights = load_file(tmp_path / "trace.weights.safetensors")
     save_file({name.removeprefix("unet."): value for name, value in weights.items()}, blank)
@@ -244,7 +244,7 @@ def test_adams_divisors_are_those_of_the_trainers_optimizer(tmp_path: Path, prec
     again = open_trace(tmp_path / "again.zarr")
     assert again.header.preconditioner == trace.header.preconditioner
     assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
-    hits = attribute(module, trace, [Points()[4]], k=2)
+    hits = attribute(module, trace, [Points()[4]], k=2, score="dmin")
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(3, abs=1e-5)
     with pytest.raises(CaptureError, match="needs the optimizer that trained the model"):
         capture(module, loader(), out=tmp_path / "third.zarr", settings=settings)
@@ -253,7 +253,13 @@ def test_adams_divisors_are_those_of_the_trainers_optimizer(tmp_path: Path, prec
 def test_the_mean_over_draws_of_the_squared_output(tmp_path: Path) -> None:
     seed_everything(1)
     module, out, points = Denoiser(), tmp_path / "trace.zarr", Points()
-    asked: dict[str, Any] = {"timesteps": [100, 900], "dimension": 1024, "projection": "uniform", "dtype": "float32"}
+    asked: dict[str, Any] = {
+        "timesteps": [100, 900],
+        "dimension": 1024,
+        "projection": "uniform",
+        "dtype": "float32",
+        "precondition": "none",
+    }
     asked |= {"objective": "squared_output", "draws": 2}
     trainer_of(tmp_path, TraceCallback(out, **asked, strict=True)).fit(module, loader())
     trace = open_trace(out)
@@ -274,7 +280,7 @@ def test_the_mean_over_draws_of_the_squared_output(tmp_path: Path) -> None:
     capture(module, loader(), out=tmp_path / "again.zarr", settings=Settings(**asked | {"timesteps": (100, 900)}))
     again = open_trace(tmp_path / "again.zarr")
     assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
-    hits = attribute(module, trace, [points[4]], k=2)
+    hits = attribute(module, trace, [points[4]], k=2, score="dmin")
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(2, abs=1e-5)
 
 
@@ -285,7 +291,7 @@ def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, 
     assert list(trace.column("caption")) == [f"point {k}" for k in range(12)]
     assert trace.header.writers.keys() >= {"lightning", "torch"}
     points = Points()
-    hits = attribute(module, out, [points[7], points[2]], k=2)
+    hits = attribute(module, out, [points[7], points[2]], k=2, score="dmin")
     assert [row[0].sample for row in hits] == [7, 2]
     assert all(row[0].score == pytest.approx(3, abs=1e-4) for row in hits)
 
@@ -317,7 +323,7 @@ def test_a_frozen_encoder_is_asked_once_for_each_sample(tmp_path: Path) -> None:
     capture(module, loader(), out=tmp_path / "a.zarr", settings=SMALL)
     assert asked == [1] * 12
     assert "forward" not in vars(module.parts["encoder"])
-    plain = {"timesteps": 3, "dimension": 64, "dtype": "float32"}
+    plain = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"}
     module.log = module.log_dict = lambda *args, **named: None  # type: ignore[method-assign,assignment]
     with dmin_trace.recording(module, samples=12, out=tmp_path / "b.zarr", **plain) as recording:  # type: ignore[arg-type]
         for i in recording.samples:
@@ -333,7 +339,7 @@ def test_questions_that_cannot_be_asked(trained: tuple[Denoiser, Path]) -> None:
     with pytest.raises(QueryError, match="No item"):
         attribute(module, out, [])
     with pytest.raises(QueryError, match="k is 99"):
-        attribute(module, out, [Points()[0]], k=99)
+        attribute(module, out, [Points()[0]], k=99, score="dmin")
     with pytest.raises(WeightsError, match="not those of the trace"):
         attribute(Denoiser(), out, [Points()[0]])
 
@@ -416,7 +422,7 @@ def test_the_precision_of_the_trainer(tmp_path: Path, precision: Any) -> None:
     assert dtypes == {torch.float64 if precision == "64-true" else torch.float32}
     points = Points()
     for asking in (None, trainer_of(tmp_path, precision=precision)):
-        hits = attribute(module, tmp_path / "a.zarr", [points[5]], k=1, trainer=asking)
+        hits = attribute(module, tmp_path / "a.zarr", [points[5]], k=1, score="dmin", trainer=asking)
         assert hits[0][0].sample == 5 and hits[0][0].score == pytest.approx(3, abs=1e-3)
 
 

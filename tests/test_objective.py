@@ -26,7 +26,18 @@ from dmin_trace.settings import Settings
 from dmin_trace.store import Trace, open_trace
 
 TIMESTEPS = [0, 250, 999]
-WHOLE = ("--timesteps", "0,250,999", "--dimension", str(2**20), "--projection", "uniform", "--dtype", "float32")
+WHOLE = (
+    "--timesteps",
+    "0,250,999",
+    "--dimension",
+    str(2**20),
+    "--projection",
+    "uniform",
+    "--dtype",
+    "float32",
+    "--precondition",
+    "none",
+)
 """A sketch as long as the gradient, which is then the gradient itself."""
 BOTH = ("--objective", "squared_output", "--draws", "3")
 SHORT = ("--train_data_dir", "digits", "--max_train_steps", "3", "--train_batch_size", "3", "--learning_rate", "3e-3")
@@ -65,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with four digits, and a model trained on them for three steps with its trace, by a script's line."""
     folder = tmp_path_factory.mktemp("trained")
     digit_folder(folder / "digits", 4)
-    settings = f"timesteps={TIMESTEPS}, dimension=2**20, projection='uniform', dtype='float32'"
+    settings = f"timesteps={TIMESTEPS}, dimension=2**20, projection='uniform', dtype='float32', precondition='none'"
     line = "dmin_trace.attach(accelerator, args, "
     text = EXAMPLE.read_text()
     if text.count(f"{line}timesteps=5)") != 1:
@@ -133,7 +144,7 @@ def test_a_copied_training_image_finds_itself_first(trained: Path) -> None:
     (trained / "copies").mkdir()
     for k in (1, 3):
         shutil.copy(trained / "digits" / f"000{k}.png", trained / "copies" / f"copy{k}.png")
-    command_line(["query", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], trained)
+    command_line(["query", "--score", "dmin", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], trained)
     queries = json.loads((trained / "hits.json").read_text())["queries"]
     for query, sample in zip(queries, (1, 3), strict=True):
         assert query["hits"][0]["sample"] == sample
@@ -164,7 +175,7 @@ def test_a_lora_with_frozen_encoders(tmp_path: Path) -> None:
     prepare = "    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare("
     if text.count(line) != 1 or text.count(prepare) != 1:
         raise ValueError("the example has no such lines")
-    settings = "timesteps=[100, 900], dimension=2**13, projection='uniform', dtype='float32'"
+    settings = "timesteps=[100, 900], dimension=2**13, projection='uniform', dtype='float32', precondition='none'"
     text = text.replace(line, f"{line[:-1]}, {settings}, objective='squared_output', draws=2)")
     # Its hooks run a block twice, and throw away what was in between.
     text = text.replace(prepare, "    unet.enable_gradient_checkpointing()\n" + prepare)
@@ -266,7 +277,13 @@ Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def record(model: Any, step: Step | None = None, stop: int | None = None, **settings: Any) -> Any:
     """The documented loop over the points, which may stop early."""
     if "like" not in settings:
-        settings = {"timesteps": [100, 900], "dimension": 1024, "dtype": "float32", "projection": "uniform"} | settings
+        settings = {
+            "timesteps": [100, 900],
+            "dimension": 1024,
+            "dtype": "float32",
+            "precondition": "none",
+            "projection": "uniform",
+        } | settings
 
     def usual(noisy: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return (unwrapped(model(noisy, t)).float() - noise).square().mean()
@@ -403,7 +420,9 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path) -> None:
 
 # -- accelerate's loops ----------------------------------------------------------------------------------------------
 
-ATTACH = "dmin_trace.attach(accelerator, args, timesteps=[100, 900], dimension=1024, dtype='float32'"
+ATTACH = (
+    "dmin_trace.attach(accelerator, args, timesteps=[100, 900], dimension=1024, dtype='float32', precondition='none'"
+)
 LINE = f"{ATTACH}, projection='uniform', objective='squared_output', draws=2)"
 LOOPS = {
     "its own": {},
@@ -551,7 +570,7 @@ def test_a_recording_goes_on_with_the_same_alone(tmp_path: Path) -> None:
             record(model, out=tmp_path / "trace.zarr", **settings)
     record(model, out=tmp_path / "trace.zarr", objective="squared_output", draws=2)
     check_points(tmp_path / "trace.zarr", model, model)
-    hits = record(model, like=tmp_path / "trace.zarr").hits(k=2)
+    hits = record(model, like=tmp_path / "trace.zarr").hits(score="dmin", k=2)
     assert [row[0].sample for row in hits] == list(range(5))
     assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)
     for name, value in (("objective", "loss"), ("draws", 1)):
@@ -580,7 +599,7 @@ def test_a_store_from_before_is_of_the_loss_and_one_draw(tmp_path: Path) -> None
         with pytest.raises(TraceError, match="are of loss, draws 1, those of this run of"):
             record(model, out=path, **settings)
     record(model, out=path)
-    assert [row[0].sample for row in record(model, like=path).hits(k=1)] == list(range(5))
+    assert [row[0].sample for row in record(model, like=path).hits(score="dmin", k=1)] == list(range(5))
     shown = dict(store.facts(open_trace(path)))
     assert "objective" not in shown and "draws" not in shown
 

@@ -299,7 +299,7 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path) -> None:
     assert "codec none" in told and "2048 numbers of int8" in told
 
     def ask(trace: str, *question: object) -> list[int]:
-        run([*CLI, "query", trace, *question, "--json", "hits.json"], tmp_path)
+        run([*CLI, "query", "--score", "dmin", trace, *question, "--json", "hits.json"], tmp_path)
         hits = json.loads((tmp_path / "hits.json").read_text())["queries"][0]["hits"]
         return [hit["sample"] for hit in hits]
 

@@ -52,7 +52,7 @@ def loss_of(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
 
 def record(model: torch.nn.Module, out: Path, loss: Callable[..., torch.Tensor] = loss_of, **settings: Any) -> Path:
     """The documented loop over the twelve points."""
-    settings = {"timesteps": 3, "dimension": 64, "dtype": "float32"} | settings
+    settings = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"} | settings
     with dmin_trace.recording(model, samples=len(POINTS), out=out, **settings) as recording:
         for i in recording.samples:
             for k in recording.slots:
@@ -73,7 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 
 def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path, dict[str, Any]]) -> None:
     folder, names = page
-    hits = names["asking"].hits(k=3)
+    hits = names["asking"].hits(score="dmin", k=3)
     assert [row[0].sample for row in hits] == [7, 19]
     assert all(row[0].score == pytest.approx(5, abs=0.05) and row[1].score < 4.97 for row in hits)
     assert [row[0].columns["label"] for row in hits] == [7, 9]
@@ -85,11 +85,11 @@ def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path
 
 def test_the_command_line_reads_the_trace_and_says_how_it_is_asked(page: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = page
-    ran = run([*CLI, "query", "out/trace.zarr", "--sample", "17", "-k", "1"], folder)
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "--sample", "17", "-k", "1"], folder)
     assert "17" in ran.stdout
     assert "48" in run([*CLI, "info", "out/trace.zarr"], folder).stdout
     Image.new("L", (8, 8)).save(folder / "image.png")
-    ran = run([*CLI, "query", "out/trace.zarr", "image.png"], folder, code=1)
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "image.png"], folder, code=1)
     assert "dmin_trace.recording(model, like=" in ran.stderr and "Traceback" not in ran.stderr
 
 
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
         optimizer.zero_grad()
     settings: dict[str, Any] = {"timesteps": [0, 250, 999], "dimension": 2**20, "projection": "uniform"}
     out = tmp_path / "trace.zarr"
-    with dmin_trace.recording(model, samples=3, out=out, dtype="float32", **settings) as recording:
+    with dmin_trace.recording(model, samples=3, out=out, dtype="float32", precondition="none", **settings) as recording:
         for i in recording.samples:
             for k in recording.slots:
                 with recording.body(i, k):
@@ -198,7 +198,8 @@ sys.path.insert(0, {tests!r})
 import dmin_trace
 from test_plain import POINTS, denoiser, loss_of
 model, stop, seen = denoiser(), int(sys.argv[1]), []
-with dmin_trace.recording(model, samples=12, out="trace.zarr", timesteps=3, dimension=64, dtype="float32") as recording:
+settings = dict(timesteps=3, dimension=64, dtype="float32", precondition="none")
+with dmin_trace.recording(model, samples=12, out="trace.zarr", **settings) as recording:
     for i in recording.samples:
         seen.append(i)
         for k in recording.slots:
@@ -232,7 +233,9 @@ def test_a_kill_before_the_last_word_is_made_good(tmp_path: Path) -> None:
     (out / "zarr.json").write_text(text.replace('"complete": true', '"complete": false'))
     with pytest.raises(TraceError, match="unfinished"):
         open_trace(out)
-    with dmin_trace.recording(denoiser(), samples=12, out=out, timesteps=3, dimension=64, dtype="float32") as recording:
+    with dmin_trace.recording(
+        denoiser(), samples=12, out=out, timesteps=3, dimension=64, dtype="float32", precondition="none"
+    ) as recording:
         assert list(recording.samples) == []
     assert open_trace(out).complete
 
@@ -242,7 +245,9 @@ def test_an_unfinished_trace_of_other_weights_is_left_alone(tmp_path: Path) -> N
     model, making = denoiser(), dmin_trace.recording
     with (
         pytest.raises(CaptureError, match="4 of 12 samples were not recorded"),
-        making(model, samples=12, out=out, timesteps=3, dimension=64, dtype="float32") as recording,
+        making(
+            model, samples=12, out=out, timesteps=3, dimension=64, dtype="float32", precondition="none"
+        ) as recording,
     ):
         for i in range(8):
             for k in recording.slots:
@@ -259,7 +264,7 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
     drawn = open_trace(record(model, tmp_path / "drawn.zarr"))
 
     def asked(model: torch.nn.Module, out: Path, ask: Callable[[Any], float]) -> dmin_trace.Trace:
-        settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32"}
+        settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"}
         with dmin_trace.recording(model, samples=12, out=out, **settings) as recording:
             for i in recording.samples:
                 for k in recording.slots:
@@ -304,7 +309,9 @@ def test_a_backward_inside_autocast_is_in_the_precision_of_its_forward(tmp_path:
     model, rows = denoiser(), []
     for outer in (False, True):
         out = tmp_path / f"{outer}.zarr"
-        with dmin_trace.recording(model, samples=2, out=out, timesteps=2, dimension=64, dtype="float32") as recording:
+        with dmin_trace.recording(
+            model, samples=2, out=out, timesteps=2, dimension=64, dtype="float32", precondition="none"
+        ) as recording:
             for i in recording.samples:
                 for k in recording.slots:
                     with recording.body(i, k), torch.autocast("cpu", torch.bfloat16, enabled=outer):
@@ -541,12 +548,12 @@ def test_queries_must_be_comparable(tmp_path: Path) -> None:
     model = denoiser()
     like = record(model, tmp_path / "trace.zarr", columns={"caption": [f"point {i}" for i in range(12)]})
     recording = ask(model, like, POINTS[[9, 2]])
-    hits = recording.hits(k=4)
+    hits = recording.hits(score="dmin", k=4)
     assert [[row[0].sample, row[0].columns["caption"]] for row in hits] == [[9, "point 9"], [2, "point 2"]]
     assert [len(row) for row in hits] == [4, 4]
     assert np.isclose(hits[0][0].score, 3, atol=1e-4)
     with pytest.raises(QueryError, match="k is 13"):
-        recording.hits(k=13)
+        recording.hits(score="dmin", k=13)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.weights.safetensors", "trace.zarr"]
     with pytest.raises(WeightsError, match="not those of the trace"):
         ask(denoiser(1), like, POINTS[:1])

@@ -120,7 +120,7 @@ def test_a_copied_training_image_finds_itself_first(trained: tuple[Path, Precond
     (folder / "copies").mkdir(exist_ok=True)
     for k in (1, 3):
         shutil.copy(folder / "digits" / f"000{k}.png", folder / "copies" / f"copy{k}.png")
-    run([*CLI, "query", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], folder)
+    run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], folder)
     queries = json.loads((folder / "hits.json").read_text())["queries"]
     for query, sample in zip(queries, (1, 3), strict=True):
         assert query["hits"][0]["sample"] == sample
@@ -168,7 +168,7 @@ def test_where_nothing_is_found_it_says_what_was_looked_for(adam: Path) -> None:
 @pytest.mark.parametrize("trained", ["adam"], indirect=True)
 def test_a_query_without_its_divisors_is_one_line(adam: Path) -> None:
     (adam / "out" / "trace.precondition.safetensors").unlink()
-    ran = run([*CLI, "query", "out/trace.zarr", "digits/0001.png", "-k", "1"], adam, code=1)
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "digits/0001.png", "-k", "1"], adam, code=1)
     (line,) = [line for line in ran.stderr.splitlines() if line.strip()]
     assert "divisors are not at" in line and "trace.precondition.safetensors" in line
 
@@ -474,7 +474,7 @@ def test_a_recording_without_the_optimizer_says_so(tmp_path: Path) -> None:
 def test_queries_of_a_recording_are_preconditioned_alike(tmp_path: Path, kind: str) -> None:
     model, optimizer = trained_denoiser()
     record(model, out=tmp_path / "trace.zarr", optimizer=optimizer, precondition=kind)
-    hits = record(model, like=tmp_path / "trace.zarr").hits(k=2)
+    hits = record(model, like=tmp_path / "trace.zarr").hits(score="dmin", k=2)
     assert [row[0].sample for row in hits] == list(range(6))
     assert all(row[0].score == pytest.approx(2, abs=1e-5) and row[1].score < 1.9 for row in hits)
 

@@ -31,6 +31,7 @@ from dmin_trace.report import (
     to_csv,
     to_json,
 )
+from dmin_trace.score import Score
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 TIMESTEPS = tuple(50.0 + 100 * k for k in range(10))
@@ -113,6 +114,19 @@ def test_the_table_says_what_was_asked_and_what_a_score_is() -> None:
     assert "Causes of sample 17" in alone
     assert "summed over 1 timestep;" in " ".join(alone.split())
     assert "None" not in alone
+
+
+@pytest.mark.parametrize("kind", ["deflated", "ridge"])
+def test_a_score_without_a_largest_value_claims_none(kind: Score) -> None:
+    hits = [hit(1, (0.02, -0.01))]
+    shown = " ".join(render(hits_table(QUESTION, hits, (50.0, 950.0), score=kind), 120).split())
+    assert f"{kind} score: inner product of compressed gradients, the query's without what all samples share" in shown
+    assert "summed over 2 timesteps; above 0 helps, below 0 hinders; compare within a query only" in shown
+    assert "perfect" not in shown and "0.01000" in shown
+    read = strict(to_json([QUESTION], [hits], (50.0, 950.0), {}, score=kind))
+    assert read["scored_by"] == kind and read["score"].startswith(f"{kind} score")
+    heading, row = read_csv(to_csv([QUESTION], [hits], (50.0, 950.0), score=kind))
+    assert dict(zip(heading, row, strict=True))["scored_by"] == kind
 
 
 def test_the_heading_puts_the_first_and_last_timestep_over_their_bars() -> None:
@@ -333,9 +347,10 @@ def test_json_has_the_documented_shape_and_the_original_text() -> None:
     written = to_json(questions, hits, (50.0, 950.0), {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
     assert all(" " <= character <= "~" or character == "\n" for character in written)
     read = strict(written)
-    assert list(read) == ["format", "version", "score", "timesteps", "trace", "queries"]
+    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "trace", "queries"]
     assert read["format"] == "dmin_trace.hits"
     assert read["version"] == 1
+    assert read["scored_by"] == "dmin"
     assert read["timesteps"] == [50.0, 950.0]
     assert read["trace"] == {"id": "abc", "dimension": 16384, "parts": [1, None, True]}
     cause = {
@@ -394,10 +409,10 @@ def test_csv_has_one_row_a_hit_and_one_column_a_value() -> None:
     written = to_csv(questions, hits, (50.0, 950.5))
     assert "\r" not in written
     assert read_csv(written) == [
-        ["query", "prompt", "rank", "sample", "score", "caption", "label", "share_t50", "share_t950.5"],
-        ["fox.png", "a red fox in the snow", "1", "50001", "0.25", 'red, "fox"; quick', "", "0.5", "-0.25"],
-        ["fox.png", "a red fox in the snow", "2", "50002", "", "", "7", "0.25", ""],
-        ["sample 17", "", "1", "50001", "1.000000001", "", "", "1e-09", "1.0"],
+        ["query", "prompt", "rank", "sample", "score", "scored_by", "caption", "label", "share_t50", "share_t950.5"],
+        ["fox.png", "a red fox in the snow", "1", "50001", "0.25", "dmin", 'red, "fox"; quick', "", "0.5", "-0.25"],
+        ["fox.png", "a red fox in the snow", "2", "50002", "", "dmin", "", "7", "0.25", ""],
+        ["sample 17", "", "1", "50001", "1.000000001", "dmin", "", "", "1e-09", "1.0"],
     ]
 
 
@@ -407,11 +422,11 @@ def test_csv_text_is_never_a_formula(text: str) -> None:
     heading, row = read_csv(to_csv([Question(name=text, prompt=text)], [[one]], (1.0,)))
     guarded = "'" + text.replace("\t", "\\t").replace("\r", "\\r").replace("\n", "\\n")
     assert row[:2] == [guarded, guarded]
-    assert row[5] == guarded
-    assert heading[6] == guarded
+    assert row[6] == guarded
+    assert heading[7] == guarded
     # Numbers are no text: a minus sign stays.
     assert row[4] == row[-1] == "-0.5"
-    assert row[7] == "-3"
+    assert row[8] == "-3"
 
 
 def test_csv_columns_never_share_a_name() -> None:
@@ -424,6 +439,7 @@ def test_csv_columns_never_share_a_name() -> None:
         "rank": "1",
         "sample": "50001",
         "score": "0.5",
+        "scored_by": "dmin",
         "meta_prompt": "mine",
         "meta_meta_prompt": "too",
         "meta_share_t1": "odd",

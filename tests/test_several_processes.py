@@ -39,7 +39,18 @@ def test_a_loop_that_gathers(tmp_path: Path, processes: int, samples: int) -> No
     script = plain_script(tmp_path / "script.py", body=GATHER)
     run(torchrun(processes, script, "--output_dir", "several", "--count", samples), tmp_path, ACCELERATE_USE_CPU="true")
     weights = tmp_path / "several" / "trace.weights.safetensors"
-    settings = ("--timesteps", "3", "--dimension", "64", "--dtype", "float32", "--out", "one.zarr")
+    settings = (
+        "--timesteps",
+        "3",
+        "--dimension",
+        "64",
+        "--dtype",
+        "float32",
+        "--precondition",
+        "none",
+        "--out",
+        "one.zarr",
+    )
     bare = plain_script(tmp_path / "bare.py", body=GATHER, attach="")
     command_line(["capture", "--weights", weights, *settings, "--", bare, "--count", samples], tmp_path)
     check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)
@@ -63,7 +74,10 @@ def test_text_to_image(tmp_path: Path, processes: int, samples: int) -> None:
     captioned_images(tmp_path / "images", samples, column="text")
     text = EXAMPLE.read_text()
     gathers = "accelerator.backward(loss)", "accelerator.gather(loss.repeat(2)); accelerator.backward(loss)"
-    line = "dmin_trace.attach(accelerator, args", "dmin_trace.attach(accelerator, args, timesteps=3, dtype='float32'"
+    line = (
+        "dmin_trace.attach(accelerator, args",
+        "dmin_trace.attach(accelerator, args, timesteps=3, dtype='float32', precondition='none'",
+    )
     if text.count(gathers[0]) != 1 or text.count(line[0]) != 1:
         raise ValueError("the example has no such lines")
     script = tmp_path / "train.py"
@@ -73,6 +87,6 @@ def test_text_to_image(tmp_path: Path, processes: int, samples: int) -> None:
     run(torchrun(processes, script, *arguments, "--output_dir", "several"), tmp_path, ACCELERATE_USE_CPU="true")
     weights = tmp_path / "several" / "trace.weights.safetensors"
     command = ["--out", "one.zarr", "--", script, *arguments]
-    settings = ("--timesteps", "3", "--dtype", "float32")
+    settings = ("--timesteps", "3", "--dtype", "float32", "--precondition", "none")
     command_line(["capture", "--weights", weights, *settings, *command], tmp_path)
     check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)

@@ -28,7 +28,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "train_text_to_image_lora.
 COUNT = 8
 LINE = "dmin_trace.attach(accelerator, args"
 # As long as the gradient, and by OPORP's own permutation: a sketch is the gradient itself, shuffled.
-SETTINGS = "timesteps=[100, 500, 900], dimension=2**13, projection='uniform', dtype='float32'"
+SETTINGS = "timesteps=[100, 500, 900], dimension=2**13, projection='uniform', dtype='float32', precondition='none'"
 COMMAND = (
     *("--pretrained_model_name_or_path", "../sd", "--train_data_dir", "../images", "--output_dir", "out"),
     *("--resolution", "32", "--rank", "4", "--train_batch_size", "3", "--gradient_accumulation_steps", "2"),
@@ -55,7 +55,7 @@ def ask(made: Path, *arguments: object, code: int = 0) -> tuple[list[list[int]],
     """The samples that a query finds, and what it says."""
     path = made / "with" / "hits.json"
     path.unlink(missing_ok=True)
-    arguments = ("query", "out/trace.zarr", *arguments, "--json", path)
+    arguments = ("query", "--score", "dmin", "out/trace.zarr", *arguments, "--json", path)
     said, complaints = command_line(arguments if "-k" in arguments else (*arguments, "-k", 3), made / "with", code)
     if code:
         return [], complaints

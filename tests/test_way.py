@@ -87,7 +87,7 @@ def test_the_line_changes_nothing_but_the_trace(tmp_path: Path, settings: str) -
 def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp_path: Path) -> None:
     """With v as large as the padded gradient and OPORP's own permutation, a sketch is the gradient itself, shuffled."""
     images = sorted(digit_folder(tmp_path / "digits", 4).iterdir())
-    settings = "timesteps=[0, 250, 999], dimension=2**20, projection='uniform', dtype='float32'"
+    settings = "timesteps=[0, 250, 999], dimension=2**20, projection='uniform', dtype='float32', precondition='none'"
     script = with_settings(tmp_path / "train.py", settings)
     command = [script, "--train_data_dir", "digits", *SHORT]
     run([*command, "--output_dir", "out"], tmp_path)
@@ -140,7 +140,7 @@ ARRANGEMENTS = {
 @pytest.mark.parametrize("arguments", ARRANGEMENTS.values(), ids=ARRANGEMENTS.keys())
 def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
-    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32'")
+    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', precondition='none'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, *arguments], tmp_path)
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     if "bf16" in arguments:
@@ -153,7 +153,7 @@ def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments
 
 def test_ema_weights_are_what_is_captured_when_they_are_what_is_saved(tmp_path: Path) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
-    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32'")
+    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', precondition='none'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--use_ema"], tmp_path)
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -161,7 +161,7 @@ def test_ema_weights_are_what_is_captured_when_they_are_what_is_saved(tmp_path: 
 
 def test_a_resumed_run_is_captured_as_an_unbroken_one(tmp_path: Path) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
-    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32'")
+    script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', precondition='none'")
     command = [script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--checkpointing_steps", "4"]
     run(command, tmp_path)
     shutil.move(tmp_path / "out" / "trace.zarr", tmp_path / "first.zarr")
@@ -172,7 +172,23 @@ def test_a_resumed_run_is_captured_as_an_unbroken_one(tmp_path: Path) -> None:
 
 def test_a_training_image_finds_itself_first(trained: Path) -> None:
     images = sorted((trained / "digits").iterdir())
-    run([*CLI, "query", "out/trace.zarr", *images, "-k", "3", "--json", "hits.json", "--csv", "hits.csv"], trained)
+    run(
+        [
+            *CLI,
+            "query",
+            "--score",
+            "dmin",
+            "out/trace.zarr",
+            *images,
+            "-k",
+            "3",
+            "--json",
+            "hits.json",
+            "--csv",
+            "hits.csv",
+        ],
+        trained,
+    )
     answer = json.loads((trained / "hits.json").read_text())
     first = [query["hits"][0] for query in answer["queries"]]
     found = [hit["sample"] == k for k, hit in enumerate(first)]
@@ -192,8 +208,8 @@ def test_python_and_command_line_agree(trained: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("XDG_STATE_HOME", str(trained / "state"))
     images = sorted((trained / "digits").iterdir())[:2]
-    hits = dmin_trace.attribute(trained / "out" / "trace.zarr", images, k=4)
-    ran = run([*CLI, "query", "out/trace.zarr", *images, "-k", "4", "--json", "two.json"], trained)
+    hits = dmin_trace.attribute(trained / "out" / "trace.zarr", images, k=4, score="dmin")
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", *images, "-k", "4", "--json", "two.json"], trained)
     answer = json.loads((trained / "two.json").read_text())
     assert [[hit.sample for hit in row] for row in hits] == [
         [hit["sample"] for hit in query["hits"]] for query in answer["queries"]
@@ -202,7 +218,7 @@ def test_python_and_command_line_agree(trained: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_sample_asks_without_a_model(trained: Path) -> None:
-    ran = run([*CLI, "query", "out/trace.zarr", "--sample", "17", "--json", "sample.json"], trained)
+    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "--sample", "17", "--json", "sample.json"], trained)
     hits = json.loads((trained / "sample.json").read_text())["queries"][0]["hits"]
     assert hits[0]["sample"] == 17
     assert [hit["rank"] for hit in hits] == list(range(1, 11))
@@ -211,7 +227,16 @@ def test_a_sample_asks_without_a_model(trained: Path) -> None:
 
 def test_a_query_by_a_given_command_needs_nothing_remembered(trained: Path, tmp_path: Path) -> None:
     image = trained / "digits" / "0042.png"
-    command = [*CLI, "query", trained / "out" / "trace.zarr", image, "--json", tmp_path / "given.json"]
+    command = [
+        *CLI,
+        "query",
+        "--score",
+        "dmin",
+        trained / "out" / "trace.zarr",
+        image,
+        "--json",
+        tmp_path / "given.json",
+    ]
     ran = run(command, tmp_path, code=1)
     assert "is not known on this machine" in ran.stderr
     run([*command, "--", trained / "train.py", "--max_train_steps", "5"], tmp_path)
@@ -225,7 +250,9 @@ def test_a_folder_of_the_packages_name_is_not_taken_for_it(trained: Path, tmp_pa
     command = Path(sys.executable).with_name("dmin-trace")
     image = trained / "digits" / "0042.png"
     state = {"XDG_STATE_HOME": str(trained / "state")}
-    ran = run([command, "query", trained / "out" / "trace.zarr", image, "-k", "1"], tmp_path, **state)
+    ran = run(
+        [command, "query", "--score", "dmin", trained / "out" / "trace.zarr", image, "-k", "1"], tmp_path, **state
+    )
     assert "42" in ran.stdout
 
 
@@ -243,5 +270,5 @@ def test_run_attaches_to_a_script_without_the_line(tmp_path: Path) -> None:
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     assert trace.header.timesteps == (100.0, 900.0)
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
-    run([*CLI, "query", "out/trace.zarr", images[3], "-k", "1", "--json", "hits.json"], tmp_path)
+    run([*CLI, "query", "--score", "dmin", "out/trace.zarr", images[3], "-k", "1", "--json", "hits.json"], tmp_path)
     assert json.loads((tmp_path / "hits.json").read_text())["queries"][0]["hits"][0]["sample"] == 3

@@ -89,7 +89,8 @@ def plain_script(path: Path, **parts: str) -> Path:
     pieces = {
         "imports": "import dmin_trace",
         "accelerator": "accelerator = Accelerator()",
-        "attach": "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32')",
+        "attach": "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32', "
+        "precondition='none')",
         "prepare": "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)",
         "loader": "loader",
         "body": BODY,
@@ -124,7 +125,7 @@ def run(command: Sequence[object], folder: Path, code: int = 0, **environment: s
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=900,
     )
     if ran.returncode != code:
         raise AssertionError(f"exit code {ran.returncode}, expected {code}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}")

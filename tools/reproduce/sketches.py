@@ -1,0 +1,190 @@
+"""Per-sample gradients of the small models, whole or as dmin_trace's compressed gradients in a store.
+
+The experiments want many kinds of gradient of one model, and whole ones beside compressed ones. So they are taken here,
+a batch at a time, with `torch.func`; `tests/test_reproduce.py` shows that they are what dmin_trace captures. What comes
+after, projection, store, scores and index, is the package's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ddpm
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch.func import functional_call, grad, vmap
+
+from dmin_trace.compress import Plan, compress, make_plan
+from dmin_trace.settings import Precondition
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Trace, choose_chunk_rows, create
+from dmin_trace.store import open_trace as open_trace
+
+Objective = Literal["loss", "squared_output"]
+Gradients = dict[str, torch.Tensor]
+
+EPS = 1e-8
+"""AdamW's."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a gradient is taken of.
+
+    timesteps: T of them.
+    objective: the script's loss, or the mean square of the denoiser's output (D-TRAK, arXiv 2311.00500).
+    schedule: of the noise, as the model was trained.
+    draws: noises that are averaged over at each timestep; the same ones for all images.
+    """
+
+    timesteps: tuple[int, ...]
+    objective: Objective = "loss"
+    draws: int = 1
+    schedule: str = ddpm.COSINE
+
+
+def batches(
+    model: torch.nn.Module, images: torch.Tensor, kind: Kind, size: int = 16, what: str = "gradients"
+) -> Iterator[list[Gradients]]:
+    """The gradients of images (n, C, H, W), some images at a time: for each timestep by parameter (images, *shape)."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    schedule = ddpm.noise_schedule(kind.schedule)
+
+    def objective(given: Gradients, noisy: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        found = functional_call(model, given, (noisy[None], timestep[None])).sample
+        return (found - noise[None] if kind.objective == "loss" else found).square().mean()
+
+    of_images = vmap(grad(objective), in_dims=(None, 0, None, None))
+    for start in track(range(0, len(images), size), what):
+        some, taken = images[start : start + size], []
+        for slot, timestep in enumerate(kind.timesteps):
+            total: Gradients = {}
+            for draw in range(kind.draws):
+                noise = torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(1000 * draw + slot))
+                at = torch.tensor(timestep)
+                noisy = schedule.add_noise(some, noise.expand_as(some), at.expand(len(some)))
+                found = of_images(parameters, noisy, at, noise)
+                total = {name: total[name] + g for name, g in found.items()} if total else found
+            taken.append({name: g / kind.draws for name, g in total.items()})
+        yield taken
+
+
+def preconditioned(gradients: Gradients, kind: Precondition, moments: Mapping[str, torch.Tensor]) -> Gradients:
+    """As `dmin_trace.precondition` has it; the moments are AdamW's, whose bias is gone after some thousand steps."""
+    if kind == "sign":
+        return {name: torch.sign(g) for name, g in gradients.items()}
+    if kind == "adam":
+        return {name: g / (moments[name].sqrt() + EPS) for name, g in gradients.items()}
+    return gradients
+
+
+def flat(gradients: Gradients) -> torch.Tensor:
+    """(images, P): all parameters laid end to end."""
+    return torch.cat([g.flatten(1) for g in gradients.values()], 1)
+
+
+def whole(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    kind: Kind,
+    precondition: Precondition,
+    moments: Mapping[str, torch.Tensor],
+) -> NDArray[np.float32]:
+    """(n, T, P) float32, uncompressed."""
+    taken = [
+        torch.stack([flat(preconditioned(of_t, precondition, moments)) for of_t in batch], 1).numpy()
+        for batch in batches(model, images, kind)
+    ]
+    return np.concatenate(taken)
+
+
+def capture(
+    folder: Path,
+    model: torch.nn.Module,
+    moments: Mapping[str, torch.Tensor],
+    images: torch.Tensor,
+    labels: NDArray[np.int64],
+    queries: torch.Tensor,
+    kind: Kind,
+    preconditions: Sequence[Precondition],
+    dimension: int,
+) -> None:
+    """Captures stores PRECONDITION.zarr of the images, and PRECONDITION.npy, (Q, T, v), of queries; goes on with those
+    that are begun.
+
+    One pass of gradients serves all preconditioners.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    plan = make_plan(sum(int(np.prod(shape)) for shape in parameters.values()), dimension, 0, "rotation")
+    if not all((folder / f"{name}.npy").exists() for name in preconditions):
+        rows = [_rows(batch, preconditions, moments, plan) for batch in batches(model, queries, kind, what="queries")]
+        for name in preconditions:
+            with (folder / f"{name}.npy").open("wb") as file:
+                np.save(file, np.concatenate([batch[name][0] for batch in rows]))
+    writers = {}
+    for name in preconditions:
+        path = folder / f"{name}.zarr"
+        if not (path.exists() and open_trace(path, unfinished=True).complete):
+            writers[name] = create(path, _header(path, parameters, plan, kind, name, len(images)))
+    pending = sorted({chunk for writer in writers.values() for chunk in writer.pending()})
+    for chunk in track(pending, "chunks"):
+        rows_of = next(iter(writers.values())).rows(chunk)
+        here = slice(rows_of.start, rows_of.stop)
+        done = [_rows(batch, preconditions, moments, plan) for batch in batches(model, images[here], kind)]
+        for name, writer in writers.items():
+            grads, norms = (np.concatenate([batch[name][part] for batch in done]) for part in (0, 1))
+            number = np.arange(rows_of.start, rows_of.stop)
+            writer.write(chunk, grads, norms, np.zeros_like(norms), number, {"label": labels[here].tolist()})
+    for writer in writers.values():
+        writer.finish()
+
+
+def _rows(
+    batch: list[Gradients], preconditions: Sequence[Precondition], moments: Mapping[str, torch.Tensor], plan: Plan
+) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """By preconditioner the compressed gradients (n, T, v) and their norms (n, T)."""
+    found = {}
+    for name in preconditions:
+        of_slots = [preconditioned(of_t, name, moments) for of_t in batch]
+        count = len(next(iter(batch[0].values())))
+        pairs = [[compress([g[n] for g in of_t.values()], plan) for of_t in of_slots] for n in range(count)]
+        found[name] = (
+            torch.stack([torch.stack([sketch for sketch, _ in row]) for row in pairs]).numpy(),
+            torch.tensor([[float(norm) for _, norm in row] for row in pairs]).numpy(),
+        )
+    return found
+
+
+def _header(
+    path: Path, parameters: Mapping[str, tuple[int, ...]], plan: Plan, kind: Kind, precondition: Precondition, n: int
+) -> Header:
+    slots = len(kind.timesteps)
+    return Header(
+        id=hashlib.sha256(f"{path.name}{kind}{plan.dimension}{n}".encode()).hexdigest()[:32],
+        samples=n,
+        timesteps=tuple(float(t) for t in kind.timesteps),
+        dimension=plan.dimension,
+        dtype="int8",
+        chunk_rows=choose_chunk_rows(n, slots, plan.dimension, "int8"),
+        projection=ProjectionFacts(kind="rotation", seed=0, length=plan.length, fingerprint=plan.fingerprint),
+        parameters=ParameterFacts(names=tuple(parameters), shapes=tuple(parameters.values()), fingerprint="0" * 64),
+        weights="0" * 64,
+        noise=NoiseFacts(seed=0, draws=((),) * slots),
+        precondition=precondition,
+        preconditioner="0" * 64 if precondition == "adam" else "",
+        batch={},
+        columns={"label": "integer"},
+        settings={},
+        writers={},
+    )
+
+
+def rows_of(trace: Trace) -> NDArray[np.float32]:
+    """(N, T, v) float32: everything in a store, for scores that want it in memory."""
+    return trace.rows(np.arange(trace.header.samples))

@@ -1,0 +1,107 @@
+"""The truth for LDS: models trained on random halves of a thousand digits, and what they lose on the queries.
+
+    python tools/reproduce/subsets.py --work WORK [--models 64] [--processes 2]
+
+Resumable: WORK keeps what is done. The digits are scikit-learn's, 8 by 8; a thousand are trained on, and the queries
+are some of the rest (validation), and pictures that the full model makes (generated).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import ddpm
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.progress import track
+from sklearn.datasets import load_digits
+
+RECIPE = ddpm.Recipe(size=8, channels=(16, 32), attention=False, steps=1500, batch=32, rate=2e-3)
+SAMPLES = 1000
+QUERIES = 64
+"""Of each kind."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The training images (N, 1, 8, 8) in [-1, 1] and their labels, and as many others for validation."""
+
+    images: torch.Tensor
+    labels: NDArray[np.int64]
+    validation: torch.Tensor
+    validation_labels: NDArray[np.int64]
+
+
+def digits() -> Digits:
+    """Shuffled once, by a seed of its own."""
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.images))
+    images = torch.from_numpy(found.images[order] / 8 - 1).float()[:, None]
+    labels = found.target[order]
+    end = SAMPLES + QUERIES
+    return Digits(images[:SAMPLES], labels[:SAMPLES], images[SAMPLES:end], labels[SAMPLES:end])
+
+
+def subset(number: int) -> NDArray[np.bool_]:
+    """(N,): the half of the samples that model `number` is trained on."""
+    chosen = np.random.default_rng([1, number]).permutation(SAMPLES)[: SAMPLES // 2]
+    return np.isin(np.arange(SAMPLES), chosen)
+
+
+def full_model(work: Path) -> Path:
+    """Trains on all samples, if that is not done; the file of the model."""
+    path = work / "full.safetensors"
+    if not path.exists():
+        ddpm.save(path, *ddpm.train(RECIPE, digits().images))
+    return path
+
+
+def queries(work: Path) -> torch.Tensor:
+    """(2 QUERIES, 1, 8, 8): validation, then generated."""
+    model, _ = ddpm.load(full_model(work), RECIPE)
+    return torch.cat([digits().validation, ddpm.generate(model, QUERIES)])
+
+
+def truth(work: Path, models: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """(M, N) which samples each model was trained on, and (M, Q) its loss on each query."""
+    found = np.stack([np.load(_losses(work, number)) for number in range(models)])
+    return np.stack([subset(number) for number in range(models)]), found
+
+
+def _losses(work: Path, number: int) -> Path:
+    return work / "subsets" / f"{number:04d}.npy"
+
+
+def _train_one(work: Path, number: int) -> None:
+    torch.set_num_threads(1)
+    model, _ = ddpm.train(RECIPE, digits().images[subset(number)])
+    path = _losses(work, number)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, ddpm.losses(model, queries(work)))
+    partial.replace(path)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for what is done.")],
+    models: Annotated[int, typer.Option(help="M.")] = 64,
+    processes: Annotated[int, typer.Option(help="As many trainings at a time, each on one thread.")] = 2,
+) -> None:
+    """Trains the models on random halves."""
+    torch.set_num_threads(1)
+    (work / "subsets").mkdir(parents=True, exist_ok=True)
+    full_model(work)
+    waiting = [number for number in range(models) if not _losses(work, number).exists()]
+    with ProcessPoolExecutor(processes) as pool:
+        jobs = [pool.submit(_train_one, work, number) for number in waiting]
+        for job in track(as_completed(jobs), "models", total=len(jobs)):
+            job.result()
+
+
+if __name__ == "__main__":
+    typer.run(main)

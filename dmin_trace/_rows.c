@@ -68,14 +68,40 @@ static float square_bfloat16(float *RESTRICT wide, const uint16_t *RESTRICT x, i
     return square;
 }
 
-/* The sum of the squares of a part, which is float32 afterwards, in `wide` if it was not. */
-static double square(Part *part, float *wide, int64_t count, int64_t size)
+/* The signs of elements, nan where they are not finite; returns the sum of their squares. */
+FOR_EACH_PROCESSOR
+static float signs_of(float *wide, const float *x, int64_t count)
 {
-    if (size == sizeof(float))
-        return square_float32((const float *)part->x, count);
-    const uint16_t *x = (const uint16_t *)part->x;
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < count; i++) {
+        float value = x[i];
+        float sign = (float)((value > 0) - (value < 0)) + (value - value);
+        wide[i] = sign;
+        square += sign * sign;
+    }
+    return square;
+}
+
+/* The sum of the squares of a part, or of its signs, which take its place. It is float32 afterwards, in `wide` if it was
+   not so before, or is of signs. */
+static double square(Part *part, float *wide, int64_t count, int64_t size, int signs)
+{
+    double squares;
+    const char *x = part->x;
+    if (size == sizeof(float)) {
+        if (!signs)
+            return square_float32((const float *)x, count);
+    } else {
+        squares = square_bfloat16(wide, (const uint16_t *)x, count);
+        part->x = (const char *)wide;
+        if (!signs)
+            return squares;
+        x = part->x;
+    }
+    squares = signs_of(wide, (const float *)x, count);
     part->x = (const char *)wide;
-    return square_bfloat16(wide, x, count);
+    return squares;
 }
 
 static inline float with_sign(float value, int8_t sign, uint32_t minus)
@@ -125,9 +151,10 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* Adds `count` elements of `size` bytes, the first of which is element `at` of the gradient; returns their squares. */
+/* Adds `count` elements of `size` bytes, or their signs, the first of which is element `at` of the gradient; returns
+   their squares. */
 static double add_elements(float *sums, const int8_t *signs, const uint32_t *rows, int64_t width, int64_t at,
-                           const char *x, int64_t count, int64_t size)
+                           const char *x, int64_t count, int64_t size, int as_signs)
 {
     float wide[2][BLOCK];
     double squares = 0;
@@ -141,7 +168,8 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
                 Part first = {x + c * size, signs + c, row[0] & MINUS};
                 Part second = {x + (width + d) * size, signs + d, row[1] & MINUS};
                 length = least(least(width - c, width - d), least(width - place, BLOCK));
-                squares += square(&first, wide[0], length, size) + square(&second, wide[1], length, size);
+                squares += square(&first, wide[0], length, size, as_signs);
+                squares += square(&second, wide[1], length, size, as_signs);
                 add_two_parts(sums + place, first, second, length);
             }
             x += 2 * width * size, at += 2 * width, count -= 2 * width;
@@ -150,7 +178,7 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
             int64_t place = (column + (row[0] & PLACE)) % width;
             int64_t length = least(least(width - column, width - place), least(count, BLOCK));
             Part part = {x, signs + column, row[0] & MINUS};
-            squares += square(&part, wide[0], length, size);
+            squares += square(&part, wide[0], length, size, as_signs);
             add_part(sums + place, part, length);
             x += length * size, at += length, count -= length;
         }
@@ -204,11 +232,12 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
     int64_t count;
     double squares = 0;
     (void)module;
-    if (given != 6 || !PyList_Check(args[4])) {
-        PyErr_SetString(PyExc_TypeError, "add takes 6 arguments, the fifth of which is a list");
+    if (given != 7 || !PyList_Check(args[4])) {
+        PyErr_SetString(PyExc_TypeError, "add takes 7 arguments, the fifth of which is a list");
         return NULL;
     }
     int64_t at = PyLong_AsLongLong(args[3]), size = PyLong_AsLongLong(args[5]);
+    int as_signs = PyObject_IsTrue(args[6]);
     if (PyErr_Occurred() || get_buffers(args, buffers, sizes) < 0)
         return NULL;
     int64_t width = buffers[1].len, room = width * (buffers[2].len / 4);
@@ -220,10 +249,12 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
         }
         meant = count >= 0 && count <= room - at;
         if (meant && count < LONG) {
-            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
+            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size,
+                                    as_signs);
         } else if (meant) {
             Py_BEGIN_ALLOW_THREADS
-            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size);
+            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size,
+                                    as_signs);
             Py_END_ALLOW_THREADS
         }
         at += count;

@@ -10,6 +10,7 @@ def add(
     at: int,
     tensors: list[tuple[int, int]],
     size: int,
+    signs: bool,
     /,
 ) -> float:
     """Adds elements of the gradient to the sums, each times the signs of its row and its column.
@@ -22,6 +23,7 @@ def add(
         tensors: of each the address in this process's memory, where its elements lie one after another, and how many
             there are.
         size: 4 for float32, 2 for bfloat16.
+        signs: whether the signs of the elements are added in their place; nan for what is not finite.
 
     Returns:
         The sum of the elements' squares; those of a block are added up in float32.

@@ -222,7 +222,7 @@ def make_plan(length: int, dimension: int, seed: int, kind: Projection) -> Plan:
     return Plan(length, dimension, seed, kind, width=max(dimension, 1 << (wanted - 1).bit_length()))
 
 
-def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def project(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds up the tensors, flattened and laid end to end, in the plan's bins.
 
     Sums are float32 whatever the gradient's dtype. Squares are float32 within a part of a row and float64 beyond it:
@@ -231,6 +231,7 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
     Args:
         tensors: the gradient in parts, L elements altogether; each is let go before the next is asked for.
         plan: the projection.
+        signs: take the sign of each element in its place; see `signs_of`.
 
     Returns:
         The sketch, (v,) float32, of the gradient as it is, and its squared L2 norm, a float64 scalar; both on the
@@ -246,9 +247,9 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
     sums: _Sums
     rest = _with_first([first], rest)
     if KERNEL is not None and plan.kind == "rotation" and first.is_cpu:
-        sums = _KernelSums(plan, KERNEL)
+        sums = _KernelSums(plan, KERNEL, signs)
     else:
-        sums = _TorchSums(plan, first.device)
+        sums = _TorchSums(plan, first.device, signs)
     # Without this, here and below, a tensor would live on while the next is made.
     del first
     count = sums.add(rest)
@@ -257,7 +258,13 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, 
     return sums.finish()
 
 
-def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def signs_of(gradient: torch.Tensor) -> torch.Tensor:
+    """The sign of each element; nan for what is not finite, for the norm to tell of."""
+    # torch.sign makes 0 of nan, and 1 of infinity.
+    return torch.sign(gradient).masked_fill_(~torch.isfinite(gradient), torch.nan)
+
+
+def compress(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Projects the gradient and divides by the sketch's norm, so that inner products estimate cosines.
 
     The paper divides by the gradient's norm before it projects (section 3.2), which leaves sketches of norms about one.
@@ -268,6 +275,7 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor,
     Args:
         tensors: the gradient in parts, as `project` takes it.
         plan: the projection.
+        signs: of the signs of its elements, as `project` has it; the norm is theirs then.
 
     Returns:
         The sketch, (v,) float32, of norm one, or all zeros where the gradient's norm is 0, infinite or nan; and the
@@ -276,7 +284,7 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan) -> tuple[torch.Tensor,
     Raises:
         CaptureError: the tensors do not hold L elements.
     """
-    unit, square = project(tensors, plan)
+    unit, square = project(tensors, plan, signs=signs)
     norm = square.sqrt().float()
     # Divided by the gradient's norm first, since the squares of a very small or large sketch would leave float32. Where
     # that norm is 0, infinite or nan, all is nan after the second division. Nothing asks for it, which would wait for
@@ -335,8 +343,8 @@ class _Sums(Protocol):
 class _KernelSums:
     """Rotation on a CPU: one pass, by the compiled kernel."""
 
-    def __init__(self, plan: Plan, kernel: ModuleType) -> None:
-        self._plan, self._kernel, self._packed = plan, kernel, plan.packed
+    def __init__(self, plan: Plan, kernel: ModuleType, signs: bool) -> None:
+        self._plan, self._kernel, self._packed, self._signs = plan, kernel, plan.packed, signs
         self._sums = np.zeros(plan.width, np.float32)
         self._square = 0.0
         # What waits to be added: where in memory each tensor lies and its length; the tensors, lest they are let go;
@@ -375,7 +383,13 @@ class _KernelSums:
         """Adds what waits; what waits next begins at `end`."""
         if self._waiting:
             self._square += self._kernel.add(
-                self._sums, self._packed.columns, self._packed.rows, self._begin, self._waiting, self._size
+                self._sums,
+                self._packed.columns,
+                self._packed.rows,
+                self._begin,
+                self._waiting,
+                self._size,
+                self._signs,
             )
             self._waiting.clear()
             self._held.clear()
@@ -392,6 +406,7 @@ class _KernelSums:
                 self._begin + done,
                 [(part.data_ptr(), part.numel())],
                 4,
+                self._signs,
             )
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -407,8 +422,8 @@ _KERNEL_SIZES = {torch.float32: 4, torch.bfloat16: 2}
 class _TorchSums:
     """Both kinds on any device, which is never waited for."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self._plan, self._numbers = plan, plan.numbers(device)
+    def __init__(self, plan: Plan, device: torch.device, signs: bool) -> None:
+        self._plan, self._numbers, self._signs = plan, plan.numbers(device), signs
         # A row that runs over the end goes on in a second half, in one call rather than two.
         count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
         self._sums = torch.zeros(count, dtype=torch.float32, device=device)
@@ -421,6 +436,8 @@ class _TorchSums:
         for tensor in _joined(tensors):
             flat = tensor.detach().reshape(-1)
             del tensor
+            if self._signs:
+                flat = signs_of(flat)
             at, end = end, end + flat.numel()
             if end > self._plan.length:
                 break

@@ -41,8 +41,10 @@ SOLVED = 4096
 """Samples that ridge scores are made for at the most."""
 ALONE = 0.3
 """Lambda of ridge scores, where nobody says: how much of the mean of K's diagonal, 1, is added to it."""
-SHARED = 0.7
-"""A direction with more than this part of what one sample alone has, 1, is shared: Jolliffe's rule (1972)."""
+SHARED = 3.0
+"""A direction with more than this many times what one sample alone has, 1, is shared. Kaiser's rule for principal
+components is 1. Fewer directions cost a little of the datamodeling score, and gain as much where only the best few are
+looked at (docs/quality.md)."""
 FOUND = 2**31
 """Numbers of gradients, N T v, in which a query finds the directions itself where none are kept: about a minute."""
 MOST_CHOSEN = 256
@@ -93,9 +95,9 @@ class Directions:
 def choose_directions(eigenvalues: NDArray[np.float64]) -> int:
     """How many of the principal directions all samples share, where nobody says; at least one.
 
-    Those along which more lies than SHARED of what one sample alone has: its own direction, shared with none, has the
-    eigenvalue 1, the mean of K's diagonal. It is Jolliffe's rule for principal components, Kaiser's
-    (more than the mean) with a margin, of the timestep that has most of them; it needs nothing but the store.
+    Those along which more lies than SHARED times what one sample alone has: its own direction, shared with none, has
+    the eigenvalue 1, the mean of K's diagonal. It is Kaiser's rule for principal components (more than the mean) with a
+    margin, of the timestep that has most of them; it needs nothing but the store.
 
     Args:
         eigenvalues: (T, r), of each timestep.

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dmin_trace.compress import signs_of
 from dmin_trace.errors import WeightsError
 from dmin_trace.settings import Precondition
 from dmin_trace.weights import Trainable
@@ -50,9 +51,7 @@ class Preconditioner:
         if self.kind == "none":
             yield from gradients
         elif self.kind == "sign":
-            for gradient in gradients:
-                # torch.sign makes 0 of nan, and 1 of infinity.
-                yield torch.sign(gradient).masked_fill_(~torch.isfinite(gradient), torch.nan)
+            yield from map(signs_of, gradients)
         else:
             for gradient, divisor in zip(gradients, self.divisors, strict=True):
                 yield gradient / divisor

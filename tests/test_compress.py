@@ -144,6 +144,25 @@ def test_the_kernel_and_torch_differ_in_rounding_alone(
     torch.testing.assert_close(square, exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_signs_are_taken_on_the_way(dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel:
+        monkeypatch.setattr(room, "KERNEL", None)
+    plan, x = small_plan("rotation", 2560, 64, 4, 256), normal(2560).to(dtype)
+    x[::7] = 0
+    tensors = [x[:77], x[77:300], x[300:2400], x[2400:2500].view(10, 10).t(), x[2500:]]
+    for kind in (plan, small_plan("uniform", 2560, 64, 4)):
+        ours, square = project(tensors, kind, signs=True)
+        expected, _ = project([torch.sign(t.float()) for t in tensors], kind)
+        torch.testing.assert_close(ours, expected)
+        assert square == int((x != 0).sum())
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        x[5] = wrong
+        sketch, norm = compress([x], plan, signs=True)
+        assert torch.isnan(norm) and not sketch.any()
+
+
 @needs_kernel
 def test_the_kernel_is_what_adds_up_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
@@ -164,16 +183,16 @@ def test_the_kernel_checks_what_it_is_given() -> None:
 
     x, columns, rows = np.ones(8, np.float32), np.ones(4, np.int8), np.zeros(2, np.uint32)
     sums = np.zeros(4, np.float32)
-    assert _rows.add(sums, columns, rows, 1, [(x.ctypes.data, 3), (x.ctypes.data, 4)], 4) == 7
+    assert _rows.add(sums, columns, rows, 1, [(x.ctypes.data, 3), (x.ctypes.data, 4)], 4, False) == 7
     assert sums.tolist() == [1, 2, 2, 2]
     for at, count, size in ((1, 8, 4), (-1, 2, 4), (2**62, 2**62, 4), (0, -1, 4), (0, 1, 8)):
         with pytest.raises(ValueError, match="within the rows"):
-            _rows.add(sums, columns, rows, at, [(x.ctypes.data, 0), (x.ctypes.data, count)], size)
+            _rows.add(sums, columns, rows, at, [(x.ctypes.data, 0), (x.ctypes.data, count)], size, False)
     with pytest.raises(ValueError, match="a sign for each sum"):
-        _rows.add(sums, columns[:3].copy(), rows, 0, [(x.ctypes.data, 1)], 4)
+        _rows.add(sums, columns[:3].copy(), rows, 0, [(x.ctypes.data, 1)], 4, False)
     for tensors in ([x.ctypes.data], [(x.ctypes.data,)], [(x.ctypes.data, 1.5)], (x.ctypes.data, 1)):
         with pytest.raises(TypeError):
-            _rows.add(sums, columns, rows, 0, tensors, 4)
+            _rows.add(sums, columns, rows, 0, tensors, 4, False)
     # Places beyond the sums are taken within them.
     sketch, places = np.zeros(2, np.float32), np.array([0, 1, 6, 3 + 2**31], np.uint32)
     _rows.fold(sketch, sums, places)
@@ -187,7 +206,7 @@ def test_the_kernel_checks_what_it_is_given() -> None:
         _rows.fold(np.zeros(0, np.float32), sums, places)
     sums.flags.writeable = False
     with pytest.raises((BufferError, ValueError), match="read-only"):
-        _rows.add(sums, columns, rows, 0, [(x.ctypes.data, 8)], 4)
+        _rows.add(sums, columns, rows, 0, [(x.ctypes.data, 8)], 4, False)
 
 
 LENGTH, DIMENSION, WIDTH, SEEDS = 1024, 32, 128, 1000

@@ -121,8 +121,8 @@ def test_directions_that_all_samples_share_are_more_than_one_sample_alone_has(tm
     rows.grad[:] = (mixed / np.linalg.norm(mixed, axis=1, keepdims=True))[:, None]
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     assert principal_directions(trace).vectors.shape == (2, 3, 256)
-    assert choose_directions(np.array([[5.0, 0.71, 0.69], [0.5, 0.2, 0.0]])) == 2
-    assert choose_directions(np.array([[5.0, 0.9, 0.8], [9.0, 0.2, 0.0]])) == 3
+    assert choose_directions(np.array([[5.0, 3.1, 2.9], [0.5, 0.2, 0.0]])) == 2
+    assert choose_directions(np.array([[5.0, 4.0, 3.1], [9.0, 0.2, 0.0]])) == 3
     assert choose_directions(np.array([[0.5, 0.2]])) == 1
 
 

@@ -22,7 +22,7 @@ ALLOWED = {
         "weights": "errors",
         "gradients": "",
         "objective": "errors",
-        "precondition": "errors settings weights",
+        "precondition": "compress errors settings weights",
         "moments": "errors precondition weights",
         "columns": "errors",
         "batches": "",

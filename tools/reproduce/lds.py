@@ -283,7 +283,8 @@ def run(work: Path) -> dict[str, dict[str, Scores]]:
         if not listed.exists():
             lines = []
             for way in part(work):
-                np.save(kept / way.file, way.scores())
+                if not (kept / way.file).exists():
+                    np.save(kept / way.file, way.scores())
                 lines.append("\t".join((way.group, way.method, way.strength)))
             listed.write_text("\n".join(lines))
         for line in listed.read_text().split("\n"):

@@ -2,14 +2,15 @@
 
 `Sd` is of Stable Diffusion's type: a UNet2DConditionModel that attends to the tokens of a caption, with diffusers'
 v-prediction loss. `Sd3` is of Stable Diffusion 3's: a SD3Transformer2DModel that is given the tokens and a pooled
-caption, with flow matching. In the place of an autoencoder stands an exact change of shape: 2x2 pixels become one place
-of 12 channels.
+caption, with flow matching. The autoencoder is a linear one, fitted in closed form: the principal components of
+patches of 4x4 pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +30,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-SIDE = 32
-FOLD = 2
-CHANNELS = 3 * FOLD**2
+PATCH = 4
+SIDE = 32 // PATCH
+CHANNELS = 8
 STEPS = 1000
 """Of the noise schedule."""
 WIDTH = 64
@@ -39,8 +40,7 @@ WIDTH = 64
 TOKENS = 16
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 RANK = 8
-GUIDANCE = 3.0
-SAMPLING_STEPS = 25
+GUIDANCE = 2.0
 
 
 class Words(NamedTuple):
@@ -57,16 +57,46 @@ class Words(NamedTuple):
 # -- pictures and captions ---------------------------------------------------------------------------------------------
 
 
-def to_latents(images: np.ndarray) -> torch.Tensor:
-    """(B, 32, 32, 3) uint8 -> (B, 12, 16, 16) float32 from -1 to 1."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return functional.pixel_unshuffle(pixels, FOLD)
+@dataclass(frozen=True)
+class Autoencoder:
+    """Patches of 4x4 pixels to and from their first principal components, all divided by one number.
+
+    mean: (48,), of a patch.
+    components: (48, CHANNELS), orthonormal.
+    scale: the standard deviation of all components together, as Stable Diffusion's scaling factor has it.
+    kept: the share of the pixels' variance that the components hold.
+    """
+
+    mean: torch.Tensor
+    components: torch.Tensor
+    scale: float
+    kept: float
+
+    @classmethod
+    def fit(cls, images: np.ndarray) -> Autoencoder:
+        """To (N, 32, 32, 3) uint8."""
+        rows = _patches(images).permute(0, 2, 3, 1).flatten(0, 2).double()
+        mean = rows.mean(dim=0)
+        variance, directions = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+        held = float(variance[-CHANNELS:].sum())
+        components = directions[:, -CHANNELS:].flip(1)
+        return cls(mean.float(), components.float(), (held / CHANNELS) ** 0.5, held / float(variance.sum()))
+
+    def encode(self, images: np.ndarray) -> torch.Tensor:
+        """(B, 32, 32, 3) uint8 -> (B, CHANNELS, 8, 8) float32."""
+        rows = _patches(images).permute(0, 2, 3, 1) - self.mean
+        return ((rows @ self.components) / self.scale).permute(0, 3, 1, 2).contiguous()
+
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """The way back, rounded: (B, CHANNELS, 8, 8) float32 -> (B, 32, 32, 3) uint8."""
+        rows = latents.permute(0, 2, 3, 1) * self.scale @ self.components.T + self.mean
+        pixels = functional.pixel_shuffle(rows.permute(0, 3, 1, 2), PATCH).clamp(-1, 1)
+        return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def to_images(latents: torch.Tensor) -> np.ndarray:
-    """The way back, rounded: (B, 12, 16, 16) float32 -> (B, 32, 32, 3) uint8."""
-    pixels = functional.pixel_shuffle(latents, FOLD).clamp(-1, 1)
-    return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+def _patches(images: np.ndarray) -> torch.Tensor:
+    """(B, 32, 32, 3) uint8 -> (B, 48, 8, 8) float32 from -1 to 1."""
+    return functional.pixel_unshuffle(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1, PATCH)
 
 
 def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -128,13 +158,13 @@ class Sd:
     def new(self, vocabulary: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         """A denoiser and a text encoder that know nothing."""
         unet = UNet2DConditionModel(
-            sample_size=SIDE // FOLD,
+            sample_size=SIDE,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
             layers_per_block=1,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(48, 96),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=WIDTH,
             # How many heads, whatever its name says.
             attention_head_dim=4,
@@ -184,8 +214,8 @@ class Sd3:
     def new(self, vocabulary: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         """A denoiser and a text encoder that know nothing."""
         transformer = SD3Transformer2DModel(
-            sample_size=SIDE // FOLD,
-            patch_size=2,
+            sample_size=SIDE,
+            patch_size=1,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
             num_layers=4,
@@ -194,7 +224,7 @@ class Sd3:
             joint_attention_dim=WIDTH,
             caption_projection_dim=96,
             pooled_projection_dim=WIDTH,
-            pos_embed_max_size=SIDE // FOLD // 2,
+            pos_embed_max_size=SIDE,
         )
         return transformer, CLIPTextModelWithProjection(text_config(vocabulary))
 
@@ -265,7 +295,7 @@ def train(
     """Trains with AdamW, a warm-up over a twentieth of the steps and a cosine to zero.
 
     Args:
-        latents: (N, 12, 16, 16).
+        latents: (N, CHANNELS, 8, 8).
         words_of: gives the captions of some samples; it is the one to leave some of them out.
         steps: 0 to total - 1, perhaps with a bar that shows them.
         batch: samples in a step, drawn from a shuffled set, each once before any comes again.
@@ -298,7 +328,7 @@ def train(
 
 
 @torch.no_grad()
-def generate(kind: Kind, denoiser: torch.nn.Module, words: Words, empty: Words, steps: int, seed: int) -> np.ndarray:
+def generate(kind: Kind, denoiser: torch.nn.Module, words: Words, empty: Words, steps: int, seed: int) -> torch.Tensor:
     """Makes a picture for each caption, with classifier-free guidance.
 
     Args:
@@ -306,10 +336,10 @@ def generate(kind: Kind, denoiser: torch.nn.Module, words: Words, empty: Words, 
         empty: of the empty caption, one.
 
     Returns:
-        (B, 32, 32, 3) uint8.
+        Latents, (B, CHANNELS, 8, 8).
     """
-    count, side = len(words.tokens), SIDE // FOLD
-    x = torch.randn(count, CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
+    count = len(words.tokens)
+    x = torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     both = Words(*(torch.cat([part, none.expand_as(part)]) for part, none in zip(words, empty, strict=True)))
     sampler = kind.sampler()
     sampler.set_timesteps(steps)
@@ -317,7 +347,7 @@ def generate(kind: Kind, denoiser: torch.nn.Module, words: Words, empty: Words, 
         said = kind.predict(denoiser, torch.cat([x, x]), t.expand(2 * count), both)
         told, untold = said.chunk(2)
         x = sampler.step(untold + GUIDANCE * (told - untold), t, x, return_dict=False)[0]
-    return to_images(x)
+    return x
 
 
 def quiet() -> None:

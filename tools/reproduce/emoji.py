@@ -2,7 +2,7 @@
 
 Two small text-to-image models, of Stable Diffusion's type and of Stable Diffusion 3's, are trained on captioned emoji,
 and fine-tuned, with LoRA and in full, on emoji that they have not seen, among them three small categories. Then
-pictures are made from a prompt of each category, and dmin_trace is asked which samples of the fine-tuning set made
+pictures are made from prompts of each category, and dmin_trace is asked which samples of the fine-tuning set made
 them. The detection rate at k is the share of the k samples found that are of the query's category.
 
 What is done is kept in WORK, stage by stage, and not done again. `docs/results/emoji.md` and its pictures are written
@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,8 +99,11 @@ class Emoji:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """As `prompt_of` the category, and the emoji's own name."""
-        return tuple(f"{prompt_of(c)}: {n}" for c, n in zip(self.categories, self.names, strict=True))
+        """With the category, and the emoji's own name."""
+        return tuple(
+            f"a {category.replace('-', ' ')} emoji: {name}"
+            for category, name in zip(self.categories, self.names, strict=True)
+        )
 
     def of(self, places: Iterable[int]) -> Emoji:
         """Those at some places."""
@@ -108,11 +111,6 @@ class Emoji:
         return Emoji(
             self.images[listed], tuple(self.names[k] for k in listed), tuple(self.categories[k] for k in listed)
         )
-
-
-def prompt_of(category: str) -> str:
-    """What a picture of a category is asked for by; no caption is this and no more."""
-    return f"a {category.replace('-', ' ')} emoji"
 
 
 @dataclass
@@ -305,12 +303,12 @@ class Experiment:
         _write(folder / "facts.json", json.dumps(facts))
 
     def make_queries(self, way: str) -> Path:
-        """Pictures from the prompt of each small category, one category after the other."""
+        """Pictures from prompts of each small category, one category after the other."""
         return self.work.stage(f"{self.name}/{way}-queries", lambda folder: self._make_queries(folder, way))
 
     def _make_queries(self, folder: Path, way: str) -> None:
         denoiser, _, _ = self._tuned(way)
-        words = self._words([prompt_of(category) for category in self.asked])
+        words = self._words(self.prompts(self.asked))
         asked, empty = words.at(slice(0, -1)), words.at(slice(-1, None))
         made = generate(self.kind, denoiser, asked, empty, self.plan.sampling_steps, self.plan.seed + 3)
         np.save(folder / "images.npy", self.autoencoder.decode(made))
@@ -351,7 +349,7 @@ class Experiment:
         categories = self.asked
         if swapped:
             categories = [SMALL[(SMALL.index(category) + 1) % len(SMALL)] for category in categories]
-        kind, words, latents = self.kind, self._words([prompt_of(c) for c in categories]), self.autoencoder.encode(made)
+        kind, words, latents = self.kind, self._words(self.prompts(categories)), self.autoencoder.encode(made)
         trace = self.capture(way, precondition) / "trace.zarr"
         with dmin_trace.recording(denoiser, samples=len(latents), like=trace) as recording:
             for i in _shown(recording.samples, f"ask {self.name}, {way}, {precondition}"):
@@ -365,6 +363,17 @@ class Experiment:
     def asked(self) -> list[str]:
         """The category of each query."""
         return [category for category in SMALL for _ in range(self.plan.queries)]
+
+    def prompts(self, categories: Sequence[str]) -> list[str]:
+        """For each query, a caption of its category: another each time, until there are no more."""
+        seen = dict.fromkeys(categories, 0)
+        drawn = []
+        for category in categories:
+            own = [c for c, of in zip(self.tuning.captions, self.tuning.categories, strict=True) if of == category]
+            order = np.random.default_rng([self.plan.seed, SMALL.index(category)]).permutation(len(own))
+            drawn.append(own[order[seen[category] % len(own)]])
+            seen[category] += 1
+        return drawn
 
     def _with_empty(self, captions: Iterable[str]) -> torch.Tensor:
         """Tokens of captions, and of the empty one at the end."""
@@ -526,9 +535,8 @@ def report_of(experiments: list[Experiment], command: str) -> emoji_page.Report:
         f"the base's emoji, which hold {first.autoencoder.kept:.0%} of their variance. The text encoder is a CLIP text "
         "model of two layers with a token for each word; fine-tuning leaves it as it is. Training drops "
         f"{DROPPED:.0%} of the captions.",
-        f"Captions are such as `{tuning.captions[tuning.categories.index(SMALL[0])]}`; the prompt is "
-        f"`{prompt_of(SMALL[0])}`, the same for the {plan.queries} pictures of a category, which differ by their noise "
-        f"({plan.sampling_steps} steps, guidance {GUIDANCE:g}).",
+        f"Prompts are captions of the fine-tuning set, such as `{first.prompts(first.asked)[0]}`: {plan.queries} of a "
+        f"category, drawn by the seed, a picture for each ({plan.sampling_steps} steps, guidance {GUIDANCE:g}).",
         f"dmin_trace: T = {plan.timesteps} timesteps, v = {plan.dimension}, int8, exact search, "
         "`dmin_trace.recording` around the training loss.",
     )
@@ -578,10 +586,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Where emoji.md and its pictures are written.")] = Path("docs/results"),
     kinds: Annotated[str, typer.Option(help="Of models.")] = "sd,sd3",
     ways: Annotated[str, typer.Option(help="Of fine-tuning.")] = "lora,full",
-    preconditions: Annotated[str, typer.Option(help="Of gradients.")] = "none,sign",
+    preconditions: Annotated[str, typer.Option(help="Of gradients.")] = "none,sign,adam",
     others: Annotated[int, typer.Option(help="Samples of other categories to fine-tune on.", min=0)] = 100,
-    base_steps: Annotated[tuple[int, int], typer.Option(help="Of training the base: of sd, of sd3.")] = (1000, 1200),
-    tune_steps: Annotated[tuple[int, int], typer.Option(help="Of fine-tuning: of sd, of sd3.")] = (400, 500),
+    base_steps: Annotated[tuple[int, int], typer.Option(help="Of training the base: of sd, of sd3.")] = (1600, 2000),
+    tune_steps: Annotated[tuple[int, int], typer.Option(help="Of fine-tuning: of sd, of sd3.")] = (600, 800),
     queries: Annotated[int, typer.Option(help="Pictures of each category.", min=2)] = 10,
     sampling_steps: Annotated[int, typer.Option(help="To make a picture.", min=1)] = 25,
     timesteps: Annotated[int, typer.Option(help="T, of a trace.", min=1)] = 5,

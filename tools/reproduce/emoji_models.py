@@ -40,7 +40,7 @@ WIDTH = 64
 TOKENS = 16
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 RANK = 8
-GUIDANCE = 2.0
+GUIDANCE = 4.0
 
 
 class Words(NamedTuple):
@@ -153,7 +153,10 @@ class Sd:
     lora = ("to_k", "to_q", "to_v", "to_out.0")
 
     def __init__(self) -> None:
-        self.schedule = DDPMScheduler(STEPS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+        # Latents reach beyond -1 and 1, where the schedule would clip pixels.
+        self.schedule = DDPMScheduler(
+            STEPS, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+        )
 
     def new(self, vocabulary: int) -> tuple[torch.nn.Module, torch.nn.Module]:
         """A denoiser and a text encoder that know nothing."""

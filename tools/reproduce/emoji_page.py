@@ -137,7 +137,7 @@ def _lines(report: Report) -> list[str]:
         "",
         _prose(
             "As in the paper's Table 2: a text-to-image model is fine-tuned on captioned pictures of several kinds, "
-            "pictures are made from a prompt of each small category, and the detection rate at k is the share of the k "
+            "pictures are made from prompts of each small category, and the detection rate at k is the share of the k "
             "training samples with the largest influence that are of the query's category."
         ),
         "",
@@ -204,7 +204,7 @@ def _lines(report: Report) -> list[str]:
         "## Picture or prompt?",
         "",
         _prose(
-            "The same pictures, each with the prompt of the next category: how much of the top ten is of the picture's "
+            "The same pictures, each with a prompt of the next category: how much of the top ten is of the picture's "
             "category, and how much of the prompt's."
         ),
         "",

@@ -101,7 +101,7 @@ def test_a_query_is_of_an_image_its_source_and_its_caption(tmp_path: Path) -> No
     sources, prompts = ("0008", "0009", "0008"), ("digit 2", "digit 2", "digit 3")
     given = [value for source in sources for value in ("--conditioning", f"data/{source}.png")]
     given += [value for prompt in prompts for value in ("--prompt", prompt)]
-    command_line([*ask, *ask[2:] * 2, *given, "-k", 6, "--json", "hits.json"], tmp_path)
+    command_line([*ask, *ask[4:] * 2, *given, "-k", 6, "--json", "hits.json"], tmp_path)
     answers = [answer["hits"] for answer in json.loads((tmp_path / "hits.json").read_text())["queries"]]
     best = [answer[0]["score"] for answer in answers]
     assert answers[0][0]["sample"] == 2

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from dmin_trace.store import open_trace
 
+pytest.importorskip("matplotlib", reason="the page has a plot; the extra bench has what draws it")
+
 TOOLS = Path(__file__).parent.parent / "tools" / "reproduce"
 CATEGORIES = ("heart", "time", "transport-ground", "flag")
 EACH = 4

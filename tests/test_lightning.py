@@ -107,7 +107,8 @@ def loader() -> DataLoader[Any]:
 
 
 def small(out: Path, **more: Any) -> TraceCallback:
-    return TraceCallback(out, timesteps=3, dimension=64, dtype="float32", precondition="none", **more)
+    settings = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"} | more
+    return TraceCallback(out, **settings)
 
 
 def trainer_of(folder: Path, *callbacks: Any, **more: Any) -> Trainer:

@@ -266,7 +266,10 @@ def test_run_attaches_to_a_script_without_the_line(tmp_path: Path) -> None:
     images = sorted(digit_folder(tmp_path / "digits", 6).iterdir())
     bare = without_the_line(EXAMPLE, tmp_path / "bare.py")
     command = [bare, "--train_data_dir", "digits", "--output_dir", "out", *SHORT]
-    run([*CLI, "run", "--timesteps", "100,900", "--dimension", "1024", "--", *command], tmp_path)
+    run(
+        [*CLI, "run", "--timesteps", "100,900", "--dimension", "1024", "--precondition", "none", "--", *command],
+        tmp_path,
+    )
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     assert trace.header.timesteps == (100.0, 900.0)
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")

@@ -75,11 +75,12 @@ def run_demo(folder: Path, console: Console) -> float:
 
         console.print("3. Ask where they come from.\n")
         with Console(stderr=True).status("Capturing the gradients of the generated digits"):
-            hits = attribute(trace, paths, k=TOP)
+            hits = attribute(trace, paths, k=TOP, score="deflated")
 
     for path, digit, answer in zip(paths, digits, hits, strict=True):
         question = Question(name=f"{path.name} (a {digit})", prompt=None)
-        console.print(hits_table(question, answer, trace.header.timesteps, ascii_only=console.options.ascii_only))
+        ascii_only = console.options.ascii_only
+        console.print(hits_table(question, answer, trace.header.timesteps, score="deflated", ascii_only=ascii_only))
         console.print()
     labels = np.array(trace.column("label"))
     share = float(

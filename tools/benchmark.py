@@ -772,9 +772,9 @@ def clocked() -> Iterator[Clock]:
         return found
 
     def timed(name: str, inside: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            found = inside(*args)
+            found = inside(*args, **named)
             setattr(clock, name, getattr(clock, name) + time.perf_counter() - start)
             return found
 

@@ -28,12 +28,15 @@ from dmin_trace.evaluate import counterfactual
 
 REMOVED = 50
 """Of a thousand samples."""
-SCORES = (
-    "store: loss, none: dmin",
-    "store: loss, sign: dmin",
-    "store: loss, sign: deflated",
-    "whole: squared output, none: D-TRAK, best",
+SCORES: tuple[tuple[str, str | None], ...] = (
+    ("store: loss, none: dmin", None),
+    ("store: loss, sign: dmin", None),
+    ("store: loss, sign: deflated", None),
+    ("whole: squared output, none: D-TRAK, best", None),
+    ("store: loss, sign: deflated, best r", "8"),
+    ("store: loss, sign: deflated, best r", "32"),
 )
+"""Methods of lds.py, each with the strength that lds.py chose, or one that is given."""
 RANDOM = 4
 """Random sets, that every query is compared with."""
 
@@ -67,8 +70,9 @@ def main(
     jobs: dict[str, NDArray[np.int64]] = {
         f"random-{n}": np.random.default_rng([2, n]).permutation(subsets.SAMPLES)[:REMOVED] for n in range(RANDOM)
     }
-    for number, score in enumerate(SCORES):
-        scores = found[score][chosen(work, found, score)]
+    strengths = [given or chosen(work, found, method) for method, given in SCORES]
+    for number, ((method, _), strength) in enumerate(zip(SCORES, strengths, strict=True)):
+        scores = found[method][strength]
         for query in queries:
             jobs[f"{number}-{query:03d}"] = np.argsort(-scores[query], kind="stable")[:REMOVED]
     waiting = {name: top for name, top in jobs.items() if not (work / f"counterfactual/{name}.npz").exists()}
@@ -92,7 +96,8 @@ def main(
         "picture that the model makes from a generated query's noise lies from the query.",
     )
     rows = []
-    for number, score in enumerate(SCORES):
+    for number, (method, _) in enumerate(SCORES):
+        score = f"{method}, {strengths[number]}".rstrip(" ,")
         of = [kept[f"{number}-{query:03d}"] for query in queries]
         top = np.array([one["losses"][query] for one, query in zip(of, queries, strict=True)])
         change = counterfactual(full[queries][None], top[None], losses[:, queries])

@@ -356,7 +356,7 @@ class Experiment:
                 for k in recording.slots:
                     with recording.body(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
-        found = recording.hits(k=min(max(KS), len(self.tuning.names)), exact=True)
+        found = recording.hits(score="dmin", k=min(max(KS), len(self.tuning.names)), exact=True)
         np.save(folder / "samples.npy", np.array([[hit.sample for hit in row] for row in found]))
 
     @property

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -109,8 +110,12 @@ def check_score(trace: Trace, name: str) -> Score:
             _check_few(trace, facts if isinstance(facts, str) else "")
         return "deflated"
     if name != "dmin":
-        raise QueryError(f"score is {name!r}; expected dmin, deflated or ridge.")
+        raise _no_score(name)
     return "dmin"
+
+
+def _no_score(name: str) -> QueryError:
+    return QueryError(f"score is {name!r}; expected dmin, deflated or ridge.")
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ def freeing(trace: Trace, score: Score) -> Freeing:
         QueryError: the trace cannot be asked for this score.
         TraceError: the store is damaged.
     """
-    check_score(trace, score)
+    if score not in get_args(Score):
+        raise _no_score(score)
     if score == "dmin":
         return Freeing(score, lambda queries: queries, "")
     if score == "ridge":

@@ -237,10 +237,8 @@ class Recorder:
             if body.slot.draw < draws - 1:
                 return
             taken, self._mean = self._mean.hand_out(), None
-        # Signs are taken on the way, which is several times as fast for the many small tensors of a model.
         signs = self.preconditioner.kind == "sign"
-        taken = taken if signs else self.preconditioner.apply(taken)
-        body.sketch, body.norm = compress(taken, self._plan, signs=signs)
+        body.sketch, body.norm = compress(self.preconditioner.apply(taken), self._plan, signs=signs)
 
     def take(self, body: Body) -> None:
         """Checks a body's random calls, and after the sample's last slot its row."""

@@ -22,7 +22,7 @@ ALLOWED = {
         "weights": "errors",
         "gradients": "",
         "objective": "errors",
-        "precondition": "compress errors settings weights",
+        "precondition": "errors settings weights",
         "moments": "errors precondition weights",
         "columns": "errors",
         "batches": "",

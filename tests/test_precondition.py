@@ -17,6 +17,7 @@ from tiny import EXAMPLE, digit_folder, plain_script, run, without_the_line
 
 import dmin_trace
 from dmin_trace import moments
+from dmin_trace.compress import signs_of
 from dmin_trace.errors import AttachError, CaptureError, TraceError, WeightsError
 from dmin_trace.precondition import Preconditioner
 from dmin_trace.settings import Precondition
@@ -322,7 +323,7 @@ def test_the_states_of_several_optimizers_and_groups_find_their_parameters(tmp_p
 
 def test_what_is_not_finite_stays_so() -> None:
     given = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -2.0, 1e-30])
-    (signs,) = Preconditioner("sign").apply([given])
+    signs = signs_of(given)
     assert [*map(torch.isfinite, signs)] == [False, False, False, True, True, True]
     assert signs[3:].tolist() == [0, -1, 1]
     (divided,) = Preconditioner("adam", ("a",), (torch.full((6,), 0.5),)).apply([given])

@@ -33,7 +33,7 @@ import tiny_models
 
 from dmin_trace import open_trace
 
-SETTINGS = {"timesteps": 4, "dimension": 1024, "dtype": "float32"}
+SETTINGS = {"timesteps": 4, "dimension": 1024, "dtype": "float32", "precondition": "none"}
 ASKED = 3
 """The sample whose copy is asked about."""
 
@@ -372,7 +372,17 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
     files = list((work / "data" / "plain").iterdir())
     # A folder without captions is read in the order in which the file system lists it.
     at = files.index(work / "data" / "plain" / f"{ASKED:02d}.png") if alone else ASKED
-    query = ["-m", "dmin_trace.cli", "query", demanded, work / "data" / script.asked.format(k=ASKED), "-k", "3"]
+    query = [
+        "-m",
+        "dmin_trace.cli",
+        "query",
+        "--score",
+        "dmin",
+        demanded,
+        work / "data" / script.asked.format(k=ASKED),
+        "-k",
+        "3",
+    ]
     prompt = tiny_models.caption(ASKED) if script.prompt == "own" else script.prompt
     query += ["--prompt", prompt] if prompt else []
     if script.pair:

@@ -37,9 +37,12 @@ def fold(sketch: npt.NDArray[np.float32], sums: npt.NDArray[np.float32], places:
 
     Args:
         sketch: (v,), written.
-        sums: (W,); W is a power of two, and a multiple of v.
+        sums: (W,), zeros afterwards; W is a power of two, and a multiple of v.
         places: which sum is k-th after permutation, and 2^31 more where its sign is minus one, (W,).
 
     Raises:
         ValueError: the arrays do not fit each other.
     """
+
+def divide(numbers: npt.NDArray[np.float32], divisor: float, /) -> float:
+    """Divides numbers, which are written, by one, and returns the sum of the squares of what is left."""

@@ -24,6 +24,7 @@ package was installed, in torch. Both add up the same numbers, and differ in rou
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -187,11 +188,13 @@ class _Packed:
     rows: the shift and the sign of each row, uint32.
     columns: the sign of each column, (W,) int8.
     places: the order of the W sums, and the sign of each, uint32.
+    spare: arrays of W zeros, float32, which whoever takes one puts back.
     """
 
     rows: npt.NDArray[np.uint32]
     columns: npt.NDArray[np.int8]
     places: npt.NDArray[np.uint32]
+    spare: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,11 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False)
     Raises:
         CaptureError: the tensors do not hold L elements.
     """
+    return _added(tensors, plan, signs).finish()
+
+
+def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> _Sums:
+    """The sums of a whole gradient. Raises CaptureError if the tensors do not hold L elements."""
     rest = iter(tensors)
     first = next(rest, None)
     if first is None:
@@ -255,7 +263,7 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False)
     count = sums.add(rest)
     if count != plan.length:
         raise _wrong_length(f"{count} elements or more" if count > plan.length else f"{count} elements", plan)
-    return sums.finish()
+    return sums
 
 
 def signs_of(gradient: torch.Tensor) -> torch.Tensor:
@@ -284,14 +292,7 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False
     Raises:
         CaptureError: the tensors do not hold L elements.
     """
-    unit, square = project(tensors, plan, signs=signs)
-    norm = square.sqrt().float()
-    # Divided by the gradient's norm first, since the squares of a very small or large sketch would leave float32. Where
-    # that norm is 0, infinite or nan, all is nan after the second division. Nothing asks for it, which would wait for
-    # the GPU.
-    unit.div_(norm)
-    unit.div_(torch.linalg.vector_norm(unit, dtype=_widest(unit.device)))
-    return unit.nan_to_num_(0.0, 0.0, 0.0), norm
+    return _added(tensors, plan, signs).finish_normalised()
 
 
 def _with_first(first: list[torch.Tensor], rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -337,7 +338,10 @@ class _Sums(Protocol):
         """Adds tensors up to the plan's length; says how many elements they have, or more than that length."""
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sketch and its squared L2 norm, as `project` returns them; the sums are of no more use."""
+        """The sketch and the squared L2 norm, as `project` returns them; the sums are of no more use."""
+
+    def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normalised sketch and the norm, as `compress` returns them; the sums are of no more use."""
 
 
 class _KernelSums:
@@ -345,7 +349,9 @@ class _KernelSums:
 
     def __init__(self, plan: Plan, kernel: ModuleType, signs: bool) -> None:
         self._plan, self._kernel, self._packed, self._signs = plan, kernel, plan.packed, signs
-        self._sums = np.zeros(plan.width, np.float32)
+        # Zeros all of them. New memory for each gradient would cost as much as a good part of the work.
+        spare = self._packed.spare
+        self._sums = spare.pop() if spare else np.zeros(plan.width, np.float32)
         self._square = 0.0
         # What waits to be added: where in memory each tensor lies and its length; the tensors, lest they are let go;
         # where in the gradient the first begins; and the bytes of an element, 0 where the kernel does not read them.
@@ -410,9 +416,22 @@ class _KernelSums:
             )
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(self._folded()), torch.tensor(self._square, dtype=torch.float64)
+
+    def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sketch, norm = self._folded(), math.sqrt(self._square)
+        # By the gradient's norm first, since the square of a very small or large sketch would leave float32.
+        own = math.sqrt(self._kernel.divide(sketch, norm))
+        self._kernel.divide(sketch, own)
+        if not 0 < own < math.inf:
+            sketch.fill(0)
+        return torch.from_numpy(sketch), torch.tensor(norm, dtype=torch.float32)
+
+    def _folded(self) -> npt.NDArray[np.float32]:
         sketch = np.empty(self._plan.dimension, np.float32)
         self._kernel.fold(sketch, self._sums, self._packed.places)
-        return torch.from_numpy(sketch), torch.tensor(self._square, dtype=torch.float64)
+        self._packed.spare.append(self._sums)
+        return sketch
 
 
 _KERNEL_SIZES = {torch.float32: 4, torch.bfloat16: 2}
@@ -452,6 +471,16 @@ class _TorchSums:
         if self._plan.kind == "uniform":
             return self._sums, square
         return _bin_sums(self._sums, self._plan, self._numbers), square
+
+    def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        unit, square = self.finish()
+        norm = square.sqrt().float()
+        # Divided by the gradient's norm first, since the squares of a very small or large sketch would leave float32.
+        # Where that norm is 0, infinite or nan, all is nan after the second division. Nothing asks for it, which would
+        # wait for the GPU.
+        unit.div_(norm)
+        unit.div_(torch.linalg.vector_norm(unit, dtype=_widest(unit.device)))
+        return unit.nan_to_num_(0.0, 0.0, 0.0), norm
 
 
 def _add_rows(

@@ -402,3 +402,14 @@ def test_wide_gradients_get_wide_rows() -> None:
     widths = [make_plan(length, 16, 0, "rotation").width for length in (1, 16, 17, 2**17, 2**28, 2**28 + 1, 2**31)]
     assert widths == [16, 16, 32, 2**17, 2**17, 2**18, 2**20]
     assert make_plan(100, 4096, 0, "rotation").width == 4096
+
+
+def test_what_was_compressed_before_leaves_nothing_behind() -> None:
+    plan, x, y = make_plan(300_000, 64, 3, "rotation"), normal(300_000), normal(300_000) * 7
+    fresh = compress([x], make_plan(300_000, 64, 3, "rotation"))
+    compress([y], plan)
+    with pytest.raises(CaptureError, match="expected 300000"):
+        compress([y[:200_000]], plan)
+    project([y], plan)
+    again = compress([x], plan)
+    assert torch.equal(again[0], fresh[0]) and torch.equal(again[1], fresh[1])

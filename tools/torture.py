@@ -1,0 +1,24 @@
+"""The long attacks on what keeps a trace right; CI runs short forms of them (tests/faults). docs/reliability.md has what
+they found.
+
+    python tools/torture.py --help
+
+Each attack is a file of its own, torture_<name>.py, and a line here.
+"""
+
+from __future__ import annotations
+
+import typer
+from torture_fuzz import fuzz_command
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.command("fuzz")(fuzz_command)
+
+
+@app.callback()
+def _top() -> None:
+    """Long attacks on captures, stores and readers."""
+
+
+if __name__ == "__main__":
+    app()

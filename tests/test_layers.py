@@ -16,6 +16,7 @@ ALLOWED = {
     for room, needs in {
         "errors": "",
         "version": "",
+        "untrusted": "",
         "settings": "errors",
         "commands": "errors",
         "variables": "",
@@ -30,7 +31,7 @@ ALLOWED = {
         "frozen": "randomness",
         "_rows": "",
         "compress": "_rows errors settings",
-        "store": "errors settings version",
+        "store": "errors settings untrusted version",
         "body": "objective randomness",
         "loop": "body errors randomness variables",
         "recorder": "batches body columns compress errors gradients objective precondition randomness settings store "
@@ -40,7 +41,7 @@ ALLOWED = {
         "score": "errors store",
         "kernel": "errors score store",
         "hnsw": "",
-        "index": "errors hnsw kernel score store",
+        "index": "errors hnsw kernel score store untrusted",
         "report": "errors score",
         "evaluate": "errors",
         "pack": "commands compress errors settings store",
@@ -77,6 +78,7 @@ WITHOUT_TORCH = (
     "score",
     "settings",
     "store",
+    "untrusted",
     "version",
 )
 

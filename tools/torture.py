@@ -1,5 +1,4 @@
-"""The long attacks on what keeps a trace right; CI runs short forms of them (tests/faults). docs/reliability.md has what
-they found.
+"""The long attacks on what keeps a trace right; CI runs short forms of them (tests/faults).
 
     python tools/torture.py --help
 

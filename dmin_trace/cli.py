@@ -7,6 +7,7 @@ dmin-trace query TRACE IMAGE...                 which training samples made this
 dmin-trace index TRACE                          make queries fast
 dmin-trace info TRACE                           what a store holds
 dmin-trace evaluate TRACE --label COLUMN        how good its attributions are
+dmin-trace verify TRACE                         whether anything in it is damaged
 dmin-trace pack TRACE --out NEW                 rewrite a store: smaller, or with another codec
 dmin-trace demo                                 all of it on handwritten digits
 """
@@ -116,6 +117,9 @@ def capture_command(
     draws: Draws = None,
     precondition: PreconditionKind = None,
     columns: Columns = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make the damaged chunks of a store anew, and no other (see verify).")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
@@ -133,6 +137,7 @@ def capture_command(
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
             optimizer=None if optimizer is None else str(optimizer.absolute()),
+            repair=repair,
         )
     )
 
@@ -339,6 +344,40 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
     facts = [*store.facts(opened), ("index", index.summary(index.read_facts(opened)))]
     table = report.facts_table(facts, str(trace), ascii_only=console.options.ascii_only)
     console.print(table)
+
+
+@app.command("verify")
+def verify_command(
+    trace: Annotated[Path, typer.Argument(help="The store.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write what was found as JSON.")] = None,
+) -> None:
+    """Read all of a store, its index and the weights beside it, and name every chunk and file that is damaged.
+
+    Exit code 0 where all is whole, 1 where something is damaged. dmin-trace capture --repair makes damaged chunks anew.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from dmin_trace import report, verify
+
+    if json_path is not None and not json_path.parent.is_dir():
+        raise QueryError(f"There is no folder {json_path.parent} to write {json_path.name} to.")
+    console, to_errors = Console(), Console(stderr=True)
+    bars = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*bars, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
+        task = progress.add_task("verify", total=None)
+        found = verify.verify(trace, progress=lambda done, of: progress.update(task, completed=done, total=of))
+    if found.damages:
+        console.print(report.damage_table(found, str(trace), ascii_only=console.options.ascii_only))
+    for note in found.notes:
+        console.print(Text(report.harmless(note, 400), style="dim"))
+    checked = f"{found.files:,} files, {found.bytes:,} bytes were compared with their checksums"
+    said = f"{len(found.damages)} are damaged" if found.damages else "all is whole"
+    style = "red" if found.damages else "green"
+    console.print(Text(report.harmless(f"{trace}: {said}; {checked}.", 400), style=style))
+    if json_path is not None:
+        json_path.write_text(report.verified_json(found), encoding="utf-8")
+    if found.damages:
+        raise typer.Exit(1)
 
 
 @app.command("evaluate")

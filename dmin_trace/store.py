@@ -538,6 +538,11 @@ class Trace:
             texts[rows.start : rows.stop] = self._texts(f"meta/{name}", chunk)[: len(rows)]
         return texts
 
+    def samples_of(self, chunk: int) -> NDArray[np.int64]:
+        """(n,) the dataset indices of a chunk's slots. Raises TraceError if it is not done, or damaged."""
+        shape = (self.header.chunk_rows,)
+        return self._numbers("sample", chunk, np.dtype(np.int64), shape)[: len(self.header.rows(chunk))]
+
     def slot_of(self, sample: int) -> int:
         """The slot of a dataset index. Raises TraceError if the store does not hold it."""
         found = np.flatnonzero(self.sample == sample)
@@ -1140,9 +1145,10 @@ def _read_group(path: Path) -> dict[str, Any]:
 def _digests(attributes: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     """The digests of the metadata; None in a store from before there were any. Raises TraceError if they are none."""
     if CHECKSUMS not in attributes:
-        # A name that rotted would let the rest go unchecked.
-        if unknown := set(attributes) - {"format", "version", "complete", *Header.__dataclass_fields__}:
-            raise TraceError(f"{path} is damaged: it has attributes that nothing wrote, {_short(sorted(unknown))}.")
+        for name, value in attributes.items():
+            # The digests, by a name that has rotted: all else would go unchecked.
+            if isinstance(value, dict) and set(value) == {"header", "arrays"}:
+                raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is called {_short(name)}.")
         return None
     kept = attributes[CHECKSUMS]
     if not isinstance(kept, dict) or set(kept) != {"header", "arrays"} or not isinstance(kept["arrays"], dict):

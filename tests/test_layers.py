@@ -35,14 +35,15 @@ ALLOWED = {
         "body": "objective randomness",
         "loop": "body errors randomness variables",
         "recorder": "batches body columns compress errors gradients objective precondition randomness settings store "
-        "weights",
+        "verify weights",
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen moments plain report score settings store variables",
         "score": "errors store",
         "kernel": "errors score store",
         "hnsw": "",
         "index": "errors hnsw kernel score store untrusted",
-        "report": "errors score",
+        "verify": "errors index precondition store untrusted weights",
+        "report": "errors score verify",
         "evaluate": "errors",
         "pack": "commands compress errors settings store",
         "questions": "errors",
@@ -56,7 +57,7 @@ ALLOWED = {
         "examine": "errors evaluate query score store",
         "demo": "errors query report store",
         "cli": "commands demo errors estimate examine index launch pack query questions report score settings store "
-        "version",
+        "verify version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }
@@ -79,6 +80,7 @@ WITHOUT_TORCH = (
     "settings",
     "store",
     "untrusted",
+    "verify",
     "version",
 )
 

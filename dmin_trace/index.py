@@ -377,6 +377,8 @@ def damage(trace: Trace) -> tuple[list[tuple[str, str]], str]:
         facts = Facts.from_json((folder / FACTS).read_text(encoding="utf-8"))
         _fresh_facts(trace, folder)
         why = ""
+    except TraceError:
+        why = "the store is damaged"
     except (GraphError, OSError, ValueError) as error:
         why = str(error)
         if FACTS in why:

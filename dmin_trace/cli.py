@@ -27,6 +27,8 @@ from rich.text import Text
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, SettingsError
 from dmin_trace.version import VERSION
 
+LONGEST_ERROR = 4000
+
 app = typer.Typer(
     name="dmin-trace",
     help="Which training samples made the diffusion model make this image?",
@@ -653,10 +655,27 @@ def _script(context: typer.Context) -> Any:
     return Command(str(Path(context.obj[0]).absolute()), tuple(context.obj[1:]), str(Path.cwd()))
 
 
+def _one_line(message: str) -> str:
+    """A message as one line that does nothing to a terminal: it may quote a file or a data set from anybody."""
+    # NumPy comes with it, which --help is not to wait for.
+    from dmin_trace.report import harmless
+
+    return harmless(message, LONGEST_ERROR)
+
+
+class _OneLine(logging.Formatter):
+    """A log's lines, each harmless; and behind one its traceback, if it has one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        first, *more = super().format(record).split("\n") if record.exc_info else [super().format(record)]
+        return "\n".join([_one_line(first), *more])
+
+
 def _log(verbose: bool) -> None:
     """Shows the library's warnings and errors, and with --verbose all that it says."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("dmin-trace: %(message)s"))
+    handler.setFormatter(_OneLine("dmin-trace: %(message)s"))
     library = logging.getLogger("dmin_trace")
     library.addHandler(handler)
     library.setLevel(logging.DEBUG if verbose else logging.WARNING)
@@ -674,7 +693,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=given[:at], obj=given[at + 1 :], standalone_mode=False, prog_name="dmin-trace")
     except DminTraceError as error:
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        Console(stderr=True).print(Text(_one_line(str(error)), style="red"), soft_wrap=True)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return 130

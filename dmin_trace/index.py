@@ -50,7 +50,7 @@ from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.hnsw import GraphError, graph_bytes, load_graph, make_graph
 from dmin_trace.kernel import Directions, Progress
 from dmin_trace.score import Ranking, Score
-from dmin_trace.store import TRAILER, Trace, chunk_file, row_checksum, sync, sync_tree
+from dmin_trace.store import Trace, row_checksum, sync, sync_tree
 
 if TYPE_CHECKING:
     import hnswlib
@@ -85,6 +85,7 @@ BLOCK = 2**22
 ASKED = 2**28
 """Numbers of gradients that ask in calibration at the most: fewer samples ask where they are very long."""
 LARGEST_FACTS = 2**20
+ANOTHER_VERSION = "it was written by another version of dmin_trace"
 
 GRAPH, SHARED, COPIES, ROWS, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"
 NAMES = (GRAPH, SHARED, COPIES, ROWS)
@@ -190,12 +191,11 @@ class Facts:
         """The facts that `to_json` wrote. Raises GraphError if they are none, of another version, or absurd."""
         try:
             kept = untrusted.parse(text)
-            written = kept.pop("digest", "")
-            of = untrusted.digest(kept)
-            if (kept.pop("format"), kept.pop("version"), kept.pop("space")) != (FORMAT, VERSION, "ip"):
-                raise GraphError("it was written by another version of dmin_trace")
-            if written != of:
+            written = kept.pop("digest", None)
+            if written != untrusted.digest(kept) and (written is not None or kept["version"] == VERSION):
                 raise GraphError(f"{FACTS} is damaged")
+            if (kept.pop("format"), kept.pop("version"), kept.pop("space")) != (FORMAT, VERSION, "ip"):
+                raise GraphError(ANOTHER_VERSION)
             depths = tuple(Depth(**depth) for depth in kept.pop("depths"))
             files = {name: File(**file) for name, file in kept.pop("files").items()}
             facts = cls(**kept, depths=depths, files=files)
@@ -374,15 +374,16 @@ def damage(trace: Trace) -> tuple[list[tuple[str, str]], str]:
     if not folder.is_dir():
         return [], ""
     try:
-        facts = Facts.from_json((folder / FACTS).read_text(encoding="utf-8"))
+        facts = _read_facts(folder)
+    except GraphError as error:
+        return ([], str(error)) if str(error) == ANOTHER_VERSION else ([(FACTS, str(error))], "")
+    try:
         _fresh_facts(trace, folder)
         why = ""
     except TraceError:
         why = "the store is damaged"
-    except (GraphError, OSError, ValueError) as error:
+    except GraphError as error:
         why = str(error)
-        if FACTS in why:
-            return [(FACTS, why)], ""
     found: list[tuple[str, str]] = []
     for name, written in facts.files.items():
         try:
@@ -519,15 +520,7 @@ def fingerprint(trace: Trace) -> str:
     digest = hashlib.sha256(json.dumps(trace.header.to_attributes(), sort_keys=True).encode())
     for name, axes in (("grad", 3), ("scale", 2), ("norm", 2)):
         for chunk in trace.chunks_done if name != "scale" or trace.header.dtype == "int8" else ():
-            try:
-                with chunk_file(trace.path, name, chunk, axes).open("rb", buffering=0) as file:
-                    file.seek(-TRAILER, os.SEEK_END)
-                    digest.update(file.read(TRAILER))
-            except OSError as error:
-                raise TraceError(
-                    f"{trace.path} is damaged: chunk {chunk} of {name} cannot be read ({error.strerror}). Restore the "
-                    "file, or capture again."
-                ) from None
+            digest.update(bytes(trace.trailer(name, chunk, axes)))
     return digest.hexdigest()
 
 
@@ -818,15 +811,20 @@ def _write(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph
     return facts
 
 
-def _fresh_facts(trace: Trace, folder: Path) -> Facts:
-    """What index.json says. Raises GraphError if it is damaged, or not of the store as it is."""
+def _read_facts(folder: Path) -> Facts:
+    """What index.json says. Raises GraphError if it is damaged."""
     try:
         size = untrusted.size_within(folder, [FACTS])
         if size is None or size > LARGEST_FACTS:
             raise GraphError(f"it has no {FACTS} that can be read")
-        facts = Facts.from_json((folder / FACTS).read_text(encoding="utf-8"))
+        return Facts.from_json((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise GraphError(f"it has no {FACTS} that can be read ({error})") from None
+
+
+def _fresh_facts(trace: Trace, folder: Path) -> Facts:
+    """What index.json says. Raises GraphError if it is damaged, or not of the store as it is."""
+    facts = _read_facts(folder)
     header = trace.header
     if (facts.store, facts.projection) != (header.id, header.projection.fingerprint):
         raise GraphError("it is of another store")

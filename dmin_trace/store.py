@@ -31,6 +31,7 @@ import os
 import re
 import reprlib
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -411,6 +412,12 @@ class Writer:
         arrays |= {"norm": norm, "loss": loss, "sample": sample}
         arrays |= {f"meta/{name}": _as_array(columns[name], kind) for name, kind in header.columns.items()}
         try:
+            for name, values_of in {**arrays, "done": np.ones(1)}.items():
+                # A store that is gone on with can come from anybody; nothing is written where it points to.
+                untrusted.size_within(self.path, chunk_names(name, chunk, values_of.ndim))
+        except ValueError as error:
+            raise TraceError(f"{self.path} is damaged: {error}. A store has none in it.") from None
+        try:
             self._write_chunks(chunk, arrays, slots)
             self._write_chunks(chunk, {"done": np.ones(1, np.uint8)}, range(chunk, chunk + 1))
         except OSError as error:
@@ -542,6 +549,21 @@ class Trace:
         """(n,) the dataset indices of a chunk's slots. Raises TraceError if it is not done, or damaged."""
         shape = (self.header.chunk_rows,)
         return self._numbers("sample", chunk, np.dtype(np.int64), shape)[: len(self.header.rows(chunk))]
+
+    def trailer(self, name: str, chunk: int, axes: int) -> Sequence[int]:
+        """The checksum behind a chunk's numbers, as it is written; nothing is compared with it.
+
+        Raises TraceError if the chunk is not done, or its file is none, or cannot be read.
+        """
+        file, size = self._place(name, chunk, axes)
+        if size is None or size < TRAILER:
+            raise self._damaged(name, chunk, f"has {size or 0} bytes")
+        try:
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(-TRAILER, os.SEEK_END)
+                return opened.read(TRAILER)
+        except OSError as error:
+            raise self._damaged(name, chunk, f"cannot be read ({error.strerror})") from None
 
     def slot_of(self, sample: int) -> int:
         """The slot of a dataset index. Raises TraceError if the store does not hold it."""
@@ -678,7 +700,8 @@ class Trace:
     @cached_property
     def bytes(self) -> int:
         """The size of all files of the store."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        found = (file.lstat() for file in self.path.rglob("*"))
+        return sum(file.st_size for file in found if stat.S_ISREG(file.st_mode))
 
     @cached_property
     def _row_done(self) -> NDArray[np.bool_]:

@@ -97,8 +97,12 @@ def verify(path: Path, *, progress: Progress | None = None) -> Verified:
         found.damages.append(Damage(file=f"{path.name}/zarr.json", what=str(error)))
         found.notes.append("Nothing else can be told without the header of the store.")
         return found
-    found = verify_chunks(path, header, complete, progress=progress)
-    done = store.marks(path, header)
+    try:
+        found = verify_chunks(path, header, complete, progress=progress)
+        done = store.marks(path, header)
+    except TraceError as error:
+        found.damages.append(Damage(file=f"{path.name}/done", what=str(error)))
+        return found
     if not found.bad_arrays:
         damaged, why = index.damage(Trace(path, header, found.complete, done))
         folder = index.index_beside(path)

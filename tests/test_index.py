@@ -373,6 +373,13 @@ def flipped(folder: Path) -> None:
     file.write_bytes(data)
 
 
+def older(folder: Path) -> None:
+    file = folder / "trace.index" / "index.json"
+    facts = json.loads(file.read_text())
+    del facts["digest"]
+    file.write_text(json.dumps(facts | {"version": 2}))
+
+
 def rotten(folder: Path) -> None:
     file = folder / "trace.index" / "index.json"
     file.write_text(file.read_text().replace('"target": 0.9', '"target": 0.8'))
@@ -384,6 +391,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "other gradients": (other_gradients, "the store has changed"),
     "other norms": (other_norms, "the store has changed"),
     "another version": (edited(version=1), "another version"),
+    "one from before there were digests": (older, "another version"),
     "another format": (edited(format="x"), "another version"),
     "another space": (edited(space="l2"), "another version"),
     "another number of samples": (edited(samples=10), "the store has changed"),

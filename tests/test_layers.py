@@ -46,7 +46,7 @@ ALLOWED = {
         "report": "errors score verify",
         "evaluate": "errors",
         "pack": "commands compress errors settings store",
-        "questions": "errors",
+        "questions": "errors untrusted",
         "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
         "recorder settings store weights",
         "plain": "body columns errors gradients moments precondition query randomness recorder report score settings "

@@ -212,8 +212,8 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "index facts": Target(10, edits, read_facts),
         "outputs": Target(8, texts, _write_all),
-        "store": Target(2, edits, read_store),
-        "index": Target(2, edits, read_index),
+        "store": Target(1, edits, read_store),
+        "index": Target(1, edits, read_index),
         "graph": Target(3, edits, read_graph),
         "captions": Target(
             3, edits, lambda data: read_chunk(data, "meta/caption", 1, trace, lambda t: t._texts("meta/caption", 1))
@@ -333,7 +333,9 @@ def _edited(value: Any, data: bytes) -> Any:
         if act < 0.1:
             del holder[place]
         elif act < 0.3 and isinstance(inner, (int, float)) and not isinstance(inner, bool):
-            holder[place] = chosen.choice((inner + 1, inner - 1, inner * 2, -inner, float(inner), str(inner)))
+            holder[place] = chosen.choice(
+                (inner + 1, inner - 1, inner * 2, -inner, inner / 1 if abs(inner) < 1e300 else 0.0, repr(inner)[:99])
+            )
         elif act < 0.4 and isinstance(inner, str):
             at = chosen.randint(0, len(inner))
             holder[place] = inner[:at] + chosen.choice(("\x00", "\n", "x", "\ud800", "/", "é")) + inner[at + 1 :]

@@ -91,7 +91,8 @@ CHECKSUMS = "checksums"
 """The attribute that holds the digests of the metadata. Stores from before have none, and are read without."""
 
 MENDING = (
-    "Restore the file, or make the chunk anew with dmin-trace capture --repair; dmin-trace verify names all damage."
+    "dmin-trace verify names all that is damaged. Restore the file from a copy, or make the chunk anew: dmin-trace "
+    "capture --repair, or for a loop of your own recording(..., repair=True)."
 )
 
 ColumnKind = Literal["string", "integer", "number"]

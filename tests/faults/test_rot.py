@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from test_plain import denoiser, loss_of, record
 from test_store import change, content, make_header, make_rows, write, write_store
 from tiny import plain_script, run
 from torture_rot import attack
@@ -299,6 +301,25 @@ def test_repair_makes_the_damaged_chunks_anew_and_no_other(tmp_path: Path) -> No
     # A whole store is left alone.
     assert "No chunk of" in run(repair, tmp_path).stderr
     assert content(tmp_path / "out") == before
+
+
+def test_a_loop_of_ones_own_repairs_its_trace(tmp_path: Path) -> None:
+    out = record(denoiser(), tmp_path / "trace.zarr")
+    before = content(out)
+    flip(chunk_file(out, "grad", 1, 3), 50)
+    with pytest.raises(TraceError, match="is complete"):
+        record(denoiser(), out)
+    with pytest.raises(TraceError, match="belongs to another capture"):
+        record(denoiser(1), out, repair=True)
+    seen: list[int] = []
+
+    def counted(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return loss_of(model, clean)
+
+    record(denoiser(), out, counted, repair=True)
+    assert content(out) == before
+    assert len(seen) == 3 * 4  # T of each of the last four of twelve samples
 
 
 ARRAYS = {"grad": 3, "norm": 2, "loss": 2, "sample": 1, "done": 1, "meta/caption": 1}

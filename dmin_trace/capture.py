@@ -195,6 +195,7 @@ class Capture:
             max_train_steps=own.max_train_steps or line.max_train_steps,
             num_epochs=own.num_epochs or line.num_epochs,
             strict=own.strict or line.strict,
+            repair=own.repair,
         )
         if self.like is None:
             self.settings = make_settings(self.job.settings)
@@ -294,6 +295,7 @@ class Capture:
             processes=Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
             writers=("accelerate",),
             trial=trial,
+            repairing=self.job.repair,
         )
         samples = self._recorder.begin()
         self._frozen = self._entered.enter_context(FrozenModules(variables.values(), self._models))

@@ -7,6 +7,7 @@ dmin-trace query TRACE IMAGE...                 which training samples made this
 dmin-trace index TRACE                          make queries fast
 dmin-trace info TRACE                           what a store holds
 dmin-trace evaluate TRACE --label COLUMN        how good its attributions are
+dmin-trace verify TRACE                         whether anything in it is damaged
 dmin-trace pack TRACE --out NEW                 rewrite a store: smaller, or with another codec
 dmin-trace demo                                 all of it on handwritten digits
 """
@@ -25,6 +26,8 @@ from rich.text import Text
 
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, SettingsError
 from dmin_trace.version import VERSION
+
+LONGEST_ERROR = 4000
 
 app = typer.Typer(
     name="dmin-trace",
@@ -116,6 +119,9 @@ def capture_command(
     draws: Draws = None,
     precondition: PreconditionKind = None,
     columns: Columns = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make the damaged chunks of a store anew, and no other (see verify).")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
@@ -133,6 +139,7 @@ def capture_command(
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
             optimizer=None if optimizer is None else str(optimizer.absolute()),
+            repair=repair,
         )
     )
 
@@ -339,6 +346,40 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
     facts = [*store.facts(opened), ("index", index.summary(index.read_facts(opened)))]
     table = report.facts_table(facts, str(trace), ascii_only=console.options.ascii_only)
     console.print(table)
+
+
+@app.command("verify")
+def verify_command(
+    trace: Annotated[Path, typer.Argument(help="The store.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write what was found as JSON.")] = None,
+) -> None:
+    """Read all of a store, its index and the weights beside it, and name every chunk and file that is damaged.
+
+    Exit code 0 where all is whole, 1 where something is damaged. dmin-trace capture --repair makes damaged chunks anew.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from dmin_trace import report, verify
+
+    if json_path is not None and not json_path.parent.is_dir():
+        raise QueryError(f"There is no folder {json_path.parent} to write {json_path.name} to.")
+    console, to_errors = Console(), Console(stderr=True)
+    bars = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*bars, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
+        task = progress.add_task("verify", total=None)
+        found = verify.verify(trace, progress=lambda done, of: progress.update(task, completed=done, total=of))
+    if found.damages:
+        console.print(report.damage_table(found, str(trace), ascii_only=console.options.ascii_only))
+    for note in found.notes:
+        console.print(Text(report.harmless(note, 400), style="dim"))
+    checked = f"{found.files:,} files, {found.bytes:,} bytes were compared with their checksums"
+    said = f"{len(found.damages)} are damaged" if found.damages else "all is whole"
+    style = "red" if found.damages else "green"
+    console.print(Text(report.harmless(f"{trace}: {said}; {checked}.", 400), style=style))
+    if json_path is not None:
+        json_path.write_text(report.verified_json(found), encoding="utf-8")
+    if found.damages:
+        raise typer.Exit(1)
 
 
 @app.command("evaluate")
@@ -614,10 +655,27 @@ def _script(context: typer.Context) -> Any:
     return Command(str(Path(context.obj[0]).absolute()), tuple(context.obj[1:]), str(Path.cwd()))
 
 
+def _one_line(message: str) -> str:
+    """A message as one line that does nothing to a terminal: it may quote a file or a data set from anybody."""
+    # NumPy comes with it, which --help is not to wait for.
+    from dmin_trace.report import harmless
+
+    return harmless(message, LONGEST_ERROR)
+
+
+class _OneLine(logging.Formatter):
+    """A log's lines, each harmless; and behind one its traceback, if it has one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        first, *more = super().format(record).split("\n") if record.exc_info else [super().format(record)]
+        return "\n".join([_one_line(first), *more])
+
+
 def _log(verbose: bool) -> None:
     """Shows the library's warnings and errors, and with --verbose all that it says."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("dmin-trace: %(message)s"))
+    handler.setFormatter(_OneLine("dmin-trace: %(message)s"))
     library = logging.getLogger("dmin_trace")
     library.addHandler(handler)
     library.setLevel(logging.DEBUG if verbose else logging.WARNING)
@@ -635,7 +693,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=given[:at], obj=given[at + 1 :], standalone_mode=False, prog_name="dmin-trace")
     except DminTraceError as error:
-        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        Console(stderr=True).print(Text(_one_line(str(error)), style="red"), soft_wrap=True)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return 130

@@ -49,6 +49,7 @@ class Job:
     like: a finished store, for a query: the capture must be of the same kind as that one.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not say so.
     strict: an error in the capture ends the training.
+    repair: make the damaged chunks of the store at `out` anew, and no other; go on with it where it is unfinished.
     """
 
     mode: Literal["final", "now", "estimate"]
@@ -61,6 +62,7 @@ class Job:
     max_train_steps: int | None = None
     num_epochs: int | None = None
     strict: bool = False
+    repair: bool = False
 
     def to_json(self) -> str:
         """The job as text, for a process of its own."""

@@ -186,6 +186,8 @@ def read_retrained(path: Path, trace: Trace, queries: int) -> Retrained:
     samples = trace.header.samples
     expected = f"expected a file of numpy.savez with subsets, bool (models, {samples}), and losses (models, {queries})"
     try:
+        if not path.is_file():
+            raise OSError("it is no file")  # a pipe would block whoever opens it
         with zipfile.ZipFile(path) as archive:
             headers = {name: _header(archive, name) for name in ("subsets", "losses")}
             whole = path.stat().st_size

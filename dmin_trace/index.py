@@ -5,6 +5,8 @@
       graph.hnsw      hnswlib's graph: a vector for each slot that can be ranked, of copies for the first alone
       shared.f32      (T, r, v) the directions in which the samples mostly lie at each timestep, orthonormal
       copies.i64      (n, 2) slots whose stored numbers are those of an earlier slot, and that slot
+      rows.u32        (N,) the crc32c of each slot's stored numbers, by which a row is checked when it is ranked: the
+                      checksum of its chunk would take reading all of that
       principal.f32   (T, r, v) more such directions, for deflated scores (`kernel`)
       eigenvalues.f64 (T, r) theirs
 
@@ -43,12 +45,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace import kernel, score
+from dmin_trace import kernel, score, untrusted
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.hnsw import GraphError, graph_bytes, load_graph, make_graph
 from dmin_trace.kernel import Directions, Progress
 from dmin_trace.score import Ranking, Score
-from dmin_trace.store import TRAILER, Trace, chunk_file, sync, sync_tree
+from dmin_trace.store import Trace, row_checksum, sync, sync_tree
 
 if TYPE_CHECKING:
     import hnswlib
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = "dmin_trace.index"
-VERSION = 2
+VERSION = 3
 
 RECALL_AT_100 = 0.95
 """What is asked of the 100 best; of the 10 best it is the user's to say."""
@@ -83,9 +85,10 @@ BLOCK = 2**22
 ASKED = 2**28
 """Numbers of gradients that ask in calibration at the most: fewer samples ask where they are very long."""
 LARGEST_FACTS = 2**20
+ANOTHER_VERSION = "it was written by another version of dmin_trace"
 
-GRAPH, SHARED, COPIES, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "index.json"
-NAMES = (GRAPH, SHARED, COPIES)
+GRAPH, SHARED, COPIES, ROWS, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"
+NAMES = (GRAPH, SHARED, COPIES, ROWS)
 PRINCIPAL, EIGENVALUES = "principal.f32", "eigenvalues.f64"
 
 Dimensions = Literal["folded", "full"]
@@ -179,22 +182,30 @@ class Facts:
         return f"the index does not serve{of}" + (f" ({self.short})" if self.short else "")
 
     def to_json(self) -> str:
-        """The facts as index.json keeps them."""
-        return json.dumps({"format": FORMAT, "version": VERSION, "space": "ip", **asdict(self)}, indent=2)
+        """The facts as index.json keeps them, with their own digest."""
+        facts = json.loads(json.dumps({"format": FORMAT, "version": VERSION, "space": "ip", **asdict(self)}))
+        return json.dumps({**facts, "digest": untrusted.digest(facts)}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Facts:
         """The facts that `to_json` wrote. Raises GraphError if they are none, of another version, or absurd."""
         try:
-            kept = json.loads(text)
+            kept = untrusted.parse(text)
+            written = kept.pop("digest", None)
+            if written != untrusted.digest(kept) and (written is not None or kept["version"] == VERSION):
+                raise GraphError(f"{FACTS} is damaged")
             if (kept.pop("format"), kept.pop("version"), kept.pop("space")) != (FORMAT, VERSION, "ip"):
-                raise GraphError("it was written by another version of dmin_trace")
+                raise GraphError(ANOTHER_VERSION)
             depths = tuple(Depth(**depth) for depth in kept.pop("depths"))
             files = {name: File(**file) for name, file in kept.pop("files").items()}
             facts = cls(**kept, depths=depths, files=files)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise GraphError(f"{FACTS} cannot be read") from None
-        whole = (
+        whole: tuple[Any, ...] = (
+            facts.timesteps,
+            facts.dimension,
+            facts.samples,
+            facts.asked,
             facts.fold,
             facts.directions,
             facts.m,
@@ -211,7 +222,8 @@ class Facts:
         right = right and all(depth.score in get_args(Score) for depth in depths)
         right = right and facts.principal <= kernel.MOST_DIRECTIONS
         right = right and (facts.ridge is None or (type(facts.ridge) is float and 0 < facts.ridge < math.inf))
-        if not right or not 2 <= facts.m <= 100 or not isinstance(facts.short, str):
+        right = right and isinstance(facts.short, str) and all(isinstance(file.sha256, str) for file in files.values())
+        if not right or not 2 <= facts.m <= 100:
             raise GraphError(f"{FACTS} holds numbers that cannot be meant")
         return facts
 
@@ -248,9 +260,16 @@ class Index:
     """An index that is fresh, whole and calibrated; `open_index` makes one."""
 
     def __init__(
-        self, trace: Trace, facts: Facts, split: Split, graph: hnswlib.Index, copies: NDArray[np.int64]
+        self,
+        trace: Trace,
+        facts: Facts,
+        split: Split,
+        graph: hnswlib.Index,
+        copies: NDArray[np.int64],
+        checksums: NDArray[np.uint32],
     ) -> None:
         """Made by `open_index`."""
+        self.checksums = checksums
         self.trace = trace
         self.facts = facts
         self._split = split
@@ -291,7 +310,7 @@ def search(index: Index, queries: NDArray[np.float32], k: int, *, kind: Score = 
     depth = index.facts.depth(k, kind)
     if depth is None:
         raise QueryError(f"k is {k}, more than the index was calibrated for. Ask for fewer, or ask with --exact.")
-    return score.rerank(index.trace, queries, index.candidates(queries, depth), k)
+    return score.rerank(index.trace, queries, index.candidates(queries, depth), k, checksums=index.checksums)
 
 
 def index_beside(path: Path) -> Path:
@@ -348,6 +367,34 @@ def open_directions(trace: Trace) -> Directions | str:
     return Directions(vectors, eigenvalues)
 
 
+def damage(trace: Trace) -> tuple[list[tuple[str, str]], str]:
+    """The files of a store's index that are damaged, each with what is wrong; and, in words, why it is not used though
+    no file may be damaged, "" if it is, or there is none. Reads all of its files."""
+    folder = index_beside(trace.path)
+    if not folder.is_dir():
+        return [], ""
+    try:
+        facts = _read_facts(folder)
+    except GraphError as error:
+        return ([], str(error)) if str(error) == ANOTHER_VERSION else ([(FACTS, str(error))], "")
+    try:
+        _fresh_facts(trace, folder)
+        why = ""
+    except TraceError:
+        why = "the store is damaged"
+    except GraphError as error:
+        why = str(error)
+    found: list[tuple[str, str]] = []
+    for name, written in facts.files.items():
+        try:
+            if name not in (*NAMES, PRINCIPAL, EIGENVALUES):
+                raise GraphError(f"{name} is no file of an index")
+            _checked(folder, name, written, written.bytes)
+        except (GraphError, OSError) as error:
+            found.append((name, str(error)))
+    return found, why
+
+
 def build_index(
     trace: Trace,
     *,
@@ -401,7 +448,7 @@ def build_index(
     _check_memory(trace, folds[0], m)
 
     state = fingerprint(trace)
-    kept, copies = _kept_and_copies(trace, progress)
+    kept, copies, checksums = _kept_and_copies(trace, progress)
     affordable = max(8, ASKED // (2 * len(trace.header.timesteps) * trace.header.dimension))
     held = kept[np.linspace(0, len(kept) - 1, min(HELD_OUT, affordable, len(kept) // 4)).astype(np.int64)]
     linked = np.setdiff1d(kept, held)
@@ -465,7 +512,7 @@ def build_index(
     if not facts.depths:
         return _write(folder, facts, arrays)
     _add(graph, trace, split, held, progress)
-    return _write(folder, facts, {**arrays, SHARED: shared, COPIES: copies}, graph)
+    return _write(folder, facts, {**arrays, SHARED: shared, COPIES: copies, ROWS: checksums}, graph)
 
 
 def fingerprint(trace: Trace) -> str:
@@ -473,15 +520,7 @@ def fingerprint(trace: Trace) -> str:
     digest = hashlib.sha256(json.dumps(trace.header.to_attributes(), sort_keys=True).encode())
     for name, axes in (("grad", 3), ("scale", 2), ("norm", 2)):
         for chunk in trace.chunks_done if name != "scale" or trace.header.dtype == "int8" else ():
-            try:
-                with chunk_file(trace.path, name, chunk, axes).open("rb", buffering=0) as file:
-                    file.seek(-TRAILER, os.SEEK_END)
-                    digest.update(file.read(TRAILER))
-            except OSError as error:
-                raise TraceError(
-                    f"{trace.path} is damaged: chunk {chunk} of {name} cannot be read ({error.strerror}). Restore the "
-                    "file, or capture again."
-                ) from None
+            digest.update(bytes(trace.trailer(name, chunk, axes)))
     return digest.hexdigest()
 
 
@@ -586,16 +625,21 @@ def _free_memory() -> int | None:
     return None
 
 
-def _kept_and_copies(trace: Trace, progress: Progress) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The slots that the graph holds, and (n, 2) the others that can be ranked, each with the kept slot it copies.
+def _kept_and_copies(
+    trace: Trace, progress: Progress
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+    """The slots that the graph holds; (n, 2) the others that can be ranked, each with the kept slot it copies; and (N,)
+    the checksums of all slots' stored numbers.
 
     Copies would crowd a neighbourhood until nothing else is linked, and they are what a model remembers best.
     """
     firsts: dict[bytes, int] = {}
     copies: list[tuple[int, int]] = []
+    checksums = np.zeros(trace.header.samples, np.uint32)
     for chunk in trace.chunks_done:
         grad, scale = trace.grad_chunk(chunk), trace.scale_chunk(chunk)
         for row, factors, slot in zip(grad, scale, trace.header.rows(chunk), strict=True):
+            checksums[slot] = row_checksum(row)
             if trace.rankable[slot]:
                 digest = hashlib.blake2b(factors.tobytes(), digest_size=16)
                 digest.update(row.data)
@@ -603,7 +647,7 @@ def _kept_and_copies(trace: Trace, progress: Progress) -> tuple[NDArray[np.int64
                 if first != slot:
                     copies.append((slot, first))
         progress("looking for copies", trace.header.rows(chunk).stop, trace.header.samples)
-    return np.array(list(firsts.values()), np.int64), np.array(copies, np.int64).reshape(-1, 2)
+    return np.array(list(firsts.values()), np.int64), np.array(copies, np.int64).reshape(-1, 2), checksums
 
 
 def _questions(trace: Trace, held: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -767,15 +811,20 @@ def _write(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph
     return facts
 
 
+def _read_facts(folder: Path) -> Facts:
+    """What index.json says. Raises GraphError if it is damaged."""
+    try:
+        size = untrusted.size_within(folder, [FACTS])
+        if size is None or size > LARGEST_FACTS:
+            raise GraphError(f"it has no {FACTS} that can be read")
+        return Facts.from_json((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GraphError(f"it has no {FACTS} that can be read ({error})") from None
+
+
 def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     """What index.json says. Raises GraphError if it is damaged, or not of the store as it is."""
-    file = folder / FACTS
-    try:
-        if file.stat().st_size > LARGEST_FACTS:
-            raise GraphError(f"{FACTS} is too large")
-        facts = Facts.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        raise GraphError(f"it has no {FACTS} that can be read") from None
+    facts = _read_facts(folder)
     header = trace.header
     if (facts.store, facts.projection) != (header.id, header.projection.fingerprint):
         raise GraphError("it is of another store")
@@ -798,24 +847,33 @@ def _opened(trace: Trace, facts: Facts, folder: Path) -> Index:
         GRAPH: 2 * likely + 2**16,
         SHARED: 4 * facts.timesteps * facts.directions * facts.dimension,
         COPIES: 16 * len(usable),
+        ROWS: 4 * facts.samples,
     }
     for name, most in largest.items():
         _checked(folder, name, facts.files[name], most)
     shared = np.fromfile(folder / SHARED, "<f4").reshape(facts.timesteps, facts.directions, facts.dimension)
     copies = np.fromfile(folder / COPIES, "<i8").reshape(-1, 2).astype(np.int64)
+    checksums = np.fromfile(folder / ROWS, "<u4")
+    if len(checksums) != facts.samples:
+        raise GraphError(f"{ROWS} holds {len(checksums)} checksums, expected {facts.samples}")
     linked = np.setdiff1d(usable, copies[:, 0])
     if not np.isin(copies[:, 0], usable).all() or not np.isin(copies[:, 1], linked).all():
         raise GraphError(f"{COPIES} names slots that cannot be ranked")
     if len(linked) + len(copies) != len(usable) or len(linked) != facts.vectors:
         raise GraphError(f"{COPIES} does not leave the {facts.vectors} slots that the graph holds")
     split = Split(shared, facts.fold)
-    return Index(trace, facts, split, load_graph(folder / GRAPH, split.length, linked, facts.m), copies)
+    graph = load_graph(folder / GRAPH, split.length, linked, facts.m)
+    return Index(trace, facts, split, graph, copies, checksums)
 
 
 def _checked(folder: Path, name: str, written: File, most: int) -> Path:
     """A file of the index. Raises GraphError if it is not what was written, or larger than it can be."""
     path = folder / name
-    if not path.is_file() or path.stat().st_size != written.bytes or written.bytes > most:
+    try:
+        size = untrusted.size_within(folder, [name])
+    except ValueError as error:
+        raise GraphError(str(error)) from None
+    if size != written.bytes or size > most:
         raise GraphError(f"{name} is not of the size that was written")
     if _sha256(path) != written.sha256:
         raise GraphError(f"{name} is damaged")

@@ -60,6 +60,7 @@ def recording(
     precondition: str | None = None,
     codec: str | None = None,
     columns: Mapping[str, Values] | None = None,
+    repair: bool = False,
 ) -> Recording:
     """Records the compressed gradient of every sample of a plain PyTorch loop, or those of queries.
 
@@ -89,6 +90,7 @@ def recording(
             `precondition="adam"` takes its second moment from it: of the raw weights, if averaged ones are recorded.
         timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
+        repair: record the samples of damaged chunks of a store anew (`dmin-trace verify` names them), and no others.
 
     Raises:
         SettingsError: an argument that cannot be meant.
@@ -127,6 +129,7 @@ def recording(
         out=None if out is None else Path(out),
         like=trace,
         optimizers=None if optimizer is None else _listed(optimizer, torch.optim.Optimizer, "optimizer", "optimizers"),
+        repair=repair,
         item=None if trace is not None else lambda i: {name: values[i] for name, values in columns.items()},
     )
 
@@ -183,6 +186,7 @@ class Recording:
         optimizers: Sequence[torch.optim.Optimizer] | None,
         item: Callable[[int], Any] | None,
         writers: Sequence[str] = (),
+        repair: bool = False,
     ) -> None:
         """Begins nothing yet; that is `__enter__`.
 
@@ -196,6 +200,7 @@ class Recording:
             optimizers: what they train is recorded; None for all parameters with `requires_grad`.
             item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
             writers: packages that take part, whose versions are kept in the store.
+            repair: damaged chunks are recorded anew.
         """
         self._models = list(models)
         self._settings = settings
@@ -206,6 +211,7 @@ class Recording:
         self._optimizers = None if optimizers is None else list(optimizers)
         self._item = item
         self._writers = writers
+        self._repair = repair
         self._all_slots = make_slots(settings)
         self._entered: ExitStack | None = None
         self._recorder: Recorder | None = None
@@ -323,6 +329,7 @@ class Recording:
                 trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
                 like=self._like,
                 writers=self._writers,
+                repairing=self._repair,
             )
             self._prepare_models(entering)
             self._pending = recorder.begin()

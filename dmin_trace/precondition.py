@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dmin_trace.errors import WeightsError
 from dmin_trace.settings import Precondition
-from dmin_trace.weights import Trainable
+from dmin_trace.weights import Trainable, places, read
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,7 @@ class Preconditioner:
         """Of names, shapes and values, bit for bit; empty where there is nothing to keep."""
         if self.kind != "adam":
             return ""
-        digest = hashlib.sha256()
-        for name, divisor in zip(self.names, self.divisors, strict=True):
-            digest.update(repr((name, tuple(divisor.shape))).encode())
-            digest.update(divisor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
-        return digest.hexdigest()
+        return _fingerprint(zip(self.names, self.divisors, strict=True))
 
     def save(self, path: Path, weights: str) -> None:
         """Writes the divisors to a safetensors file, whole or not at all; nothing where there are none.
@@ -86,6 +82,22 @@ def adam(trainable: Trainable, divisors: Sequence[torch.Tensor]) -> Precondition
     """Division by these, one for each trained parameter and of its shape; they are put where the parameters are."""
     placed = [d.to(p.device, torch.float32) for d, p in zip(divisors, trainable.tensors, strict=True)]
     return Preconditioner("adam", trainable.names, tuple(placed))
+
+
+def fingerprint_of(path: Path, names: Sequence[str]) -> str:
+    """The fingerprint of the divisors in a file that `save` wrote. Raises WeightsError where it cannot be read."""
+    saved = places([path], path)
+    if set(saved) != set(names):
+        raise WeightsError(f"{path} does not hold one tensor for each of the {len(names)} trained parameters.")
+    return _fingerprint(zip(names, read([saved[name] for name in names]), strict=True))
+
+
+def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, divisor in named:
+        digest.update(repr((name, tuple(divisor.shape))).encode())
+        digest.update(divisor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def load(path: Path, trainable: Trainable) -> Preconditioner:

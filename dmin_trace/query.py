@@ -33,6 +33,9 @@ from dmin_trace.score import Ranking, Score, check_k, check_queries
 from dmin_trace.score import exact as scan
 from dmin_trace.store import Trace, open_trace, weights_beside
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""What images are read as, whatever their names: of the formats that Pillow knows, one runs a program (EPS)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -428,7 +431,11 @@ def _as_file(image: str | os.PathLike[str] | Image.Image, path: Path, *, video: 
         image.save(path)
         return path
     file = Path(image)
-    if not file.is_file():
+    try:
+        found = file.is_file()
+    except (OSError, ValueError):  # a name that is longer than any
+        found = False
+    if not found:
         raise QueryError(f"There is no {'video' if video else 'image'} at {file}.")
     if video:
         # Read by the script alone, with the library that it has for that.
@@ -437,9 +444,12 @@ def _as_file(image: str | os.PathLike[str] | Image.Image, path: Path, *, video: 
         with warnings.catch_warnings():
             # An image that would unpack to hundreds of megapixels is an attack or a mistake.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 opened.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise QueryError(f"{file} is larger than any image to ask about: {error} Give a smaller one.") from None
+    except Exception as error:
+        # What decoders raise on bytes from anybody is anything.
         raise QueryError(f"{file} cannot be read as an image: {error}. Give a PNG or JPEG file.") from None
     return file
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dmin_trace import untrusted
 from dmin_trace.errors import QueryError
 
 T = TypeVar("T")
@@ -15,6 +15,7 @@ T = TypeVar("T")
 IMAGE_KEYS = ("file_name", "image")
 PROMPT_KEYS = ("text", "prompt", "caption")
 CONDITIONING_KEYS = ("conditioning_image", "conditioning")
+LARGEST_LIST = 2**26
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -73,7 +74,11 @@ def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
 
 
 def _expand(path: Path) -> Iterator[Asked]:
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise QueryError(f"There is no image at {str(path)[:200]!r}: {error}.") from None
+    if is_folder:
         metadata = path / "metadata.jsonl"
         if metadata.is_file():
             yield from _read_list(metadata)
@@ -82,7 +87,7 @@ def _expand(path: Path) -> Iterator[Asked]:
         if not images:
             raise QueryError(f"The folder {path} holds no images. Give images, or a folder with PNG or JPEG files.")
         yield from (Asked(image, None) for image in images)
-    elif path.suffix.lower() in (".jsonl", ".json") and path.is_file():
+    elif path.suffix.lower() in (".jsonl", ".json") and is_file:
         yield from _read_list(path)
     else:
         yield Asked(path, None)
@@ -91,6 +96,8 @@ def _expand(path: Path) -> Iterator[Asked]:
 def _read_list(path: Path) -> Iterator[Asked]:
     expected = 'expected one such as {"file_name": "a.png", "text": "a prompt"}'
     try:
+        if (size := path.stat().st_size) > LARGEST_LIST:
+            raise QueryError(f"{path} has {size} bytes; expected a list of at most {LARGEST_LIST}.")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise QueryError(f"{path} cannot be read: {error}.") from None
@@ -99,7 +106,7 @@ def _read_list(path: Path) -> Iterator[Asked]:
         raise QueryError(f"{path} has no lines; {expected}.")
     for number, line in numbered:
         try:
-            row: Any = json.loads(line)
+            row: Any = untrusted.parse(line)
         except ValueError:
             row = None
         image = _text(row, IMAGE_KEYS)

@@ -35,6 +35,7 @@ from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Call
 from dmin_trace.settings import Settings
 from dmin_trace.store import Header, Trace, Writer
+from dmin_trace.verify import mendable
 from dmin_trace.weights import Trainable
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Recorder:
         processes: Processes | None = None,
         writers: Sequence[str] = (),
         trial: bool = False,
+        repairing: bool = False,
     ) -> None:
         """Fixes what is recorded. The trainables must hold the weights that the capture is of.
 
@@ -103,6 +105,7 @@ class Recorder:
             processes: those that fill the store; this one alone if not given.
             writers: packages that take part, whose versions are kept.
             trial: record two samples, check them, and write nothing.
+            repairing: record the damaged chunks of the store at `out` anew, which may be complete.
 
         Raises:
             QueryError: the trainables or the projection are not those of `like`.
@@ -118,6 +121,8 @@ class Recorder:
         self.trial = trial
         self.weights_saved = False
         self._resuming = resuming
+        self._repairing = repairing
+        self._damaged: list[int] = []
         self._trained = trained
         self._created = created
         self._processes = processes or Processes()
@@ -161,10 +166,12 @@ class Recorder:
         pending = list(range(-(-self.samples // self._chunk_rows)))
         self._existing = self.out.exists()
         if self._existing and self._resuming:
+            if self._repairing:
+                self._damaged = mendable(self.out)
             earlier = store.open_trace(self.out, unfinished=True)
             self._refuse_another(earlier)
             self._chunk_rows = earlier.header.chunk_rows
-            pending = [c for c, done in enumerate(earlier.done) if not done]
+            pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
             if not pending and self._processes.number == 0:
                 # It stopped between its last chunk and the word that it is complete.
                 Writer(self.out, earlier.header).finish()
@@ -272,7 +279,7 @@ class Recorder:
 
     def _refuse_another(self, earlier: Trace) -> None:
         """Raises TraceError for a store that cannot be gone on with, before what lies beside it is written over."""
-        if earlier.complete:
+        if earlier.complete and not self._repairing:
             raise TraceError(
                 f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
             )
@@ -500,6 +507,9 @@ class Recorder:
         header = self.header()
         if self._processes.number == 0:
             self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
+            if self._damaged:
+                # Not before it is known that this run is the one that can make them anew.
+                self._writer.undo(self._damaged)
             self._created(self._writer.header)
         self._processes.wait()
         if self._processes.number != 0:

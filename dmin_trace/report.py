@@ -19,6 +19,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -26,10 +27,15 @@ from rich.text import Text
 
 from dmin_trace.score import Score
 
+if TYPE_CHECKING:
+    from dmin_trace.verify import Verified
+
 JSON_FORMAT = "dmin_trace.hits"
 JSON_VERSION = 1
 MEASURES_FORMAT = "dmin_trace.measures"
 MEASURES_VERSION = 1
+VERIFIED_FORMAT = "dmin_trace.verified"
+VERIFIED_VERSION = 1
 
 # The first of these that the hits have a value for is the text (the file) shown; case does not count.
 TEXT_COLUMNS = ("caption", "text", "prompt", "label", "class", "label_name", "class_name", "labels", "title", "name")
@@ -173,6 +179,72 @@ def measure_table(
     for row in rows:
         table.add_row(*(Text(_shown(cell, 200, ascii_only)) for cell in row))
     return table
+
+
+def damage_table(found: Verified, title: str, *, ascii_only: bool = False) -> Table:
+    """What `verify` found damaged, a row for each file; nothing of it is cut below 2,000 characters."""
+    table = Table(
+        title=Text(f"Damaged in {_shown(title, 200, ascii_only)}", style="bold"),
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+    )
+    for heading in ("file", "samples", "what is wrong"):
+        table.add_column(Text(heading), overflow="fold")
+    for damage in found.damages:
+        lost = _ranges(damage.samples) or (f"slots {_ranges(damage.slots)}" if damage.slots else "")
+        table.add_row(*(Text(_shown(cell, 2000, ascii_only)) for cell in (damage.file, lost, damage.what)))
+    return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers in a few words, neighbours together: 3-7, 12."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def verified_json(found: Verified) -> str:
+    """What `verify` found as strict JSON in plain ASCII, keys always in this order:
+
+        format      "dmin_trace.verified"
+        version     1; a reader should refuse any other
+        whole       whether nothing is damaged
+        complete    whether the capture has finished
+        chunks, done, files, bytes     how many there are, are done, and were compared
+        damages     [{file, array, chunk, slots, samples, what}, ...]
+        notes       [text, ...]
+
+    `slots` and `samples` are lists; `array` and `chunk` are null for a file that is no chunk's.
+    """
+    damages = [
+        {
+            "file": damage.file,
+            "array": damage.array or None,
+            "chunk": damage.chunk,
+            "slots": list(damage.slots),
+            "samples": list(damage.samples),
+            "what": damage.what,
+        }
+        for damage in found.damages
+    ]
+    counts = {name: getattr(found, name) for name in ("complete", "chunks", "done", "files", "bytes")}
+    return _json(
+        {
+            "format": VERIFIED_FORMAT,
+            "version": VERIFIED_VERSION,
+            "whole": not damages,
+            **counts,
+            "damages": damages,
+            "notes": found.notes,
+        }
+    )
 
 
 def measures_json(measures: Sequence[Mapping[str, object]], trace_facts: Mapping[str, object]) -> str:

@@ -144,7 +144,14 @@ def every(
     return whole
 
 
-def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDArray[np.int64]], k: int) -> Ranking:
+def rerank(
+    trace: Trace,
+    queries: NDArray[np.float32],
+    candidates: Sequence[NDArray[np.int64]],
+    k: int,
+    *,
+    checksums: NDArray[np.uint32] | None = None,
+) -> Ranking:
     """Scores candidates anew, timestep by timestep in float64, and keeps the k best; of equal scores the first slot.
 
     Args:
@@ -152,6 +159,8 @@ def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDAr
         queries: (Q, T, v), compressed gradients.
         candidates: for each query k rankable slots or more, none twice, wherever they lie.
         k: how many to keep.
+        checksums: (N,) of each slot's stored numbers, from an index. Without them the chunk of a candidate is read
+            whole, for its checksum, if nothing did so before.
 
     Raises:
         TraceError: a candidate's row is missing, damaged or not finite.
@@ -170,7 +179,8 @@ def rerank(trace: Trace, queries: NDArray[np.float32], candidates: Sequence[NDAr
                 np.copyto(query, queries[asked])
             # One after another in the same place: equal rows then give equal sums wherever they lie, and the place
             # stays in the cache.
-            np.copyto(row, trace.stored_row(int(slots[n])))
+            slot = int(slots[n])
+            np.copyto(row, trace.stored_row(slot, None if checksums is None else int(checksums[slot])))
             parts[n] = np.vecdot(row, query) * trace.scale[slots[n]]
     totals = parts.sum(axis=1)
     if not np.isfinite(totals).all():

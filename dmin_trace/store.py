@@ -14,8 +14,13 @@ may pack the chunks of `grad` with Blosc, Zarr's own codec, all the same: then t
       sample  (N,) int64                             done  (ceil(N / R),) uint8, one a chunk
       meta/   a column each, (N,): string, int64 or float64
 
-A store can come from anybody: nothing in it is executed, no path is taken from it, and its shapes are checked against
-the files before anything is allocated. Zarr writes here and reads nothing: its pipeline would believe the metadata.
+A store can come from anybody: nothing in it is executed, no path is taken from it, a link in it is not followed, and
+its shapes are checked against the files before anything is allocated. Zarr writes here and reads nothing: its pipeline
+would believe the metadata.
+
+And a store can rot. Every checksum is compared before what it is of is used: those of the small arrays whenever they
+are read, that of a chunk of gradients when a process first reads it, or a row's own, which an index keeps. The metadata
+has SHA-256 digests in the group's attributes. They find damage, not a forger, who writes them too.
 """
 
 from __future__ import annotations
@@ -26,17 +31,21 @@ import os
 import re
 import reprlib
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from dmin_trace import untrusted
 from dmin_trace.errors import TraceError
 from dmin_trace.settings import (
     COLUMN_NAME,
@@ -56,7 +65,6 @@ CHUNK_BYTES = 2**24
 MOST_SAMPLES = 2**40
 MOST_CHUNKS = 2**22
 """64 TiB of chunks; beyond that a header is a lie, and a flag for each chunk an allocation to refuse."""
-LARGEST_METADATA = 2**28
 SYNCS = 16
 """Files and folders of a chunk that the disk is asked to keep at once."""
 TRAILER = 4
@@ -66,14 +74,26 @@ PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitsh
 FRAME_HEADER = 16
 """Bytes of Blosc's header, which is also the most by which it makes a chunk longer."""
 LARGEST_FRAME = 2**31 - 1 - FRAME_HEADER
-LARGEST_PACKED = 2**25
-"""A packed chunk of more than one sample is at most so large: its file may be far smaller than what it unpacks to."""
+LARGEST_CHUNK = 2**25
+"""A chunk of more than one sample is at most so large: no writer makes one of twice CHUNK_BYTES, and what is allocated
+for a chunk is in proportion."""
 MOST_MAPS = 2**8
 """Chunks whose maps are kept: each holds an open file, and the user's process may have many of its own."""
 LATER: dict[str, Any] = {"objective": "loss", "draws": 1}
 """What is true of a store from before there were these attributes, and settings, and that therefore lacks them."""
 UNSEEN = 2**20
 """Numbers that are allocated on the word of a header alone, for rows of which no file says anything."""
+MOST_UNSEEN = 2**28
+"""Numbers that are allocated at the most for rows of which few files say anything."""
+DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(TRAILER, "little")
+"""The mark of a chunk that is done; anything else in its place is none."""
+CHECKSUMS = "checksums"
+"""The attribute that holds the digests of the metadata. Stores from before have none, and are read without."""
+
+MENDING = (
+    "dmin-trace verify names all that is damaged. Restore the file from a copy, or make the chunk anew: dmin-trace "
+    "capture --repair, or for a loop of your own recording(..., repair=True)."
+)
 
 ColumnKind = Literal["string", "integer", "number"]
 Array = NDArray[Any]
@@ -208,9 +228,10 @@ class Header:
             objective=reader.choice("objective", get_args(Objective)),
             draws=reader.number("draws", 1, MOST_DRAWS),
         )
-        most = LARGEST_FRAME if header.chunk_rows == 1 else LARGEST_PACKED
-        if header.codec != "none" and header.chunk_rows * header.sample_bytes > most:
-            raise reader.wrong("codec", f"none for chunks of more than {most} bytes")
+        if header.codec != "none" and header.chunk_rows == 1 and header.sample_bytes > LARGEST_FRAME:
+            raise reader.wrong("codec", f"none for chunks of more than {LARGEST_FRAME} bytes")
+        if header.chunk_rows > 1 and header.chunk_rows * header.sample_bytes > LARGEST_CHUNK:
+            raise reader.wrong("chunk_rows", f"1, or chunks of {LARGEST_CHUNK} bytes at most")
         if header.chunks > MOST_CHUNKS:
             raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
         if (header.precondition == "adam") != bool(header.preconditioner):
@@ -271,6 +292,7 @@ def create(path: Path, header: Header) -> Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet_zarr():
             _create_arrays(partial, header)
+        _keep_digests(partial)
         sync_tree(partial)
         partial.rename(path)
         sync(path.parent)
@@ -288,7 +310,8 @@ def resume(path: Path, header: Header) -> Writer:
 
     Raises TraceError if the store is not of the same capture; id and writers may differ.
     """
-    existing = _read_header(path)[0]
+    existing = read_header(path)[0]
+    check_arrays(path, existing)
     found, expected = (
         _flat({**attributes, "settings": {**LATER, **attributes["settings"]}})
         for attributes in (existing.to_attributes(), header.to_attributes())
@@ -383,12 +406,18 @@ class Writer:
         if values.dtype != header.dtype:
             raise TraceError(f"Chunk {chunk} was given {values.dtype} numbers; expected {header.dtype}.")
         # Its own mark alone: to look at all of them for each chunk would take longer than to write it.
-        if not 0 <= chunk < header.chunks or _is_done(chunk_file(self.path, "done", chunk, 1)):
+        if not 0 <= chunk < header.chunks or _is_done(self.path, chunk):
             raise TraceError(f"Chunk {chunk} is no chunk of {self.path} that is still to be written.")
         # The order of the commit.
         arrays: dict[str, Array] = {"grad": values} | ({"scale": scale} if header.dtype == "int8" else {})
         arrays |= {"norm": norm, "loss": loss, "sample": sample}
         arrays |= {f"meta/{name}": _as_array(columns[name], kind) for name, kind in header.columns.items()}
+        try:
+            for name, values_of in {**arrays, "done": np.ones(1)}.items():
+                # A store that is gone on with can come from anybody; nothing is written where it points to.
+                untrusted.size_within(self.path, chunk_names(name, chunk, values_of.ndim))
+        except ValueError as error:
+            raise TraceError(f"{self.path} is damaged: {error}. A store has none in it.") from None
         try:
             self._write_chunks(chunk, arrays, slots)
             self._write_chunks(chunk, {"done": np.ones(1, np.uint8)}, range(chunk, chunk + 1))
@@ -419,19 +448,26 @@ class Writer:
             list(pool.map(sync, paths))
         self._kept.update(self.path / name for name in arrays)
 
+    def undo(self, chunks: Sequence[int]) -> None:
+        """Takes away the marks of damaged chunks, so that they are written anew and the store is unfinished until then.
+
+        The marks go first: whenever this is killed, a chunk without its mark is in no store that reads as whole.
+        """
+        try:
+            for chunk in chunks:
+                chunk_file(self.path, "done", chunk, 1).unlink(missing_ok=True)
+            if (marks := self.path / "done" / "c").is_dir():
+                sync(marks)
+            _set_complete(self.path, False)
+        except OSError as error:
+            raise TraceError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+
     def finish(self) -> None:
         """Marks the store complete. Raises TraceError if a chunk is not done."""
         if pending := self.pending():
             raise TraceError(f"{self.path} is unfinished: {len(pending)} of {self.header.chunks} chunks are not done.")
-        metadata = self.path / "zarr.json"
-        partial = metadata.with_name("zarr.json.partial")
         try:
-            facts = json.loads(metadata.read_text(encoding="utf-8"))
-            facts["attributes"]["complete"] = True
-            partial.write_text(json.dumps(facts), encoding="utf-8")
-            sync(partial)
-            partial.replace(metadata)
-            sync(self.path)
+            _set_complete(self.path, True)
             # What a killed writer left. Nobody else is writing: every chunk is done.
             for left in self.path.rglob("*.partial"):
                 left.unlink(missing_ok=True)
@@ -448,6 +484,8 @@ class Trace:
         self.header = header
         self.complete = complete
         self.done = done
+        self._checked: set[int] = set()
+        self._found: set[tuple[str, int]] = set()
         self._read: set[int] = set()
         self._last_unpacked: tuple[int, Array] | None = None
         self._maps: dict[int, Array] = {}
@@ -508,6 +546,26 @@ class Trace:
             texts[rows.start : rows.stop] = self._texts(f"meta/{name}", chunk)[: len(rows)]
         return texts
 
+    def samples_of(self, chunk: int) -> NDArray[np.int64]:
+        """(n,) the dataset indices of a chunk's slots. Raises TraceError if it is not done, or damaged."""
+        shape = (self.header.chunk_rows,)
+        return self._numbers("sample", chunk, np.dtype(np.int64), shape)[: len(self.header.rows(chunk))]
+
+    def trailer(self, name: str, chunk: int, axes: int) -> Sequence[int]:
+        """The checksum behind a chunk's numbers, as it is written; nothing is compared with it.
+
+        Raises TraceError if the chunk is not done, or its file is none, or cannot be read.
+        """
+        file, size = self._place(name, chunk, axes)
+        if size is None or size < TRAILER:
+            raise self._damaged(name, chunk, f"has {size or 0} bytes")
+        try:
+            with file.open("rb", buffering=0) as opened:
+                opened.seek(-TRAILER, os.SEEK_END)
+                return opened.read(TRAILER)
+        except OSError as error:
+            raise self._damaged(name, chunk, f"cannot be read ({error.strerror})") from None
+
     def slot_of(self, sample: int) -> int:
         """The slot of a dataset index. Raises TraceError if the store does not hold it."""
         found = np.flatnonzero(self.sample == sample)
@@ -522,13 +580,22 @@ class Trace:
     def grad_chunk(self, chunk: int) -> Array:
         """The stored numbers of a chunk that is done, (n, T, v): mapped from its file, or unpacked.
 
-        Raises TraceError if the file is missing or not as long as it must be, or if it cannot be unpacked.
+        Its checksum is compared if nothing of this trace did so before: that reads all of it.
+
+        Raises TraceError if the file is missing, not as long as it must be, or not what was written, or if it cannot be
+        unpacked.
         """
         header = self.header
         shape = (header.chunk_rows, len(header.timesteps), header.dimension)
         if header.codec != "none":
             return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
-        return self._mapped("grad", chunk, np.dtype(header.dtype), shape)[: len(header.rows(chunk))]
+        file = self._file("grad", chunk, header.chunk_rows * header.sample_bytes, 3)
+        if chunk not in self._checked:
+            whole = np.memmap(file, np.uint8, "r")
+            self._check("grad", chunk, google_crc32c.value(whole[:-TRAILER]), whole[-TRAILER:].tobytes())
+            self._checked.add(chunk)
+        numbers = np.memmap(file, np.dtype(header.dtype).newbyteorder("<"), "r", shape=shape)
+        return numbers[: len(header.rows(chunk))]
 
     def grad_parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
         """The stored numbers of a chunk that is done, in order, in parts of at most `rows` samples, (n, T, v).
@@ -537,7 +604,8 @@ class Trace:
         samples: from a disk that is faster than a map, and as fast from the system's cache. What has been read is in
         the cache if there is room, so the next time it is mapped, and the map kept, which is three times as fast.
 
-        Raises TraceError as `grad_chunk` does.
+        Raises TraceError as `grad_chunk` does. The checksum is known after the last part: what was made of the parts is
+        not to be used before they have come to their end.
         """
         header = self.header
         count = len(header.rows(chunk))
@@ -548,17 +616,20 @@ class Trace:
             yield from (whole[start : start + rows] for start in range(0, count, rows))
             return
         path = self._file("grad", chunk, header.chunk_rows * header.sample_bytes, 3)
+        crc = 0
         with path.open("rb", buffering=0) as file:
-            for start in range(0, count, rows):
-                size = min(rows, count - start) * header.sample_bytes
-                part, filled = memory[:size], 0
-                while filled < size:
-                    read = file.readinto(part[filled:].data)
-                    if not read:
-                        raise TraceError(f"{self.path} is damaged: chunk {chunk} of grad became shorter while read.")
-                    filled += read
-                numbers = part.view(np.dtype(header.dtype).newbyteorder("<"))
-                yield numbers.reshape(-1, len(header.timesteps), header.dimension)
+            # Beyond the samples of the last chunk lie the zeros that it is padded with; its checksum is of them too.
+            for start in range(0, header.chunk_rows, rows):
+                part = memory[: min(rows, header.chunk_rows - start) * header.sample_bytes]
+                self._fill(part, file, chunk)
+                crc = google_crc32c.extend(crc, part)
+                if start < count:
+                    numbers = part[: (count - start) * header.sample_bytes].view(
+                        np.dtype(header.dtype).newbyteorder("<")
+                    )
+                    yield numbers.reshape(-1, len(header.timesteps), header.dimension)
+            self._check("grad", chunk, crc, file.read(TRAILER))
+        self._checked.add(chunk)
         self._read.add(chunk)
 
     def scale_chunk(self, chunk: int) -> NDArray[np.float32]:
@@ -568,14 +639,20 @@ class Trace:
         if header.dtype != "int8":
             return np.ones((rows, len(header.timesteps)), np.float32)
         shape = (header.chunk_rows, len(header.timesteps))
-        return np.array(self._mapped("scale", chunk, np.dtype(np.float32), shape)[:rows], np.float32)
+        return self._numbers("scale", chunk, np.dtype(np.float32), shape)[:rows]
 
-    def stored_row(self, slot: int) -> Array:
+    def stored_row(self, slot: int, checksum: int | None = None) -> Array:
         """The stored numbers of one slot, (T, v), read from its file: for scattered rows cheaper than many maps.
 
         Of a packed store its whole chunk is unpacked, and kept until a row of another is asked for.
 
-        Raises TraceError if the slot's chunk is not done, or if its file is missing or not as long as it must be.
+        Args:
+            slot: the row.
+            checksum: its own (`row_checksum`), if it is known. Without it the whole chunk is read and its checksum
+                compared, unless that was done before.
+
+        Raises TraceError if the slot's chunk is not done, or if its file is missing, not as long as it must be, or not
+        what was written.
         """
         header = self.header
         dtype, shape = np.dtype(header.dtype), (len(header.timesteps), header.dimension)
@@ -586,15 +663,21 @@ class Trace:
             packed: Array = self._last_unpacked[1][place]
             return packed
         row = math.prod(shape) * dtype.itemsize
+        if checksum is None and chunk not in self._checked:
+            self.grad_chunk(chunk)
+        if ("grad", chunk) not in self._found:
+            self._file("grad", chunk, header.chunk_rows * row, 3)
+            self._found.add(("grad", chunk))
         try:
             with chunk_file(self.path, "grad", chunk, 3).open("rb", buffering=0) as opened:
-                whole = os.fstat(opened.fileno()).st_size == header.chunk_rows * row + TRAILER
                 opened.seek(place * row)
                 numbers = opened.read(row)
-        except OSError:
-            whole = False
-        if not (0 <= chunk < header.chunks and self.done[chunk] and whole):
-            self._file("grad", chunk, header.chunk_rows * row, 3)  # says what is wrong
+        except OSError as error:
+            raise self._damaged("grad", chunk, f"cannot be read ({error.strerror})") from None
+        if len(numbers) != row:
+            raise self._damaged("grad", chunk, "became shorter while read")
+        if checksum is not None and google_crc32c.value(numbers) != checksum:
+            raise self._damaged("grad", chunk, f"does not have the numbers of its checksum, in its row {place}")
         return np.frombuffer(numbers, dtype.newbyteorder("<")).reshape(shape)
 
     def rows(self, slots: Array) -> NDArray[np.float32]:
@@ -618,7 +701,8 @@ class Trace:
     @cached_property
     def bytes(self) -> int:
         """The size of all files of the store."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        found = (file.lstat() for file in self.path.rglob("*"))
+        return sum(file.st_size for file in found if stat.S_ISREG(file.st_mode))
 
     @cached_property
     def _row_done(self) -> NDArray[np.bool_]:
@@ -627,7 +711,8 @@ class Trace:
         for chunk in self.chunks_done:
             self._file("sample", chunk, header.chunk_rows * 8)
         held = sum(len(header.rows(chunk)) for chunk in self.chunks_done)
-        if header.samples * len(header.timesteps) > UNSEEN and header.samples > 1000 * held:
+        numbers, times = header.samples * len(header.timesteps), header.samples / max(held, 1)
+        if numbers > UNSEEN and times > 1000 or numbers > MOST_UNSEEN and times > 8:
             raise TraceError(
                 f"{self.path} claims {header.samples} samples, and {held} are done: too few to read. Finish the "
                 "capture."
@@ -646,13 +731,16 @@ class Trace:
         values = np.full((len(self._row_done), *axes), fill, dtype)
         for chunk in self.chunks_done:
             rows = self.header.rows(chunk)
-            values[rows.start : rows.stop] = self._mapped(name, chunk, dtype, shape)[: len(rows)]
+            values[rows.start : rows.stop] = self._numbers(name, chunk, dtype, shape)[: len(rows)]
         return values
 
     def _texts(self, name: str, chunk: int) -> list[str]:
         """The R texts of a chunk: their count, then of each its length and its UTF-8; numbers are 4 bytes each."""
-        file = chunk_file(self.path, name, chunk, 1)
-        data = file.read_bytes()[:-TRAILER] if file.is_file() else b""
+        file, size = self._place(name, chunk, 1)
+        whole = file.read_bytes() if size is not None else b""
+        data = whole[:-TRAILER]
+        if size is not None and size > TRAILER:
+            self._check(name, chunk, google_crc32c.value(data), whole[-TRAILER:])
         texts: list[str] = []
         at = 4
         try:
@@ -666,63 +754,75 @@ class Trace:
                     raise ValueError
                 texts.append(data[start:at].decode("utf-8"))
         except ValueError:
-            raise TraceError(
-                f"{self.path} is damaged: chunk {chunk} of {name} does not hold {self.header.chunk_rows} texts. "
-                "Restore the file, or capture again."
-            ) from None
+            raise self._damaged(name, chunk, f"does not hold {self.header.chunk_rows} texts") from None
         return texts
 
-    def _mapped(self, name: str, chunk: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-        file = self._file(name, chunk, math.prod(shape) * dtype.itemsize, len(shape))
-        return np.memmap(file, dtype=dtype.newbyteorder("<"), mode="r", shape=shape)
+    def _numbers(self, name: str, chunk: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """The numbers of a chunk of a small array, compared with its checksum."""
+        size = math.prod(shape) * dtype.itemsize
+        whole = np.fromfile(self._file(name, chunk, size, len(shape)), np.uint8, size + TRAILER)
+        self._check(name, chunk, google_crc32c.value(whole[:-TRAILER]), whole[-TRAILER:].tobytes())
+        return whole[:-TRAILER].view(dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
+
+    def _fill(self, part: NDArray[np.uint8], file: RawIOBase, chunk: int) -> None:
+        """Reads as many bytes of a chunk's file as there is room for."""
+        filled = 0
+        while filled < len(part):
+            read = file.readinto(part[filled:].data)
+            if not read:
+                raise self._damaged("grad", chunk, "became shorter while read")
+            filled += read
 
     def _unpacked(self, chunk: int) -> Array:
         """The numbers of a chunk's Blosc frame, flat. What the frame claims is checked before memory is made for it."""
-        import google_crc32c
         from numcodecs import blosc
 
         header = self.header
         size = header.chunk_rows * header.sample_bytes
-        file = self._done_file("grad", chunk, 3)
-        length = file.stat().st_size if file.is_file() else 0
+        file, found = self._place("grad", chunk, 3)
+        length = found or 0
         if not FRAME_HEADER + TRAILER <= length <= size + FRAME_HEADER + TRAILER:
-            raise self._damaged(chunk, f"has {length} bytes, expected at most {size + FRAME_HEADER + TRAILER}")
+            raise self._damaged("grad", chunk, f"has {length} bytes, expected at most {size + FRAME_HEADER + TRAILER}")
         data = file.read_bytes()
         frame, trailer = data[:-TRAILER], data[-TRAILER:]
-        if google_crc32c.value(frame) != int.from_bytes(trailer, "little"):
-            raise self._damaged(chunk, "does not have the numbers of its checksum")
+        self._check("grad", chunk, google_crc32c.value(frame), trailer)
         # Bytes 4 to 16 of a frame: the size it unpacks to, that of its blocks, and its own.
         unpacked, block, packed = (int.from_bytes(frame[at : at + 4], "little") for at in (4, 8, 12))
         if (unpacked, packed) != (size, len(frame)) or not 0 < block <= size:
-            raise self._damaged(chunk, f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}")
+            raise self._damaged("grad", chunk, f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}")
         numbers = np.empty(size, np.uint8)
         try:
             blosc.decompress(frame, numbers)
         except (RuntimeError, ValueError):
-            raise self._damaged(chunk, "cannot be unpacked") from None
+            raise self._damaged("grad", chunk, "cannot be unpacked") from None
         return numbers.view(np.dtype(header.dtype).newbyteorder("<"))
 
-    def _damaged(self, chunk: int, what: str) -> TraceError:
-        return TraceError(f"{self.path} is damaged: chunk {chunk} of grad {what}. Restore the file, or capture again.")
+    def _check(self, name: str, chunk: int, crc: int, trailer: Sequence[int]) -> None:
+        """Raises TraceError where a chunk's bytes do not have the checksum that lies behind them."""
+        if len(trailer) != TRAILER or crc != int.from_bytes(trailer, "little"):
+            raise self._damaged(name, chunk, "does not have the numbers of its checksum")
+
+    def _damaged(self, name: str, chunk: int, what: str) -> TraceError:
+        return TraceError(f"{self.path} is damaged: chunk {chunk} of {name} {what}. {MENDING}")
 
     def _file(self, name: str, chunk: int, size: int, axes: int = 1) -> Path:
         """The file of a chunk that is done and has `size` bytes of numbers; every chunk has, the last one is padded."""
-        file = self._done_file(name, chunk, axes)
-        found = file.stat().st_size if file.is_file() else 0
+        file, found = self._place(name, chunk, axes)
         if found != size + TRAILER:
-            raise TraceError(
-                f"{self.path} is damaged: chunk {chunk} of {name} has {found} bytes, expected {size + TRAILER}. "
-                "Restore the file, or capture again."
-            )
+            raise self._damaged(name, chunk, f"has {found or 0} bytes, expected {size + TRAILER}")
         return file
 
-    def _done_file(self, name: str, chunk: int, axes: int) -> Path:
-        """Where the file of a chunk that is done lies."""
+    def _place(self, name: str, chunk: int, axes: int) -> tuple[Path, int | None]:
+        """Where the file of a chunk that is done lies, and its size, or None if it is no file."""
         if not 0 <= chunk < self.header.chunks:
             raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
             raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
-        return chunk_file(self.path, name, chunk, axes)
+        file = chunk_file(self.path, name, chunk, axes)
+        try:
+            return file, untrusted.size_within(self.path, chunk_names(name, chunk, axes))
+        except ValueError as error:
+            raise self._damaged(name, chunk, f"is not in it: {error}") from None
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
@@ -736,13 +836,15 @@ def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Tra
         TraceError: no such store, none of dmin_trace's, one of another version, an unfinished or a damaged one.
     """
     path = Path(path)
-    header, complete = _read_header(path)
+    header, complete = read_header(path)
+    check_arrays(path, header)
     done = _read_done(path, header)
     if not unfinished and not (complete and done.all()):
+        lost = "; it was whole once, and marks were damaged or lost since" if complete else ""
         raise TraceError(
-            f"{path} is unfinished: {int(done.sum())} of {header.chunks} chunks are done. Finish it with the command "
-            "that made it: dmin-trace capture --weights DIR -- SCRIPT ARGS; or, where a loop of its own was recorded, "
-            "by running that again."
+            f"{path} is unfinished: {int(done.sum())} of {header.chunks} chunks are done{lost}. Finish it with the "
+            "command that made it: dmin-trace capture --weights DIR -- SCRIPT ARGS; or, where a loop of its own was "
+            "recorded, by running that again."
         )
     return Trace(path, header, complete and bool(done.all()), done)
 
@@ -777,7 +879,17 @@ def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[Array, NDArray[np
 
 def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
     """The file of a chunk of rows, by Zarr v3's default key encoding."""
-    return path.joinpath(*name.split("/"), "c", str(chunk), *["0"] * (axes - 1))
+    return path.joinpath(*chunk_names(name, chunk, axes))
+
+
+def chunk_names(name: str, chunk: int, axes: int) -> list[str]:
+    """The names of folders that lead from a store to a chunk's file, and its own."""
+    return [*name.split("/"), "c", str(chunk), *["0"] * (axes - 1)]
+
+
+def row_checksum(row: Array) -> int:
+    """The crc32c of a row's stored numbers, as `stored_row` compares it."""
+    return int(google_crc32c.value(np.ascontiguousarray(row).reshape(-1).view(np.uint8)))
 
 
 def weights_beside(path: Path) -> Path:
@@ -933,31 +1045,116 @@ def _arrays(header: Header) -> dict[str, _Array]:
     return arrays
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a metadata file. Raises TraceError if it is none, or absurdly large."""
+def _read_json(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The object in a metadata file of the store. Raises TraceError if it is none, or not to be trusted."""
     try:
-        size = file.stat().st_size
-        if size > LARGEST_METADATA:
-            raise TraceError(f"{file} has {size} bytes; expected at most {LARGEST_METADATA}. The store is damaged.")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError):
-        raise TraceError(f"{file} cannot be read as JSON; the store is damaged.") from None
+        found = untrusted.read_json(path, names)
+    except (ValueError, OSError) as error:
+        file = path.joinpath(*names)
+        raise TraceError(f"{file} cannot be read as JSON: {_brief(error)}; the store is damaged.") from None
     if not isinstance(found, dict):
-        raise TraceError(f"{file} holds no JSON object; the store is damaged.")
+        raise TraceError(f"{path.joinpath(*names)} holds no JSON object; the store is damaged.")
     return found
 
 
-def _read_header(path: Path) -> tuple[Header, bool]:
+def read_header(path: Path) -> tuple[Header, bool]:
     """The header of a store, and whether it says to be complete. Raises TraceError if it is no store of ours."""
+    metadata = _read_group(path)
+    attributes = metadata["attributes"]
+    header = Header.from_attributes(attributes, path)
+    kept = _digests(attributes, path)
+    if kept is not None and kept["header"] != _header_digest(metadata):
+        raise TraceError(
+            f"{path} is damaged: its zarr.json is not what was written, by its own digest. Restore the file from a "
+            "copy, or capture again."
+        )
+    return header, attributes.get("complete") is True
+
+
+def check_arrays(path: Path, header: Header) -> None:
+    """Raises TraceError if an array's metadata is not what the header says, or what was written."""
+    kept = _digests(_read_group(path)["attributes"], path)
+    for name, expected in _arrays(header).items():
+        check_array(path, name, expected, None if kept is None else kept["arrays"].get(name, ""))
+
+
+def damaged_arrays(path: Path, header: Header) -> list[tuple[str, str]]:
+    """The arrays whose metadata is damaged, and how; the groups that hold arrays among them."""
+    kept = _digests(_read_group(path)["attributes"], path)
+    arrays = _arrays(header)
+    found: list[tuple[str, str]] = []
+    for name in dict.fromkeys((*arrays, *(kept["arrays"] if kept is not None else ()))):
+        written = None if kept is None else kept["arrays"].get(name, "")
+        try:
+            if name in arrays:
+                check_array(path, name, arrays[name], written)
+            elif untrusted.digest(_read_json(path, [*name.split("/"), "zarr.json"])) != written:
+                raise TraceError(f"{path} is damaged: the metadata of {name} is not what was written.")
+        except TraceError as error:
+            found.append((name, str(error)))
+    return found
+
+
+def restore_arrays(path: Path, header: Header, names: Sequence[str]) -> None:
+    """Writes the damaged metadata of arrays anew: the header says all that is in it.
+
+    Raises TraceError where what would be written is not what was there, by its digest.
+    """
+    kept = _digests(_read_group(path)["attributes"], path)
+    made = path.with_name(f".{path.name}.{header.id}.metadata")
     try:
-        exists, has_metadata = path.exists(), (path / "zarr.json").is_file()
+        shutil.rmtree(made, ignore_errors=True)
+        with _quiet_zarr():
+            _create_arrays(made, header)
+        for name in names:
+            place = [*name.split("/"), "zarr.json"]
+            if kept is None or untrusted.digest(_read_json(made, place)) != kept["arrays"].get(name):
+                raise TraceError(
+                    f"{path} is damaged: the metadata of {name} cannot be made anew by this version of Zarr. Restore "
+                    f"{path.joinpath(*place)} from a copy, or capture again."
+                )
+            partial = path.joinpath(*place).with_name("zarr.json.partial")
+            shutil.copyfile(made.joinpath(*place), partial)
+            sync(partial)
+            partial.replace(path.joinpath(*place))
+            sync(path.joinpath(*place).parent)
     except OSError as error:
-        raise TraceError(f"There is no store at {path}: {error.strerror or error}.") from None
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def marks(path: Path, header: Header) -> NDArray[np.bool_]:
+    """(chunks,) whether each chunk is marked done. Raises TraceError if marks are reached by a link."""
+    return _read_done(path, header)
+
+
+def chunk_bytes(header: Header) -> dict[str, tuple[int, int | None]]:
+    """For each array of samples how many axes it has, and the bytes of a chunk's file; None where they differ."""
+    return {
+        name: (
+            len(array.shape),
+            None
+            if array.packed or array.dtype == "string"
+            else math.prod(array.chunks) * np.dtype(array.dtype).itemsize + TRAILER,
+        )
+        for name, array in _arrays(header).items()
+        if name != "done"
+    }
+
+
+def _read_group(path: Path) -> dict[str, Any]:
+    """The group's metadata. Raises TraceError if there is no store of ours, or one of another version."""
+    try:
+        exists, has_metadata = path.exists(), untrusted.size_within(path, ["zarr.json"]) is not None
+    except (OSError, ValueError) as error:
+        raise TraceError(f"There is no store at {path}: {_brief(error)}.") from None
     if not exists:
         raise TraceError(f"There is no store at {path}.")
     if not has_metadata:
         raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
-    attributes = _read_json(path / "zarr.json").get("attributes")
+    metadata = _read_json(path, ["zarr.json"])
+    attributes = metadata.get("attributes")
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
     version = attributes.get("version")
@@ -966,18 +1163,61 @@ def _read_header(path: Path) -> tuple[Header, bool]:
             f"{path} is of version {_short(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
             "or capture again."
         )
-    header = Header.from_attributes(attributes, path)
-    for name, expected in _arrays(header).items():
-        _check_array(path, name, expected)
-    return header, attributes.get("complete") is True
+    return metadata
 
 
-def _check_array(path: Path, name: str, expected: _Array) -> None:
-    """Raises TraceError if an array's metadata is not what the header says and what the memory maps count on."""
-    file = path.joinpath(*name.split("/"), "zarr.json")
-    if not file.is_file():
+def _digests(attributes: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """The digests of the metadata; None in a store from before there were any. Raises TraceError if they are none."""
+    if CHECKSUMS not in attributes:
+        for name, value in attributes.items():
+            # The digests, by a name that has rotted: all else would go unchecked.
+            if isinstance(value, dict) and set(value) == {"header", "arrays"}:
+                raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is called {_short(name)}.")
+        return None
+    kept = attributes[CHECKSUMS]
+    if not isinstance(kept, dict) or set(kept) != {"header", "arrays"} or not isinstance(kept["arrays"], dict):
+        raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is {_short(kept)}; expected digests.")
+    return kept
+
+
+def _header_digest(metadata: Mapping[str, Any]) -> str:
+    """Of all metadata of the group but `complete`, which changes, and the digest itself."""
+    attributes = {name: value for name, value in metadata["attributes"].items() if name != "complete"}
+    return untrusted.digest({**metadata, "attributes": {**attributes, CHECKSUMS: attributes[CHECKSUMS]["arrays"]}})
+
+
+def _keep_digests(path: Path) -> None:
+    """Writes the digests of a new store's metadata into its attributes."""
+    files = [file for file in sorted(path.rglob("zarr.json")) if file.parent != path]
+    arrays = {
+        file.parent.relative_to(path).as_posix(): untrusted.digest(json.loads(file.read_text(encoding="utf-8")))
+        for file in files
+    }
+    metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+    metadata["attributes"][CHECKSUMS] = {"arrays": arrays}
+    metadata["attributes"][CHECKSUMS]["header"] = _header_digest(metadata)
+    (path / "zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
+
+
+def _set_complete(path: Path, complete: bool) -> None:
+    """Has the store say that it is complete, or is not; in one step, kept by the disk."""
+    metadata = path / "zarr.json"
+    partial = metadata.with_name("zarr.json.partial")
+    facts = json.loads(metadata.read_text(encoding="utf-8"))
+    facts["attributes"]["complete"] = complete
+    partial.write_text(json.dumps(facts), encoding="utf-8")
+    sync(partial)
+    partial.replace(metadata)
+    sync(path)
+
+
+def check_array(path: Path, name: str, expected: _Array, written: str | None) -> None:
+    """Raises TraceError if an array's metadata is not what the header says and what the memory maps count on, or, by
+    its digest, not what was written; None where none is kept."""
+    names = [*name.split("/"), "zarr.json"]
+    if not path.joinpath(*names).is_file():
         raise TraceError(f"{path} is damaged: it has no array {name}. Restore it, or capture again.")
-    metadata = _read_json(file)
+    metadata = _read_json(path, names)
     grid = {"name": "regular", "configuration": {"chunk_shape": list(expected.chunks)}}
     codec = "vlen-utf8" if expected.dtype == "string" else "bytes"
     little = codec, {"endian": "little"}
@@ -998,6 +1238,11 @@ def _check_array(path: Path, name: str, expected: _Array) -> None:
                 f"{path} is damaged: the {name_of_fact} of {name} is {_short(value)}; expected {_short(right[0])}. "
                 "Restore it, or capture again."
             )
+    if written is not None and untrusted.digest(metadata) != written:
+        raise TraceError(
+            f"{path} is damaged: the metadata of {name} is not what was written, by its digest. Restore it, or make it "
+            "anew (dmin-trace capture --repair)."
+        )
 
 
 def _extensions(value: Any) -> Any:
@@ -1052,17 +1297,26 @@ def _as_array(values: Sequence[str | int | float | None], kind: ColumnKind) -> A
 
 
 def _read_done(path: Path, header: Header) -> NDArray[np.bool_]:
-    """Which chunks are done: those with a file in done/ that says 1."""
+    """Which chunks are done: those with a file in done/ that says 1, and has the checksum of that."""
     done = np.zeros(header.chunks, np.bool_)
-    folder = path / "done" / "c"
-    for file in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch("0|[1-9][0-9]{0,9}", file.name) and int(file.name) < header.chunks:
-            done[int(file.name)] = _is_done(file)
+    for folder in (path / "done", path / "done" / "c"):
+        if folder.is_symlink():
+            raise TraceError(f"{path} is damaged: {folder} is a symbolic link. A store has none in it.")
+    if not folder.is_dir():
+        return done
+    with os.scandir(folder) as marks:
+        for mark in marks:
+            if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks:
+                done[int(mark.name)] = _is_done(path, int(mark.name))
     return done
 
 
-def _is_done(mark: Path) -> bool:
-    return mark.is_file() and mark.stat().st_size == 1 + TRAILER and mark.read_bytes()[:1] == b"\x01"
+def _is_done(path: Path, chunk: int) -> bool:
+    names = chunk_names("done", chunk, 1)
+    try:
+        return untrusted.size_within(path, names) == len(DONE) and path.joinpath(*names).read_bytes() == DONE
+    except ValueError:
+        return False
 
 
 @contextmanager
@@ -1098,6 +1352,11 @@ def _short(value: object) -> str:
     brief.maxlevel, brief.maxlist, brief.maxstring = 3, 12, 80
     text = brief.repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _brief(error: Exception) -> str:
+    """What went wrong with a file, in a few words and on one line."""
+    return _short(getattr(error, "strerror", None) or str(error))[1:-1]
 
 
 def _calls(calls: Sequence[tuple[str, tuple[int, ...]]]) -> str:

@@ -68,12 +68,7 @@ class Trainable:
 
     def weights_fingerprint(self) -> str:
         """Of the values, bit for bit. Reads every parameter once."""
-        digest = hashlib.sha256()
-        for name, tensor in zip(self.names, self.tensors, strict=True):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            raw = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-            digest.update(raw.numpy().data)
-        return digest.hexdigest()
+        return _fingerprint(zip(self.names, self.tensors, strict=True))
 
     def save(self, path: Path) -> None:
         """Writes the values to a safetensors file, whole or not at all."""
@@ -149,6 +144,26 @@ class Trainable:
             if value.shape != parameter.shape:
                 raise WeightsError(_wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape)))
         return values
+
+
+def fingerprint_of(path: Path, names: Sequence[str]) -> str:
+    """The fingerprint of the values in a file that `Trainable.save` wrote, as `Trainable.weights_fingerprint` gives it.
+
+    Raises WeightsError where the file cannot be read, or lacks one of the names.
+    """
+    saved = places([path], path)
+    if missing := [name for name in names if name not in saved]:
+        raise WeightsError(f"{path} lacks {len(missing)} of the {len(names)} tensors that the trace is of.")
+    return _fingerprint(zip(names, read([saved[name] for name in names]), strict=True))
+
+
+def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        raw = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
 
 
 def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer] | None) -> Trainable:
@@ -237,6 +252,8 @@ def places(files: Iterable[Path], path: Path, convert: KeyConverter | None = Non
     for file in files:
         within = _within(file, path, several)
         try:
+            if not file.is_file():
+                raise OSError("it is no file")  # a pipe would block whoever opens it
             with safe_open(file, framework="pt") as opened:
                 keys = list(opened.keys())
         except (SafetensorError, OSError) as error:
@@ -253,13 +270,18 @@ def places(files: Iterable[Path], path: Path, convert: KeyConverter | None = Non
 
 
 def read(wanted: Iterable[Place]) -> Iterable[torch.Tensor]:
-    """The tensors at these places, in order."""
+    """The tensors at these places, in order. Raises WeightsError for one that cannot be read."""
     with ExitStack() as entered:
         opened: dict[Path, Any] = {}
         for place in wanted:
-            if place.file not in opened:
-                opened[place.file] = entered.enter_context(safe_open(place.file, framework="pt"))
-            yield opened[place.file].get_tensor(place.key)
+            try:
+                if place.file not in opened:
+                    opened[place.file] = entered.enter_context(safe_open(place.file, framework="pt"))
+                tensor = opened[place.file].get_tensor(place.key)
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+                # Dtypes that this torch does not have, and the like: it says so in many ways.
+                raise WeightsError(f"{place.file} cannot be read as safetensors: {error}.") from None
+            yield tensor
 
 
 def _within(file: Path, path: Path, several: bool) -> str:

@@ -21,7 +21,7 @@ from test_store import DTYPES, Rows, change, make_header, make_rows, write_store
 from test_way import with_settings
 from tiny import digit_folder, run
 
-from dmin_trace import index, query, score
+from dmin_trace import index, query, score, untrusted
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.hnsw import HEADER, graph_bytes
 from dmin_trace.index import GRAPH, Index, Split, build_index, index_beside, open_index, search
@@ -342,12 +342,18 @@ def other_norms(folder: Path) -> None:
     zarr.open_array(folder / "trace.zarr" / "norm", mode="r+")[5, 1] = 0
 
 
+def signed(facts: dict[str, Any]) -> str:
+    """index.json with its digest, as whoever changes it can make it."""
+    facts.pop("digest", None)
+    return json.dumps({**facts, "digest": untrusted.digest(facts)})
+
+
 def edited(**changes: object) -> Callable[[Path], None]:
     """Changes facts in index.json."""
 
     def edit(folder: Path) -> None:
         facts = json.loads((folder / "trace.index" / "index.json").read_text())
-        (folder / "trace.index" / "index.json").write_text(json.dumps(facts | changes))
+        (folder / "trace.index" / "index.json").write_text(signed(facts | changes))
 
     return edit
 
@@ -367,12 +373,25 @@ def flipped(folder: Path) -> None:
     file.write_bytes(data)
 
 
+def older(folder: Path) -> None:
+    file = folder / "trace.index" / "index.json"
+    facts = json.loads(file.read_text())
+    del facts["digest"]
+    file.write_text(json.dumps(facts | {"version": 2}))
+
+
+def rotten(folder: Path) -> None:
+    file = folder / "trace.index" / "index.json"
+    file.write_text(file.read_text().replace('"target": 0.9', '"target": 0.8'))
+
+
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another store": (other_id, "of another store"),
     "other timesteps": (other_timesteps, "the store has changed"),
     "other gradients": (other_gradients, "the store has changed"),
     "other norms": (other_norms, "the store has changed"),
     "another version": (edited(version=1), "another version"),
+    "one from before there were digests": (older, "another version"),
     "another format": (edited(format="x"), "another version"),
     "another space": (edited(space="l2"), "another version"),
     "another number of samples": (edited(samples=10), "the store has changed"),
@@ -398,6 +417,9 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "half a graph": (shorter(GRAPH), "graph.hnsw is not of the size"),
     "half of what is shared": (shorter("shared.f32"), "shared.f32 is not of the size"),
     "a bit": (flipped, "graph.hnsw is damaged"),
+    "half of the checksums": (shorter("rows.u32"), "rows.u32 is not of the size"),
+    "timesteps that are no whole number": (edited(timesteps=4.0), "cannot be meant"),
+    "another recall, and the old digest": (rotten, "index.json is damaged"),
 }
 
 
@@ -424,7 +446,7 @@ def forged(trace: Trace, edit: Callable[[bytearray], object]) -> None:
     (folder / GRAPH).write_bytes(data)
     facts = json.loads((folder / "index.json").read_text())
     facts["files"][GRAPH] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "index.json").write_text(json.dumps(facts))
+    (folder / "index.json").write_text(signed(facts))
 
 
 def header_field(number: int, value: float) -> Callable[[bytearray], None]:

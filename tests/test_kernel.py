@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from test_index import clustered, like
+from test_index import clustered, like, signed
 from test_store import DTYPES, make_header, write_store
 
 from dmin_trace import kernel, query, score
@@ -266,12 +266,12 @@ def forge(file: Path, numbers: np.ndarray, dtype: str = "<f4") -> None:
     facts = json.loads((file.parent / "index.json").read_text())
     checksum = hashlib.sha256(file.read_bytes()).hexdigest()
     facts["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checksum}
-    (file.parent / "index.json").write_text(json.dumps(facts))
+    (file.parent / "index.json").write_text(signed(facts))
 
 
 def edit(file: Path, **changes: object) -> None:
     facts = json.loads((file.parent / "index.json").read_text())
-    (file.parent / "index.json").write_text(json.dumps(facts | changes))
+    (file.parent / "index.json").write_text(signed(facts | changes))
 
 
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -16,6 +16,7 @@ ALLOWED = {
     for room, needs in {
         "errors": "",
         "version": "",
+        "untrusted": "",
         "settings": "errors",
         "commands": "errors",
         "variables": "",
@@ -30,21 +31,22 @@ ALLOWED = {
         "frozen": "randomness",
         "_rows": "",
         "compress": "_rows errors settings",
-        "store": "errors settings version",
+        "store": "errors settings untrusted version",
         "body": "objective randomness",
         "loop": "body errors randomness variables",
         "recorder": "batches body columns compress errors gradients objective precondition randomness settings store "
-        "weights",
+        "verify weights",
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen moments plain report score settings store variables",
         "score": "errors store",
         "kernel": "errors score store",
         "hnsw": "",
-        "index": "errors hnsw kernel score store",
-        "report": "errors score",
+        "index": "errors hnsw kernel score store untrusted",
+        "verify": "errors index precondition store untrusted weights",
+        "report": "errors score verify",
         "evaluate": "errors",
         "pack": "commands compress errors settings store",
-        "questions": "errors",
+        "questions": "errors untrusted",
         "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
         "recorder settings store weights",
         "plain": "body columns errors gradients moments precondition query randomness recorder report score settings "
@@ -55,7 +57,7 @@ ALLOWED = {
         "examine": "errors evaluate query score store",
         "demo": "errors query report store",
         "cli": "commands demo errors estimate examine index launch pack query questions report score settings store "
-        "version",
+        "verify version",
         "__init__": "capture errors plain query report settings store version",
     }.items()
 }
@@ -77,6 +79,8 @@ WITHOUT_TORCH = (
     "score",
     "settings",
     "store",
+    "untrusted",
+    "verify",
     "version",
 )
 

@@ -581,6 +581,7 @@ def test_a_recording_goes_on_with_the_same_alone(tmp_path: Path) -> None:
 def change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     facts = json.loads((path / "zarr.json").read_text())
     change(facts["attributes"])
+    facts["attributes"].pop("checksums", None)
     (path / "zarr.json").write_text(json.dumps(facts))
 
 

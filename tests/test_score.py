@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import DTYPES, dequantised, make_header, make_rows, write, write_store
+from test_store import DTYPES, dequantised, make_header, make_rows, with_checksum, write, write_store
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from dmin_trace import score
@@ -243,7 +243,7 @@ def test_damage_is_an_error_and_no_ranking(tmp_path: Path) -> None:
     scale = chunk_file(trace.path, "scale", 3, 2)
     whole = scale.read_bytes()
     for value in (np.nan, np.inf):
-        scale.write_bytes(np.float32(value).tobytes() + whole[4:])
+        scale.write_bytes(with_checksum(np.float32(value).tobytes() + whole[4:-4]))
         with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
             exact(open_trace(trace.path), queries, 1)
     scale.write_bytes(whole)
@@ -252,7 +252,8 @@ def test_damage_is_an_error_and_no_ranking(tmp_path: Path) -> None:
         floats = write_store(tmp_path / dtype, header, make_rows(header))
         grad = chunk_file(floats.path, "grad", 3, 3)
         for value in (np.nan, np.inf, -np.inf):
-            grad.write_bytes(np.array(value, dtype).tobytes() + grad.read_bytes()[np.dtype(dtype).itemsize :])
+            numbers = np.array(value, dtype).tobytes() + grad.read_bytes()[np.dtype(dtype).itemsize : -4]
+            grad.write_bytes(with_checksum(numbers))
             with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
                 exact(floats, queries, 1)
     grad = chunk_file(trace.path, "grad", 3, 3)

@@ -129,9 +129,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Edits the metadata of a group or an array."""
+    """Edits the metadata of a group or an array, as someone who keeps no digests would write it."""
     metadata = json.loads((path / "zarr.json").read_text())
     edit(metadata)
+    metadata["attributes"].pop("checksums", None)
     (path / "zarr.json").write_text(json.dumps(metadata))
 
 
@@ -629,7 +630,17 @@ def test_each_thing_that_is_no_store_has_its_own_line(finished: Path, tmp_path: 
     assert "is not a trace: it has no zarr.json" in line(tmp_path / "empty")
     zarr.create_group(tmp_path / "other", zarr_format=3, attributes={"format": "else"})
     assert "not a trace of dmin_trace" in line(tmp_path / "other")
-    for text in ("{", "[]", "null", "[" * 100_000, '{"attributes": 1' + "0" * 5000 + "}"):
+    for text in (
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        "[" * 40 + "]" * 40,
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": 1, "a": 1}',
+        '{"attributes": 1' + "0" * 5000 + "}",
+    ):
         (tmp_path / "empty" / "zarr.json").write_text(text)
         assert "damaged" in line(tmp_path / "empty")
     (tmp_path / "empty" / "zarr.json").write_bytes(b"\xff\xfe")
@@ -740,7 +751,7 @@ def test_texts_that_lie_about_their_length_are_refused_without_allocating(finish
         whole.replace(b"a cat", b"\xff cat"),
         b"\x04\0\0\0" * 2,
     ):
-        file.write_bytes(data)
+        file.write_bytes(with_checksum(data[:-4]))
         tracemalloc.start()
         with pytest.raises(TraceError, match="chunk 0 of meta/caption does not hold 4 texts"):
             open_trace(tmp_path / "trace.zarr").column("caption")
@@ -788,7 +799,7 @@ def test_arrays_that_are_not_what_the_header_says_are_refused(
 WRONG: dict[str, tuple[str, ...]] = {
     "id": ("../../etc/passwd", "A" * 32, "0" * 31, "0" * 32 + "\n"),
     "samples": ("0", "-1", "1000000000000001", "10.0", "true", '"10"', "null"),
-    "timesteps": ("[]", "[1, 2, 1e999]", "[NaN, 1, 2]", "[true, 1, 2]", "5", "[1" + "0" * 400 + ", 1, 2]"),
+    "timesteps": ("[]", "[true, 1, 2]", "5", "[1" + "0" * 400 + ", 1, 2]"),
     "dimension": ("0", "1" + "0" * 15, "-32"),
     "dtype": ('"object"', '"|O"', '["int8"]', "{}"),
     "chunk_rows": ("0", "-4", "4.0"),
@@ -828,7 +839,7 @@ def test_an_attribute_that_is_wrong_is_named(finished: Path, tmp_path: Path, nam
 
 def test_a_header_and_arrays_that_agree_on_a_lie_allocate_nothing(finished: Path, tmp_path: Path) -> None:
     """Metadata alone may claim anything, so it is the files that are believed."""
-    for samples, rows in ((10**12, 10**12), (2**40, 2**38), (2**31, 2**9)):
+    for samples, rows in ((10**12, 2**18), (2**36, 2**18), (2**31, 2**9)):
         header = make_header(samples=samples, rows=rows)
         path = tmp_path / f"{samples}"
         create(path, header)
@@ -944,9 +955,13 @@ def test_the_codec_of_the_header_is_that_of_the_array(finished: Path, packed: Pa
 def test_packed_chunks_are_not_larger_than_memory_is_made_for(tmp_path: Path) -> None:
     for header in (
         make_header(samples=2**20, dimension=2**20, rows=2**8, codec="blosc"),
+        make_header(samples=2**20, dimension=2**20, rows=2**8),
         make_header(samples=2, timesteps=200, dimension=2**24, rows=1, codec="blosc"),
     ):
-        with pytest.raises(TraceError, match="its attribute codec is 'blosc'; expected none for chunks of more than"):
+        line = (
+            "chunk_rows is 256; expected 1, or chunks" if header.chunk_rows > 1 else "codec is 'blosc'; expected none"
+        )
+        with pytest.raises(TraceError, match=f"its attribute {line} of|its attribute {line} for chunks of more than"):
             create(tmp_path / "trace.zarr", header)
     create(tmp_path / "trace.zarr", make_header(samples=2, timesteps=20, dimension=2**22, rows=1, codec="blosc"))
 

@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
@@ -40,9 +41,10 @@ from dmin_trace.compress import make_plan, project
 from dmin_trace.index import build_index, open_index, search
 from dmin_trace.loop import LoopDriver
 from dmin_trace.recorder import Recorder
-from dmin_trace.score import exact
+from dmin_trace.score import exact, rerank
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Trace, create, open_trace
+from dmin_trace.verify import verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 console = Console()
@@ -502,6 +504,78 @@ def _cold_seconds(trace: Trace, query: np.ndarray, threads: int) -> dict[str, fl
     return taken
 
 
+@app.command("check")
+def check_command(
+    samples: Annotated[int, typer.Option(help="N.")] = 9288,
+    timesteps: Annotated[int, typer.Option(help="T.")] = 10,
+    dimension: Annotated[int, typer.Option(help="v.")] = 2**12,
+    turns: Annotated[int, typer.Option(help="Of which the fastest counts.")] = 5,
+    threads: Threads = CORES,
+    folder: Folder = None,
+    path: Json = None,
+) -> None:
+    """What it costs to compare checksums before what they are of is used, and how fast `verify` reads."""
+    result = Result(
+        "check",
+        f"checksums, N = {samples:,}, T = {timesteps}, v = {dimension:,}, {threads} thread(s)",
+        ("dtype", "what", "unchecked, ms", "checked, ms", "x", "unchecked, ms of processor", "checked", "x "),
+        notes=[
+            "first, again, cold: one query that scans, as in score; unchecked: the same code, its checksums not taken.",
+            "50 rows: those that an index proposes, scored exactly, by a process that has read nothing before.",
+            "verify: against a plain read of the gradients' files, the store in the system's cache.",
+        ],
+    )
+    with threadpool_limits(threads, "blas"), scratch(folder) as made:
+        for dtype in get_args(Dtype):
+            trace = write_random(made / f"{dtype}.zarr", make_header(samples, timesteps, dimension, dtype))
+            for what, (unchecked, checked) in _checked(trace, turns, threads).items():
+                pairs = zip(unchecked, checked, strict=True)
+                result.add(
+                    dtype, what, *(n for before, after in pairs for n in (1e3 * before, 1e3 * after, after / before))
+                )
+            shutil.rmtree(trace.path)
+    result.show(path)
+
+
+def _checked(trace: Trace, turns: int, threads: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Seconds, and those of the processor, without checksums and with them, of each way to read."""
+    query = queries_for(trace.header, 1)
+    candidates = [np.random.default_rng(4).choice(trace.header.samples, 50, replace=False)]
+    known = np.array([store.row_checksum(trace.stored_row(slot)) for slot in range(trace.header.samples)], np.uint32)
+    nothing = SimpleNamespace(value=lambda data: 0, extend=lambda crc, data: 0)
+    off = [(store, "google_crc32c", nothing), (Trace, "_check", lambda *given: None)]
+    taken: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
+
+    def timed(what: str, checks: bool, work: Callable[..., object], *given: Any, **named: Any) -> None:
+        start, used = time.perf_counter(), time.process_time()
+        work(*given, **named)
+        found = time.perf_counter() - start, time.process_time() - used
+        taken.setdefault(what, ([], []))[checks].append(found)
+
+    def fresh() -> Trace:
+        opened = open_trace(trace.path)
+        assert opened.rankable.any() and len(opened.scale)
+        return opened
+
+    for turn in range(turns):
+        for checks in (False, True):
+            with replaced([] if checks else off):
+                opened = fresh()
+                timed("first", checks, exact, opened, query, 10, threads=threads)
+                exact(opened, query, 10, threads=threads)
+                timed("again", checks, exact, opened, query, 10, threads=threads)
+                checksums = known if checks else np.zeros_like(known)
+                timed("50 rows", checks, rerank, fresh(), query, candidates, 10, checksums=checksums)
+                if turn < 2:
+                    opened = fresh()
+                    evict(trace.path)
+                    timed("cold", checks, exact, opened, query, 10, threads=threads)
+                    read_all(trace)
+        timed("verify", False, read_all, trace)
+        timed("verify", True, verify, trace.path)
+    return {what: tuple(np.array(found).min(axis=0) for found in pair) for what, pair in taken.items()}  # type: ignore[misc]
+
+
 @app.command("scale")
 def scale_command(
     sizes: Annotated[str, typer.Option(help="Numbers of samples, N.")] = "10000,50000,1000000",
@@ -619,7 +693,7 @@ def _written(made: Path, header: Header, dtype: Dtype) -> tuple[str | int | floa
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                store._sync(made)
+                store.sync(made)
             elif name == "stored":
                 writers[0].write_stored(chunk, values, scale, ones, ones, number, label)
             else:
@@ -913,6 +987,7 @@ def all_command(folder: Folder = None, plot: Annotated[Path | None, typer.Option
     torch.set_num_threads(os.cpu_count() or 1)
     write_command(folder=folder, path=path)
     score_command(folder=folder, path=path)
+    check_command(folder=folder, path=path)
     index_command(folder=folder, path=path)
     capture_command(folder=folder, path=path)
     torch.set_num_threads(CORES)

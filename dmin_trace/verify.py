@@ -1,0 +1,258 @@
+"""Finds what has rotted: compares every checksum of a store, of its index, and of the weights beside it.
+
+    store, index, weights -> Verified -> report, or a capture that repairs
+
+Readers compare what they use (`store`). This reads everything, as fast as the disk gives it, and names all that is not
+what was written, down to the chunk and the samples in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from dmin_trace import index, store, untrusted
+from dmin_trace.errors import TraceError, WeightsError
+from dmin_trace.store import TRAILER, Header, Trace
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 2**20
+"""Bytes that are read at a time: they are in a core's cache when their checksum is taken."""
+THREADS = 8
+"""Files that are read at a time; a disk gives the more the more it is asked for."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that were compared, and those that there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A file that is not what was written.
+
+    file: its path from the folder in which the store lies.
+    array, chunk: what it is of, if it is a chunk's.
+    slots: the rows of the store that are lost with it.
+    samples: their dataset indices, if those can still be read.
+    what: what is wrong with it.
+    """
+
+    file: str
+    what: str
+    array: str = ""
+    chunk: int | None = None
+    slots: range = range(0)
+    samples: tuple[int, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Verified:
+    """What was compared, and what was found.
+
+    complete: whether the store says that it is finished, and all its marks are there.
+    chunks, done: of the store.
+    files, bytes: how many were compared.
+    damages: in the order of the files.
+    notes: what is no damage, but to be known.
+    """
+
+    complete: bool = False
+    chunks: int = 0
+    done: int = 0
+    files: int = 0
+    bytes: int = 0
+    damages: list[Damage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bad_chunks(self) -> list[int]:
+        """The numbers of the chunks of which a file or the mark is damaged."""
+        return sorted({damage.chunk for damage in self.damages if damage.chunk is not None})
+
+    @property
+    def bad_arrays(self) -> list[str]:
+        """The arrays and groups whose metadata is damaged."""
+        return [damage.array for damage in self.damages if damage.chunk is None and damage.array]
+
+
+def verify(path: Path, *, progress: Progress | None = None) -> Verified:
+    """Compares every checksum of the store at `path`, of its index, and of the weights and divisors beside it.
+
+    Raises TraceError if there is no store. Whatever else is wrong is in the answer.
+    """
+    found = Verified()
+    if size_of(path) is None:
+        store.read_header(path)  # says that there is none
+    try:
+        header, complete = store.read_header(path)
+    except TraceError as error:
+        found.damages.append(Damage(file=f"{path.name}/zarr.json", what=str(error)))
+        found.notes.append("Nothing else can be told without the header of the store.")
+        return found
+    try:
+        found = verify_chunks(path, header, complete, progress=progress)
+        done = store.marks(path, header)
+    except TraceError as error:
+        found.damages.append(Damage(file=f"{path.name}/done", what=str(error)))
+        return found
+    if not found.bad_arrays:
+        damaged, why = index.damage(Trace(path, header, found.complete, done))
+        folder = index.index_beside(path)
+        found.damages += [Damage(file=f"{folder.name}/{name}", what=what) for name, what in damaged]
+        of_index = [file.lstat().st_size for file in folder.iterdir()] if folder.is_dir() else []
+        found.files += len(of_index)
+        found.bytes += sum(of_index)
+        if why:
+            found.notes.append(f"The index is not used: {why}. Make it anew with dmin-trace index.")
+    _compare_weights(path, header, found)
+    return found
+
+
+def verify_chunks(path: Path, header: Header, complete: bool, *, progress: Progress | None = None) -> Verified:
+    """The same of the store's arrays alone: their metadata, their marks, and every file of a chunk that is done."""
+    done = store.marks(path, header)
+    trace = Trace(path, header, complete, done)
+    found = Verified(complete=complete and bool(done.all()), chunks=header.chunks, done=int(done.sum()))
+    for name, what in store.damaged_arrays(path, header):
+        found.damages.append(Damage(file=f"{path.name}/{name}/zarr.json", array=name, what=what))
+    found.damages += [
+        _bad_mark(trace, int(chunk)) for chunk in np.flatnonzero(~done) if complete or _marked(path, int(chunk))
+    ]
+    files = {
+        (name, chunk): size_of(path, store.chunk_names(name, chunk, axes))
+        for chunk in trace.chunks_done
+        for name, (axes, _) in store.chunk_bytes(header).items()
+    }
+    of = sum(size or 0 for size in files.values())
+    memory = threading.local()
+
+    def compare(place: tuple[str, int]) -> str:
+        name, chunk = place
+        if not hasattr(memory, "block"):
+            memory.block = np.empty(BLOCK, np.uint8)
+        axes, expected = store.chunk_bytes(header)[name]
+        try:
+            size = untrusted.size_within(path, store.chunk_names(name, chunk, axes))
+            if size is None or (size != expected if expected is not None else size < TRAILER):
+                return f"has {size or 0} bytes" + ("" if expected is None else f", expected {expected}")
+            return _compare(store.chunk_file(path, name, chunk, axes), size, memory.block)
+        except (OSError, ValueError) as error:
+            return f"cannot be read ({error})"
+
+    with ThreadPoolExecutor(max(THREADS, os.cpu_count() or 1)) as pool:
+        for place, what in zip(files, pool.map(compare, files), strict=True):
+            found.files += 1
+            found.bytes += files[place] or 0
+            if what:
+                found.damages.append(_bad_chunk(trace, *place, what))
+            if progress is not None:
+                progress(found.bytes, of)
+    if not complete:
+        found.notes.append(f"The store is unfinished: {found.done} of {found.chunks} chunks are done.")
+    return found
+
+
+def mendable(path: Path) -> list[int]:
+    """The damaged chunks of the store at `path`, which a capture can make anew, with the arrays' metadata mended.
+
+    Raises TraceError if there is damage that no capture mends.
+    """
+    header, complete = store.read_header(path)
+    found = verify_chunks(path, header, complete)
+    if found.bad_arrays:
+        store.restore_arrays(path, header, found.bad_arrays)
+        logger.warning("The metadata of %s in %s was damaged, and is made anew.", ", ".join(found.bad_arrays), path)
+    chunks = found.bad_chunks
+    if not chunks:
+        logger.warning("No chunk of %s is damaged: %d files were compared.", path, found.files)
+        return chunks
+    logger.warning("%d of %d chunks of %s are damaged, and are made anew.", len(chunks), found.chunks, path)
+    return chunks
+
+
+def size_of(path: Path, names: list[str] | None = None) -> int | None:
+    """The size of a file of the store, its metadata if no other is named; None if it is none, or reached by a link."""
+    try:
+        return untrusted.size_within(path, names or ["zarr.json"])
+    except ValueError:
+        return None
+
+
+def _compare(file: Path, size: int, block: np.ndarray) -> str:
+    """Reads a chunk's file; what is wrong with it, or ""."""
+    crc, left = 0, size - TRAILER
+    with file.open("rb", buffering=0) as opened:
+        while left:
+            read = opened.readinto(block[: min(left, BLOCK)].data)
+            if not read:
+                return "became shorter while read"
+            crc = google_crc32c.extend(crc, block[:read])
+            left -= read
+        trailer = opened.read(TRAILER)
+    return "" if crc == int.from_bytes(trailer, "little") else "does not have the numbers of its checksum"
+
+
+def _marked(path: Path, chunk: int) -> bool:
+    return store.chunk_file(path, "done", chunk, 1).exists()
+
+
+def _bad_mark(trace: Trace, chunk: int) -> Damage:
+    what = "is not the mark of a chunk that is done" if _marked(trace.path, chunk) else "is gone"
+    return _bad_chunk(trace, "done", chunk, what)
+
+
+def _bad_chunk(trace: Trace, name: str, chunk: int, what: str) -> Damage:
+    axes = 1 if name == "done" else store.chunk_bytes(trace.header)[name][0]
+    rows = trace.header.rows(chunk)
+    samples: tuple[int, ...] = ()
+    if name != "sample" and trace.done[chunk]:
+        try:
+            samples = tuple(int(sample) for sample in trace.samples_of(chunk))
+        except (TraceError, OSError):
+            samples = ()
+    return Damage(
+        file="/".join([trace.path.name, *store.chunk_names(name, chunk, axes)]),
+        array=name,
+        chunk=chunk,
+        slots=rows,
+        samples=samples,
+        what=what,
+    )
+
+
+def _compare_weights(path: Path, header: Header, found: Verified) -> None:
+    """The weights, and adam's divisors, by the fingerprints in the header."""
+    kept = [(store.weights_beside(path), header.weights, "weights", "weights")]
+    if header.preconditioner:
+        kept.append((store.precondition_beside(path), header.preconditioner, "divisors", "adam's divisors"))
+    for file, expected, kind, what in kept:
+        if not file.is_file():
+            found.notes.append(f"There are no {kind} at {file}. Queries need them, or to be told where they are.")
+            continue
+        # torch is imported where there are tensors to look at, and nowhere else.
+        from dmin_trace import precondition, weights
+
+        of = weights.fingerprint_of if kind == "weights" else precondition.fingerprint_of
+        try:
+            fingerprint = of(file, header.parameters.names)
+        except WeightsError as error:
+            found.damages.append(Damage(file=file.name, what=str(error)))
+            continue
+        found.files += 1
+        found.bytes += file.stat().st_size
+        if fingerprint != expected:
+            found.damages.append(
+                Damage(
+                    file=file.name,
+                    what=f"are not the {what} of the trace: their fingerprint is {fingerprint[:16]}, that in the "
+                    f"header {expected[:16]}",
+                )
+            )

@@ -1,0 +1,353 @@
+"""Rot: what is damaged is named, no answer is made with it, and what is repaired is what was there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_plain import denoiser, loss_of, record
+from test_store import change, content, make_header, make_rows, write, write_store
+from tiny import plain_script, run
+from torture_rot import attack
+from torture_stores import make_store
+
+from dmin_trace import query, score, store, untrusted
+from dmin_trace.cli import main
+from dmin_trace.errors import TraceError
+from dmin_trace.index import Index, open_index, search
+from dmin_trace.pack import pack
+from dmin_trace.settings import Codec, Dtype
+from dmin_trace.store import Trace, chunk_file, create, open_trace, resume
+from dmin_trace.verify import verify
+
+CLI = ("-m", "dmin_trace.cli")
+KINDS: list[tuple[Dtype, Codec]] = [("int8", "none"), ("float32", "blosc")]
+
+
+def flip(file: Path, at: int = 100, bit: int = 1) -> None:
+    """Changes one bit."""
+    data = bytearray(file.read_bytes())
+    data[at % len(data)] ^= bit
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Trace:
+    """A store of 160 samples in 5 chunks with an index, to do harm to."""
+    return make_store(tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "codec"), KINDS)
+def test_every_harm_is_named_and_no_answer_is_made_with_it(tmp_path: Path, dtype: Dtype, codec: Codec) -> None:
+    found = attack(tmp_path, 100, 1, dtype=dtype, codec=codec)
+    assert not [what for what in found if what.startswith("WRONG")], found
+    assert found["named"] > 90 and found["queries refused"] > 30 and found["queries answered as before"] > 30
+
+
+READS: dict[str, Callable[[Trace], object]] = {
+    "scale": lambda trace: trace.scale_chunk(3),
+    "norm": lambda trace: trace.norm,
+    "loss": lambda trace: trace.loss,
+    "sample": lambda trace: trace.sample,
+    "meta/caption": lambda trace: trace.column("caption"),
+    "meta/label": lambda trace: trace.column("label"),
+    "grad": lambda trace: trace.grad_chunk(3),
+    "grad, in parts": lambda trace: list(parts_of_plain(trace, 3)),
+    "grad, some rows": lambda trace: trace.rows(np.array([100])),
+    "grad, a row": lambda trace: trace.stored_row(127),
+}
+
+
+def parts_of_plain(trace: Trace, chunk: int) -> list[np.ndarray]:
+    return [part.copy() for part in trace.grad_parts(chunk, 5, np.empty(5 * trace.header.sample_bytes, np.uint8))]
+
+
+@pytest.mark.parametrize("name", READS)
+def test_each_array_is_compared_with_its_checksum(trace: Trace, name: str) -> None:
+    array, axes = name.split(",")[0], {"grad": 3, "scale": 2, "norm": 2, "loss": 2}.get(name.split(",")[0], 1)
+    READS[name](open_trace(trace.path))
+    for at in (0, -1, 40):
+        flip(chunk_file(trace.path, array, 3, axes), at)
+        with pytest.raises(TraceError, match=f"chunk 3 of {array} does not have the numbers of its checksum.*verify"):
+            READS[name](open_trace(trace.path))
+        flip(chunk_file(trace.path, array, 3, axes), at)
+
+
+def test_what_the_last_chunk_is_padded_with_is_compared_too(tmp_path: Path) -> None:
+    header = make_header()
+    stored = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    file = chunk_file(stored.path, "grad", 2, 3)
+    flip(file, -20)
+    for read in (lambda trace: trace.grad_chunk(2), lambda trace: list(parts_of_plain(trace, 2))):
+        with pytest.raises(TraceError, match="chunk 2 of grad does not have the numbers of its checksum"):
+            read(open_trace(stored.path))
+
+
+def test_a_scan_stops_before_it_answers(trace: Trace) -> None:
+    queries = trace.rows(np.array([5]))
+    for chunk in range(5):
+        flip(chunk_file(trace.path, "grad", chunk, 3), 7)
+        for ask in (score.exact, lambda trace, queries, k: score.every(trace, queries)):
+            with pytest.raises(TraceError, match=f"chunk {chunk} of grad"):
+                ask(open_trace(trace.path), queries, 3)
+        flip(chunk_file(trace.path, "grad", chunk, 3), 7)
+    assert score.exact(open_trace(trace.path), queries, 1).slots.tolist() == [[5]]
+
+
+def test_an_index_checks_the_rows_that_it_ranks_and_reads_no_others(trace: Trace) -> None:
+    queries = trace.rows(np.array([5]))
+    row = trace.header.sample_bytes
+    ranked = search(_opened(trace), queries, 3)
+    for slot in ranked.slots[0]:
+        chunk, place = divmod(int(slot), 32)
+        flip(chunk_file(trace.path, "grad", chunk, 3), place * row + 9)
+        with pytest.raises(TraceError, match=f"chunk {chunk} of grad .* in its row {place}"):
+            search(_opened(trace), queries, 3)
+        flip(chunk_file(trace.path, "grad", chunk, 3), place * row + 9)
+    # A row that is no candidate is not read, and the answer is as it was.
+    opened = _opened(trace)
+    depth = opened.facts.depth(3)
+    assert depth is not None
+    other = next(slot for slot in range(160) if slot not in opened.candidates(queries, depth)[0])
+    flip(chunk_file(trace.path, "grad", other // 32, 3), other % 32 * row)
+    assert np.array_equal(search(_opened(trace), queries, 3).scores, ranked.scores)
+
+
+def _opened(trace: Trace) -> Index:
+    index = open_index(open_trace(trace.path))
+    assert isinstance(index, Index), index
+    return index
+
+
+def test_metadata_has_digests_and_old_stores_none(trace: Trace) -> None:
+    group = trace.path / "zarr.json"
+    facts = json.loads(group.read_text())
+    assert set(facts["attributes"]["checksums"]["arrays"]) >= {"grad", "norm", "done", "meta", "meta/caption"}
+    for name, value in (("weights", "d" * 64), ("timesteps", [1, 2, 3]), ("note", "mine")):
+        changed = {**facts, "attributes": {**facts["attributes"], name: value}}
+        group.write_text(json.dumps(changed))
+        with pytest.raises(TraceError, match=r"zarr.json is not what was written, by its own digest"):
+            open_trace(trace.path)
+    group.write_text(json.dumps(facts).replace('"checksums"', '"checksumS"'))
+    with pytest.raises(TraceError, match="its attribute checksums is called 'checksumS'"):
+        open_trace(trace.path)
+    group.write_text(json.dumps(facts))
+    norm = trace.path / "norm" / "zarr.json"
+    whole = norm.read_text()
+    norm.write_text(whole.replace('"NaN"', '"NaM"'))
+    with pytest.raises(TraceError, match="metadata of norm is not what was written"):
+        open_trace(trace.path)
+    # Other white space and another order are the same metadata.
+    norm.write_text(json.dumps(dict(reversed(json.loads(whole).items())), indent=1))
+    group.write_text(json.dumps(facts, indent=7))
+    assert np.array_equal(open_trace(trace.path).norm, trace.norm)
+    # A store from before there were digests.
+    norm.write_text(whole.replace('"NaN"', '"NaM"'))
+    change(trace.path, lambda metadata: metadata["attributes"].pop("checksums"))
+    assert np.array_equal(open_trace(trace.path).norm, trace.norm)
+    assert not verify(trace.path).bad_arrays
+
+
+def test_a_packed_store_has_digests_of_its_own(trace: Trace, tmp_path: Path) -> None:
+    packed = pack(trace, tmp_path / "packed.zarr", dtype="float16")
+    assert not verify(packed.path).damages
+    flip(packed.path / "grad" / "zarr.json", 30)
+    assert verify(packed.path).bad_arrays == ["grad"]
+
+
+def test_a_mark_that_rots_is_no_mark(trace: Trace) -> None:
+    mark = chunk_file(trace.path, "done", 2, 1)
+    whole = mark.read_bytes()
+    for harmed in (b"", whole[:4], whole + b"x", bytes([0]) + whole[1:], whole[:4] + bytes([whole[4] ^ 8])):
+        mark.write_bytes(harmed)
+        with pytest.raises(TraceError, match="unfinished: 4 of 5 chunks are done; it was whole once, and marks were"):
+            open_trace(trace.path)
+        assert [(d.array, d.chunk) for d in verify(trace.path).damages] == [("done", 2)]
+
+
+def test_verify_names_all_damage(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", "trace.zarr"]) == 0
+    assert "all is whole; 48 files," in capsys.readouterr().out.replace("\n", " ")
+    for file in (
+        chunk_file(trace.path, "grad", 1, 3),
+        chunk_file(trace.path, "meta/caption", 4, 1),
+        tmp_path / "trace.index" / "graph.hnsw",
+        tmp_path / "trace.weights.safetensors",
+    ):
+        flip(file, -3)
+    chunk_file(trace.path, "norm", 0, 2).unlink()
+    chunk_file(trace.path, "sample", 3, 1).write_bytes(b"")
+    assert main(["verify", "trace.zarr", "--json", "found.json"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["format"], found["version"], found["whole"], found["done"]) == ("dmin_trace.verified", 1, False, 5)
+    assert [(d["file"], d["array"], d["chunk"], len(d["samples"])) for d in found["damages"]] == [
+        ("trace.zarr/norm/c/0/0", "norm", 0, 32),
+        ("trace.zarr/grad/c/1/0/0", "grad", 1, 32),
+        ("trace.zarr/sample/c/3", "sample", 3, 0),
+        ("trace.zarr/meta/caption/c/4", "meta/caption", 4, 32),
+        ("trace.index/graph.hnsw", None, None, 0),
+        ("trace.weights.safetensors", None, None, 0),
+    ]
+    for words in ("trace.zarr/grad/c/1/0/0 32-63 does not have", "slots 96-127 has 0 bytes", "6 are damaged"):
+        assert words in shown
+    (trace.path / "zarr.json").write_text("{")
+    assert main(["verify", "trace.zarr"]) == 1
+    assert "Nothing else can be told" in capsys.readouterr().out
+    assert main(["verify", "nowhere.zarr"]) == 1
+    assert "There is no store at nowhere.zarr" in capsys.readouterr().err
+    assert main(["verify", "trace.zarr", "--json", "no/where.json"]) == 1
+
+
+def test_what_is_not_damage_is_said(tmp_path: Path) -> None:
+    header = make_header()
+    writer = create(tmp_path / "trace.zarr", header)
+    write(writer, make_rows(header), 1)
+    found = verify(tmp_path / "trace.zarr")
+    assert (found.damages, found.complete, found.done, found.chunks) == ([], False, 1, 3)
+    assert found.notes[0] == "The store is unfinished: 1 of 3 chunks are done."
+    assert "There are no weights at" in found.notes[1]
+
+
+def test_marks_go_before_anything_else_when_chunks_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any step of it, the store reads as unfinished or as it was, and never as whole with a chunk undone."""
+    header = make_header()
+    rows = make_rows(header)
+    path = write_store(tmp_path / "trace.zarr", header, rows).path
+    steps = 0
+    for name in ("sync", "_set_complete"):
+        real = getattr(store, name)
+
+        def counted(*given: object, real: Callable[..., None] = real) -> None:
+            nonlocal steps
+            if steps == 0:
+                raise KeyboardInterrupt
+            steps -= 1
+            real(*given)
+
+        monkeypatch.setattr(store, name, counted)
+    for killed_at in range(4):
+        copied = tmp_path / f"{killed_at}.zarr"
+        shutil.copytree(path, copied)
+        steps = killed_at
+        with pytest.raises(KeyboardInterrupt):
+            resume(copied, header).undo([0, 2])
+        steps = 99
+        with pytest.raises(TraceError, match="is unfinished: 1 of 3"):
+            open_trace(copied)
+        writer = resume(copied, header)
+        assert writer.pending() == [0, 2]
+        for chunk in writer.pending():
+            write(writer, rows, chunk)
+        writer.finish()
+        assert content(copied) == content(path)
+
+
+def test_repair_makes_the_damaged_chunks_anew_and_no_other(tmp_path: Path) -> None:
+    script = plain_script(tmp_path / "train.py")
+    run([script, "--count", "10"], tmp_path)
+    path = tmp_path / "out" / "trace.zarr"
+    before = content(tmp_path / "out")
+    repair = [
+        *CLI,
+        "capture",
+        "--weights",
+        "saved.safetensors",
+        "--out",
+        path,
+        "--repair",
+        "--",
+        script,
+        "--count",
+        "10",
+    ]
+    shutil.copy(tmp_path / "out" / "trace.weights.safetensors", tmp_path / "saved.safetensors")
+    flip(chunk_file(path, "grad", 1, 3), 50)
+    flip(tmp_path / "out" / "trace.weights.safetensors", -1)
+    flip(path / "loss" / "zarr.json", 40)
+    assert [d.file for d in verify(path).damages] == [
+        "trace.zarr/loss/zarr.json",
+        "trace.zarr/grad/c/1/0/0",
+        "trace.weights.safetensors",
+    ]
+    touched = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()}
+    # Another training's weights cannot make them anew, and change nothing.
+    run([script, "--count", "10", "--num_epochs", "1", "--output_dir", "other"], tmp_path)
+    harmed = content(path)
+    other = [*repair]
+    other[4] = "other/trace.weights.safetensors"
+    assert "belongs to another capture: its weights are" in run(other, tmp_path, code=1).stderr
+    assert {name for name, data in content(path).items() if data != harmed[name]} == {"loss/zarr.json"}
+
+    ran = run(repair, tmp_path)
+    assert "1 of 2 chunks of" in ran.stderr
+    after = content(tmp_path / "out")
+    assert {name for name in before if after.get(name) != before[name]} == set()
+    assert set(after) == set(before)
+    assert not verify(path).damages
+    new = {file for file, stamp in touched.items() if (file.stat().st_ino, file.stat().st_mtime_ns) != stamp}
+    chunk = {chunk_file(path, "caption" if name == "x" else name, 1, axes) for name, axes in ARRAYS.items()}
+    assert new == chunk | {path / "zarr.json", path / "loss" / "zarr.json"}
+    # A whole store is left alone.
+    assert "No chunk of" in run(repair, tmp_path).stderr
+    assert content(tmp_path / "out") == before
+
+
+def test_a_loop_of_ones_own_repairs_its_trace(tmp_path: Path) -> None:
+    out = record(denoiser(), tmp_path / "trace.zarr")
+    before = content(out)
+    flip(chunk_file(out, "grad", 1, 3), 50)
+    with pytest.raises(TraceError, match="is complete"):
+        record(denoiser(), out)
+    with pytest.raises(TraceError, match="belongs to another capture"):
+        record(denoiser(1), out, repair=True)
+    seen: list[int] = []
+
+    def counted(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        return loss_of(model, clean)
+
+    record(denoiser(), out, counted, repair=True)
+    assert content(out) == before
+    assert len(seen) == 3 * 4  # T of each of the last four of twelve samples
+
+
+ARRAYS = {"grad": 3, "norm": 2, "loss": 2, "sample": 1, "done": 1, "meta/caption": 1}
+
+
+def test_a_header_that_rots_cannot_be_repaired_and_says_so(trace: Trace) -> None:
+    facts = json.loads((trace.path / "zarr.json").read_text())
+    facts["attributes"]["weights"] = "e" * 64
+    (trace.path / "zarr.json").write_text(json.dumps(facts))
+    from dmin_trace.verify import mendable
+
+    with pytest.raises(TraceError, match="Restore the file from a copy"):
+        mendable(trace.path)
+
+
+def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Trace) -> None:
+    queries = trace.rows(np.array([5]))
+    for name in ("graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"):
+        file = trace.path.parent / "trace.index" / name
+        if file.stat().st_size == 0:
+            continue
+        flip(file, 60)
+        answer = query.answer(open_trace(trace.path), queries, k=3, score="dmin")
+        assert answer.recall is None and answer.hits[0][0].sample == 5, name
+        flip(file, 60)
+    assert query.answer(open_trace(trace.path), queries, k=3, score="dmin").recall is not None
+
+
+def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path: Path) -> None:
+    assert untrusted.digest({"a": [1, 2.5], "b": "é"}) == untrusted.digest(json.loads('{"b":"\\u00e9","a":[1,2.50]}'))
+    assert untrusted.digest({"a": 1}) != untrusted.digest({"a": 2}) != untrusted.digest({"a": "2"})

@@ -1,0 +1,89 @@
+"""A small store with all that can lie beside one: an index, and the weights. What is attacked is a copy of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dmin_trace.index import build_index
+from dmin_trace.settings import Codec, Dtype
+from dmin_trace.store import (
+    Header,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    Trace,
+    create,
+    open_trace,
+    weights_beside,
+)
+from dmin_trace.weights import find_trainable
+
+CAPTIONS = ("a cat", "", "naïve 猫", "two\nlines", "\x1b[31mred", "[bold]markup[/]", "\u202ereversed", "x" * 300)
+
+
+def make_store(
+    folder: Path,
+    *,
+    samples: int = 160,
+    timesteps: int = 3,
+    dimension: int = 64,
+    rows: int = 32,
+    dtype: Dtype = "int8",
+    codec: Codec = "none",
+    index: bool = True,
+) -> Trace:
+    """A finished store at `folder`/trace.zarr of samples that form clusters, its weights, and an index that serves."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(7, 5)
+    trainable = find_trainable([model], None)
+    header = Header(
+        id="0123456789abcdef" * 2,
+        samples=samples,
+        timesteps=tuple(100.0 * t + 0.5 for t in range(timesteps)),
+        dimension=dimension,
+        dtype=dtype,
+        chunk_rows=rows,
+        projection=ProjectionFacts(kind="rotation", seed=3, length=trainable.length, fingerprint="a" * 64),
+        parameters=ParameterFacts(names=trainable.names, shapes=trainable.shapes, fingerprint=trainable.fingerprint),
+        weights=trainable.weights_fingerprint(),
+        noise=NoiseFacts(seed=3, draws=((("randn", (1, 3, 8, 8)), ("randint", (1,))),) * timesteps),
+        precondition="none",
+        preconditioner="",
+        batch={"pixel_values": (1, 3, 8, 8)},
+        columns={"caption": "string", "label": "integer", "weight": "number"},
+        settings={"timesteps": timesteps, "columns": None},
+        writers={"dmin_trace": "0.1"},
+        codec=codec,
+    )
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((20, timesteps, dimension))
+    grad = centres[generator.integers(0, 20, samples)] + 0.7 * generator.standard_normal(
+        (samples, timesteps, dimension)
+    )
+    grad = (grad / np.linalg.norm(grad, axis=2, keepdims=True)).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "trace.zarr"
+    trainable.save(weights_beside(path))
+    writer = create(path, header)
+    for chunk in range(writer.chunks):
+        here = np.arange(writer.rows(chunk).start, writer.rows(chunk).stop)
+        writer.write(
+            chunk,
+            grad[here],
+            1 + generator.random((len(here), timesteps), np.float32),
+            generator.random((len(here), timesteps), np.float32),
+            here.astype(np.int64),
+            {
+                "caption": [CAPTIONS[slot % len(CAPTIONS)] for slot in here],
+                "label": [int(slot) % 20 for slot in here],
+                "weight": [float(slot) / 3 for slot in here],
+            },
+        )
+    writer.finish()
+    trace = open_trace(path)
+    if index:
+        build_index(trace, recall=0.5)
+    return trace

@@ -31,10 +31,13 @@ ALLOWED = {
         "_rows": "",
         "compress": "_rows errors settings",
         "store": "errors settings version",
+        "lock": "errors",
+        "signals": "",
+        "identity": "",
         "body": "objective randomness",
         "loop": "body errors randomness variables",
-        "recorder": "batches body columns compress errors gradients objective precondition randomness settings store "
-        "weights",
+        "recorder": "batches body columns compress errors gradients identity lock objective precondition randomness "
+        "settings signals store weights",
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen moments plain report score settings store variables",
         "score": "errors store",
@@ -45,8 +48,8 @@ ALLOWED = {
         "evaluate": "errors",
         "pack": "commands compress errors settings store",
         "questions": "errors",
-        "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
-        "recorder settings store weights",
+        "capture": "body columns commands errors frozen gradients identity integrations loop moments precondition "
+        "randomness recorder settings store weights",
         "plain": "body columns errors gradients moments precondition query randomness recorder report score settings "
         "store weights",
         "estimate": "capture store",

@@ -202,11 +202,9 @@ class PinnedDraws(TorchFunctionMode):
 
     def _keep(self, error: Exception) -> None:
         """Keeps an error of ours for later: raised inside the script's own call it would end the script."""
-        if self.error is None:
-            known = isinstance(error, CaptureError)
-            self.error = (
-                error if known else CaptureError(f"A random call was not seen: {type(error).__name__}: {error}")
-            )
+        if not isinstance(error, CaptureError):
+            error = CaptureError(f"A random call was not seen: {type(error).__name__}: {error}")
+        self.error = self.error or error
 
     def pin(self, drawn: torch.Tensor, value: Callable[[], float], name: str) -> torch.Tensor:
         """Replaces a timestep draw by the slot's timestep, and records that it was.

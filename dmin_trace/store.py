@@ -61,6 +61,8 @@ SYNCS = 16
 """Files and folders of a chunk that the disk is asked to keep at once."""
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
+DONE = b"\x01\x52\xd0\x16\xa0"
+"""The mark of a chunk that is done, whole, with its checksum; anything else in its place is none."""
 PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 """Blosc's settings. A higher level gains a few per cent, at a hundredth of the speed."""
 FRAME_HEADER = 16
@@ -1185,7 +1187,7 @@ def _read_done(path: Path, header: Header) -> NDArray[np.bool_]:
 
 
 def _is_done(mark: Path) -> bool:
-    return mark.is_file() and mark.stat().st_size == 1 + TRAILER and mark.read_bytes()[:1] == b"\x01"
+    return mark.is_file() and mark.stat().st_size == len(DONE) and mark.read_bytes() == DONE
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 python tools/torture_kill.py kill --times 100       one process, one capture
 python tools/torture_kill.py ranks --times 20       two processes, one of them killed each time
+python tools/torture_kill.py crash                  every state of the disk after a crash at any point of the writing
 
 Each command ends with the figures as one line of JSON, and with exit code 1 if anything was not as it must be.
 """
@@ -24,7 +25,9 @@ from rich.progress import Progress
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
-from captures import Capture, check_same, done, kept, scribble, stamps, start_ranks  # noqa: E402
+from captures import Capture, check_same, content, done, kept, scribble, stamps, start_ranks  # noqa: E402
+from crashes import crashes, go_on, record, wrong  # noqa: E402
+from test_store import make_header  # noqa: E402
 from warm import Running, Warm  # noqa: E402
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
@@ -34,15 +37,50 @@ Seed = Annotated[int, typer.Option(help="Of the moments.")]
 
 
 @app.command("kill")
-def kill(times: Times = 100, seed: Seed = 0) -> None:
+def kill_command(times: Times = 100, seed: Seed = 0) -> None:
     """One process, killed at moments spread over its start and its first few chunks, so that each kill counts."""
     _torture(1, times, seed, chunks=2 * times + 10)
 
 
 @app.command("ranks")
-def ranks(times: Times = 20, seed: Seed = 0) -> None:
+def ranks_command(times: Times = 20, seed: Seed = 0) -> None:
     """Two processes fill one store; one of the two is killed, and the other must end by itself, with one line."""
     _torture(2, times, seed, chunks=3 * times + 10)
+
+
+@app.command("crash")
+def crash_command(
+    seeds: Annotated[int, typer.Option(help="Random states after each operation.")] = 5,
+    samples: Annotated[int, typer.Option(help="Of the store; 4 in a chunk.")] = 22,
+) -> None:
+    """A crash after each operation of a store's writing, in every state that the disk may hold then."""
+    began = time.monotonic()
+    header = make_header(samples=samples)
+    counts: dict[str, int] = {}
+    finished = 0
+    with tempfile.TemporaryDirectory(prefix="torture-") as name:
+        folder = Path(name)
+        disk = record(folder / "whole", header)
+        expected = content(folder / "whole" / "trace.zarr")
+        for point, mode, place in crashes(disk, folder, seeds):
+            found = wrong(place, expected, disk.promised(point))
+            _check(not found, f"after {point} operations, {mode}: {found}")
+            counts[mode] = counts.get(mode, 0) + 1
+            if sum(counts.values()) % 10 == 0:
+                finished += 1
+                go_on(place / "trace.zarr", header)
+                _check(content(place / "trace.zarr") == expected, f"after {point} operations, {mode}: not as it was")
+                _check([left.name for left in place.iterdir()] == ["trace.zarr"], f"{point}, {mode}: something is left")
+    figures = {
+        "chunks": header.chunks,
+        "operations": len(disk.operations),
+        "states": sum(counts.values()),
+        **{f"states, {mode}": count for mode, count in counts.items()},
+        "states that were gone on with": finished,
+        "states that were wrong": 0,
+        "seconds": round(time.monotonic() - began),
+    }
+    print(json.dumps(figures))
 
 
 def _torture(processes: int, times: int, seed: int, chunks: int) -> None:

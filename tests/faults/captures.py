@@ -68,8 +68,9 @@ def done(store: Path) -> set[int]:
 
 
 def chunk_files(store: Path, chunk: int) -> list[Path]:
-    """The files of a chunk that are there."""
+    """The files of a chunk that are there, less those that a killed write left."""
     files = [file for file in store.rglob("*") if file.is_file() and "c" in file.relative_to(store).parts[:-1]]
+    files = [file for file in files if file.suffix != ".partial"]
     places = ((file, file.relative_to(store).parts) for file in files)
     return [file for file, parts in places if parts[parts.index("c") + 1] == str(chunk)]
 

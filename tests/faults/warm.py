@@ -20,7 +20,7 @@ from typing import Any
 
 _SERVER = """
 import json, os, runpy, select, signal, sys
-import numpy, torch, accelerate, zarr, safetensors.torch, rich.progress, filelock, tqdm.auto
+import numpy, torch, torch._dynamo, accelerate, zarr, safetensors.torch, rich.progress, filelock, tqdm.auto
 import dmin_trace.capture, dmin_trace.launch, dmin_trace.cli, dmin_trace.store, dmin_trace.query, dmin_trace.plain
 
 def become(job):

@@ -298,6 +298,7 @@ class Capture:
                 accelerator.process_index, accelerator.num_processes, lambda words: gather_object([words])
             ),
             writers=("accelerate",),
+            reserve=self._to_save() if self.job.mode == "final" else None,
             identity=Identity(self._script(), self.job.edited_script, self._batch_of),
             trial=trial,
         )
@@ -475,6 +476,11 @@ class Capture:
                 "The command of this run could not be kept for queries (%s): give it to them, after --.",
                 error.strerror or error,
             )
+
+    def _to_save(self) -> int:
+        """Bytes that the script may need at its end: for its models, and for a checkpoint with two moments of each."""
+        parameters = (parameter for model in self._models for parameter in model.parameters())
+        return 4 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def _script(self) -> Script:
         """The script whose loop is run; queries have been checked before they were launched."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ class Recorder:
         processes: Processes | None = None,
         writers: Sequence[str] = (),
         identity: Identity | None = None,
+        reserve: int | None = None,
         trial: bool = False,
     ) -> None:
         """Fixes what is recorded. The trainables must hold the weights that the capture is of.
@@ -135,6 +137,7 @@ class Recorder:
             processes: those that fill the store; this one alone if not given.
             writers: packages that take part, whose versions are kept.
             identity: what else the capture is known by.
+            reserve: bytes that must stay free on the disk for what the script has yet to save; None for nothing.
             trial: record two samples, check them, and write nothing.
 
         Raises:
@@ -155,6 +158,7 @@ class Recorder:
         self._created = created
         self._processes = processes or Processes()
         self._identity = identity or Identity()
+        self._reserve = reserve
         self._signal = FirstSignal()
         self._announced = False
         self._lock: StoreLock | None = None
@@ -652,6 +656,8 @@ class Recorder:
         with self._holding():
             header = self.header()
             if self._processes.number == 0:
+                if not self._existing:
+                    self._check_room(header)
                 self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
                 self._created(self._writer.header)
         self._meet()
@@ -659,6 +665,22 @@ class Recorder:
             if self._processes.number != 0:
                 self._writer = store.resume(self.out, header)
         self._meet()
+
+    def _check_room(self, header: Header) -> None:
+        """Raises CaptureError if the store would take the room that the script needs to save what it trained."""
+        needed, free = store.bytes_of(header), shutil.disk_usage(self.out.absolute().parent).free
+        if self._reserve is not None and free < needed + self._reserve:
+            raise CaptureError(
+                f"The trace would take {needed:,} bytes, and its disk has {free:,} free, of which the script may need "
+                f"{self._reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
+            )
+        if free < needed:
+            logger.warning(
+                "The trace will take %s bytes, and its disk has %s free. A full disk stops a capture, which goes on "
+                "when there is room again.",
+                f"{needed:,}",
+                f"{free:,}",
+            )
 
     # -- stopping --------------------------------------------------------------------------------------------------
 

@@ -582,7 +582,8 @@ class Recorder:
         if self._progress is not None:
             rate = self._progress.tasks[0].speed
             self._progress.update(self._task, advance=1, rate=f"{rate:.1f}/s" if rate else "")
-        if self._rows <= self._kept and not self.trial:
+        # What a process that has failed still runs is for the others' sake; its rows are none.
+        if self._rows <= self._kept and not self.trial and self._held is None:
             with self._holding():
                 self._keep_row(row)
         last = self._rows == self._longest

@@ -35,9 +35,7 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
 ) -> None:
     capture = Capture(warm, tmp_path_factory.mktemp("capture") / "run", count=20, rows=2)
     text = capture.script.read_text()
-    capture.script.write_text(
-        text.replace("losses.append", "accelerator.gather(loss.detach()); losses.append").replace("import tqdm\n", "")
-    )
+    capture.script.write_text(text.replace("losses.append", "accelerator.gather(loss.detach()); losses.append"))
     warm.run(capture.command(capture.folder / "whole" / "trace.zarr"), capture.folder, prelude=capture.prelude)
     store = tmp_path / "out" / "trace.zarr"
     # Rank 1 has the chunks 1, 3, 5 and so on; its sample 6 is in chunk 3.
@@ -96,10 +94,14 @@ def test_in_a_training_an_error_of_one_ends_the_capture_of_both_and_neither_trai
     bare = without_the_line(script, tmp_path / "bare.py")
     assert ended(start_scripts(warm, bare, tmp_path, "without")) == [0, 0]
     hook = (
-        "import dmin_trace.recorder as r; compress, n = r.compress, []\n    def fail(*a, **o):\n        n.append(1)\n"
+        "import dmin_trace.recorder as r; compress, n = r.compress, []\n"
+        "def fail(*a, **o):\n"
+        "    n.append(1)\n"
+        "    if len(n) == 4: raise RuntimeError('the hook is broken')\n"
+        "    return compress(*a, **o)\n"
+        "r.compress = fail"
     )
-    hook += "        if len(n) == 4: raise RuntimeError('the hook is broken')\n        return compress(*a, **o)\n"
-    group = start_scripts(warm, script, tmp_path, "with", RANK_1 + hook + "    r.compress = fail\n")
+    group = start_scripts(warm, script, tmp_path, "with", RANK_1 + hook.replace("\n", "\n    ") + "\n")
     assert ended(group) == [0, 0], [running.said() for running in group]
     assert "could not go on: RuntimeError: the hook is broken" in group[0].said()
     assert all(running.said().count("the training goes on") == 1 for running in group)

@@ -253,9 +253,16 @@ def _check_few(trace: Trace, why: str) -> None:
 def sample_gradients(trace: Trace, samples: Sequence[int]) -> np.ndarray:
     """The stored gradients of training samples, to ask with them: (Q, T, v). Needs no model.
 
-    Raises TraceError for a sample that the store does not hold.
+    Raises TraceError for a sample that the store does not hold, QueryError for one whose gradients have no direction.
     """
-    return trace.rows(np.array([trace.slot_of(sample) for sample in samples]))
+    slots = np.array([trace.slot_of(sample) for sample in samples])
+    for sample, slot in zip(samples, slots, strict=True):
+        if not trace.rankable[slot]:
+            raise QueryError(
+                f"Sample {sample} has no gradient to ask with: it could not be loaded, or its gradient is zero or not "
+                "finite. Ask with another."
+            )
+    return trace.rows(slots)
 
 
 def capture_queries(

@@ -1451,6 +1451,7 @@ def _quiet_zarr() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        warnings.filterwarnings("ignore", message=".*currently not part in the Zarr format 3 specification.*")
         yield
 
 

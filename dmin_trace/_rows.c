@@ -131,10 +131,9 @@ static void add_two_parts(float *RESTRICT sums, Part first, Part second, int64_t
         sums[i] += with_sign(x[i], x_signs[i], first.minus) + with_sign(y[i], y_signs[i], second.minus);
 }
 
-/* The sums are zeros afterwards. */
 FOR_EACH_PROCESSOR
-static void fold_sums(float *RESTRICT sketch, float *RESTRICT sums, const uint32_t *RESTRICT places, int64_t width,
-                      int64_t dimension)
+static void fold_sums(float *RESTRICT sketch, const float *RESTRICT sums, const uint32_t *RESTRICT places,
+                      int64_t width, int64_t dimension)
 {
     memset(sketch, 0, (size_t)dimension * sizeof *sketch);
     for (int64_t first = 0; first < width; first += dimension) {
@@ -145,7 +144,6 @@ static void fold_sums(float *RESTRICT sketch, float *RESTRICT sums, const uint32
             sketch[bin] += with_sign(sums[place & (uint32_t)(width - 1)], 0, place & MINUS);
         }
     }
-    memset(sums, 0, (size_t)width * sizeof *sums);
 }
 
 /* Divides numbers, and returns the sum of the squares of what is left. */
@@ -208,12 +206,12 @@ static void release(Py_buffer *buffers, int count)
         PyBuffer_Release(&buffers[count]);
 }
 
-/* Gets the buffers of `count` arguments, the first of which are written, with elements of these sizes. On failure an
+/* Gets the buffers of `count` arguments, the first of which is written, with elements of these sizes. On failure an
    exception is set and none is held. */
-static int get_buffers(PyObject *const *args, Py_buffer *buffers, int count, int written, const int *sizes)
+static int get_buffers(PyObject *const *args, Py_buffer *buffers, int count, const int *sizes)
 {
     for (int k = 0; k < count; k++) {
-        if (PyObject_GetBuffer(args[k], &buffers[k], k < written ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) {
+        if (PyObject_GetBuffer(args[k], &buffers[k], k == 0 ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0) {
             release(buffers, k);
             return -1;
         }
@@ -254,7 +252,7 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
     }
     int64_t at = PyLong_AsLongLong(args[3]), size = PyLong_AsLongLong(args[5]);
     int as_signs = PyObject_IsTrue(args[6]);
-    if (PyErr_Occurred() || get_buffers(args, buffers, 3, 1, sizes) < 0)
+    if (PyErr_Occurred() || get_buffers(args, buffers, 3, sizes) < 0)
         return NULL;
     int64_t width = buffers[1].len, room = width * (buffers[2].len / 4);
     int meant = buffers[0].len / 4 == width && at >= 0 && at <= room && (size == 2 || size == 4);
@@ -292,7 +290,7 @@ static PyObject *fold(PyObject *module, PyObject *const *args, Py_ssize_t given)
         PyErr_Format(PyExc_TypeError, "fold takes 3 arguments; found %zd", given);
         return NULL;
     }
-    if (get_buffers(args, buffers, 3, 2, sizes) < 0)
+    if (get_buffers(args, buffers, 3, sizes) < 0)
         return NULL;
     int64_t dimension = buffers[0].len / 4, width = buffers[1].len / 4;
     int meant = buffers[2].len / 4 == width && width % dimension == 0 && !(width & (width - 1));
@@ -322,7 +320,7 @@ static PyObject *divide(PyObject *module, PyObject *const *args, Py_ssize_t give
         return NULL;
     }
     double divisor = PyFloat_AsDouble(args[1]);
-    if (PyErr_Occurred() || get_buffers(args, &x, 1, 1, sizes) < 0)
+    if (PyErr_Occurred() || get_buffers(args, &x, 1, sizes) < 0)
         return NULL;
     double square = divide_by(x.buf, x.len / 4, (float)divisor);
     PyBuffer_Release(&x);

@@ -37,7 +37,7 @@ def fold(sketch: npt.NDArray[np.float32], sums: npt.NDArray[np.float32], places:
 
     Args:
         sketch: (v,), written.
-        sums: (W,), zeros afterwards; W is a power of two, and a multiple of v.
+        sums: (W,); W is a power of two, and a multiple of v.
         places: which sum is k-th after permutation, and 2^31 more where its sign is minus one, (W,).
 
     Raises:

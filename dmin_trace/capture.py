@@ -21,19 +21,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from dmin_trace import moments, precondition, store
 from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.commands import Job, current_command, remember
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, SettingsError
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, SettingsError, StoppedError
 from dmin_trace.frozen import FrozenModules
 from dmin_trace.gradients import LOSS_SCALE
+from dmin_trace.identity import Script, script_of
 from dmin_trace.integrations import diffusers
 from dmin_trace.loop import Ending, LoopDriver
 from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Slot, make_slots, seed_of
-from dmin_trace.recorder import Processes, Recorder
+from dmin_trace.recorder import Identity, Processes, Recorder
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Trace
 from dmin_trace.weights import Trainable, find_trainable
@@ -157,7 +159,7 @@ class Capture:
         """
         self.job = job
         self.args = args
-        self.like: Trace | None = store.open_trace(job.like) if job.like else None
+        self.like: Trace | None = store.open_trace(job.like, unfinished=True) if job.like else None
         self.settings = make_settings(self.like.header.settings if self.like else job.settings)
         self.slots: tuple[Slot, ...] = make_slots(self.settings)
         self.error: Exception | None = None
@@ -196,6 +198,7 @@ class Capture:
             num_epochs=own.num_epochs or line.num_epochs,
             strict=own.strict or line.strict,
             repair=own.repair,
+            edited_script=own.edited_script,
         )
         if self.like is None:
             self.settings = make_settings(self.job.settings)
@@ -292,8 +295,12 @@ class Capture:
             trained=lambda tensor: any(tensor in optimizer.state for optimizer in driver.optimizers),
             created=self._remember,
             like=self.like,
-            processes=Processes(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+            processes=Processes(
+                accelerator.process_index, accelerator.num_processes, lambda words: gather_object([words])
+            ),
             writers=("accelerate",),
+            reserve=self._to_save() if self.job.mode == "final" else None,
+            identity=Identity(self._script(), self.job.edited_script, self._batch_of),
             trial=trial,
             repairing=self.job.repair,
         )
@@ -312,6 +319,14 @@ class Capture:
         """Tells the recorder of a sample that comes."""
         self._frozen.forget()
         self.recorder.sample(sample, item, batch)
+
+    def missing(self, sample: int, error: Exception) -> None:
+        """Tells the recorder of a sample that could not be loaded."""
+        self.recorder.missing(sample, error)
+
+    def hold(self, error: Exception) -> bool:
+        """Whether an error waits until all processes meet."""
+        return self._recorder is not None and self._recorder.hold(error)
 
     def backward(self, body: Body, loss: torch.Tensor) -> None:
         """The script's `accelerator.backward(loss)` on a capture batch."""
@@ -342,7 +357,8 @@ class Capture:
         if self.error is None:
             self.error = error
             if not self._launched:
-                logger.error("dmin_trace could not capture this run; the training goes on. %s", self._what_to_do(error))
+                what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
+                logger.error("dmin_trace %s this run; the training goes on. %s", what, self._what_to_do(error))
 
     @property
     def seconds_a_sample(self) -> float:
@@ -353,6 +369,8 @@ class Capture:
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
+        if isinstance(self.error, StoppedError):
+            raise StoppedError(self._what_to_do(self.error), self.error.signal)
         if self.error is not None:
             kind = type(self.error) if isinstance(self.error, DminTraceError) else CaptureError
             raise kind(self._what_to_do(self.error))
@@ -451,5 +469,26 @@ class Capture:
 
     def _remember(self, header: Header) -> None:
         """Keeps the command line for later queries; a query itself is not asked about."""
-        if self.like is None:
+        if self.like is not None:
+            return
+        try:
             remember(header.id, self.job.command)
+        except OSError as error:
+            logger.warning(
+                "The command of this run could not be kept for queries (%s): give it to them, after --.",
+                error.strerror or error,
+            )
+
+    def _to_save(self) -> int:
+        """Bytes that the script may need at its end: for its models, and for a checkpoint with two moments of each."""
+        parameters = (parameter for model in self._models for parameter in model.parameters())
+        return 4 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    def _script(self) -> Script:
+        """The script whose loop is run; queries have been checked before they were launched."""
+        return Script() if self.like is not None else script_of(self.job.command.script)
+
+    def _batch_of(self, sample: int) -> Any:
+        """A sample's batch, for the data set's fingerprint."""
+        self._frozen.forget()
+        return self.driver.fetch(sample)[1]

@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from dmin_trace.errors import DminTraceError, QueryError, ScriptError, SettingsError
+from dmin_trace.errors import DminTraceError, QueryError, ScriptError, SettingsError, StoppedError
 from dmin_trace.version import VERSION
 
 LONGEST_ERROR = 4000
@@ -55,6 +55,13 @@ ObjectiveKind = Annotated[
 Draws = Annotated[int | None, typer.Option(help="Noises drawn at each timestep, gradients averaged. Default: 1.")]
 Seed = Annotated[int | None, typer.Option(help="Of the projection and the shared noise. Default: 0.")]
 Columns = Annotated[list[str] | None, typer.Option("--column", help="A dataset column to keep. May be repeated.")]
+EditedScript = Annotated[
+    bool,
+    typer.Option(
+        "--edited-script",
+        help="The script was edited since the trace was begun, but neither its loss nor its data: go on with it.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens.")]
 
 
@@ -122,6 +129,7 @@ def capture_command(
     repair: Annotated[
         bool, typer.Option("--repair", help="Make the damaged chunks of a store anew, and no other (see verify).")
     ] = False,
+    edited_script: EditedScript = False,
     verbose: Verbose = False,
 ) -> None:
     """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
@@ -140,6 +148,7 @@ def capture_command(
             weights=str(weights.absolute()),
             optimizer=None if optimizer is None else str(optimizer.absolute()),
             repair=repair,
+            edited_script=edited_script,
         )
     )
 
@@ -213,6 +222,7 @@ def query_command(
         ),
     ] = "deflated",
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
+    edited_script: EditedScript = False,
 ) -> None:
     """Show the training samples that made the model make each image.
 
@@ -237,7 +247,8 @@ def query_command(
     for path in (json_path, csv_path):
         if path is not None and not path.parent.is_dir():
             raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
-    opened = store.open_trace(trace)
+    # While the capture runs, what is done can be asked; the answer says how much that is.
+    opened = store.open_trace(trace, unfinished=True)
     scored = query.check_score(opened, score)
     check_k(opened, k)
     console = Console()
@@ -258,7 +269,13 @@ def query_command(
             files, prompts = [a.image for a in asked], [a.prompt for a in asked]
             behind = [a.conditioning for a in asked]
             gradients = query.capture_queries(
-                opened, files, prompts, conditioning=behind, weights=weights, command=context.obj
+                opened,
+                files,
+                prompts,
+                conditioning=behind,
+                weights=weights,
+                command=context.obj,
+                edited_script=edited_script,
             )
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     with Console(stderr=True).status("Scoring"):
@@ -275,6 +292,7 @@ def query_command(
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
         facts |= {"answered_by": "scan" if answer.recall is None else "index", "index_recall": answer.recall}
         facts["taken_out"] = answer.taken_out
+        facts |= {"complete": opened.complete, "samples_searched": len(opened.slots_done)}
         json_path.write_text(report.to_json(shown, hits, timesteps, facts, score=scored), encoding="utf-8")
     if csv_path is not None:
         csv_path.write_text(report.to_csv(shown, hits, timesteps, score=scored), encoding="utf-8", newline="")
@@ -448,6 +466,7 @@ def evaluate_command(
         str, typer.Option(help="The score that is measured: deflated, dmin or ridge, as query has them.")
     ] = ("deflated"),
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
+    edited_script: EditedScript = False,
 ) -> None:
     """Measure how good the attributions of a trace are. Likeness and cause are different things; measure both.
 
@@ -505,6 +524,7 @@ def evaluate_command(
                     conditioning=[a.conditioning for a in asked],
                     weights=weights,
                     command=context.obj,
+                    edited_script=edited_script,
                 )
     bars = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
     with Progress(*bars, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
@@ -694,7 +714,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=given[:at], obj=given[at + 1 :], standalone_mode=False, prog_name="dmin-trace")
     except DminTraceError as error:
         Console(stderr=True).print(Text(_one_line(str(error)), style="red"), soft_wrap=True)
-        return 1
+        return 128 + error.signal if isinstance(error, StoppedError) else 1
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:

@@ -46,7 +46,8 @@ class Job:
     out: the store, or None for the script's own choice.
     weights: the weights to load before a capture "now".
     optimizer: where the optimizer's state lies for it, if not beside the weights.
-    like: a finished store, for a query: the capture must be of the same kind as that one.
+    edited_script: go on with a store that was begun with another state of the script.
+    like: a store, for a query: the capture must be of the same kind as that one.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not say so.
     strict: an error in the capture ends the training.
     repair: make the damaged chunks of the store at `out` anew, and no other; go on with it where it is unfinished.
@@ -63,6 +64,7 @@ class Job:
     num_epochs: int | None = None
     strict: bool = False
     repair: bool = False
+    edited_script: bool = False
 
     def to_json(self) -> str:
         """The job as text, for a process of its own."""

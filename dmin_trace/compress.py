@@ -188,7 +188,7 @@ class _Packed:
     rows: the shift and the sign of each row, uint32.
     columns: the sign of each column, (W,) int8.
     places: the order of the W sums, and the sign of each, uint32.
-    spare: arrays of W zeros, float32, which whoever takes one puts back.
+    spare: arrays of W numbers, float32, for sums; whoever takes one puts it back.
     """
 
     rows: npt.NDArray[np.uint32]
@@ -349,59 +349,61 @@ class _KernelSums:
 
     def __init__(self, plan: Plan, kernel: ModuleType, signs: bool) -> None:
         self._plan, self._kernel, self._packed, self._signs = plan, kernel, plan.packed, signs
-        # Zeros all of them. New memory for each gradient would cost as much as a good part of the work.
+        # New memory for each gradient would cost as much as a good part of the work; and zeros are written now, rather
+        # than when the last one was done, since that brings the memory to the cache.
         spare = self._packed.spare
-        self._sums = spare.pop() if spare else np.zeros(plan.width, np.float32)
+        self._sums = spare.pop() if spare else np.empty(plan.width, np.float32)
+        self._sums.fill(0)
         self._square = 0.0
-        # What waits to be added: where in memory each tensor lies and its length; the tensors, lest they are let go;
-        # where in the gradient the first begins; and the bytes of an element, 0 where the kernel does not read them.
+        # What waits to be added: where in memory each tensor lies and its length; and the tensors, lest they go.
         self._waiting: list[tuple[int, int]] = []
         self._held: list[torch.Tensor] = []
-        self._begin, self._size = 0, 0
 
     def add(self, tensors: Iterable[torch.Tensor]) -> int:
         # What Python does for each of many small tensors is a good part of the whole for a small model: little, then.
         waiting, held, length = self._waiting, self._held, self._plan.length
-        end, dtype = 0, None
+        begin, end, dtype, size = 0, 0, None, 0
         for tensor in tensors:
             if tensor.dtype is not dtype:
-                self._add_waiting(end)
-                dtype = tensor.dtype
-                self._size = _KERNEL_SIZES.get(dtype, 0)
+                self._add_waiting(begin, size)
+                begin, dtype = end, tensor.dtype
+                size = _KERNEL_SIZES.get(dtype, 0)
             count = tensor.numel()
             end += count
             if end > length:
                 break
-            if self._size and tensor.is_cpu and tensor.is_contiguous():
+            if size and tensor.is_cpu and (count < SMALL or tensor.is_contiguous()):
+                # Many are not: autograd gives the gradient of a matrix transposed.
+                tensor = tensor.contiguous()
                 waiting.append((tensor.data_ptr(), count))
                 held.append(tensor)
             else:
-                self._add_waiting(end - count)
-                self._add_converted(tensor.detach().reshape(-1))
-                self._begin = end
+                self._add_waiting(begin, size)
+                self._add_converted(tensor.detach().reshape(-1), end - count)
+                begin = end
             del tensor
-            if end - self._begin >= SMALL:
-                self._add_waiting(end)
-        self._add_waiting(end)
+            if end - begin >= SMALL:
+                self._add_waiting(begin, size)
+                begin = end
+        self._add_waiting(begin, size)
         return end
 
-    def _add_waiting(self, end: int) -> None:
-        """Adds what waits; what waits next begins at `end`."""
+    def _add_waiting(self, begin: int, size: int) -> None:
+        """Adds what waits, elements of `size` bytes, the first of which is element `begin` of the gradient."""
         if self._waiting:
             self._square += self._kernel.add(
                 self._sums,
                 self._packed.columns,
                 self._packed.rows,
-                self._begin,
+                begin,
                 self._waiting,
-                self._size,
+                size,
                 self._signs,
             )
             self._waiting.clear()
             self._held.clear()
-        self._begin = end
 
-    def _add_converted(self, flat: torch.Tensor) -> None:
+    def _add_converted(self, flat: torch.Tensor, begin: int) -> None:
         """Adds what is a view, such as one zero seen at every place, or of another dtype or device, part by part."""
         for done in range(0, flat.numel(), PART):
             part = flat[done : done + PART].to("cpu", torch.float32).contiguous()
@@ -409,7 +411,7 @@ class _KernelSums:
                 self._sums,
                 self._packed.columns,
                 self._packed.rows,
-                self._begin + done,
+                begin + done,
                 [(part.data_ptr(), part.numel())],
                 4,
                 self._signs,

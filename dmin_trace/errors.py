@@ -4,6 +4,7 @@
       SettingsError      a setting that cannot be meant: found at birth, before anything runs
       AttachError        the training script does not have the shape that the loop driver needs
       CaptureError       a capture that would give wrong gradients, and so was stopped
+        StoppedError     one that a signal ended, after the chunk in hand
       WeightsError       weights, or an optimizer's state, that are missing, damaged, or not those of the trace
       TraceError         a store that is missing, of another version, unfinished or damaged
       QueryError         a question that cannot be asked of this trace
@@ -11,7 +12,7 @@
       EvaluationError    a measure that cannot be taken of what was given
 
 Each message says what was found, what was expected and what to do. The command line prints it as one red line and
-exits with 1.
+exits with 1; with 130 or 143 for a signal.
 """
 
 
@@ -29,6 +30,17 @@ class AttachError(DminTraceError):
 
 class CaptureError(DminTraceError):
     """A capture that would give wrong gradients, and so was stopped."""
+
+
+class StoppedError(CaptureError):
+    """A capture that Ctrl-C or SIGTERM ended, after the chunk in hand.
+
+    signal: the signal's number; a process that ends for it exits with 128 and this.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class WeightsError(DminTraceError):

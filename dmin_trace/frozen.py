@@ -12,6 +12,7 @@ would count a batch less), and modules that never hear a question twice, such as
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 from dmin_trace.randomness import RandomState
+
+logger = logging.getLogger(__name__)
 
 MOST_ANSWERS = 4
 """Of one module within one sample: a script may encode a prompt and an empty one."""
@@ -104,23 +107,54 @@ class FrozenModules:
 
     def _ask(self, listener: _Listener, /, *args: Any, **named: Any) -> Any:
         # What a remembered module asks its own parts is remembered with its answer.
-        if self._inside or listener.in_vain >= HOPELESS or any(part.training for part in listener.module.modules()):
+        if self._inside or listener.in_vain >= HOPELESS:
             return listener.forward(*args, **named)
-        question = (args, named, *_conditions(listener.module))
-        given = _tensors_in(question)
-        if given is None or any(t.requires_grad or t.is_inference() for t in given):
-            return listener.forward(*args, **named)
-        for answer in listener.answers:
-            if answer.fits(question):
+        try:
+            asked = self._question(listener, args, named)
+            known = None if asked is None else next((a for a in listener.answers if a.fits(asked[0])), None)
+            if known is not None:
                 listener.in_vain = 0
-                return _handed_out(answer.output)
+                return _handed_out(known.output)
+            before = RandomState.take()
+        except Exception:
+            # Remembering is for speed alone: what cannot be compared is asked again.
+            logger.debug("A frozen module's question could not be looked at.", exc_info=True)
+            asked = None
+        if asked is None:
+            return listener.forward(*args, **named)
         listener.in_vain += 1
-        before = RandomState.take()
         self._inside = True
         try:
             output = listener.forward(*args, **named)
         finally:
             self._inside = False
+        try:
+            return self._remembered(listener, *asked, output, before)
+        except Exception:
+            logger.debug("A frozen module's answer could not be remembered.", exc_info=True)
+            return output
+
+    def _question(
+        self, listener: _Listener, args: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], list[torch.Tensor]] | None:
+        """What a module is asked, and the tensors in it; None where the answer is not to be remembered."""
+        if any(part.training for part in listener.module.modules()):
+            return None
+        question = (args, named, *_conditions(listener.module))
+        given = _tensors_in(question)
+        if given is None or any(t.requires_grad or t.is_inference() for t in given):
+            return None
+        return question, given
+
+    def _remembered(
+        self,
+        listener: _Listener,
+        question: tuple[Any, ...],
+        given: list[torch.Tensor],
+        output: Any,
+        before: RandomState,
+    ) -> Any:
+        """The output of a module, kept as the answer to its question if it depends on nothing else."""
         made = _tensors_in(output)
         if made is None or any(t.requires_grad or t.is_inference() for t in made) or not before.is_now():
             return output

@@ -17,6 +17,9 @@ the last batch of the last epoch. One that breaks (`if global_step >= max_train_
 on leaving the last `accumulate` its `sync_gradients` is set to False: the block that counts the step, saves and breaks
 is *deferred*. On leaving the last capture's `accumulate` it is set back to True, with the loop's variables as the last
 training batch left them, and the script goes on as if nothing had been between.
+
+The training comes first. Whatever goes wrong in here after the training is caught and handed to the work, and the
+script goes on; also what goes wrong in its own body on a capture batch, inside `accumulate`.
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ from dmin_trace.randomness import PinnedDraws, RandomState, Slot, seed_everythin
 from dmin_trace.variables import LoopVariables, script_frame
 
 logger = logging.getLogger(__name__)
+
+
+LOOKED_AT = 20
+"""Samples among which the first that can be loaded must be."""
 
 
 class CaptureFinished(BaseException):
@@ -86,6 +93,16 @@ class Work(Protocol):
 
     def batch(self, sample: int, item: Any, batch: Any) -> None:
         """Called with each sample's dataset item and the batch collated from it, before its loop bodies."""
+
+    def missing(self, sample: int, error: Exception) -> None:
+        """Called where a sample could not be loaded: its bodies are run on another one's batch, and count for nothing.
+
+        Raises where that is not to be borne.
+        """
+
+    def hold(self, error: Exception) -> bool:
+        """Called with an error in a body or around it. True if bodies are to be run on until the work itself raises it:
+        other processes do so, and a loop that gathers must run as many in each."""
 
     def backward(self, body: Body, loss: torch.Tensor) -> None:
         """Called by the script's `accelerator.backward`."""
@@ -136,6 +153,7 @@ class LoopDriver:
         self._body: Body | None = None
         self._last_body = False
         self._last_batch: Any = None
+        self._capture_batch: Any = None
         self._parameters: list[torch.nn.Parameter] = []
         self._random_state: RandomState | None = None
         self._leaving = ExitStack()
@@ -228,12 +246,20 @@ class LoopDriver:
         self._set_sync(False)
         try:
             yield
-        except Exception:
-            logger.error(
-                "The script's own loop body failed on the capture batch of sample %d, timestep slot %d.",
-                body.sample,
-                body.slot.number,
+        except Exception as error:
+            where = (
+                f"The script's own loop body failed on the capture batch of sample {body.sample}, timestep slot "
+                f"{body.slot.number}"
             )
+            if self.on_demand or self.work.strict:
+                logger.error("%s.", where)
+                self._abandon()
+                raise
+            # What the body has done so far counts for nothing, and its variables are put back: the script can go on.
+            failure = CaptureError(f"{where}: {type(error).__name__}: {error}")
+            if not self.work.hold(failure):
+                self._fail(failure)
+        except BaseException:
             self._abandon()
             raise
         if self._last_body and self._deferred:
@@ -354,9 +380,12 @@ class LoopDriver:
         if self.captured and not self.failed:
             logger.warning("The script took another optimizer step after the capture; the trace is of the step before.")
         elif last is not None and self._first_step + self._steps >= last and not self.captured:
-            self._remember(script_frame())
-            self._deferred = True
-            self._set_sync(False)
+            self._guarded(partial(self._remember, script_frame()))
+            # Without what the script's variables are put back from, there is no capture.
+            self._deferred = not self.failed
+            self.captured = self.failed
+            if self._deferred:
+                self._set_sync(False)
 
     def _give_up_deferral(self) -> None:
         """After a loop that left in spite of the deferral: nothing may stay changed."""
@@ -374,18 +403,17 @@ class LoopDriver:
     def _capture_batches(self) -> Iterator[Any]:
         self.captured = True
         if self.variables is None:
-            self._remember(script_frame())
-        samples = self._guarded(self._begin) or []
+            self._guarded(partial(self._remember, script_frame()))
+        samples = [] if self.failed else self._guarded(self._begin) or []
         for n, (sample, slot) in enumerate(product(samples, self.work.slots)):
-            if slot == self.work.slots[0]:
-                batch = self._guarded(partial(self._fetch, sample))
+            batch = self._next_batch(sample, slot)
             if self.failed:
                 break
             self._last_body = n == len(samples) * len(self.work.slots) - 1
             self._open_body(sample, slot)
-            # A body may change its batch in place; each gets its own.
-            yield recursively_apply(torch.clone, batch)
+            yield batch
             self._close_body()
+        self._capture_batch = None
         if not self._deferred:
             self._leave()
 
@@ -443,13 +471,56 @@ class LoopDriver:
         values = self.variables.values() if self.variables else ()
         return list(dict.fromkeys(value for value in values if isinstance(value, torch.nn.Module)))
 
-    def _fetch(self, sample: int) -> Any:
+    def fetch(self, sample: int) -> tuple[Any, Any]:
+        """A sample's dataset item and the batch collated from it, under the same seed for all.
+
+        Raises whatever the data set and its collate_fn raise.
+        """
         seed_everything(self.work.item_seed)
         dataset = self.loader.dataset
         items = dataset.__getitems__([sample]) if hasattr(dataset, "__getitems__") else [dataset[sample]]
-        batch = send_to_device(self.loader.collate_fn(items), self.accelerator.device)
-        self.work.batch(sample, items[0], batch)
-        return batch
+        return items[0], self.loader.collate_fn(items)
+
+    def _next_batch(self, sample: int, slot: Slot) -> Any:
+        """What the next body is run on; nothing once the capture has failed."""
+        if not self.failed and slot == self.work.slots[0]:
+            self._guarded(partial(self._load, sample))
+        if self.failed:
+            return None
+        # A body may change its batch in place; each gets its own.
+        return self._guarded(partial(recursively_apply, torch.clone, self._capture_batch))
+
+    def _load(self, sample: int) -> None:
+        """Makes a sample's batch the one that bodies are run on; one that cannot be loaded leaves that of another."""
+        try:
+            item, batch = self.fetch(sample)
+        except Exception as error:
+            self.work.missing(sample, error)
+            if self._capture_batch is None:
+                self._load_another(sample, error)
+                # What was said last is that the other one is there.
+                self.work.missing(sample, error)
+        else:
+            self._take_batch(sample, item, batch)
+
+    def _load_another(self, sample: int, error: Exception) -> None:
+        """Loads one of the samples that follow, where none was loaded so far. Raises CaptureError if none can be."""
+        count = len(self.loader.dataset)
+        for step in range(1, min(LOOKED_AT, count)):
+            other = (sample + step) % count
+            try:
+                item, batch = self.fetch(other)
+            except Exception:
+                continue
+            self._take_batch(other, item, batch)
+            return
+        raise CaptureError(
+            f"Sample {sample} could not be loaded, nor could those that follow it: {type(error).__name__}: {error}"
+        ) from error
+
+    def _take_batch(self, sample: int, item: Any, batch: Any) -> None:
+        self._capture_batch = send_to_device(batch, self.accelerator.device)
+        self.work.batch(sample, item, self._capture_batch)
 
     def _open_body(self, sample: int, slot: Slot) -> None:
         self._set_sync(False)
@@ -470,6 +541,16 @@ class LoopDriver:
             self._body = None
 
     def _take(self, body: Body) -> None:
+        try:
+            self._check_body(body)
+        except Exception as error:
+            if not self.work.hold(error):
+                raise
+        self.work.take(body)
+        if self._last_body:
+            self.work.finish()
+
+    def _check_body(self, body: Body) -> None:
         if body.draws.error is not None:
             raise body.draws.error
         if body.backwards != 1:
@@ -484,17 +565,14 @@ class LoopDriver:
                 "The loop body changed the model's parameters on a capture batch, so its optimizer did not wait for "
                 "accelerator.sync_gradients. Pass the optimizer to accelerator.prepare."
             )
-        self.work.take(body)
-        if self._last_body:
-            self.work.finish()
 
     def _leave(self) -> None:
         """Puts everything back. Called after the last body, or after a failure; a second call does nothing."""
         self._guarded(self._leaving.close)
         if self.variables is not None:
-            self.variables.restore()
+            self._guarded(self.variables.restore)
         if self._random_state is not None:
-            self._random_state.restore()
+            self._guarded(self._random_state.restore)
         self.variables = self._random_state = None
 
     def _abandon(self) -> None:
@@ -507,15 +585,22 @@ class LoopDriver:
         try:
             return step()
         except Exception as error:
-            self.failed = True
+            if self.work.hold(error):
+                return None
             if self.on_demand or self.work.strict:
+                self.failed = True
                 self._abandon()
                 raise
-            if not isinstance(error, DminTraceError):
-                logger.debug("The capture failed.", exc_info=True)
-            self.work.failed(error)
-            self._last_body = True
+            self._fail(error)
             return None
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the capture, and not the script: the body under way runs on, and the loop ends as it would have."""
+        self.failed = True
+        if not isinstance(error, DminTraceError):
+            logger.debug("The capture failed.", exc_info=True)
+        self.work.failed(error)
+        self._last_body = True
 
     # -- small things ----------------------------------------------------------------------------------------------
 
@@ -532,9 +617,9 @@ class LoopDriver:
         self.accelerator.gradient_state._set_sync_gradients(sync)
 
     def _see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._body is not None:
-            self._body.see_timestep(module, args, kwargs)
+        if self._body is not None and not self.failed:
+            self._guarded(partial(self._body.see_timestep, module, args, kwargs))
 
     def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._body is not None:
-            self._body.see_output(module, output)
+        if self._body is not None and not self.failed:
+            self._guarded(partial(self._body.see_output, module, output))

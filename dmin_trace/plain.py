@@ -33,7 +33,7 @@ from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.gradients import LOSS_SCALE
 from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import PinnedDraws, RandomState, Slot, make_slots, seed_everything, seed_of
-from dmin_trace.recorder import Recorder
+from dmin_trace.recorder import Identity, Recorder
 from dmin_trace.report import Hit
 from dmin_trace.score import Score, check_k
 from dmin_trace.settings import Settings, make_settings
@@ -187,6 +187,7 @@ class Recording:
         item: Callable[[int], Any] | None,
         writers: Sequence[str] = (),
         repair: bool = False,
+        batch: Callable[[int], Any] | None = None,
     ) -> None:
         """Begins nothing yet; that is `__enter__`.
 
@@ -201,6 +202,8 @@ class Recording:
             item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
             writers: packages that take part, whose versions are kept in the store.
             repair: damaged chunks are recorded anew.
+            batch: gives the batch of a sample, by a few of which the data set is known again; None if that is not
+                known here.
         """
         self._models = list(models)
         self._settings = settings
@@ -212,6 +215,7 @@ class Recording:
         self._item = item
         self._writers = writers
         self._repair = repair
+        self._batch = batch
         self._all_slots = make_slots(settings)
         self._entered: ExitStack | None = None
         self._recorder: Recorder | None = None
@@ -285,6 +289,25 @@ class Recording:
         """
         self._check_turn(sample, 0).sample(sample, item, batch)
 
+    def missing(self, sample: int, error: Exception) -> None:
+        """Tells of a sample that cannot be loaded, instead of its bodies: its place in the trace stays empty.
+
+        It is never ranked, and `dmin-trace info` lists it.
+
+        Args:
+            sample: its index, the next of `samples`.
+            error: why.
+
+        Raises:
+            CaptureError: it is not this one's turn, or most of the first samples could not be loaded.
+            Exception: the error itself, for a query.
+        """
+        recorder = self._check_turn(sample, 0)
+        recorder.missing(sample, error)
+        recorder.skip()
+        self._done += len(self._all_slots)
+        self._finish_if_over(recorder)
+
     def hits(self, k: int = 10, *, score: Score = "deflated", exact: bool = False) -> list[list[Hit]]:
         """After a recording `like` a trace: the training samples with the largest influence on each query, best first.
 
@@ -330,10 +353,11 @@ class Recording:
                 like=self._like,
                 writers=self._writers,
                 repairing=self._repair,
+                identity=Identity(batch=None if self._batch is None else self._batch_of),
             )
             self._prepare_models(entering)
-            self._pending = recorder.begin()
             entering.callback(recorder.stop)
+            self._pending = recorder.begin()
             self._recorder, self._entered = recorder, entering.pop_all()
         return self
 
@@ -505,6 +529,11 @@ class Recording:
         """The number of the next body, or of that which is under way."""
         return self._done % len(self._all_slots)
 
+    def _batch_of(self, sample: int) -> Any:
+        """A sample's batch, fetched as `samples` has them fetched."""
+        seed_everything(seed_of(self._settings.seed, 0))
+        return self._batch(sample) if self._batch is not None else None
+
     def _versions(self) -> list[int]:
         return [parameter._version for parameter in self._parameters]
 
@@ -540,6 +569,9 @@ class Recording:
             )
         recorder.take(body)
         self._done += 1
+        self._finish_if_over(recorder)
+
+    def _finish_if_over(self, recorder: Recorder) -> None:
         if self._done == len(self._pending) * len(self._all_slots):
             recorder.finish()
             if self._like is not None:

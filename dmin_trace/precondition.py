@@ -12,18 +12,16 @@ Adam's divisors are kept beside the store as safetensors, and are the same for t
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dmin_trace.errors import WeightsError
 from dmin_trace.settings import Precondition
-from dmin_trace.weights import Trainable, places, read
+from dmin_trace.weights import Trainable, places, read, write_whole
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,13 @@ class Preconditioner:
         Args:
             path: the file.
             weights: fingerprint of the weights that they belong to.
+
+        Raises WeightsError if it cannot be written.
         """
         if self.kind != "adam":
             return
-        partial = path.with_name(f".{path.name}.partial")
         values = {n: d.cpu().contiguous() for n, d in zip(self.names, self.divisors, strict=True)}
-        save_file(values, partial, metadata={"weights": weights})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, values, metadata={"weights": weights})
 
 
 def adam(trainable: Trainable, divisors: Sequence[torch.Tensor]) -> Preconditioner:

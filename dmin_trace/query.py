@@ -7,6 +7,7 @@ timesteps, same projection; the inner products with the store's rows are the inf
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from dmin_trace.questions import Asked
 from dmin_trace.report import Hit
 from dmin_trace.score import Ranking, Score, check_k, check_queries
 from dmin_trace.score import exact as scan
-from dmin_trace.store import Trace, open_trace, weights_beside
+from dmin_trace.store import Trace, check_script, open_trace, weights_beside
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 """What images are read as, whatever their names: of the formats that Pillow knows, one runs a program (EPS)."""
@@ -67,10 +68,12 @@ def attribute(
     command: Sequence[str] | None = None,
     score: Score = "deflated",
     exact: bool = False,
+    edited_script: bool = False,
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each image, best first.
 
-    The store's index answers if it is there, fresh, and serves k hits; all samples are scanned otherwise.
+    The store's index answers if it is there, fresh, and serves k hits; all samples are scanned otherwise. Of a store
+    that was opened unfinished, those that are done.
 
     Args:
         trace: the store, or its path.
@@ -84,6 +87,7 @@ def attribute(
         score: "dmin" is the paper's sum of inner products; "deflated" takes what all samples share out of the query,
             along the principal directions that the store's index keeps; "ridge" does so along all directions.
         exact: scan all samples even if there is an index.
+        edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
     Returns:
         A list of k hits for each image.
@@ -93,12 +97,20 @@ def attribute(
             the model was trained with captions), k is out of range, or the trace cannot be asked for this score.
         WeightsError: the weights are missing or not those of the trace.
         ScriptError: the script failed on the queries.
-        TraceError: there is no finished store.
+        TraceError: there is no finished store, or the script is not the one that made it.
     """
     trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
     check_k(trace, k)
     check_score(trace, score)
-    gradients = capture_queries(trace, images, prompts, conditioning=conditioning, weights=weights, command=command)
+    gradients = capture_queries(
+        trace,
+        images,
+        prompts,
+        conditioning=conditioning,
+        weights=weights,
+        command=command,
+        edited_script=edited_script,
+    )
     return answer(trace, gradients, k=k, score=score, exact=exact).hits
 
 
@@ -181,7 +193,7 @@ def answer(
     check_queries(trace, gradients)
     made = score if isinstance(score, Freeing) else freeing(trace, score)
     queries, kind = made.free(gradients), made.score
-    index = "" if exact else open_index(trace)
+    index = "" if exact or not trace.complete else open_index(trace)
     depth = None
     if not isinstance(index, str):
         depth = index.facts.depth(k, kind)
@@ -192,7 +204,11 @@ def answer(
             index = index.facts.unserved(kind)
     if isinstance(index, str):
         ranking = scan(trace, queries, k)
-        said = f"scanned all {len(trace.slots_done):,} samples" + (f": {index}" if index else "")
+        searched = len(trace.slots_done)
+        if trace.complete:
+            said = f"scanned all {searched:,} samples" + (f": {index}" if index else "")
+        else:
+            said = f"searched {searched:,} of {trace.header.samples:,} samples; the capture is unfinished"
     return Answer(
         hits=hits_of(trace, ranking),
         recall=None if depth is None else (depth.k, depth.recall),
@@ -202,10 +218,34 @@ def answer(
     )
 
 
+def _check_script(trace: Trace, run: Command) -> None:
+    """Raises TraceError if the command's script is not the one that made the trace, as far as that is known."""
+    script = Path(run.script)
+    try:
+        sha256 = hashlib.sha256(script.read_bytes()).hexdigest()
+    except OSError:
+        # That there is none is said where it is run.
+        return
+    check_script(
+        trace.path,
+        trace.header,
+        script.name,
+        sha256,
+        "Ask with the script as it was; or, if its loss and its data are the same, with --edited-script "
+        "(edited_script=True).",
+    )
+
+
 def _check_few(trace: Trace, why: str) -> None:
     """Raises QueryError where no directions are kept, for this reason, and there are too many samples to find them."""
     numbers = int(trace.rankable.sum()) * len(trace.header.timesteps) * trace.header.dimension
     if numbers > kernel.FOUND:
+        if not trace.complete:
+            raise QueryError(
+                f"Deflated scores need the principal directions of the samples, which the index keeps once the capture "
+                f"is finished; a query finds them in up to {kernel.FOUND:,} numbers, and what is done has {numbers:,}. "
+                "Ask with --score dmin."
+            )
         raise QueryError(
             "Deflated scores need the principal directions of the samples. The store's index keeps them, and here "
             f"{why or 'it has none'}; a query finds them in up to {kernel.FOUND:,} numbers, and this trace has "
@@ -216,9 +256,16 @@ def _check_few(trace: Trace, why: str) -> None:
 def sample_gradients(trace: Trace, samples: Sequence[int]) -> np.ndarray:
     """The stored gradients of training samples, to ask with them: (Q, T, v). Needs no model.
 
-    Raises TraceError for a sample that the store does not hold.
+    Raises TraceError for a sample that the store does not hold, QueryError for one whose gradients have no direction.
     """
-    return trace.rows(np.array([trace.slot_of(sample) for sample in samples]))
+    slots = np.array([trace.slot_of(sample) for sample in samples])
+    for sample, slot in zip(samples, slots, strict=True):
+        if not trace.rankable[slot]:
+            raise QueryError(
+                f"Sample {sample} has no gradient to ask with: it could not be loaded, or its gradient is zero or not "
+                "finite. Ask with another."
+            )
+    return trace.rows(slots)
 
 
 def capture_queries(
@@ -229,6 +276,7 @@ def capture_queries(
     conditioning: Sequence[str | os.PathLike[str] | Image.Image | None] | None = None,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
+    edited_script: bool = False,
 ) -> np.ndarray:
     """The compressed gradients of queries, as `attribute` scores them: (Q, T, v) float32, of norm one or so for each t.
 
@@ -245,6 +293,8 @@ def capture_queries(
             f"{len(images)} images were given and {len(sources)} conditioning images. Give one for each image."
         )
     run = _command(trace, command)
+    if not edited_script:
+        _check_script(trace, run)
     # The integration imports torch, which the command line needs for nothing else.
     from dmin_trace.integrations import diffusers
 
@@ -383,7 +433,7 @@ def query_rows(captured: Trace, names: Sequence[str]) -> np.ndarray:
 
     Raises QueryError where a gradient has no direction.
     """
-    bad = np.flatnonzero(~np.isfinite(captured.norm).all(axis=1) | (captured.norm == 0).any(axis=1))
+    bad = np.flatnonzero(~captured.rankable)
     if bad.size:
         raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
     return captured.rows(np.arange(len(names)))

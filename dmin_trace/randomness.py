@@ -178,8 +178,19 @@ class PinnedDraws(TorchFunctionMode):
         if name not in RECORDED:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
-        self._seed_own_generator(kwargs.get("generator"))
+        try:
+            self._seed_own_generator(kwargs.get("generator"))
+        except Exception as error:
+            self._keep(error)
         result = func(*args, **kwargs)
+        try:
+            return self._noted(name, args, kwargs, result)
+        except Exception as error:
+            self._keep(error)
+            return result
+
+    def _noted(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+        """What a random call gives, recorded, or pinned."""
         if "dropout" in name and not _dropout_draws(args, kwargs):
             return result
         length = _schedule_length(name, args, kwargs, result)
@@ -189,17 +200,23 @@ class PinnedDraws(TorchFunctionMode):
         self.calls.append((name, shape))
         return result
 
+    def _keep(self, error: Exception) -> None:
+        """Keeps an error of ours for later: raised inside the script's own call it would end the script."""
+        if not isinstance(error, CaptureError):
+            error = CaptureError(f"A random call was not seen: {type(error).__name__}: {error}")
+        self.error = self.error or error
+
     def pin(self, drawn: torch.Tensor, value: Callable[[], float], name: str) -> torch.Tensor:
         """Replaces a timestep draw by the slot's timestep, and records that it was.
 
-        An error in finding that timestep is kept for later: raised here it would end the script.
+        An error in finding that timestep is kept for later.
         """
         self.pins += 1
         self.calls.append((name + "*", tuple(drawn.shape)))
         try:
             return torch.full_like(drawn, value())
-        except CaptureError as error:
-            self.error = error
+        except Exception as error:
+            self._keep(error)
             return drawn
 
     def hand_out(self, name: str) -> None:

@@ -6,13 +6,19 @@
 The checks are what makes two gradients comparable, so they fail closed. For every sample of a slot the timestep that
 reached the denoiser and the sequence of random calls must be the same; they are kept in the store, and a query must
 meet them again.
+
+Several processes run as many bodies each, since loops gather in them. They meet after the first sample and after every
+chunk: if one of them has failed, or was told to stop, all of them stop there.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,17 +34,25 @@ from dmin_trace.batches import image_shapes, named_entries, word_shapes
 from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.compress import compress, make_plan
-from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
+from dmin_trace.errors import CaptureError, DminTraceError, QueryError, StoppedError, TraceError, WeightsError
 from dmin_trace.gradients import Mean, gradients
+from dmin_trace.identity import Script, data_fingerprint
+from dmin_trace.lock import StoreLock
 from dmin_trace.objective import squared_output
 from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Call
 from dmin_trace.settings import Settings
+from dmin_trace.signals import FirstSignal
 from dmin_trace.store import Header, Trace, Writer
 from dmin_trace.verify import mendable
 from dmin_trace.weights import Trainable
 
 logger = logging.getLogger(__name__)
+
+FIRST = 20
+"""Samples at the beginning of which at most half may fail to load: else it is the data set that is wrong."""
+LOGGED = 10
+"""Samples that failed to load whose reasons are logged, one by one."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +61,26 @@ class Processes:
 
     number: this one's, from 0; the first makes the store, which the others open.
     count: how many there are.
-    wait: waits until all of them have come as far.
+    tell: waits until all of them have come as far, and gives what each of them told, by number.
     """
 
     number: int = 0
     count: int = 1
-    wait: Callable[[], None] = lambda: None
+    tell: Callable[[str], list[str]] = lambda words: [words]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a capture is known by, besides its weights and settings.
+
+    script: whose loop is run; an unknown one where the loop is the user's own code.
+    edited: the script may be another than that which began the store.
+    batch: gives the batch of a sample as the capture fetches it, or None where the data set is not known.
+    """
+
+    script: Script = Script()
+    edited: bool = False
+    batch: Callable[[int], Any] | None = None
 
 
 @dataclass
@@ -66,6 +94,10 @@ class _Chunk:
     loss: np.ndarray
     columns: dict[str, list[Any]]
     filled: int = 0
+
+
+_Row = tuple[np.ndarray, np.ndarray, np.ndarray] | None
+"""A sample's sketches (T, v), norms (T,) and losses (T,); None for one that could not be loaded."""
 
 
 class Recorder:
@@ -86,6 +118,8 @@ class Recorder:
         like: Trace | None = None,
         processes: Processes | None = None,
         writers: Sequence[str] = (),
+        identity: Identity | None = None,
+        reserve: int | None = None,
         trial: bool = False,
         repairing: bool = False,
     ) -> None:
@@ -104,6 +138,8 @@ class Recorder:
             like: a finished store, for a query: the capture must be of the same kind as that one.
             processes: those that fill the store; this one alone if not given.
             writers: packages that take part, whose versions are kept.
+            identity: what else the capture is known by.
+            reserve: bytes that must stay free on the disk for what the script has yet to save; None for nothing.
             trial: record two samples, check them, and write nothing.
             repairing: record the damaged chunks of the store at `out` anew, which may be complete.
 
@@ -126,6 +162,17 @@ class Recorder:
         self._trained = trained
         self._created = created
         self._processes = processes or Processes()
+        self._identity = identity or Identity()
+        self._reserve = reserve
+        self._signal = FirstSignal()
+        self._announced = False
+        self._lock: StoreLock | None = None
+        self._held: Exception | None = None
+        self._meeting = False
+        self._bodies = self._rows = self._longest = 0
+        self._missing: dict[int, str] = {}
+        self._row_missing = False
+        self._before_first = 0
         self._writers = tuple(dict.fromkeys(("dmin_trace", "torch", *writers, "zarr", "numpy")))
         self._weights = trainable.weights_fingerprint()
         self._divisors = preconditioner.fingerprint
@@ -147,7 +194,8 @@ class Recorder:
         self._chunk: _Chunk | None = None
         self._writer: Writer | None = None
         self._progress: Progress | None = None
-        self._kept = self._taken = 0
+        self._pending: list[int] = []
+        self._kept = 0
 
     def begin(self) -> list[int]:
         """Saves the weights, and adam's divisors, and says which samples this process captures, in order.
@@ -163,37 +211,35 @@ class Recorder:
         self._chunk_rows = store.choose_chunk_rows(self.samples, settings.slots, settings.dimension, self._dtype, world)
         if self.trial:
             return [0, min(1, self.samples - 1)]
-        pending = list(range(-(-self.samples // self._chunk_rows)))
-        self._existing = self.out.exists()
-        if self._existing and self._resuming:
-            if self._repairing:
-                self._damaged = mendable(self.out)
-            earlier = store.open_trace(self.out, unfinished=True)
-            self._refuse_another(earlier)
-            self._chunk_rows = earlier.header.chunk_rows
-            pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
-            if not pending and self._processes.number == 0:
-                # It stopped between its last chunk and the word that it is complete.
-                Writer(self.out, earlier.header).finish()
-        elif self._existing:
-            store.check_free(self.out)
-        if self._processes.number == 0 and self.like is None:
-            path = store.weights_beside(self.out)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.trainable.save(path)
-            self.preconditioner.save(store.precondition_beside(self.out), self._weights)
-            self.weights_saved = True
+        with self._holding():
+            self._take_over()
+        self._meet()
+        pending = self._pending
+        with self._holding():
+            if self._processes.number == 0 and self.like is None:
+                self._prepare(finished=not pending)
+        self._meet()
         rows = self._chunk_rows
         ours = [range(c * rows, min((c + 1) * rows, self.samples)) for c in pending[self._processes.number :: world]]
         self._queue = [(slots.start // rows, slots) for slots in ours]
         samples = [sample for slots in ours for sample in slots]
         # Loops gather inside their body: every process must run as many bodies, so the shorter ones repeat a sample.
-        longest = max(
+        self._longest = max(
             sum(min((c + 1) * rows, self.samples) - c * rows for c in pending[rank::world]) for rank in range(world)
         )
         self._kept = len(samples)
-        self._show_progress(longest)
-        return samples + [samples[-1] if samples else 0] * (longest - len(samples))
+        if self.like is None:
+            self._signal.hold()
+        self._meeting = True
+        self._show_progress(self._longest)
+        return samples + [samples[-1] if samples else 0] * (self._longest - len(samples))
+
+    def hold(self, error: Exception) -> bool:
+        """Keeps an error of this process for the next meeting, up to which it must run bodies; False for one alone."""
+        if not self._meeting or self._processes.count == 1:
+            return False
+        self._held = self._held or error
+        return True
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
         """A sample comes: keeps its columns, and notes the shapes of the images and words of its batch.
@@ -207,9 +253,49 @@ class Recorder:
             QueryError: the images are of another shape than those of the trace.
             CaptureError: a column was asked for that the dataset does not have.
         """
+        self._row_missing = False
         if batch is not None:
             self._note_shapes(named_entries(batch))
         self._row_columns = self.columns.of(number, item)
+
+    def missing(self, number: int, error: Exception) -> None:
+        """A sample could not be loaded: its row says so, whatever its bodies, if it has any, are run on.
+
+        Args:
+            number: its dataset index.
+            error: why.
+
+        Raises:
+            CaptureError: most of the first samples could not.
+            Exception: the error itself, for a query.
+        """
+        if self.like is not None or self.trial:
+            raise error
+        self._row_missing = True
+        if number in self._missing:
+            return
+        why = f"{type(error).__name__}: {error}"
+        self._missing[number] = why
+        first = min(FIRST, self.samples)
+        if self._rows < FIRST and 2 * len(self._missing) > first:
+            raise CaptureError(
+                f"{len(self._missing)} of the first samples could not be loaded, among them sample {number}: {why}. "
+                "Mend the data set; a capture goes on without single samples, but not without most of them."
+            )
+        if len(self._missing) <= LOGGED:
+            logger.warning(
+                "Sample %d could not be loaded: %s. It is never ranked, and dmin-trace info lists it.", number, why
+            )
+        elif len(self._missing) == LOGGED + 1:
+            logger.warning("More samples could not be loaded; dmin-trace info lists them.")
+
+    def skip(self) -> None:
+        """Ends the row of a sample that could not be loaded, where no bodies are run for it."""
+        if self._writer is None:
+            # What the store holds is known from the first sample that can be loaded.
+            self._before_first += 1
+            return
+        self._end_row(None)
 
     def backward(self, body: Body, loss: torch.Tensor, scale: float = 1.0) -> None:
         """Takes the gradient of a body's loss, or of what else is the objective, and compresses the mean of its draws.
@@ -221,6 +307,8 @@ class Recorder:
 
         Raises CaptureError for a loss that is none, or has no gradient, or where the denoiser's output cannot be told.
         """
+        if self._held is not None:
+            return
         if loss.numel() != 1:
             raise CaptureError(f"The script's loss has shape {tuple(loss.shape)}; expected a scalar.")
         if not loss.requires_grad:
@@ -231,6 +319,7 @@ class Recorder:
         target = loss.reshape(()) if self.settings.objective == "loss" else squared_output(body.outputs, loss)
         # The graph must not outlive the body.
         body.outputs.clear()
+        self._announce()
         taken, reached = gradients(target, self.trainable.tensors, scale)
         self._ever_reached = [a or b for a, b in zip(self._ever_reached, reached, strict=True)]
         body.loss = loss.detach().float().reshape(())
@@ -249,11 +338,21 @@ class Recorder:
 
     def take(self, body: Body) -> None:
         """Checks a body's random calls, and after the sample's last slot its row."""
-        self._check_draws(body)
-        self._row.append(body)
-        if len(self._row) == self.settings.slots * self.settings.draws:
-            row, self._row = self._row, []
-            self._take_row(row)
+        self._announce()
+        row = None
+        with self._holding():
+            self._check_draws(body)
+            self._row.append(body)
+            if len(self._row) == self.settings.slots * self.settings.draws:
+                row, self._row = self._check_row(self._row), []
+        self._bodies += 1
+        if self._bodies == self.settings.slots * self.settings.draws and not self.trial:
+            self._meet()
+            self._open_store()
+            for _ in range(self._before_first):
+                self._end_row(None)
+        if self._bodies % (self.settings.slots * self.settings.draws) == 0:
+            self._end_row(row)
 
     def moved(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
         """Whether these parameters are others than at the beginning; what is not trained is taken for moved."""
@@ -264,18 +363,58 @@ class Recorder:
         """Marks the store complete, once every process has written its chunks."""
         if self._writer is None:
             return
-        self._processes.wait()
-        if self._processes.number == 0:
-            self._writer.finish()
-            logger.info("The trace of %d samples is in %s.", self.samples, self.out)
-        self._processes.wait()
+        # All have met after their last row.
+        with self._holding():
+            if self._processes.number == 0:
+                self._writer.finish()
+                logger.info("The trace of %d samples is in %s.", self.samples, self.out)
+        self._meet()
+        if self._missing:
+            logger.warning("%d samples could not be loaded; dmin-trace info lists them.", len(self._missing))
 
     def stop(self) -> None:
-        """Stops showing progress."""
+        """Stops showing progress, and lets go of signals and of the store."""
+        self._signal.let_go()
         if self._progress is not None:
             self._progress.stop()
+        if self._lock is not None:
+            self._lock.release()
 
     # -- beginning -------------------------------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """Locks the store, and looks at what is there: which chunks are pending."""
+        self._pending = list(range(-(-self.samples // self._chunk_rows)))
+        if self._processes.number == 0 and self.like is None:
+            try:
+                store.make_folder(self.out.absolute().parent)
+            except OSError as error:
+                raise TraceError(f"{self.out} cannot be written: {error.strerror or error}.") from None
+            lock = StoreLock(self.out.absolute())
+            lock.take()
+            self._lock = lock
+        self._existing = self.out.exists()
+        if self._existing and self._resuming:
+            if self._repairing:
+                if self._processes.count > 1:
+                    raise CaptureError(f"{self.out} is repaired by one process; {self._processes.count} were started.")
+                self._damaged = mendable(self.out)
+            earlier = store.open_trace(self.out, unfinished=True)
+            self._refuse_another(earlier)
+            self._chunk_rows = earlier.header.chunk_rows
+            self._pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
+        elif self._existing:
+            store.check_free(self.out)
+
+    def _prepare(self, finished: bool) -> None:
+        """Removes what killed captures left, and saves what a query needs besides the store."""
+        store.sweep(self.out.absolute())
+        if finished:
+            # It stopped between its last chunk and the word that it is complete.
+            Writer(self.out, store.open_trace(self.out, unfinished=True).header).finish()
+        self.trainable.save(store.weights_beside(self.out))
+        self.preconditioner.save(store.precondition_beside(self.out), self._weights)
+        self.weights_saved = True
 
     def _refuse_another(self, earlier: Trace) -> None:
         """Raises TraceError for a store that cannot be gone on with, before what lies beside it is written over."""
@@ -284,6 +423,16 @@ class Recorder:
                 f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
             )
         header = earlier.header
+        if not self._identity.edited:
+            script = self._identity.script
+            store.check_script(
+                self.out,
+                header,
+                script.name,
+                script.sha256,
+                "Run the script as it was; or, if its loss and its data are the same, go on with --edited-script.",
+            )
+        store.check_data(self.out, header, self.samples, "")
         if header.weights != self._weights:
             raise TraceError(
                 f"{self.out} belongs to another capture: its weights are {header.weights[:16]}, those of this run "
@@ -406,7 +555,8 @@ class Recorder:
                 f"{_show_calls(first.draws.calls)}. A random branch cannot be captured."
             )
 
-    def _take_row(self, row: list[Body]) -> None:
+    def _check_row(self, row: list[Body]) -> _Row:
+        """The numbers of a sample's bodies, if they can be compared with those of the others."""
         if not self._first:
             self._check_reached()
         sketches, norms, losses, seen = _to_cpu(row)
@@ -421,7 +571,11 @@ class Recorder:
         if not self._first:
             self._first = row
             self._timesteps = timesteps
-            self._open_store()
+            if self.like is not None and timesteps != self.like.header.timesteps:
+                raise QueryError(
+                    f"The denoiser saw the timesteps {timesteps} on the query, {self.like.header.timesteps} on the "
+                    "training samples. Repeat the command that made the trace, or its loop."
+                )
         elif timesteps != self._timesteps:
             slot = next(k for k, (a, b) in enumerate(zip(timesteps, self._timesteps, strict=True)) if a != b)
             raise CaptureError(
@@ -429,12 +583,23 @@ class Recorder:
                 f"{self._timesteps[slot]} for sample {self._first[0].sample}. The script draws timesteps in a way that "
                 "is not pinned."
             )
-        self._taken += 1
+        return None if self._row_missing else (sketches, norms, losses)
+
+    def _end_row(self, row: _Row) -> None:
+        """Keeps a row, if it is not a repeated one, and stops here if that has to be."""
+        self._rows += 1
         if self._progress is not None:
             rate = self._progress.tasks[0].speed
             self._progress.update(self._task, advance=1, rate=f"{rate:.1f}/s" if rate else "")
-        if self._taken <= self._kept:
-            self._keep_row(sketches, norms, losses)
+        # What a process that has failed still runs is for the others' sake; its rows are none.
+        if self._rows <= self._kept and not self.trial and self._held is None:
+            with self._holding():
+                self._keep_row(row)
+        last = self._rows == self._longest
+        if self._processes.count > 1 and not self.trial and (last or self._rows % self._chunk_rows == 0):
+            self._meet(stopping=not last)
+        elif self._signal.caught and self._chunk is None and not last:
+            self._interrupt(self._signal.caught)
 
     def _check_reached(self) -> None:
         """After the first sample: every tensor that the training moved must have got a gradient."""
@@ -465,7 +630,7 @@ class Recorder:
                 names,
             )
 
-    def _keep_row(self, sketches: np.ndarray, norms: np.ndarray, losses: np.ndarray) -> None:
+    def _keep_row(self, row: _Row) -> None:
         if self._chunk is None:
             number, slots = self._queue.pop(0)
             shape = (len(slots), self.settings.slots)
@@ -473,15 +638,16 @@ class Recorder:
                 number,
                 slots,
                 np.zeros((*shape, self.settings.dimension), np.float32),
-                np.zeros(shape, np.float32),
-                np.zeros(shape, np.float32),
+                np.full(shape, store.FAILED, np.float32),
+                np.full(shape, np.nan, np.float32),
                 {name: [] for name in self.columns.kinds},
             )
         chunk = self._chunk
         at = chunk.filled
-        chunk.grad[at], chunk.norm[at], chunk.loss[at] = sketches, norms, losses
+        if row is not None:
+            chunk.grad[at], chunk.norm[at], chunk.loss[at] = row
         for name, values in chunk.columns.items():
-            values.append(self._row_columns[name])
+            values.append(None if row is None else self._row_columns[name])
         chunk.filled += 1
         if chunk.filled == len(chunk.slots) and self._writer is not None:
             # Slots are dataset indices here; the column keeps them apart for stores that are not made in order.
@@ -497,27 +663,112 @@ class Recorder:
 
     def _open_store(self) -> None:
         """Creates the store, or goes on with one, now that the first sample has shown what is in it."""
-        if self.like is not None and self._timesteps != self.like.header.timesteps:
-            raise QueryError(
-                f"The denoiser saw the timesteps {self._timesteps} on the query, {self.like.header.timesteps} on the "
-                "training samples. Repeat the command that made the trace, or its loop."
+        with self._holding():
+            header = self.header()
+            if self._processes.number == 0:
+                if not self._existing:
+                    self._check_room(header)
+                self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
+                if self._damaged:
+                    # Not before it is known that this run is the one that can make them anew.
+                    self._writer.undo(self._damaged)
+                self._created(self._writer.header)
+        self._meet()
+        with self._holding():
+            if self._processes.number != 0:
+                self._writer = store.resume(self.out, header)
+        self._meet()
+
+    def _check_room(self, header: Header) -> None:
+        """Raises CaptureError if the store would take the room that the script needs to save what it trained."""
+        needed, free = store.bytes_of(header), shutil.disk_usage(self.out.absolute().parent).free
+        if self._reserve is not None and free < needed + self._reserve:
+            raise CaptureError(
+                f"The trace would take {needed:,} bytes, and its disk has {free:,} free, of which the script may need "
+                f"{self._reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
             )
-        if self.trial:
+        if free < needed:
+            logger.warning(
+                "The trace will take %s bytes, and its disk has %s free. A full disk stops a capture, which goes on "
+                "when there is room again.",
+                f"{needed:,}",
+                f"{free:,}",
+            )
+
+    # -- stopping --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Where there are several processes, an error in the block is kept until they meet, and later blocks are
+        passed over in so far as they raise because of it."""
+        try:
+            yield
+        except Exception as error:
+            if self._processes.count == 1:
+                raise
+            self._held = self._held or error
+
+    def _meet(self, stopping: bool = False) -> None:
+        """Waits for the other processes, and raises if one of them has failed: all of them stop at the same body.
+
+        Args:
+            stopping: stop if one of them was told to by a signal.
+
+        Raises:
+            CaptureError: one of them has failed, or has ended.
+            StoppedError: one of them was told to stop.
+        """
+        if self._processes.count == 1:
             return
-        header = self.header()
-        if self._processes.number == 0:
-            self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
-            if self._damaged:
-                # Not before it is known that this run is the one that can make them anew.
-                self._writer.undo(self._damaged)
-            self._created(self._writer.header)
-        self._processes.wait()
-        if self._processes.number != 0:
-            self._writer = store.resume(self.out, header)
+        own = {"error": "" if self._held is None else _words(self._held), "signal": self._signal.caught}
+        try:
+            told = [json.loads(words) for words in self._processes.tell(json.dumps(own))]
+        except Exception as error:
+            self._meeting = False
+            raise CaptureError(
+                f"Process {self._processes.number} of {self._processes.count} no longer reaches the others, so one of "
+                f"them has ended ({_words(error).splitlines()[0][:200]}). What is in the store is kept, and left out "
+                "when the capture is run again."
+            ) from None
+        if any(words["error"] for words in told):
+            self._meeting = False
+            if self._held is not None:
+                raise self._held
+            number, words = next((number, words) for number, words in enumerate(told) if words["error"])
+            raise CaptureError(f"Process {number} of {self._processes.count} could not go on: {words['error']}")
+        signal = max(words["signal"] for words in told)
+        if stopping and signal:
+            self._meeting = False
+            self._interrupt(signal)
+
+    def _announce(self) -> None:
+        """Says once that a signal was noticed, and what comes of it."""
+        if self._signal.caught and not self._announced:
+            self._announced = True
+            chunk = self._chunk
+            left = len(chunk.slots) - chunk.filled if chunk is not None else self._chunk_rows
+            logger.warning(
+                "%s: the chunk in hand is finished first, %d more samples; a second one stops at once.",
+                self._signal.name,
+                left,
+            )
+
+    def _interrupt(self, signal: int) -> None:
+        done = (
+            0
+            if self._writer is None
+            else self.samples - sum(len(self._writer.rows(chunk)) for chunk in self._writer.pending())
+        )
+        name = self._signal.name or "a signal to another process"
+        raise StoppedError(
+            f"The capture was stopped by {name}: {done:,} of {self.samples:,} samples are in {self.out}. It goes on "
+            "where it stopped when it is run again.",
+            signal,
+        )
 
     def header(self) -> Header:
         """What is known of the capture once its first sample is recorded."""
-        settings = self.settings
+        settings, batch = self.settings, None if self.like is not None else self._identity.batch
         return Header(
             id=uuid.uuid4().hex,
             samples=self.samples,
@@ -551,7 +802,18 @@ class Recorder:
             columns=self.columns.kinds,
             settings=_settings_facts(settings),
             writers={name: version(name) for name in self._writers},
+            script=self._identity.script.name,
+            script_sha256=self._identity.script.sha256,
+            data_sha256="" if batch is None else data_fingerprint(self.samples, batch),
+            unreached=tuple(
+                name for name, reached in zip(self.trainable.names, self._ever_reached, strict=True) if not reached
+            ),
         )
+
+
+def _words(error: Exception) -> str:
+    """An error in words, for another process or for a line of ours."""
+    return str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}"
 
 
 def _settings_facts(settings: Settings) -> dict[str, Any]:

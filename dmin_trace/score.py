@@ -63,6 +63,11 @@ def check_k(trace: Trace, k: int) -> None:
     if k > trace.header.samples:
         raise QueryError(f"k is {k}, but the trace holds {trace.header.samples} samples. Ask for fewer.")
     usable = int(trace.rankable.sum())
+    if k > usable and not trace.complete:
+        raise QueryError(
+            f"k is {k}, but the capture is unfinished: {usable} of {trace.header.samples} samples are done and have "
+            "gradients to rank. Ask for fewer, or finish it."
+        )
     if k > usable:
         raise QueryError(f"k is {k}, but only {usable} samples of the trace have gradients to rank. Ask for fewer.")
 

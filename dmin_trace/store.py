@@ -69,6 +69,8 @@ SYNCS = 16
 """Files and folders of a chunk that the disk is asked to keep at once."""
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
+DONE = b"\x01\x52\xd0\x16\xa0"
+"""The mark of a chunk that is done, whole, with its checksum; anything else in its place is none."""
 PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 """Blosc's settings. A higher level gains a few per cent, at a hundredth of the speed."""
 FRAME_HEADER = 16
@@ -81,6 +83,10 @@ MOST_MAPS = 2**8
 """Chunks whose maps are kept: each holds an open file, and the user's process may have many of its own."""
 LATER: dict[str, Any] = {"objective": "loss", "draws": 1}
 """What is true of a store from before there were these attributes, and settings, and that therefore lacks them."""
+LATER_FACTS: dict[str, Any] = {"script": "", "script_sha256": "", "data_sha256": "", "unreached": []}
+"""The same of attributes that are no settings: what was not recorded then is not known."""
+FAILED = -1.0
+"""The norm of a sample that could not be loaded: no gradient has it, and what has it is never ranked."""
 UNSEEN = 2**20
 """Numbers that are allocated on the word of a header alone, for rows of which no file says anything."""
 MOST_UNSEEN = 2**28
@@ -144,6 +150,9 @@ class Header:
     columns: the readable columns and their kinds.
     settings: the capture's settings, as JSON.
     writers: versions of the packages that wrote the store.
+    script, script_sha256: the name of the file whose loop was run, and the fingerprint of its bytes; "" if not known.
+    data_sha256: fingerprint of the data set, by a few of its batches (`identity`); "" if not known.
+    unreached: the trained parameters on which the loss did not depend.
     """
 
     id: str
@@ -165,6 +174,10 @@ class Header:
     codec: Codec = "none"
     objective: Objective = "loss"
     draws: int = 1
+    script: str = ""
+    script_sha256: str = ""
+    data_sha256: str = ""
+    unreached: tuple[str, ...] = ()
 
     @property
     def sample_bytes(self) -> int:
@@ -191,7 +204,7 @@ class Header:
 
         Raises TraceError that names the first attribute that is wrong.
         """
-        reader = _Attributes({**LATER, **attributes}, str(path))
+        reader = _Attributes({**LATER, **LATER_FACTS, **attributes}, str(path))
         projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
         header = cls(
             id=reader.text("id", r"[0-9a-f]{32}"),
@@ -227,6 +240,10 @@ class Header:
             codec=reader.choice("codec", get_args(Codec)),
             objective=reader.choice("objective", get_args(Objective)),
             draws=reader.number("draws", 1, MOST_DRAWS),
+            script=reader.text("script", r"[^/\\]{0,255}"),
+            script_sha256=reader.text("script_sha256", r"|[0-9a-f]{64}"),
+            data_sha256=reader.text("data_sha256", r"|[0-9a-f]{64}"),
+            unreached=tuple(reader.listed("unreached", (str,), 10**6)),
         )
         if header.codec != "none" and header.chunk_rows == 1 and header.sample_bytes > LARGEST_FRAME:
             raise reader.wrong("codec", f"none for chunks of more than {LARGEST_FRAME} bytes")
@@ -289,7 +306,7 @@ def create(path: Path, header: Header) -> Writer:
     Header.from_attributes(header.to_attributes(), path)
     partial = path.with_name(f".{path.name}.{header.id}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with _quiet_zarr():
             _create_arrays(partial, header)
         _keep_digests(partial)
@@ -305,19 +322,74 @@ def create(path: Path, header: Header) -> Writer:
     return Writer(path, header)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those around it, and has the disk keep their names."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed captures left beside the store at `path`: half-made stores, and weights.
+
+    Only for who has the store's lock: nobody else is making one.
+    """
+    half_made = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
+    for left in path.parent.iterdir():
+        if half_made.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    for beside in (weights_beside(path), precondition_beside(path)):
+        beside.with_name(f".{beside.name}.partial").unlink(missing_ok=True)
+
+
+def check_script(path: Path, header: Header, name: str, sha256: str, what: str) -> None:
+    """Raises TraceError if a script is another than that of the store at `path`, where both are known.
+
+    Args:
+        path: the store.
+        header: its own.
+        name, sha256: of the script that is to run.
+        what: what to do about it.
+    """
+    if header.script_sha256 and sha256 and header.script_sha256 != sha256:
+        raise TraceError(
+            f"The script is not the one that made {path}: the SHA-256 of {name} is {sha256[:16]}, that of the trace's "
+            f"{_short(header.script)} is {header.script_sha256[:16]}. {what}"
+        )
+
+
+def check_data(path: Path, header: Header, samples: int, sha256: str) -> None:
+    """Raises TraceError if a data set is another than that of the store at `path`, as far as both are known."""
+    theirs, ours = (f"it has {count:,} samples" for count in (header.samples, samples))
+    if header.samples == samples and header.data_sha256 and sha256:
+        theirs, ours = (f"the fingerprint of its content is {known[:16]}" for known in (header.data_sha256, sha256))
+    if theirs != ours:
+        raise TraceError(
+            f"The data set is not the one that {path} is of. That of the trace: {theirs}; that of this run: {ours}. "
+            "Give the same one, in the same order and with the same transforms; or another path (out, --out)."
+        )
+
+
+_MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "unreached")
+"""What does not make two captures different ones; script and data are checked where both sides know theirs."""
+
+
 def resume(path: Path, header: Header) -> Writer:
     """Opens an unfinished store of the same capture, to write what is not done.
 
-    Raises TraceError if the store is not of the same capture; id and writers may differ.
+    Raises TraceError if the store is not of the same capture. Id and writers may differ, and the script, which is
+    checked by `check_script`.
     """
     existing = read_header(path)[0]
     check_arrays(path, existing)
+    check_data(path, existing, header.samples, header.data_sha256)
     found, expected = (
         _flat({**attributes, "settings": {**LATER, **attributes["settings"]}})
         for attributes in (existing.to_attributes(), header.to_attributes())
     )
     for name in sorted(found | expected):
-        if name.split(".")[0] not in ("id", "writers") and found.get(name, "missing") != expected.get(name, "missing"):
+        if name.split(".")[0] not in _MAY_DIFFER and found.get(name, "missing") != expected.get(name, "missing"):
             raise TraceError(
                 f"{path} belongs to another capture: its {name} is {_short(found.get(name, 'missing'))}, that of this "
                 f"run is {_short(expected.get(name, 'missing'))}. Give another path (--out), or move it away."
@@ -467,12 +539,27 @@ class Writer:
         if pending := self.pending():
             raise TraceError(f"{self.path} is unfinished: {len(pending)} of {self.header.chunks} chunks are not done.")
         try:
-            _set_complete(self.path, True)
-            # What a killed writer left. Nobody else is writing: every chunk is done.
+            # What a killed writer left, before the store says that it is complete: after that nobody looks. Nobody
+            # else is writing: every chunk is done.
             for left in self.path.rglob("*.partial"):
                 left.unlink(missing_ok=True)
+            _set_complete(self.path, True)
         except OSError as error:
             raise TraceError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Samples that are stored and are never ranked, each counted once.
+
+    failed: the dataset indices of those that could not be loaded.
+    infinite: how many have a gradient that is not finite at some timestep: a NaN, or more than the precision holds.
+    zero: how many have one that is zero.
+    """
+
+    failed: tuple[int, ...]
+    infinite: int
+    zero: int
 
 
 class Trace:
@@ -508,7 +595,7 @@ class Trace:
     @cached_property
     def norm(self) -> NDArray[np.float32]:
         """(N, T) the L2 norm of each gradient, preconditioned if it was, before it was divided out; NaN in chunks that
-        are not done."""
+        are not done, and -1 for samples that could not be loaded."""
         return self._small("norm", np.dtype(np.float32), math.nan)
 
     @cached_property
@@ -522,6 +609,18 @@ class Trace:
         if self.header.dtype == "int8":
             return self._small("scale", np.dtype(np.float32), math.nan)
         return np.ones((len(self._row_done), len(self.header.timesteps)), np.float32)
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """What is unusual about the gradients of the slots that are done."""
+        norm = self.norm[self._row_done]
+        failed = (norm == FAILED).any(axis=1)
+        infinite = ~np.isfinite(norm).all(axis=1)
+        return Numbers(
+            failed=tuple(self.sample[self._row_done][failed].tolist()),
+            infinite=int((infinite & ~failed).sum()),
+            zero=int(((norm == 0).any(axis=1) & ~infinite & ~failed).sum()),
+        )
 
     @cached_property
     def rankable(self) -> NDArray[np.bool_]:
@@ -844,7 +943,8 @@ def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Tra
         raise TraceError(
             f"{path} is unfinished: {int(done.sum())} of {header.chunks} chunks are done{lost}. Finish it with the "
             "command that made it: dmin-trace capture --weights DIR -- SCRIPT ARGS; or, where a loop of its own was "
-            "recorded, by running that again."
+            "recorded, by running that again. What is done can be asked meanwhile: dmin-trace query, or "
+            "open_trace(path, unfinished=True)."
         )
     return Trace(path, header, complete and bool(done.all()), done)
 
@@ -912,8 +1012,6 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
         sketch = sum(file.stat().st_size for file in files if file.is_file()) / rows or sketch
     whole = len(header.timesteps) * header.projection.length * 4
     state = "complete" if trace.complete else f"unfinished: {int(trace.done.sum())} of {header.chunks} chunks are done"
-    # A capture that has only begun has no rows to look at.
-    without = rows - int(trace.rankable.sum()) if rows else 0
     unusual: list[tuple[str, str]] = [("objective", header.objective)] if header.objective != "loss" else []
     unusual += [("draws", f"{header.draws} at each timestep, whose mean a gradient is")] if header.draws != 1 else []
     shown = [
@@ -936,12 +1034,39 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
         ("the script draws", _calls(header.noise.draws[0])),
         ("columns", ", ".join(header.columns) or "none"),
         ("weights", header.weights[:16]),
+        ("script", " ".join((header.script, header.script_sha256[:16])).strip() or "not known"),
+        ("data set", header.data_sha256[:16] or "not known"),
         ("id", header.id),
         ("written by", ", ".join(f"{name} {version}" for name, version in header.writers.items())),
     ]
-    if without:
-        shown.insert(1, ("without direction", f"{without:,} samples have a zero or non-finite gradient; never ranked"))
+    # A capture that has only begun has no rows to look at.
+    shown[1:1] = _never_ranked(trace.numbers) if rows else []
+    if header.unreached:
+        names = _listed(header.unreached, 3)
+        shown.insert(
+            [name for name, _ in shown].index("gradient") + 1,
+            ("never reached", f"{len(header.unreached):,} tensors, among them {names}; their gradients are zero"),
+        )
     return shown
+
+
+def _never_ranked(numbers: Numbers) -> list[tuple[str, str]]:
+    """A line for each reason that samples are never ranked."""
+    return [
+        (name, f"{count:,} samples{more}; never ranked")
+        for name, count, more in (
+            ("failed to load", len(numbers.failed), f": {_listed(numbers.failed, 20)}"),
+            ("not finite", numbers.infinite, " have a gradient with NaN or infinity"),
+            ("zero", numbers.zero, " have a gradient that is zero"),
+        )
+        if count
+    ]
+
+
+def _listed(values: Sequence[object], most: int) -> str:
+    """The first of some values."""
+    shown = ", ".join(str(value)[:80] for value in values[:most])
+    return shown + (f" and {len(values) - most:,} more" if len(values) > most else "")
 
 
 class _Attributes:

@@ -24,6 +24,33 @@ KeyConverter = Callable[[str], str]
 """Turns a key of a host's weight file into the name of a module's parameter."""
 
 
+def write_whole(path: Path, values: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all: it is kept by the disk when this returns.
+
+    Raises WeightsError if it cannot be written.
+    """
+    partial = partial_of(path)
+    try:
+        save_file(dict(values), partial, metadata=metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        why = error.strerror or error if isinstance(error, OSError) else error
+        raise WeightsError(f"{path} cannot be written: {why}. Make room, or give another path.") from None
+
+
+def partial_of(path: Path) -> Path:
+    """Where `write_whole` writes a file before it has its name."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a saved tensor lies.
@@ -71,13 +98,9 @@ class Trainable:
         return _fingerprint(zip(self.names, self.tensors, strict=True))
 
     def save(self, path: Path) -> None:
-        """Writes the values to a safetensors file, whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
+        """Writes the values to a safetensors file, whole or not at all. Raises WeightsError if it cannot be written."""
         values = {n: p.detach().cpu().contiguous() for n, p in zip(self.names, self.tensors, strict=True)}
-        save_file(values, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, values)
 
     def load(self, path: Path, convert: KeyConverter | None = None) -> None:
         """Reads every value from a safetensors file, or from the files in a folder, or in the folders in it.

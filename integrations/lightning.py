@@ -246,6 +246,10 @@ def _capture(
     trainer: Any,
 ) -> None:
     dataset: Any = loader.dataset
+
+    def item(sample: int) -> Any:
+        return dataset.__getitems__([sample])[0] if hasattr(dataset, "__getitems__") else dataset[sample]
+
     recording = Recording(
         [module],
         settings,
@@ -256,11 +260,8 @@ def _capture(
         optimizers=optimizers,
         item=None,
         writers=("lightning",) if Callback.__module__.startswith("lightning.") else ("pytorch_lightning",),
+        batch=lambda sample: loader.collate_fn([item(sample)]),
     )
-
-    def item(sample: int) -> Any:
-        return dataset.__getitems__([sample])[0] if hasattr(dataset, "__getitems__") else dataset[sample]
-
     _record(recording, module, item, loader.collate_fn, trainer)
 
 
@@ -275,8 +276,12 @@ def _record(
     with recording, _as_it_was(module), _silent(module, trainer), FrozenModules(_frozen_in(module), ()) as frozen:
         for i in recording.samples:
             frozen.forget()
-            given = item(i)
-            batch = collate([given])
+            try:
+                given = item(i)
+                batch = collate([given])
+            except Exception as error:
+                recording.missing(i, error)
+                continue
             batch = batch if precision is None else precision.convert_input(batch)
             batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)
             recording.describe(i, given, batch)

@@ -60,15 +60,16 @@ def test_the_page_shows_the_detection_rates_of_what_was_found(folder: Path) -> N
     stage = folder / "work" / "sd3"
     category = open_trace(stage / "lora-sign" / "trace.zarr").column("category")
     assert sorted(category) == sorted([*CATEGORIES[:3] * EACH, "flag", "flag"])
-    found = np.load(stage / "lora-sign-hits" / "samples.npy").tolist()
-    assert [sorted(row) for row in found] == [list(range(len(category)))] * 6
-    shares = [
-        f"{sum(category[i] == asked for row in found[2 * n : 2 * n + 2] for i in row[:k]) / (2 * k):.3f}"
-        for n, asked in enumerate(CATEGORIES[:3])
-        for k in (5, 10)
-    ]
     page = (folder / "out" / "emoji.md").read_text(encoding="utf-8")
-    assert "| LoRA | sign | " + " | ".join(shares) + " |" in page
+    for score in ("dmin", "deflated"):
+        found = np.load(stage / "lora-sign-hits" / f"{score}.npy").tolist()
+        assert [sorted(row) for row in found] == [list(range(len(category)))] * 6
+        shares = [
+            f"{sum(category[i] == asked for row in found[2 * n : 2 * n + 2] for i in row[:k]) / (2 * k):.3f}"
+            for n, asked in enumerate(CATEGORIES[:3])
+            for k in (5, 10)
+        ]
+        assert f"| LoRA | sign, {score} | " + " | ".join(shares) + " |" in page
     assert "|  | *chance* | " + " | ".join(["0.286"] * 6) + " |" in page
     assert "|  | *most* | " + " | ".join(["0.800", "0.400"] * 3) + " |" in page
     assert all((folder / "out" / name).stat().st_size > 1000 for name in ("emoji.png", "emoji_found.png"))
@@ -78,11 +79,11 @@ def test_what_is_done_is_kept(emoji: Any, folder: Path) -> None:
     log, page = folder / "work" / "log.json", folder / "out" / "emoji.md"
     before = (log.read_text(encoding="utf-8"), page.read_text(encoding="utf-8"))
     hits = folder / "work" / "sd3" / "lora-sign-hits"
-    kept = np.load(hits / "samples.npy")
+    kept = np.load(hits / "deflated.npy")
     hits.rename(hits.with_name("lora-sign-hits.unfinished"))
     result = run(emoji, folder)
     assert result.exit_code == 0, result.output
-    assert np.array_equal(np.load(hits / "samples.npy"), kept)
+    assert np.array_equal(np.load(hits / "deflated.npy"), kept)
     again = json.loads(log.read_text(encoding="utf-8"))
     assert [name for name, row in json.loads(before[0]).items() if again[name] != row] == ["sd3/lora-sign-hits"]
     tables = [text[text.index("## Mean") : text.index("## Time")] for text in (before[1], page.read_text("utf-8"))]

@@ -32,10 +32,13 @@ ALLOWED = {
         "_rows": "",
         "compress": "_rows errors settings",
         "store": "errors settings untrusted version",
+        "lock": "errors",
+        "signals": "",
+        "identity": "",
         "body": "objective randomness",
         "loop": "body errors randomness variables",
-        "recorder": "batches body columns compress errors gradients objective precondition randomness settings store "
-        "verify weights",
+        "recorder": "batches body columns compress errors gradients identity lock objective precondition randomness "
+        "settings signals store verify weights",
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen moments plain report score settings store variables",
         "score": "errors store",
@@ -47,8 +50,8 @@ ALLOWED = {
         "evaluate": "errors",
         "pack": "commands compress errors settings store",
         "questions": "errors untrusted",
-        "capture": "body columns commands errors frozen gradients integrations loop moments precondition randomness "
-        "recorder settings store weights",
+        "capture": "body columns commands errors frozen gradients identity integrations loop moments precondition "
+        "randomness recorder settings store weights",
         "plain": "body columns errors gradients moments precondition query randomness recorder report score settings "
         "store weights",
         "estimate": "capture store",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import BODY, plain_script, run, without_the_line
 
-from dmin_trace.store import open_trace
+from dmin_trace.store import facts, open_trace
 
 ACCUMULATE = """with accelerator.accumulate(model):
                 clean = batch["point"]
@@ -176,7 +176,10 @@ def test_parameters_that_training_does_not_reach_either_are_captured_as_zeros(tm
     body = BODY.replace(".pow(2).mean()", ".pow(2).mean().detach() + model.inner.weight.pow(2).sum()")
     ran = run([plain_script(tmp_path / "with.py", body=body), "--output_dir", "with"], tmp_path)
     assert "does not depend on 3 of the 4" in ran.stderr and "gradients are zero" in ran.stderr
-    assert open_trace(tmp_path / "with" / "trace.zarr").complete
+    trace = open_trace(tmp_path / "with" / "trace.zarr")
+    assert trace.complete and trace.header.unreached == ("inner.bias", "outer.weight", "outer.bias")
+    shown = dict(facts(trace))["never reached"]
+    assert shown == "3 tensors, among them inner.bias, outer.weight, outer.bias; their gradients are zero"
 
 
 def test_writing_back_what_was_there_is_no_harm(tmp_path: Path) -> None:

@@ -78,6 +78,28 @@ def test_stores_hold_their_compressed_gradients(
         assert (np.load(tmp_path / f"{name}.npy") * expected[:2]).sum(2).min() > least
 
 
+def test_a_capture_that_was_stopped_goes_on(
+    trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    model, moments, images = trained
+    kind, labels = sketches.Kind((100, 700)), np.arange(5)
+
+    def capture() -> None:
+        sketches.capture(tmp_path, model, moments, images, labels, images[:2], kind, ("none", "sign"), 64)
+
+    capture()
+    files = [path for path in (tmp_path / "sign.zarr").rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    metadata = tmp_path / "sign.zarr" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace('"complete": true', '"complete": false'))
+    (tmp_path / "sign.zarr" / "done" / "c" / "1").unlink()
+    capture()
+    assert open_trace(tmp_path / "sign.zarr").complete
+    assert {path: path.read_bytes() for path in before} == {path: content for path, (content, _) in before.items()}
+    first = tmp_path / "sign.zarr" / "grad" / "c" / "0" / "0" / "0"
+    assert first.stat().st_mtime_ns == before[first][1]
+
+
 def test_trainings_are_functions_of_seeds(
     trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor], tmp_path: Path
 ) -> None:

@@ -432,7 +432,6 @@ def test_a_chunk_that_is_done_is_not_written_again(tmp_path: Path) -> None:
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "samples": {"samples": 11},
     "timesteps": {"timesteps": (0.5, 100.5, 300.0)},
     "dtype": {"dtype": "float16"},
     "codec": {"codec": "blosc"},

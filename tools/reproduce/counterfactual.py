@@ -9,6 +9,7 @@ Resumable: WORK keeps every model's losses.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -35,6 +36,7 @@ SCORES: tuple[tuple[str, str | None], ...] = (
     ("whole: squared output, none: D-TRAK, best", None),
     ("store: loss, sign: deflated, best r", "8"),
     ("store: loss, sign: deflated, best r", "32"),
+    ("store: loss, sign: deflated, best r", "256"),
 )
 """Methods of lds.py, each with the strength that lds.py chose, or one that is given."""
 RANDOM = 4
@@ -53,6 +55,10 @@ def _job(work: Path, name: str, removed: NDArray[np.int64]) -> None:
     (work / f".{name}.npz").rename(work / f"counterfactual/{name}.npz")
 
 
+def _name(removed: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.sort(removed).astype("<i8").tobytes()).hexdigest()[:16]
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Folder for what is done.")],
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("docs/results"),
@@ -67,14 +73,15 @@ def main(
     # Odd ones alone: nothing was chosen by them.
     half = np.linspace(0, subsets.QUERIES // 2 - 1, asked // 2).astype(int) * 2 + 1
     queries = np.concatenate([half, half + subsets.QUERIES])
-    jobs: dict[str, NDArray[np.int64]] = {
-        f"random-{n}": np.random.default_rng([2, n]).permutation(subsets.SAMPLES)[:REMOVED] for n in range(RANDOM)
-    }
+    at_random = [np.random.default_rng([2, n]).permutation(subsets.SAMPLES)[:REMOVED] for n in range(RANDOM)]
     strengths = [given or chosen(work, found, method) for method, given in SCORES]
-    for number, ((method, _), strength) in enumerate(zip(SCORES, strengths, strict=True)):
-        scores = found[method][strength]
-        for query in queries:
-            jobs[f"{number}-{query:03d}"] = np.argsort(-scores[query], kind="stable")[:REMOVED]
+    best = {
+        (method, strength, query): np.argsort(-found[method][strength][query], kind="stable")[:REMOVED]
+        for (method, _), strength in zip(SCORES, strengths, strict=True)
+        for query in queries
+    }
+    # Named by what is left out: a score that changes finds no models of before, and two that agree share one.
+    jobs = {_name(removed): removed for removed in (*at_random, *best.values())}
     waiting = {name: top for name, top in jobs.items() if not (work / f"counterfactual/{name}.npz").exists()}
     with ProcessPoolExecutor(processes) as pool:
         running = [pool.submit(_job, work, name, top) for name, top in waiting.items()]
@@ -83,8 +90,8 @@ def main(
     model, _ = ddpm.load(subsets.full_model(work), subsets.RECIPE)
     full, pictures = ddpm.losses(model, subsets.queries(work)), ddpm.generate(model, subsets.QUERIES).numpy()
     kept = {name: dict(np.load(work / f"counterfactual/{name}.npz")) for name in jobs}
-    losses = np.stack([kept[f"random-{n}"]["losses"] for n in range(RANDOM)])
-    moved = np.stack([_moved(kept[f"random-{n}"]["pictures"], pictures) for n in range(RANDOM)])
+    losses = np.stack([kept[_name(removed)]["losses"] for removed in at_random])
+    moved = np.stack([_moved(kept[_name(removed)]["pictures"], pictures) for removed in at_random])
     page = Page(
         "Does the model lose what a score says it got? Retraining without the top samples",
         "python tools/reproduce/counterfactual.py --work WORK",
@@ -96,9 +103,9 @@ def main(
         "picture that the model makes from a generated query's noise lies from the query.",
     )
     rows = []
-    for number, (method, _) in enumerate(SCORES):
-        score = f"{method}, {strengths[number]}".rstrip(" ,")
-        of = [kept[f"{number}-{query:03d}"] for query in queries]
+    for (method, _), strength in zip(SCORES, strengths, strict=True):
+        score = f"{method}, {strength}".rstrip(" ,")
+        of = [kept[_name(best[method, strength, query])] for query in queries]
         top = np.array([one["losses"][query] for one, query in zip(of, queries, strict=True)])
         change = counterfactual(full[queries][None], top[None], losses[:, queries])
         generated = queries[queries >= subsets.QUERIES] - subsets.QUERIES

@@ -49,6 +49,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import dmin_trace
+from dmin_trace.score import Score
 
 app = typer.Typer(add_completion=False)
 console = Console()
@@ -58,6 +59,9 @@ SMALL = ("heart", "time", "transport-ground")
 """The three small categories, by the names of their subcategories in the data."""
 KS = (5, 10, 50, 100)
 WAYS = ("lora", "full")
+SCORES: tuple[Score, ...] = ("dmin", "deflated")
+PICTURED = ("none, dmin", "sign, deflated")
+"""What the picture shows beside the likeness of pixels: the paper's score and the default."""
 DROPPED = 0.1
 """The share of captions that are left empty in training, for classifier-free guidance."""
 
@@ -356,8 +360,19 @@ class Experiment:
                 for k in recording.slots:
                     with recording.body(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
-        found = recording.hits(score="dmin", k=min(max(KS), len(self.tuning.names)), exact=True)
-        np.save(folder / "samples.npy", np.array([[hit.sample for hit in row] for row in found]))
+        for score in SCORES:
+            found = recording.hits(score=score, k=min(max(KS), len(self.tuning.names)), exact=True)
+            np.save(folder / f"{score}.npy", np.array([[hit.sample for hit in row] for row in found]))
+
+    def found(self, way: str, *, swapped: bool = False) -> dict[str, np.ndarray]:
+        """By score, the samples (Q, at least the largest of KS) found for each query, best first."""
+        return {
+            f"{precondition}, {score}": np.load(
+                self.ask(way, precondition, swapped=swapped) / f"{score}.npy", allow_pickle=False
+            )
+            for precondition in self.plan.preconditions
+            for score in SCORES
+        }
 
     @property
     def asked(self) -> list[str]:
@@ -454,9 +469,7 @@ def rates_of(experiment: Experiment) -> list[emoji_page.Rates]:
     for way in experiment.plan.ways:
         made = np.load(experiment.make_queries(way) / "images.npy", allow_pickle=False)
         answers.append(rates(way, "pixels", nearest_pixels(made, tuning.images), asked))
-        for precondition in experiment.plan.preconditions:
-            found = np.load(experiment.ask(way, precondition, swapped=False) / "samples.npy", allow_pickle=False)
-            answers.append(rates(way, precondition, found, asked))
+        answers += [rates(way, score, found, asked) for score, found in experiment.found(way).items()]
     return answers
 
 
@@ -466,13 +479,12 @@ def swapped_of(experiment: Experiment) -> list[emoji_page.Swapped]:
     told = [SMALL[(SMALL.index(category) + 1) % len(SMALL)] for category in asked]
     answers = []
     for way in experiment.plan.ways:
-        for precondition in experiment.plan.preconditions:
-            found = np.load(experiment.ask(way, precondition, swapped=True) / "samples.npy", allow_pickle=False)
+        for score, found in experiment.found(way, swapped=True).items():
             answers.append(
                 emoji_page.Swapped(
                     kind=experiment.name,
                     way=way,
-                    score=precondition,
+                    score=score,
                     picture=float(detected(found, asked, tuning, 10).mean()),
                     prompt=float(detected(found, told, tuning, 10).mean()),
                 )
@@ -490,9 +502,7 @@ def examples_of(experiment: Experiment) -> list[emoji_page.Example]:
         for category in SMALL:
             query = asked.index(category)
             found = {"pixels": pixels}
-            for precondition in experiment.plan.preconditions:
-                folder = experiment.ask(way, precondition, swapped=False)
-                found[precondition] = np.load(folder / "samples.npy", allow_pickle=False)
+            found |= {score: rows for score, rows in experiment.found(way).items() if score in PICTURED}
             answers.append(
                 emoji_page.Example(
                     title=f"{experiment.name}, {emoji_page.WAYS[way]}: {category}",

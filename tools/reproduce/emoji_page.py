@@ -27,7 +27,7 @@ class Rates:
     """Detection rates of one way to find samples.
 
     way: of fine-tuning.
-    score: the preconditioner, or "pixels" for likeness of the pictures alone.
+    score: the preconditioner and the score, or "pixels" for likeness of the pictures alone.
     rate: by category and k, the mean over its queries.
     error: by k, the standard error of the mean over categories, from the spread of each category's queries.
     """
@@ -154,8 +154,9 @@ def _lines(report: Report) -> list[str]:
             "- ",
         ),
         _prose(
-            "`none` is the paper's score; `sign` takes the sign of each element of a gradient before it is compressed; "
-            "`adam` divides by the root of the optimizer's second moment.",
+            "`none, dmin` is the paper's score, `sign, deflated` the default. `sign` takes the sign of each element of "
+            "a gradient before it is compressed; `adam` divides by the root of the optimizer's second moment; `dmin` "
+            "adds up inner products, `deflated` frees the query first of what all samples share.",
             "- ",
         ),
         "",
@@ -258,8 +259,8 @@ def _plot(report: Report, path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("top k", fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (2.3 * len(models) + 0.6)))
+    figure.legend(handles, labels, loc="upper center", ncols=-(-len(labels) // 2), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / (2.3 * len(models) + 0.6)))
     # No date and no version within: the same figures give the same file.
     figure.savefig(path, dpi=90, metadata={"Software": None})
     pyplot.close(figure)

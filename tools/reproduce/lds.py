@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,14 @@ from page import Page
 
 from dmin_trace import kernel
 from dmin_trace.evaluate import RESAMPLES, Datamodeling, linear_datamodeling_score
+from dmin_trace.pack import pack
 from dmin_trace.settings import Precondition
-from dmin_trace.store import open_trace
+from dmin_trace.store import Trace, open_trace
 
 Scores = NDArray[np.float64]
 Floats = NDArray[np.float32]
 DIMENSION = 2**14
+SMALLER = (2**12, 2**10)
 PRECONDITIONS: tuple[Precondition, ...] = ("none", "sign", "adam")
 EVEN = tuple(ddpm.evenly(10))
 KINDS = {
@@ -56,6 +59,7 @@ IN_SHORT = {
     *("whole: loss, none: LiSSA, best", "whole: loss, none: DataInf, best", "whole: loss, none: DataInf, identity"),
     *("whole: loss, none: inner products, normalised", "whole: loss, none: inner products"),
     *("other: DMin's published code, v = 2^14", "other: SSIM", "other: cosine of pixels, less the mean"),
+    *("v = 2^12: loss, none: dmin", "v = 2^12: loss, sign: dmin", "v = 2^12: loss, sign: deflated"),
     "other: random",
 }
 
@@ -64,7 +68,7 @@ IN_SHORT = {
 class Way:
     """A method at one strength.
 
-    group: store, whole (uncompressed gradients) or other.
+    group: store, a smaller v, whole (uncompressed gradients) or other.
     method, strength: in words; strengths of one method compete.
     scores: gives (Q, N).
     """
@@ -91,16 +95,9 @@ def _of_store(folder: Path, kind: str, precondition: Precondition) -> Iterator[W
     trace = open_trace(folder / f"{precondition}.zarr")
     queries: NDArray[np.float32] = np.load(folder / f"{precondition}.npy")
     rows, name = sketches.rows_of(trace), f"{kind}, {precondition}"
-
-    def products(asked: NDArray[np.float32]) -> Scores:
-        return np.asarray(asked.reshape(len(asked), -1) @ rows.reshape(len(rows), -1).T, np.float64)
-
-    yield Way("store", f"{name}: dmin", "", lambda: products(queries))
+    products, grams = partial(_products, rows), kernel.grams(trace)
     found = kernel.principal_directions(trace, DIRECTIONS[-1])
-    chosen = kernel.choose_directions(found.eigenvalues)
-    yield Way("store", f"{name}: deflated", f"r = {chosen}", lambda: products(found.largest(chosen).deflate(queries)))
-    grams = kernel.grams(trace)
-    yield Way("store", f"{name}: ridge", "default", lambda: products(kernel.ridge(trace, queries, kernels=grams)))
+    yield from _by_default("store", name, trace, products, queries, found, grams)
     for count in DIRECTIONS:
         yield Way(
             "store",
@@ -126,6 +123,46 @@ def _of_store(folder: Path, kind: str, precondition: Precondition) -> Iterator[W
             f"{name}: ridge of the mean over t, best",
             f"{ridge:g}",
             lambda s=ridge: baselines.trak(rows.mean(1), queries.mean(1), s),
+        )
+
+
+def _by_default(
+    group: str,
+    name: str,
+    trace: Trace,
+    products: Callable[[Floats], Scores],
+    queries: Floats,
+    found: kernel.Directions,
+    grams: Scores,
+) -> Iterator[Way]:
+    """What the command line has, with the strengths that it chooses from the store."""
+    chosen = kernel.choose_directions(found.eigenvalues)
+    yield Way(group, f"{name}: dmin", "", lambda: products(queries))
+    yield Way(group, f"{name}: deflated", f"r = {chosen}", lambda: products(found.largest(chosen).deflate(queries)))
+    yield Way(group, f"{name}: ridge", "default", lambda: products(kernel.ridge(trace, queries, kernels=grams)))
+
+
+def _products(rows: Floats, asked: Floats) -> Scores:
+    return np.asarray(asked.reshape(len(asked), -1) @ rows.reshape(len(rows), -1).T, np.float64)
+
+
+def of_smaller_stores(work: Path) -> Iterator[Way]:
+    """Scores from the stores of the script's loss, folded to fewer numbers."""
+    for dimension, precondition in product(SMALLER, ("none", "sign")):
+        whole, folder = work / "stores" / "loss", work / "stores" / f"loss-v{dimension}"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{precondition}.zarr"
+        if not path.exists():
+            pack(open_trace(whole / path.name), path, dimension=dimension)
+        trace = open_trace(path)
+        yield from _by_default(
+            f"v = 2^{dimension.bit_length() - 1}",
+            f"loss, {precondition}",
+            trace,
+            partial(_products, sketches.rows_of(trace)),
+            sketches.folded(np.load(whole / f"{precondition}.npy"), dimension),
+            kernel.principal_directions(trace, DIRECTIONS[-1]),
+            kernel.grams(trace),
         )
 
 
@@ -278,7 +315,7 @@ def run(work: Path) -> dict[str, dict[str, Scores]]:
     kept = work / "scores"
     kept.mkdir(exist_ok=True)
     found: dict[str, dict[str, Scores]] = {}
-    for part in (of_pictures, of_stores, of_whole_gradients, published):
+    for part in (of_pictures, of_stores, of_smaller_stores, of_whole_gradients, published):
         listed = kept / f"{part.__name__}.txt"
         if not listed.exists():
             lines = []
@@ -330,8 +367,8 @@ def main(
         "datamodeling score (LDS) is the mean over queries of Spearman's correlation, with a 95 % interval that "
         f"resamples queries and models. Queries: {count}, half of them held-out digits (validation), half generated. "
         "Strengths called best: each half of the queries has the one that is best on the other half. Same digit: of "
-        "the ten best for held-out digits. Store: dmin_trace's int8 rows of v = 2^14, T = 10; whole: uncompressed "
-        "gradients.",
+        "the ten best for held-out digits. Store: dmin_trace's int8 rows of v = 2^14, T = 10, or folded to the v that "
+        "is named; whole: uncompressed gradients.",
     )
     columns = ("method", "strength", "LDS", "95 %", "validation", "generated", "same digit, top 10")
     shown = {

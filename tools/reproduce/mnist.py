@@ -140,9 +140,7 @@ def captured(work: Path, digits: Digits, dimensions: Sequence[int]) -> None:
 def asked_of(work: Path, dimension: int, name: str) -> NDArray[np.float32]:
     """(Q, T, v) the queries' compressed gradients, folded and of norm one, as a capture at that dimension has them."""
     (captured_at,) = work.glob(f"v*/{name}.npy")
-    rows: NDArray[np.float32] = np.load(captured_at)
-    folded = rows.reshape(*rows.shape[:2], -1, dimension).sum(2)
-    return folded / np.linalg.norm(folded, axis=2, keepdims=True)
+    return sketches.folded(np.load(captured_at), dimension)
 
 
 def rankings(

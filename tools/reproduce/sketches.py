@@ -22,8 +22,17 @@ from torch.func import functional_call, grad, vmap
 
 from dmin_trace.compress import Plan, compress, make_plan
 from dmin_trace.settings import Precondition
-from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Trace, choose_chunk_rows, create
-from dmin_trace.store import open_trace as open_trace
+from dmin_trace.store import (
+    Header,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    Trace,
+    choose_chunk_rows,
+    create,
+    open_trace,
+    resume,
+)
 
 Objective = Literal["loss", "squared_output"]
 Gradients = dict[str, torch.Tensor]
@@ -131,13 +140,17 @@ def capture(
     for name in preconditions:
         path = folder / f"{name}.zarr"
         if not (path.exists() and open_trace(path, unfinished=True).complete):
-            writers[name] = create(path, _header(path, parameters, plan, kind, name, len(images)))
-    pending = sorted({chunk for writer in writers.values() for chunk in writer.pending()})
+            header = _header(path, parameters, plan, kind, name, len(images))
+            writers[name] = resume(path, header) if path.exists() else create(path, header)
+    missing = {name: set(writer.pending()) for name, writer in writers.items()}
+    pending = sorted(set().union(*missing.values()))
     for chunk in track(pending, "chunks"):
         rows_of = next(iter(writers.values())).rows(chunk)
         here = slice(rows_of.start, rows_of.stop)
         done = [_rows(batch, preconditions, moments, plan) for batch in batches(model, images[here], kind)]
         for name, writer in writers.items():
+            if chunk not in missing[name]:
+                continue
             grads, norms = (np.concatenate([batch[name][part] for batch in done]) for part in (0, 1))
             number = np.arange(rows_of.start, rows_of.stop)
             writer.write(chunk, grads, norms, np.zeros_like(norms), number, {"label": labels[here].tolist()})
@@ -183,6 +196,12 @@ def _header(
         settings={},
         writers={},
     )
+
+
+def folded(rows: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
+    """(Q, T, v) compressed gradients of norm one, as a capture at a smaller dimension has them."""
+    sums: NDArray[np.float32] = rows.reshape(*rows.shape[:2], -1, dimension).sum(2)
+    return sums / np.linalg.norm(sums, axis=2, keepdims=True)
 
 
 def rows_of(trace: Trace) -> NDArray[np.float32]:

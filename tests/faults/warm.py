@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,7 +81,8 @@ class Running:
     def kill(self, which: signal.Signals = signal.SIGKILL) -> None:
         """Sends it a signal, if it has not ended."""
         if self.number not in self.warm.ended:
-            os.kill(self.number, which)
+            with suppress(ProcessLookupError):
+                os.kill(self.number, which)
 
     def wait(self, seconds: float = 120) -> int:
         """Waits until it ends; gives its exit code, or the signal's number below zero."""

@@ -26,6 +26,8 @@ import dmin_trace.capture, dmin_trace.launch, dmin_trace.cli, dmin_trace.store, 
 
 def become(job):
     os.setpgid(0, 0)
+    # A shell that starts the tests in the background has their Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["folder"])
     os.environ.update(job["environment"])
     for number, name in ((1, "out"), (2, "complaints")):

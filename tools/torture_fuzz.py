@@ -142,8 +142,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_index(data: bytes) -> None:
         edited = _edited(kept, data)
         if isinstance(edited, dict):
-            edited.pop("digest", None)
-            edited["digest"] = untrusted.digest(edited)
+            edited = _signed(edited)
         _put(harmed / "trace.index" / "index.json", json.dumps(edited))
         opened = open_trace(harmed / "trace.zarr")
         for what in (index.open_index(opened), index.open_directions(opened)):
@@ -153,8 +152,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_facts(data: bytes) -> None:
         edited = _edited(kept, data)
         if isinstance(edited, dict):
-            edited.pop("digest", None)
-            edited["digest"] = untrusted.digest(edited)
+            edited = _signed(edited)
         try:
             index.summary(Facts.from_json(json.dumps(edited)))
         except hnsw.GraphError:
@@ -235,6 +233,15 @@ def _parsed(data: bytes, name: str) -> Any:
     except ValueError:
         raise RefusedError from None
     return found.get(name) if isinstance(found, dict) else None
+
+
+def _signed(facts_of: dict[str, Any]) -> dict[str, Any]:
+    """Facts of an index with their digest; what holds an infinity has none."""
+    kept = {name: value for name, value in facts_of.items() if name != "digest"}
+    try:
+        return {**kept, "digest": untrusted.digest(kept)}
+    except ValueError:
+        return kept
 
 
 def _object(value: Any) -> dict[str, Any]:

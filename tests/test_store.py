@@ -153,7 +153,8 @@ def dequantised(path: Path) -> np.ndarray:
     return grad * np.asarray(group["scale"][:])[:, :, None] if "scale" in group else grad  # type: ignore[index]
 
 
-@pytest.mark.filterwarnings("ignore:.*currently not part in the Zarr format 3 specification.*")  # Zarr 3.1.0
+# Plain Zarr, which reads the texts here, says of some versions that their format is young.
+@pytest.mark.filterwarnings("ignore:.*not part in the Zarr format 3 specification.*")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_written_comes_back_and_is_ordinary_zarr(tmp_path: Path, dtype: Dtype) -> None:
     header = make_header(dtype=dtype)

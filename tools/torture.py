@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import typer
 from torture_fuzz import fuzz_command
+from torture_kill import crash_command, kill_command, ranks_command
 from torture_rot import rot_command
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command("fuzz")(fuzz_command)
 app.command("rot")(rot_command)
+app.command("kill")(kill_command)
+app.command("ranks")(ranks_command)
+app.command("crash")(crash_command)
 
 
 @app.callback()

@@ -48,6 +48,13 @@ SPARE = 2**31
 """Bytes of addresses that a target may take beyond those it starts with."""
 PATIENCE = 20
 """Seconds for an input."""
+GUIDED = """
+import sys, atheris
+with atheris.instrument_imports(include=["dmin_trace"]):
+    import torture_fuzz
+torture_fuzz.main()
+"""
+"""Atheris sees which code an input reaches where it was there first."""
 NASTY: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 2**31, 2**53, 2**63, 2**64, 10**15, -(2**63), 10**400, 0.5, 1e308, -0.0),
     *(
@@ -142,8 +149,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_index(data: bytes) -> None:
         edited = _edited(kept, data)
         if isinstance(edited, dict):
-            edited.pop("digest", None)
-            edited["digest"] = untrusted.digest(edited)
+            edited = _signed(edited)
         _put(harmed / "trace.index" / "index.json", json.dumps(edited))
         opened = open_trace(harmed / "trace.zarr")
         for what in (index.open_index(opened), index.open_directions(opened)):
@@ -153,8 +159,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_facts(data: bytes) -> None:
         edited = _edited(kept, data)
         if isinstance(edited, dict):
-            edited.pop("digest", None)
-            edited["digest"] = untrusted.digest(edited)
+            edited = _signed(edited)
         try:
             index.summary(Facts.from_json(json.dumps(edited)))
         except hnsw.GraphError:
@@ -235,6 +240,15 @@ def _parsed(data: bytes, name: str) -> Any:
     except ValueError:
         raise RefusedError from None
     return found.get(name) if isinstance(found, dict) else None
+
+
+def _signed(facts_of: dict[str, Any]) -> dict[str, Any]:
+    """Facts of an index with their digest; what holds an infinity has none."""
+    kept = {name: value for name, value in facts_of.items() if name != "digest"}
+    try:
+        return {**kept, "digest": untrusted.digest(kept)}
+    except ValueError:
+        return kept
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -398,8 +412,11 @@ def _in_a_process(what: str, count: int, seed: int, engine: str, folder: Path) -
     """How many inputs a target was given, answered and refused; and what it did that is a finding, or ""."""
     folder.mkdir(parents=True)
     counts = np.memmap(folder / "counts", np.int64, "w+", shape=3)
-    command = [sys.executable, __file__, what, str(count), str(seed), engine, str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    start = [__file__] if engine == "random" else ["-c", GUIDED]
+    command = [sys.executable, *start, what, str(count), str(seed), engine, str(folder)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=False, cwd=Path(__file__).parent
+    )
     found = (folder / "finding.txt").read_text(errors="replace") if (folder / "finding.txt").exists() else ""
     if ran.returncode and not found:
         found = f"exit code {ran.returncode}: {ran.stderr[-3000:]}"
@@ -435,7 +452,6 @@ def _run_target(what: str, count: int, seed: int, engine: str, folder: Path) -> 
     if engine == "atheris":
         import atheris
 
-        atheris.instrument_all()
         corpus = folder / "corpus"
         corpus.mkdir()
         for n, data in enumerate(target.seeds):
@@ -452,5 +468,11 @@ def _too_slow(*_: object) -> None:
     raise TimeoutError(f"an input took more than {PATIENCE} seconds")
 
 
+def main() -> None:
+    """A target's own process: its name, inputs, seed, engine and folder."""
+    what, count, seed, engine, folder = sys.argv[1:]
+    _run_target(what, int(count), int(seed), engine, Path(folder))
+
+
 if __name__ == "__main__":
-    _run_target(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5]))
+    main()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from test_store import change, make_header, make_rows, write, write_store
 from torture_stores import make_store
@@ -303,6 +304,15 @@ def test_an_image_is_what_its_bytes_are_and_no_program(tmp_path: Path) -> None:
     assert query._as_file(good, tmp_path / "out.png") == good
 
 
+def test_a_text_in_an_image_that_unpacks_to_much_is_one_line(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("comment", "x" * 2**24, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    assert (tmp_path / "a.png").stat().st_size < 2**16
+    with pytest.raises(QueryError, match="cannot be read as an image: Decompressed data too large"):
+        query._as_file(tmp_path / "a.png", tmp_path / "out.png")
+
+
 def test_images_of_broken_bytes_are_one_line(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "good.png")
@@ -385,8 +395,16 @@ def test_weight_files_from_anybody_are_one_line(tmp_path: Path, name: str) -> No
 
 def test_a_pipe_of_weights_blocks_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match="it is no file"):
-        [places(files, tmp_path) for files in weight_files(tmp_path)]
+    code = """
+import pathlib, sys
+from dmin_trace.weights import places, weight_files
+folder = pathlib.Path(sys.argv[1])
+places(weight_files(folder)[0], folder)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "WeightsError" in ran.stderr and "it is no file" in ran.stderr
 
 
 def test_arrays_of_objects_are_refused(genuine: Trace, tmp_path: Path) -> None:

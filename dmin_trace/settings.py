@@ -96,8 +96,8 @@ class Settings:
             and all(isinstance(name, str) and COLUMN_NAME.fullmatch(name) for name in self.columns)
         ):
             raise SettingsError(
-                f"columns is {_brief(self.columns)}; expected names of dataset columns, made of letters, digits, '_', '-', "
-                "'.' and spaces."
+                f"columns is {_brief(self.columns)}; expected names of dataset columns, made of letters, digits, '_', "
+                "'-', '.' and spaces."
             )
 
     def _check_timesteps(self) -> None:

@@ -38,7 +38,7 @@ Seed = Annotated[int, typer.Option(help="Of the moments.")]
 
 @app.command("kill")
 def kill_command(times: Times = 100, seed: Seed = 0) -> None:
-    """One process, killed at moments spread over its start and its first few chunks, so that each kill counts."""
+    """One process, killed at moments of its start and of its first few chunks, half of the times each."""
     _torture(1, times, seed, chunks=3 * times + 10)
 
 
@@ -118,7 +118,14 @@ def _torture(processes: int, times: int, seed: int, chunks: int) -> None:
             task = progress.add_task("kills", total=times)
             for _ in range(times):
                 group = start(store)
-                time.sleep(generator.uniform(0, came + 2 * each))
+                if generator.random() < 0.5:
+                    time.sleep(generator.uniform(0, came))
+                else:
+                    # From its first chunk on: a start takes longer than many chunks.
+                    until = time.monotonic() + 20 * came
+                    while len(done(store)) <= marks < chunks and time.monotonic() < until:
+                        time.sleep(0.01)
+                    time.sleep(generator.uniform(0, 3 * each))
                 chosen = generator.randrange(processes)
                 group[chosen].kill()
                 _check(group[chosen].wait() in (-signal.SIGKILL, 0), group[chosen].said())

@@ -206,7 +206,7 @@ def test_of_an_unfinished_trace_what_is_done_is_ranked(tmp_path: Path) -> None:
     ranking = exact(trace, rows.grad[[20, 10]], 24)
     assert [sorted(row) for row in ranking.slots.tolist()] == [here, here]
     assert ranking.slots[0, 0] == 20
-    with pytest.raises(QueryError, match="k is 25, but only 24 samples"):
+    with pytest.raises(QueryError, match="k is 25, but the capture is unfinished: 24 of 40 samples are done"):
         exact(trace, rows.grad[:1], 25)
 
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Mode = Literal["synced", "all", "truncated", "zeroed", "random"]
-MODES: tuple[Mode, ...] = ("synced", "all", "truncated", "zeroed", "random")
+Mode = Literal["synced", "all", "truncated", "zeroed", "torn", "random"]
+MODES: tuple[Mode, ...] = ("synced", "all", "truncated", "zeroed", "torn", "random")
 
 
 State = dict[str, bytes | None]
@@ -86,7 +86,8 @@ class Disk:
         Args:
             point: how many operations were begun and done.
             mode: "synced": only what was promised. "all": everything. "truncated": all names, and of what was not
-                synced no bytes. "zeroed": likewise, with zeros. "random": of all that was not promised a part.
+                synced no bytes. "zeroed": likewise, with zeros; "torn": with its first bytes, then zeros. "random": of
+                all that was not promised a part.
             seed: for "random".
         """
         found: State = {}
@@ -153,13 +154,13 @@ class Disk:
         if mode != "random":
             return node.names
         names = {}
-        for name in node.names.keys() | node.kept_names.keys():
+        for name in sorted(node.names.keys() | node.kept_names.keys()):
             now, before = node.names.get(name), node.kept_names.get(name)
             # A folder that was synced has no choice left.
             found = generator.choice([now, before])
             if found is not None:
                 names[name] = found
-        return dict(sorted(names.items()))
+        return names
 
 
 def _bytes(node: _Node, mode: Mode, generator: random.Random) -> bytes:
@@ -171,6 +172,9 @@ def _bytes(node: _Node, mode: Mode, generator: random.Random) -> bytes:
         return b""
     if mode == "zeroed":
         return bytes(len(node.data))
+    if mode == "torn":
+        first = 1 + len(node.data) // 8
+        return node.data[:first] + bytes(max(0, len(node.data) - first))
     length = generator.randrange(len(node.data) + 1)
     torn = node.data[:length], node.data[:length] + bytes(len(node.data) - length), node.kept or b"", node.data
     return generator.choice(torn)

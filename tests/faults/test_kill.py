@@ -129,7 +129,7 @@ def test_a_second_signal_stops_at_once(capture: Capture, tmp_path: Path) -> None
     assert running.wait(20) == -signal.SIGTERM
     assert done(store) == set()
     capture.warm.run(capture.command(store), capture.folder, prelude=capture.prelude)
-    assert chunk_files(store, 0) and open_trace(store).complete
+    assert chunk_files(store)[0] and open_trace(store).complete
 
 
 def test_when_one_of_two_processes_is_killed_the_other_ends_with_one_line(capture: Capture, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ import dmin_trace.capture, dmin_trace.launch, dmin_trace.cli, dmin_trace.store, 
 
 def become(job):
     os.setpgid(0, 0)
+    # A shell that starts the tests in the background has their Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(job["folder"])
     os.environ.update(job["environment"])
     for number, name in ((1, "out"), (2, "complaints")):
@@ -80,7 +83,8 @@ class Running:
     def kill(self, which: signal.Signals = signal.SIGKILL) -> None:
         """Sends it a signal, if it has not ended."""
         if self.number not in self.warm.ended:
-            os.kill(self.number, which)
+            with suppress(ProcessLookupError):
+                os.kill(self.number, which)
 
     def wait(self, seconds: float = 120) -> int:
         """Waits until it ends; gives its exit code, or the signal's number below zero."""

@@ -95,7 +95,7 @@ def _alone(path: Path, copy: Path) -> Trace:
 
 
 def _asked(index: Index, asked: NDArray[np.float32], truth: NDArray[np.int64], ef: int) -> str:
-    depth = Depth(k=10, candidates=CANDIDATES, ef=ef, recall=0.0)
+    depth = Depth(score="dmin", k=10, candidates=CANDIDATES, ef=ef, recall=0.0)
     began, found = time.perf_counter(), []
     for one in asked:
         found.append(score.rerank(index.trace, one[None], index.candidates(one[None], depth), 10).slots[0])

@@ -69,8 +69,6 @@ SYNCS = 16
 """Files and folders of a chunk that the disk is asked to keep at once."""
 TRAILER = 4
 """Bytes of crc32c behind each chunk."""
-DONE = b"\x01\x52\xd0\x16\xa0"
-"""The mark of a chunk that is done, whole, with its checksum; anything else in its place is none."""
 PACKING: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
 """Blosc's settings. A higher level gains a few per cent, at a hundredth of the speed."""
 FRAME_HEADER = 16

@@ -379,7 +379,7 @@ def test_on_demand_goes_on_where_it_stopped(trained: tuple[Denoiser, Path], tmp_
     step = module.training_step
 
     class Stops(Points):
-        stop = 9
+        stop = 10  # none of those by which the data set is known again
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             if index == self.stop:
@@ -390,11 +390,12 @@ def test_on_demand_goes_on_where_it_stopped(trained: tuple[Denoiser, Path], tmp_
     data = DataLoader(Stops(), batch_size=4)
     with pytest.raises(KeyboardInterrupt):
         capture(module, data, out=again, settings=SMALL)
-    assert seen == list(range(9)) and module.training_step == step
+    # After the first sample those by which the data set is known again, twice.
+    assert seen[0] == 0 and seen[-9:] == list(range(1, 10)) and module.training_step == step
     seen.clear()
     Stops.stop = -1
     capture(module, data, out=again, settings=SMALL)
-    assert seen == [8, 9, 10, 11]
+    assert seen[0] == 8 and seen[-3:] == [9, 10, 11] and 1 not in seen
     assert np.array_equal(open_trace(again).rows(np.arange(12)), open_trace(out).rows(np.arange(12)))
     with pytest.raises(TraceError, match="is complete"):
         capture(module, data, out=again, settings=SMALL)

@@ -391,7 +391,8 @@ def verify_command(
     for note in found.notes:
         console.print(Text(report.harmless(note, 400), style="dim"))
     checked = f"{found.files:,} files, {found.bytes:,} bytes were compared with their checksums"
-    said = f"{len(found.damages)} are damaged" if found.damages else "all is whole"
+    count = len(found.damages)
+    said = f"{count} {'file is' if count == 1 else 'files are'} damaged" if count else "all is whole"
     style = "red" if found.damages else "green"
     console.print(Text(report.harmless(f"{trace}: {said}; {checked}.", 400), style=style))
     if json_path is not None:

@@ -56,7 +56,7 @@ def main(
         "The index's settings, and what is stored: MNIST",
         "python tools/reproduce/ablation.py --work WORK",
         time.monotonic() - began,
-        f"The stores of mnist.md at v = 2^{DIMENSION.bit_length() - 1}, int8, N = {trace.header.samples:,}, "
+        f"The stores of mnist_linear.md at v = 2^{DIMENSION.bit_length() - 1}, int8, N = {trace.header.samples:,}, "
         f"T = {len(trace.header.timesteps)}, asked by {len(asked)} generated digits. In each column HNSW's search has "
         f"ef vectors in view, the {CANDIDATES} nearest are scored exactly; the figures are the recall of the ten "
         "best of the exact scan, and milliseconds a query, the exact scores with them. An index that is built without "

@@ -15,6 +15,10 @@ Each message says what was found, what was expected and what to do. The command 
 exits with 1; with 130 or 143 for a signal.
 """
 
+from __future__ import annotations
+
+import reprlib
+
 
 class DminTraceError(Exception):
     """The base of all errors that dmin_trace raises on purpose."""
@@ -61,3 +65,11 @@ class ScriptError(DminTraceError):
 
 class EvaluationError(DminTraceError):
     """A measure that cannot be taken of what was given."""
+
+
+def brief(value: object) -> str:
+    """A value from anybody on part of a line, however large or deep it is."""
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxlist, shortener.maxstring = 3, 12, 80
+    text = shortener.repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

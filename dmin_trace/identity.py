@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +76,9 @@ def _batches(samples: int, chosen: list[int], fetch: Callable[[int], Any]) -> st
 
 def _add(update: Callable[[bytes], None], value: Any) -> None:
     """Adds a value's content; of what cannot be looked into, its type."""
+    # A query wants to know its script alone, and not to wait for torch.
+    import torch
+
     update(type(value).__name__.encode())
     if isinstance(value, torch.Tensor):
         update(f"{value.dtype} {tuple(value.shape)}".encode())

@@ -7,7 +7,6 @@ timesteps, same projection; the inner products with the store's rows are the inf
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from PIL import Image
 from dmin_trace import errors, kernel
 from dmin_trace.commands import Command, Job, recall
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
+from dmin_trace.identity import script_of
 from dmin_trace.index import open_directions, open_index, read_facts, search
 from dmin_trace.questions import Asked
 from dmin_trace.report import Hit
@@ -220,17 +220,13 @@ def answer(
 
 def _check_script(trace: Trace, run: Command) -> None:
     """Raises TraceError if the command's script is not the one that made the trace, as far as that is known."""
-    script = Path(run.script)
-    try:
-        sha256 = hashlib.sha256(script.read_bytes()).hexdigest()
-    except OSError:
-        # That there is none is said where it is run.
-        return
+    # Of one that is not there nothing is known; that is said where it is run.
+    script = script_of(run.script)
     check_script(
         trace.path,
         trace.header,
         script.name,
-        sha256,
+        script.sha256,
         "Ask with the script as it was; or, if its loss and its data are the same, with --edited-script "
         "(edited_script=True).",
     )

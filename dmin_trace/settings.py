@@ -7,12 +7,11 @@ Where the store lies and when the training run ends are arguments of `attach`, n
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from dmin_trace.errors import SettingsError
+from dmin_trace.errors import SettingsError, brief
 
 Dtype = Literal["int8", "float16", "float32"]
 Projection = Literal["rotation", "uniform"]
@@ -73,13 +72,13 @@ class Settings:
             SMALLEST_DIMENSION <= self.dimension <= LARGEST_DIMENSION and self.dimension & (self.dimension - 1) == 0
         ):
             raise SettingsError(
-                f"dimension is {_brief(self.dimension)}; expected a power of two from {SMALLEST_DIMENSION} to "
+                f"dimension is {brief(self.dimension)}; expected a power of two from {SMALLEST_DIMENSION} to "
                 f"{LARGEST_DIMENSION}, such as 16384."
             )
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:
-            raise SettingsError(f"seed is {_brief(self.seed)}; expected an integer from 0 to 2**32 - 1.")
+            raise SettingsError(f"seed is {brief(self.seed)}; expected an integer from 0 to 2**32 - 1.")
         if not _is_integer(self.draws) or not 1 <= self.draws <= MOST_DRAWS:
-            raise SettingsError(f"draws is {_brief(self.draws)}; expected a count from 1 to {MOST_DRAWS}.")
+            raise SettingsError(f"draws is {brief(self.draws)}; expected a count from 1 to {MOST_DRAWS}.")
         choices = {
             "dtype": Dtype,
             "projection": Projection,
@@ -90,13 +89,13 @@ class Settings:
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):
-                raise SettingsError(f"{name} is {_brief(value)}; expected one of {', '.join(get_args(kind))}.")
+                raise SettingsError(f"{name} is {brief(value)}; expected one of {', '.join(get_args(kind))}.")
         if self.columns is not None and not (
             isinstance(self.columns, tuple)
             and all(isinstance(name, str) and COLUMN_NAME.fullmatch(name) for name in self.columns)
         ):
             raise SettingsError(
-                f"columns is {_brief(self.columns)}; expected names of dataset columns, made of letters, digits, '_', "
+                f"columns is {brief(self.columns)}; expected names of dataset columns, made of letters, digits, '_', "
                 "'-', '.' and spaces."
             )
 
@@ -104,18 +103,16 @@ class Settings:
         if _is_integer(self.timesteps):
             if not 1 <= self.timesteps <= MOST_TIMESTEPS:  # type: ignore[operator]
                 raise SettingsError(
-                    f"timesteps is {_brief(self.timesteps)}; expected a count from 1 to {MOST_TIMESTEPS}."
+                    f"timesteps is {brief(self.timesteps)}; expected a count from 1 to {MOST_TIMESTEPS}."
                 )
             return
         given = self.timesteps
         if not isinstance(given, tuple) or not given or not all(_is_integer(t) and t >= 0 for t in given):
             raise SettingsError(
-                f"timesteps is {_brief(given)}; expected a count, or a list of integers that are not negative."
+                f"timesteps is {brief(given)}; expected a count, or a list of integers that are not negative."
             )
         if len(set(given)) != len(given) or len(given) > MOST_TIMESTEPS:
-            raise SettingsError(
-                f"timesteps is {_brief(given)}; expected at most {MOST_TIMESTEPS} timesteps, each once."
-            )
+            raise SettingsError(f"timesteps is {brief(given)}; expected at most {MOST_TIMESTEPS} timesteps, each once.")
 
     @property
     def slots(self) -> int:
@@ -142,9 +139,3 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _brief(value: object) -> str:
-    """A value on part of a line, however large it is: settings are read from stores, too."""
-    text = reprlib.repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

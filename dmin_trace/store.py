@@ -29,7 +29,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace import untrusted
-from dmin_trace.errors import TraceError
+from dmin_trace.errors import TraceError, brief
 from dmin_trace.settings import (
     COLUMN_NAME,
     LARGEST_DIMENSION,
@@ -353,7 +352,7 @@ def check_script(path: Path, header: Header, name: str, sha256: str, what: str) 
     if header.script_sha256 and sha256 and header.script_sha256 != sha256:
         raise TraceError(
             f"The script is not the one that made {path}: the SHA-256 of {name} is {sha256[:16]}, that of the trace's "
-            f"{_short(header.script)} is {header.script_sha256[:16]}. {what}"
+            f"{brief(header.script)} is {header.script_sha256[:16]}. {what}"
         )
 
 
@@ -389,8 +388,8 @@ def resume(path: Path, header: Header) -> Writer:
     for name in sorted(found | expected):
         if name.split(".")[0] not in _MAY_DIFFER and found.get(name, "missing") != expected.get(name, "missing"):
             raise TraceError(
-                f"{path} belongs to another capture: its {name} is {_short(found.get(name, 'missing'))}, that of this "
-                f"run is {_short(expected.get(name, 'missing'))}. Give another path (--out), or move it away."
+                f"{path} belongs to another capture: its {name} is {brief(found.get(name, 'missing'))}, that of this "
+                f"run is {brief(expected.get(name, 'missing'))}. Give another path (--out), or move it away."
             )
     return Writer(path, existing)
 
@@ -416,7 +415,7 @@ class Writer:
 
     def pending(self) -> list[int]:
         """The chunks that are not done."""
-        return [chunk for chunk, done in enumerate(_read_done(self.path, self.header)) if not done]
+        return [chunk for chunk, done in enumerate(marks(self.path, self.header)) if not done]
 
     def write(
         self,
@@ -526,8 +525,8 @@ class Writer:
         try:
             for chunk in chunks:
                 chunk_file(self.path, "done", chunk, 1).unlink(missing_ok=True)
-            if (marks := self.path / "done" / "c").is_dir():
-                sync(marks)
+            if (folder := self.path / "done" / "c").is_dir():
+                sync(folder)
             _set_complete(self.path, False)
         except OSError as error:
             raise TraceError(f"{self.path} cannot be written: {error.strerror or error}.") from None
@@ -785,7 +784,7 @@ class Trace:
         header = self.header
         slots = np.asarray(slots)
         if slots.size and not (slots.min() >= 0 and slots.max() < header.samples):
-            raise TraceError(f"{self.path} has the slots 0 to {header.samples - 1}, not {_short(slots.tolist())}.")
+            raise TraceError(f"{self.path} has the slots 0 to {header.samples - 1}, not {brief(slots.tolist())}.")
         found = np.empty((len(slots), len(header.timesteps), header.dimension), np.float32)
         chunks = slots // header.chunk_rows
         for chunk in np.unique(chunks):
@@ -935,7 +934,7 @@ def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Tra
     path = Path(path)
     header, complete = read_header(path)
     check_arrays(path, header)
-    done = _read_done(path, header)
+    done = marks(path, header)
     if not unfinished and not (complete and done.all()):
         lost = "; it was whole once, and marks were damaged or lost since" if complete else ""
         raise TraceError(
@@ -1074,7 +1073,7 @@ class _Attributes:
         self._values, self._path, self._prefix = values, path, prefix
 
     def wrong(self, name: str, expected: str) -> TraceError:
-        found = _short(self._values.get(name, "missing"))
+        found = brief(self._values.get(name, "missing"))
         return TraceError(
             f"{self._path} is damaged: its attribute {self._prefix}{name} is {found}; expected {expected}."
         )
@@ -1174,7 +1173,7 @@ def _read_json(path: Path, names: Sequence[str]) -> dict[str, Any]:
         found = untrusted.read_json(path, names)
     except (ValueError, OSError) as error:
         file = path.joinpath(*names)
-        raise TraceError(f"{file} cannot be read as JSON: {_brief(error)}; the store is damaged.") from None
+        raise TraceError(f"{file} cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
     if not isinstance(found, dict):
         raise TraceError(f"{path.joinpath(*names)} holds no JSON object; the store is damaged.")
     return found
@@ -1224,7 +1223,8 @@ def restore_arrays(path: Path, header: Header, names: Sequence[str]) -> None:
     Raises TraceError where what would be written is not what was there, by its digest.
     """
     kept = _digests(_read_group(path)["attributes"], path)
-    made = path.with_name(f".{path.name}.{header.id}.metadata")
+    # By the name of what is swept, if this is killed.
+    made = path.with_name(f".{path.name}.{header.id}.partial")
     try:
         shutil.rmtree(made, ignore_errors=True)
         with _quiet_zarr():
@@ -1247,11 +1247,6 @@ def restore_arrays(path: Path, header: Header, names: Sequence[str]) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def marks(path: Path, header: Header) -> NDArray[np.bool_]:
-    """(chunks,) whether each chunk is marked done. Raises TraceError if marks are reached by a link."""
-    return _read_done(path, header)
-
-
 def chunk_bytes(header: Header) -> dict[str, tuple[int, int | None]]:
     """For each array of samples how many axes it has, and the bytes of a chunk's file; None where they differ."""
     return {
@@ -1271,7 +1266,7 @@ def _read_group(path: Path) -> dict[str, Any]:
     try:
         exists, has_metadata = path.exists(), untrusted.size_within(path, ["zarr.json"]) is not None
     except (OSError, ValueError) as error:
-        raise TraceError(f"There is no store at {path}: {_brief(error)}.") from None
+        raise TraceError(f"There is no store at {path}: {_reason(error)}.") from None
     if not exists:
         raise TraceError(f"There is no store at {path}.")
     if not has_metadata:
@@ -1283,7 +1278,7 @@ def _read_group(path: Path) -> dict[str, Any]:
     version = attributes.get("version")
     if type(version) is not int or version != VERSION:
         raise TraceError(
-            f"{path} is of version {_short(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
+            f"{path} is of version {brief(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
             "or capture again."
         )
     return metadata
@@ -1295,11 +1290,11 @@ def _digests(attributes: Mapping[str, Any], path: Path) -> dict[str, Any] | None
         for name, value in attributes.items():
             # The digests, by a name that has rotted: all else would go unchecked.
             if isinstance(value, dict) and set(value) == {"header", "arrays"}:
-                raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is called {_short(name)}.")
+                raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is called {brief(name)}.")
         return None
     kept = attributes[CHECKSUMS]
     if not isinstance(kept, dict) or set(kept) != {"header", "arrays"} or not isinstance(kept["arrays"], dict):
-        raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is {_short(kept)}; expected digests.")
+        raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is {brief(kept)}; expected digests.")
     return kept
 
 
@@ -1358,7 +1353,7 @@ def check_array(path: Path, name: str, expected: _Array, written: str | None) ->
         found = value if name_of_fact == "chunk_grid" else _extensions(value)
         if found not in right:
             raise TraceError(
-                f"{path} is damaged: the {name_of_fact} of {name} is {_short(value)}; expected {_short(right[0])}. "
+                f"{path} is damaged: the {name_of_fact} of {name} is {brief(value)}; expected {brief(right[0])}. "
                 "Restore it, or capture again."
             )
     if written is not None and untrusted.digest(metadata) != written:
@@ -1419,16 +1414,19 @@ def _as_array(values: Sequence[str | int | float | None], kind: ColumnKind) -> A
     return np.array(known, dtype=_STORED[kind])
 
 
-def _read_done(path: Path, header: Header) -> NDArray[np.bool_]:
-    """Which chunks are done: those with a file in done/ that says 1, and has the checksum of that."""
+def marks(path: Path, header: Header) -> NDArray[np.bool_]:
+    """(chunks,) which are done: those with a file in done/ that says 1, and has the checksum of that.
+
+    Raises TraceError if marks are reached by a link.
+    """
     done = np.zeros(header.chunks, np.bool_)
     for folder in (path / "done", path / "done" / "c"):
         if folder.is_symlink():
             raise TraceError(f"{path} is damaged: {folder} is a symbolic link. A store has none in it.")
     if not folder.is_dir():
         return done
-    with os.scandir(folder) as marks:
-        for mark in marks:
+    with os.scandir(folder) as found:
+        for mark in found:
             if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks:
                 done[int(mark.name)] = _is_done(path, int(mark.name))
     return done
@@ -1470,17 +1468,9 @@ def sync_tree(path: Path) -> None:
         sync(Path(folder))
 
 
-def _short(value: object) -> str:
-    """A value from anybody on part of a line, however large or deep it is."""
-    brief = reprlib.Repr()
-    brief.maxlevel, brief.maxlist, brief.maxstring = 3, 12, 80
-    text = brief.repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _brief(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong with a file, in a few words and on one line."""
-    return _short(getattr(error, "strerror", None) or str(error))[1:-1]
+    return brief(getattr(error, "strerror", None) or str(error))[1:-1]
 
 
 def _calls(calls: Sequence[tuple[str, tuple[int, ...]]]) -> str:

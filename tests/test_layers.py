@@ -56,7 +56,7 @@ ALLOWED = {
         "store weights",
         "estimate": "capture store",
         "launch": "capture commands errors loop",
-        "query": "commands errors index integrations kernel questions report score store",
+        "query": "commands errors identity index integrations kernel questions report score store",
         "examine": "errors evaluate query score store",
         "demo": "errors query report store",
         "cli": "commands demo errors estimate examine index launch pack query questions report score settings store "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +11,11 @@ import torch
 
 from dmin_trace.index import build_index
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import (
-    Header,
-    NoiseFacts,
-    ParameterFacts,
-    ProjectionFacts,
-    Trace,
-    create,
-    open_trace,
-    weights_beside,
-)
+from dmin_trace.store import ParameterFacts, ProjectionFacts, Trace, create, open_trace, weights_beside
 from dmin_trace.weights import find_trainable
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from test_store import make_header
 
 CAPTIONS = ("a cat", "", "naïve 猫", "two\nlines", "\x1b[31mred", "[bold]markup[/]", "\u202ereversed", "x" * 300)
 
@@ -39,24 +35,11 @@ def make_store(
     torch.manual_seed(0)
     model = torch.nn.Linear(7, 5)
     trainable = find_trainable([model], None)
-    header = Header(
-        id="0123456789abcdef" * 2,
-        samples=samples,
-        timesteps=tuple(100.0 * t + 0.5 for t in range(timesteps)),
-        dimension=dimension,
-        dtype=dtype,
-        chunk_rows=rows,
+    header = dataclasses.replace(
+        make_header(samples, timesteps, dimension, dtype, rows, codec=codec),
         projection=ProjectionFacts(kind="rotation", seed=3, length=trainable.length, fingerprint="a" * 64),
         parameters=ParameterFacts(names=trainable.names, shapes=trainable.shapes, fingerprint=trainable.fingerprint),
         weights=trainable.weights_fingerprint(),
-        noise=NoiseFacts(seed=3, draws=((("randn", (1, 3, 8, 8)), ("randint", (1,))),) * timesteps),
-        precondition="none",
-        preconditioner="",
-        batch={"pixel_values": (1, 3, 8, 8)},
-        columns={"caption": "string", "label": "integer", "weight": "number"},
-        settings={"timesteps": timesteps, "columns": None},
-        writers={"dmin_trace": "0.1"},
-        codec=codec,
     )
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((20, timesteps, dimension))

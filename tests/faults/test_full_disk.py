@@ -13,12 +13,6 @@ from warm import Warm
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("said")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def capture(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Capture:
     """64 samples in chunks of 32, and the whole of it."""
     made = Capture(warm, tmp_path_factory.mktemp("capture") / "run", count=64, rows=32)

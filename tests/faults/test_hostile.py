@@ -295,7 +295,7 @@ def test_an_image_is_what_its_bytes_are_and_no_program(tmp_path: Path) -> None:
     """Pillow would hand a PostScript file to Ghostscript, whatever its name."""
     file = tmp_path / "image.png"
     file.write_bytes(
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(/tmp/x) deletefile\nshowpage\n"
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(victim) deletefile\nshowpage\n"
     )
     with pytest.raises(QueryError, match="cannot be read as an image: cannot identify"):
         query._as_file(file, tmp_path / "out.png")

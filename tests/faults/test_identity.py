@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +34,6 @@ def held(self, number, *rest):
     sample(self, number, *rest)
 r.Recorder.sample = held
 """
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("said")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,6 @@ from captures import Capture, check_same, chunk_files, done, kept, scribble, sta
 from warm import Running, Warm
 
 from dmin_trace.store import open_trace
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("said")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,6 @@ from warm import Running, Warm
 from dmin_trace.store import open_trace
 
 RANK_1 = "import os\nif os.environ['RANK'] == '1':\n    "
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("said")) as started:
-        yield started
 
 
 def ended(group: list[Running]) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +34,6 @@ FETCHED = (
     "any(f.filename.endswith('dmin_trace/loop.py') and f.name == 'fetch' "
     "for f in __import__('traceback').extract_stack())"
 )
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("said")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ def test_a_chunk_is_written_without_looking_at_the_others(tmp_path: Path, monkey
     header = make_header(samples=200, rows=1)
     writer = create(tmp_path / "trace.zarr", header)
     rows = make_rows(header)
-    monkeypatch.setattr("dmin_trace.store._read_done", lambda *_: pytest.fail("all marks were read"))
+    monkeypatch.setattr("dmin_trace.store.marks", lambda *_: pytest.fail("all marks were read"))
     for chunk in range(5):
         write(writer, rows, chunk)
     with pytest.raises(TraceError, match="Chunk 3 is no chunk"):

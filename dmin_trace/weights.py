@@ -280,7 +280,9 @@ def places(files: Iterable[Path], path: Path, convert: KeyConverter | None = Non
             with safe_open(file, framework="pt") as opened:
                 keys = list(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{file} cannot be read as safetensors: {error}. Give the right file, or put it back.") from None
+            raise WeightsError(
+                f"{file} cannot be read as safetensors: {error}. Give the right file, or put it back."
+            ) from None
         for key in keys:
             name = within + (convert(key) if convert is not None else key)
             if name in saved:
@@ -303,7 +305,9 @@ def read(wanted: Iterable[Place]) -> Iterable[torch.Tensor]:
                 tensor = opened[place.file].get_tensor(place.key)
             except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
                 # Dtypes that this torch does not have, and the like: it says so in many ways.
-                raise WeightsError(f"{place.file} cannot be read as safetensors: {error}. Give the right file, or put it back.") from None
+                raise WeightsError(
+                    f"{place.file} cannot be read as safetensors: {error}. Give the right file, or put it back."
+                ) from None
             yield tensor
 
 

@@ -5,6 +5,7 @@ Every buffer's length is checked here against the others; a tensor is an address
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -34,6 +35,10 @@ Every buffer's length is checked here against the others; a tensor is an address
 /* A row's shift and sign, or a sum's place and sign, are one number: a sign of minus one sets the highest bit. */
 #define MINUS 0x80000000u
 #define PLACE 0x7FFFFFFFu
+
+/* The bits of a float32: those of an infinite number, which nan has too, and those of one. */
+#define INFINITE 0x7F800000
+#define ONE 0x3F800000u
 
 /* A part of a row: its elements, of `size` bytes, the signs of its columns, and the row's sign. */
 typedef struct {
@@ -68,42 +73,6 @@ static float square_bfloat16(float *RESTRICT wide, const uint16_t *RESTRICT x, i
     return square;
 }
 
-/* The signs of elements, nan where they are not finite; returns the sum of their squares. */
-FOR_EACH_PROCESSOR
-static float signs_of(float *wide, const float *x, int64_t count)
-{
-    float square = 0;
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < count; i++) {
-        float value = x[i];
-        float sign = (float)((value > 0) - (value < 0)) + (value - value);
-        wide[i] = sign;
-        square += sign * sign;
-    }
-    return square;
-}
-
-/* The sum of the squares of a part, or of its signs, which take its place. It is float32 afterwards, in `wide` if it was
-   not so before, or is of signs. */
-static double square(Part *part, float *wide, int64_t count, int64_t size, int signs)
-{
-    double squares;
-    const char *x = part->x;
-    if (size == sizeof(float)) {
-        if (!signs)
-            return square_float32((const float *)x, count);
-    } else {
-        squares = square_bfloat16(wide, (const uint16_t *)x, count);
-        part->x = (const char *)wide;
-        if (!signs)
-            return squares;
-        x = part->x;
-    }
-    squares = signs_of(wide, (const float *)x, count);
-    part->x = (const char *)wide;
-    return squares;
-}
-
 static inline float with_sign(float value, int8_t sign, uint32_t minus)
 {
     uint32_t bits;
@@ -111,6 +80,16 @@ static inline float with_sign(float value, int8_t sign, uint32_t minus)
     bits ^= ((uint32_t)(int32_t)sign & MINUS) ^ minus;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+/* The sum of the squares of a part, which is float32 afterwards: in `wide`, if it was not so before. */
+static double square(Part *part, float *wide, int64_t count, int64_t size)
+{
+    if (size == sizeof(float))
+        return square_float32((const float *)part->x, count);
+    double squares = square_bfloat16(wide, (const uint16_t *)part->x, count);
+    part->x = (const char *)wide;
+    return squares;
 }
 
 FOR_EACH_PROCESSOR
@@ -129,6 +108,58 @@ static void add_two_parts(float *RESTRICT sums, Part first, Part second, int64_t
     const int8_t *RESTRICT x_signs = first.signs, *RESTRICT y_signs = second.signs;
     for (int64_t i = 0; i < count; i++)
         sums[i] += with_sign(x[i], x_signs[i], first.minus) + with_sign(y[i], y_signs[i], second.minus);
+}
+
+/* What is counted of elements whose signs are added: minus the number of zeros, and the bits of the largest size. */
+typedef struct {
+    int32_t minus_zeros, largest;
+} Counted;
+
+/* The sign of a float32 of these bits, times the signs of its column and row. */
+static inline float sign_of(uint32_t bits, int8_t sign, uint32_t minus, Counted *counted)
+{
+    int32_t size = (int32_t)(bits & ~MINUS);
+    int32_t is_zero = -(size == 0);
+    counted->minus_zeros += is_zero;
+    counted->largest = size > counted->largest ? size : counted->largest;
+    bits = ((bits ^ (uint32_t)(int32_t)sign ^ minus) & MINUS) | (ONE & ~(uint32_t)is_zero);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+FOR_EACH_PROCESSOR
+static Counted add_signs_float32(float *RESTRICT sums, Part part, int64_t count)
+{
+    const float *RESTRICT x = (const float *)part.x;
+    const int8_t *RESTRICT signs = part.signs;
+    Counted counted = {0, 0};
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        sums[i] += sign_of(bits, signs[i], part.minus, &counted);
+    }
+    return counted;
+}
+
+FOR_EACH_PROCESSOR
+static Counted add_signs_bfloat16(float *RESTRICT sums, Part part, int64_t count)
+{
+    const uint16_t *RESTRICT x = (const uint16_t *)part.x;
+    const int8_t *RESTRICT signs = part.signs;
+    Counted counted = {0, 0};
+    for (int64_t i = 0; i < count; i++)
+        sums[i] += sign_of((uint32_t)x[i] << 16, signs[i], part.minus, &counted);
+    return counted;
+}
+
+/* Adds the signs of at most BLOCK elements instead of the elements; returns how many are not zero, which is the sum of
+   their squares, or nan where one is not finite. */
+static double add_signs(float *sums, Part part, int64_t count, int64_t size)
+{
+    Counted counted =
+        size == sizeof(float) ? add_signs_float32(sums, part, count) : add_signs_bfloat16(sums, part, count);
+    return counted.largest < INFINITE ? (double)(count + counted.minus_zeros) : (double)NAN;
 }
 
 FOR_EACH_PROCESSOR
@@ -175,15 +206,15 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
     while (count > 0) {
         const uint32_t *row = rows + at / width;
         int64_t column = at % width;
-        if (column == 0 && count >= 2 * width) {
+        if (column == 0 && count >= 2 * width && !as_signs) {
             /* Two whole rows at a time, in the order of the sums, which are then read and written half as often. */
             for (int64_t place = 0, length; place < width; place += length) {
                 int64_t c = (place + width - (row[0] & PLACE)) % width, d = (place + width - (row[1] & PLACE)) % width;
                 Part first = {x + c * size, signs + c, row[0] & MINUS};
                 Part second = {x + (width + d) * size, signs + d, row[1] & MINUS};
                 length = least(least(width - c, width - d), least(width - place, BLOCK));
-                squares += square(&first, wide[0], length, size, as_signs);
-                squares += square(&second, wide[1], length, size, as_signs);
+                squares += square(&first, wide[0], length, size);
+                squares += square(&second, wide[1], length, size);
                 add_two_parts(sums + place, first, second, length);
             }
             x += 2 * width * size, at += 2 * width, count -= 2 * width;
@@ -192,8 +223,12 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
             int64_t place = (column + (row[0] & PLACE)) % width;
             int64_t length = least(least(width - column, width - place), least(count, BLOCK));
             Part part = {x, signs + column, row[0] & MINUS};
-            squares += square(&part, wide[0], length, size, as_signs);
-            add_part(sums + place, part, length);
+            if (as_signs) {
+                squares += add_signs(sums + place, part, length, size);
+            } else {
+                squares += square(&part, wide[0], length, size);
+                add_part(sums + place, part, length);
+            }
             x += length * size, at += length, count -= length;
         }
     }

@@ -28,6 +28,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from types import ModuleType
 from typing import Protocol
 
@@ -48,6 +49,12 @@ except ImportError:
 WIDTH = 2**17
 """Rows this wide keep the cost of a row's calls well below that of its elements, and the sums in a core's cache."""
 
+NARROW = 2**14
+"""Rows of a small gradient: to permute W sums is a good part of the whole for one that is not many times as long."""
+
+FEW = 2**6
+"""Rows of a gradient that is larger, until they are WIDTH wide."""
+
 ROWS = 2**11
 """A longer gradient gets wider rows rather than more: on a GPU the number of calls is the cost."""
 
@@ -56,7 +63,7 @@ SMALL = 2**16
 calls would be the cost."""
 
 JOINED = 2**18
-"""As many elements are laid end to end at the most."""
+"""As many elements are laid end to end, or wait for the kernel, at the most."""
 
 PART = 2**18
 """Elements that are converted to float32, squared and added at a time: few calls, and read once into the cache."""
@@ -90,8 +97,17 @@ class Plan:
             raise SettingsError(f"dimension is {self.dimension}; expected a power of two.")
         if self.kind not in ("rotation", "uniform"):
             raise SettingsError(f"projection is {self.kind!r}; expected rotation or uniform.")
-        if self.width % self.dimension or (self.kind == "uniform" and self.width < self.length):
-            raise SettingsError(f"width is {self.width}; expected a multiple of {self.dimension}. Use make_plan.")
+        # A width can be a store's word, and as many numbers are allocated.
+        if self.kind == "uniform":
+            fits = 0 <= self.width - self.length < self.dimension and self.width % self.dimension == 0
+        else:
+            most = max(self.dimension, WIDTH, 2 * -(-self.length // ROWS))
+            fits = self.dimension <= self.width <= most and not self.width & (self.width - 1)
+        if not fits:
+            raise SettingsError(
+                f"width is {self.width}, which does not fit {self.length} elements and {self.dimension} bins; expected "
+                "what make_plan chooses, which a store keeps."
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -213,16 +229,29 @@ class _Numbers:
     signs: torch.Tensor
 
 
-def make_plan(length: int, dimension: int, seed: int, kind: Projection) -> Plan:
+def make_plan(length: int, dimension: int, seed: int, kind: Projection, width: int | None = None) -> Plan:
     """The projection of gradients of `length` elements to `dimension` numbers.
 
+    Args:
+        length: L.
+        dimension: v.
+        seed: of its numbers.
+        kind: "rotation" or "uniform".
+        width: that of a plan there was, as a store has it: 0 where it does not say, since all rows were wide then.
+            None for a new plan.
+
     Raises:
-        SettingsError: a length below one, a dimension that is no power of two, or a kind that is none.
+        SettingsError: a length below one, a dimension that is no power of two, a kind that is none, or a width that
+            does not fit them.
     """
-    if kind == "uniform":
-        return Plan(length, dimension, seed, kind, width=-(-length // max(dimension, 1)) * dimension)
-    wanted = max(min(length, WIDTH), -(-length // ROWS))
-    return Plan(length, dimension, seed, kind, width=max(dimension, 1 << (wanted - 1).bit_length()))
+    if not width:
+        if kind == "uniform":
+            width = -(-length // max(dimension, 1)) * dimension
+        else:
+            least = min(length, NARROW if width is None else WIDTH)
+            wanted = max(least, min(-(-length // FEW), WIDTH), -(-length // ROWS))
+            width = max(dimension, 1 << (wanted - 1).bit_length())
+    return Plan(length, dimension, seed, kind, width)
 
 
 def project(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,7 +282,7 @@ def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> _Sums:
     if first is None:
         raise _wrong_length("0 elements", plan)
     sums: _Sums
-    rest = _with_first([first], rest)
+    rest = chain(_handed_out([first]), rest)
     if KERNEL is not None and plan.kind == "rotation" and first.is_cpu:
         sums = _KernelSums(plan, KERNEL, signs)
     else:
@@ -295,10 +324,10 @@ def compress(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False
     return _added(tensors, plan, signs).finish_normalised()
 
 
-def _with_first(first: list[torch.Tensor], rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """What was taken to be looked at, and the rest; nothing holds what was handed out."""
-    yield first.pop()
-    yield from rest
+def _handed_out(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors, none of which is held any more."""
+    while tensors:
+        yield tensors.pop(0)
 
 
 def _joined(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -361,7 +390,7 @@ class _KernelSums:
 
     def add(self, tensors: Iterable[torch.Tensor]) -> int:
         # What Python does for each of many small tensors is a good part of the whole for a small model: little, then.
-        waiting, held, length = self._waiting, self._held, self._plan.length
+        wait, hold, length = self._waiting.append, self._held.append, self._plan.length
         begin, end, dtype, size = 0, 0, None, 0
         for tensor in tensors:
             if tensor.dtype is not dtype:
@@ -375,14 +404,14 @@ class _KernelSums:
             if size and tensor.is_cpu and (count < SMALL or tensor.is_contiguous()):
                 # Many are not: autograd gives the gradient of a matrix transposed.
                 tensor = tensor.contiguous()
-                waiting.append((tensor.data_ptr(), count))
-                held.append(tensor)
+                wait((tensor.data_ptr(), count))
+                hold(tensor)
             else:
                 self._add_waiting(begin, size)
                 self._add_converted(tensor.detach().reshape(-1), end - count)
                 begin = end
             del tensor
-            if end - begin >= SMALL:
+            if end - begin >= JOINED:
                 self._add_waiting(begin, size)
                 begin = end
         self._add_waiting(begin, size)
@@ -418,22 +447,26 @@ class _KernelSums:
             )
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(self._folded()), torch.tensor(self._square, dtype=torch.float64)
+        sketch = np.empty(self._plan.dimension, np.float32)
+        self._fold_into(sketch)
+        return torch.from_numpy(sketch), torch.tensor(self._square, dtype=torch.float64)
 
     def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
-        sketch, norm = self._folded(), math.sqrt(self._square)
+        # The norm lies behind the sketch: for a small model, to make a tensor of a number can be felt.
+        numbers, norm = np.empty(self._plan.dimension + 1, np.float32), math.sqrt(self._square)
+        sketch = numbers[:-1]
+        self._fold_into(sketch)
         # By the gradient's norm first, since the square of a very small or large sketch would leave float32.
         own = math.sqrt(self._kernel.divide(sketch, norm))
         self._kernel.divide(sketch, own)
         if not 0 < own < math.inf:
             sketch.fill(0)
-        return torch.from_numpy(sketch), torch.tensor(norm, dtype=torch.float32)
+        numbers[-1] = norm
+        return torch.from_numpy(sketch), torch.from_numpy(numbers[-1:].reshape(()))
 
-    def _folded(self) -> npt.NDArray[np.float32]:
-        sketch = np.empty(self._plan.dimension, np.float32)
+    def _fold_into(self, sketch: npt.NDArray[np.float32]) -> None:
         self._kernel.fold(sketch, self._sums, self._packed.places)
         self._packed.spare.append(self._sums)
-        return sketch
 
 
 _KERNEL_SIZES = {torch.float32: 4, torch.bfloat16: 2}

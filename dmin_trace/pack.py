@@ -25,7 +25,7 @@ from dmin_trace import store
 from dmin_trace.commands import recall, remember
 from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.settings import Codec, Dtype, make_settings
-from dmin_trace.store import Header, Trace, Writer
+from dmin_trace.store import Header, ProjectionFacts, Trace, Writer
 
 PART = 2**20
 """Numbers that are folded at a time."""
@@ -107,7 +107,7 @@ def _packed_header(trace: Trace, codec: Codec | None, dtype: Dtype | None, dimen
         )
     projection = old.projection
     if settings.dimension != old.dimension:
-        projection = replace(projection, fingerprint=_folded_fingerprint(old, settings.dimension))
+        projection = _folded_projection(old, settings.dimension)
     return replace(
         old,
         id=uuid.uuid4().hex,
@@ -120,8 +120,8 @@ def _packed_header(trace: Trace, codec: Codec | None, dtype: Dtype | None, dimen
     )
 
 
-def _folded_fingerprint(old: Header, dimension: int) -> str:
-    """The fingerprint of the plan that the folded sketches are of. Raises SettingsError if there is none."""
+def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
+    """The plan that the folded sketches are of. Raises SettingsError if there is none."""
     facts = old.projection
     if dimension > old.dimension:
         raise SettingsError(
@@ -136,20 +136,14 @@ def _folded_fingerprint(old: Header, dimension: int) -> str:
     # torch is imported where a plan is needed, and nowhere else.
     from dmin_trace.compress import make_plan
 
-    whole = make_plan(facts.length, old.dimension, facts.seed, facts.kind)
-    folded = make_plan(facts.length, dimension, facts.seed, facts.kind)
+    whole = make_plan(facts.length, old.dimension, facts.seed, facts.kind, facts.width)
+    folded = make_plan(facts.length, dimension, facts.seed, facts.kind, whole.width)
     if whole.fingerprint != facts.fingerprint:
         raise SettingsError(
             f"The projection's fingerprint is {facts.fingerprint[:16]}, and this version's {whole.fingerprint[:16]}. "
             "Fold the trace with the version of dmin_trace that made it."
         )
-    if folded.width != whole.width:
-        raise SettingsError(
-            f"Gradients are projected to {old.dimension} numbers by rows of {whole.width}, and to {dimension} by rows "
-            f"of {folded.width}: the folded sketches would be those of no plan. Capture again with the dimension that "
-            "is wanted."
-        )
-    return folded.fingerprint
+    return replace(facts, width=folded.width, fingerprint=folded.fingerprint)
 
 
 def _write(trace: Trace, writer: Writer, chunk: int, columns: Mapping[str, list[Any]]) -> None:

@@ -47,10 +47,8 @@ class Preconditioner:
             gradients: of all trained parameters in their order, unscaled.
         """
         if self.kind != "adam":
-            yield from gradients
-        else:
-            for gradient, divisor in zip(gradients, self.divisors, strict=True):
-                yield gradient / divisor
+            return iter(gradients)
+        return (gradient / divisor for gradient, divisor in zip(gradients, self.divisors, strict=True))
 
     @property
     def fingerprint(self) -> str:

@@ -9,6 +9,8 @@ meet them again.
 
 Several processes run as many bodies each, since loops gather in them. They meet after the first sample and after every
 chunk: if one of them has failed, or was told to stop, all of them stop there.
+
+A chunk is written while the next one is recorded, so what keeps it from being written is noticed a little later.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -180,7 +183,7 @@ class Recorder:
             self._check_weights_like(like)
             self._check_preconditioner_like(like)
             self._check_objective_like(like)
-        self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
+        self._make_plan(None if like is None else like.header.projection.width)
         if like is not None:
             self._check_plan_like(like)
         self._ever_reached = [False] * len(trainable.names)
@@ -193,6 +196,9 @@ class Recorder:
         self._queue: list[tuple[int, range]] = []
         self._chunk: _Chunk | None = None
         self._writer: Writer | None = None
+        # Chunks are written while the next bodies run: most of the time it waits for the disk.
+        self._pool = ThreadPoolExecutor(1, "dmin_trace writes")
+        self._writing: Future[None] | None = None
         self._progress: Progress | None = None
         self._pending: list[int] = []
         self._kept = 0
@@ -377,6 +383,7 @@ class Recorder:
         self._signal.let_go()
         if self._progress is not None:
             self._progress.stop()
+        self._pool.shutdown()
         if self._lock is not None:
             self._lock.release()
 
@@ -401,6 +408,7 @@ class Recorder:
                 self._damaged = mendable(self.out)
             earlier = store.open_trace(self.out, unfinished=True)
             self._refuse_another(earlier)
+            self._make_plan(earlier.header.projection.width)
             self._chunk_rows = earlier.header.chunk_rows
             self._pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
         elif self._existing:
@@ -482,6 +490,11 @@ class Recorder:
                 f"The query's gradients are of {ours}, those of {trace.path} of {theirs}, so its header contradicts "
                 "its settings. The store was changed by hand: capture again."
             )
+
+    def _make_plan(self, width: int | None) -> None:
+        """Fixes the projection: a new one, or of the width that a store has."""
+        settings, self._width = self.settings, width
+        self._plan = make_plan(self.trainable.length, settings.dimension, settings.seed, settings.projection, width)
 
     def _check_plan_like(self, trace: Trace) -> None:
         if self._plan.fingerprint != trace.header.projection.fingerprint:
@@ -596,6 +609,9 @@ class Recorder:
             with self._holding():
                 self._keep_row(row)
         last = self._rows == self._longest
+        if self._writing is not None and (last or self._writing.done()):
+            with self._holding():
+                self._written()
         if self._processes.count > 1 and not self.trial and (last or self._rows % self._chunk_rows == 0):
             self._meet(stopping=not last)
         elif self._signal.caught and self._chunk is None and not last:
@@ -650,8 +666,10 @@ class Recorder:
             values.append(None if row is None else self._row_columns[name])
         chunk.filled += 1
         if chunk.filled == len(chunk.slots) and self._writer is not None:
+            self._written()
             # Slots are dataset indices here; the column keeps them apart for stores that are not made in order.
-            self._writer.write(
+            self._writing = self._pool.submit(
+                self._writer.write,
                 chunk.number,
                 chunk.grad,
                 chunk.norm,
@@ -660,6 +678,12 @@ class Recorder:
                 chunk.columns,
             )
             self._chunk = None
+
+    def _written(self) -> None:
+        """Waits for the chunk that is being written, if one is. Raises what kept it from being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _open_store(self) -> None:
         """Creates the store, or goes on with one, now that the first sample has shown what is in it."""
@@ -677,6 +701,8 @@ class Recorder:
         with self._holding():
             if self._processes.number != 0:
                 self._writer = store.resume(self.out, header)
+            if self._writer is not None:
+                self._writer.prepare()
         self._meet()
 
     def _check_room(self, header: Header) -> None:
@@ -738,6 +764,10 @@ class Recorder:
             raise CaptureError(f"Process {number} of {self._processes.count} could not go on: {words['error']}")
         signal = max(words["signal"] for words in told)
         if stopping and signal:
+            with self._holding():
+                self._written()
+            # All have done what they were writing, or tell why not; so it is counted.
+            self._meet()
             self._meeting = False
             self._interrupt(signal)
 
@@ -754,6 +784,7 @@ class Recorder:
             )
 
     def _interrupt(self, signal: int) -> None:
+        self._written()
         done = (
             0
             if self._writer is None
@@ -780,6 +811,7 @@ class Recorder:
                 kind=settings.projection,
                 seed=settings.seed,
                 length=self._plan.length,
+                width=self._plan.width if self._width is None else self._width,
                 fingerprint=self._plan.fingerprint,
             ),
             parameters=store.ParameterFacts(

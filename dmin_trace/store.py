@@ -82,6 +82,8 @@ LATER: dict[str, Any] = {"objective": "loss", "draws": 1}
 """What is true of a store from before there were these attributes, and settings, and that therefore lacks them."""
 LATER_FACTS: dict[str, Any] = {"script": "", "script_sha256": "", "data_sha256": "", "unreached": []}
 """The same of attributes that are no settings: what was not recorded then is not known."""
+LATER_PROJECTION: dict[str, Any] = {"width": 0}
+"""The same of attributes of the projection."""
 FAILED = -1.0
 """The norm of a sample that could not be loaded: no gradient has it, and what has it is never ranked."""
 UNSEEN = 2**20
@@ -107,11 +109,12 @@ _MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionFacts:
-    """How gradients were compressed; see `compress.Plan`."""
+    """How gradients were compressed; see `compress.Plan`. width: 0 in stores from before it was kept."""
 
     kind: Projection
     seed: int
     length: int
+    width: int
     fingerprint: str
 
 
@@ -202,7 +205,8 @@ class Header:
         Raises TraceError that names the first attribute that is wrong.
         """
         reader = _Attributes({**LATER, **LATER_FACTS, **attributes}, str(path))
-        projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
+        projection = reader.inside("projection", LATER_PROJECTION)
+        parameters, noise = (reader.inside(name) for name in ("parameters", "noise"))
         header = cls(
             id=reader.text("id", r"[0-9a-f]{32}"),
             samples=reader.number("samples", 1, MOST_SAMPLES),
@@ -214,6 +218,7 @@ class Header:
                 kind=projection.choice("kind", get_args(Projection)),
                 seed=projection.number("seed", 0, 2**32 - 1),
                 length=projection.number("length", 1, 2**62),
+                width=projection.number("width", 0, 2**62),
                 fingerprint=projection.text("fingerprint", r"[0-9a-f]{64}"),
             ),
             parameters=ParameterFacts(
@@ -496,16 +501,23 @@ class Writer:
                 "capture again on demand (dmin-trace capture); what is done is kept."
             ) from None
 
-    def _write_chunks(self, chunk: int, arrays: Mapping[str, Array], slots: range) -> None:
-        """Writes one chunk of each of these arrays, and has the disk keep them."""
+    def prepare(self) -> None:
+        """Opens the arrays, which the first `write` does otherwise: for one that is to write on another thread, since
+        this changes the whole process's filters of warnings for a moment."""
         import zarr
 
-        # Zarr by default writes no file for a chunk of fill values, such as one of samples that all lack a caption.
+        # Zarr by default writes no file for a chunk of fill values, such as one of samples that all lack a caption. It
+        # looks here when an array is opened.
         with _quiet_zarr(), zarr.config.set({"array.write_empty_chunks": True}):
-            for name, values in arrays.items():
-                if name not in self._arrays:
-                    self._arrays[name] = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
-                self._arrays[name][slots.start : slots.stop] = values
+            for name in _arrays(self.header):
+                self._arrays[name] = zarr.open_array(self.path / name, mode="r+", zarr_format=3)
+
+    def _write_chunks(self, chunk: int, arrays: Mapping[str, Array], slots: range) -> None:
+        """Writes one chunk of each of these arrays, and has the disk keep them."""
+        if not self._arrays:
+            self.prepare()
+        for name, values in arrays.items():
+            self._arrays[name][slots.start : slots.stop] = values
         # New files are kept only if the folders that name them are. All together, which a disk takes as one or two
         # commits: one after the other, each would wait for its own.
         paths: dict[Path, None] = {}
@@ -1121,8 +1133,10 @@ class _Attributes:
             raise self.wrong(name, "names and values")
         return value
 
-    def inside(self, name: str) -> _Attributes:
-        return _Attributes(self.mapping(name, object), self._path, f"{self._prefix}{name}.")
+    def inside(self, name: str, later: Mapping[str, Any] | None = None) -> _Attributes:
+        """The attributes within one; of them what is true of a store that lacks it."""
+        values = {**(later or {}), **self.mapping(name, object)}
+        return _Attributes(values, self._path, f"{self._prefix}{name}.")
 
     def shape(self, name: str, value: Any) -> tuple[int, ...]:
         if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**62 for n in value):

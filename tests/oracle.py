@@ -65,7 +65,7 @@ def unshuffled(trace: Trace, sample: int) -> np.ndarray:
     The sketch must be as long as the gradient and by OPORP's own permutation: then it is the gradient, shuffled.
     """
     facts = trace.header.projection
-    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform")
+    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform", facts.width)
     numbers, _ = compress([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
     order = torch.argsort(numbers.abs())[-facts.length :].numpy()
     signs = np.sign(numbers.numpy())[order]

@@ -69,7 +69,7 @@ def test_projects_as_the_oracle_does(kind: Projection, length: int, dimension: i
 
 
 def test_projects_as_the_oracle_does_at_full_width() -> None:
-    plan, x = make_plan(300_000, 4096, 1, "rotation"), normal(300_000)
+    plan, x = make_plan(300_000, 4096, 1, "rotation", 2**17), normal(300_000)
     assert plan.width == 2**17
     np.testing.assert_allclose(project(x.split(70_001), plan)[0].numpy(), oracle(x.numpy(), plan), atol=1e-4)
 
@@ -378,30 +378,48 @@ def test_the_fingerprint_tells_plans_apart() -> None:
     assert fingerprints == [make_plan(*plan).fingerprint for plan in plans]  # type: ignore[arg-type]
 
 
-GOLDEN: dict[Projection, tuple[str, list[float]]] = {
-    "rotation": (
+UNIFORM = "6625919c9ca239d53736f7754493ab4b53beb48448c55c5f464ca45b98b4aa80", [197.0, -3.0, -667.0, 49.0]
+GOLDEN: dict[tuple[str, int | None], tuple[str, list[float]]] = {
+    # Stores from before the width was kept.
+    ("rotation", 0): (
         "4f33c38fa06307f48cacb977f9717291ec3cba176798321828eb6bc68d74ba62",
         [115.0, 314.0, -197.0, -316.0],
     ),
-    "uniform": (
-        "6625919c9ca239d53736f7754493ab4b53beb48448c55c5f464ca45b98b4aa80",
-        [197.0, -3.0, -667.0, 49.0],
+    ("rotation", 2**14): (
+        "97bb35a8cad13aa2f3783b1ec5ff15f3882f9bdb5ab3770bb4bed125e79fcb27",
+        [-239.0, -191.0, 91.0, 486.0],
     ),
+    ("uniform", 0): UNIFORM,
+    ("uniform", 300_000): UNIFORM,
 }
 
 
-def test_a_plan_of_today_is_that_of_the_stores_there_are(kind: Projection) -> None:
+@pytest.mark.parametrize("of", GOLDEN)
+def test_a_plan_of_today_is_that_of_the_stores_there_are(of: tuple[Projection, int]) -> None:
     # If this fails, no store written before can be queried: do not mend the numbers, mend the change.
-    plan = make_plan(300_000, 16, 7, kind)
-    fingerprint, values = GOLDEN[kind]
+    plan = make_plan(300_000, 16, 7, *of)
+    fingerprint, values = GOLDEN[of]
     assert plan.fingerprint == fingerprint
     assert project([torch.arange(300_000.0) % 7 - 3], plan)[0][:4].tolist() == values
 
 
 def test_wide_gradients_get_wide_rows() -> None:
-    widths = [make_plan(length, 16, 0, "rotation").width for length in (1, 16, 17, 2**17, 2**28, 2**28 + 1, 2**31)]
-    assert widths == [16, 16, 32, 2**17, 2**17, 2**18, 2**20]
+    lengths = (1, 16, 17, 2**14, 2**17, 2**20, 2**20 + 1, 2**21 + 1, 2**23, 2**28, 2**28 + 1, 2**31)
+    widths = [make_plan(length, 16, 0, "rotation").width for length in lengths]
+    narrow, wide = 2**14, 2**17
+    assert widths == [16, 16, 32, narrow, narrow, narrow, 2**15, 2**16, wide, wide, 2**18, 2**20]
     assert make_plan(100, 4096, 0, "rotation").width == 4096
+    before = [make_plan(length, 16, 0, "rotation", 0).width for length in lengths]
+    assert before == [16, 16, 32, 2**14, wide, wide, wide, wide, wide, wide, 2**18, 2**20]
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    [("rotation", 8), ("rotation", 48), ("rotation", 2**40), ("uniform", 992), ("uniform", 1001), ("uniform", 2**40)],
+)
+def test_a_width_that_does_not_fit_is_refused_before_anything_is_drawn(kind: Projection, width: int) -> None:
+    with pytest.raises(SettingsError, match=f"width is {width}, which does not fit 1000 elements and 16 bins"):
+        make_plan(1000, 16, 0, kind, width)
 
 
 def test_what_was_compressed_before_leaves_nothing_behind() -> None:

@@ -112,7 +112,7 @@ def check_against_plain_autograd(path: Path, state: Path) -> None:
     weights = {name: value.clone().requires_grad_() for name, value in saved.items()}
     points = torch.randn(10, 16, generator=torch.Generator().manual_seed(5))
     facts = trace.header.projection
-    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation")
+    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation", facts.width)
     rows = trace.rows(np.arange(10))
     for slot in make_slots(make_settings(trace.header.settings)):
         t = torch.tensor([slot.index_in(1000)])

@@ -19,8 +19,9 @@ from tiny_pipelines import caption, captioned_images, command_line, picture, tin
 from torch.utils.checkpoint import checkpoint
 
 import dmin_trace
-from dmin_trace import store
+from dmin_trace import compress, store
 from dmin_trace.errors import CaptureError, QueryError, SettingsError, TraceError
+from dmin_trace.pack import pack
 from dmin_trace.randomness import make_slots
 from dmin_trace.settings import Settings
 from dmin_trace.store import Trace, open_trace
@@ -603,6 +604,39 @@ def test_a_store_from_before_is_of_the_loss_and_one_draw(tmp_path: Path) -> None
     assert [row[0].sample for row in record(model, like=path).hits(score="dmin", k=1)] == list(range(5))
     shown = dict(store.facts(open_trace(path)))
     assert "objective" not in shown and "draws" not in shown
+
+
+def test_a_store_from_before_its_width_was_kept_is_gone_on_with_asked_and_folded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All rows were wide then; today's of this model's gradient are of 256.
+    settings = {"projection": "rotation", "dimension": 64}
+    with monkeypatch.context() as patch:
+        patch.setattr("dmin_trace.compress.NARROW", compress.WIDTH)
+        model = interrupted(tmp_path, **settings)
+    monkeypatch.setattr("dmin_trace.compress.NARROW", 256)
+    path = tmp_path / "trace.zarr"
+    change(path, lambda attributes: attributes["projection"].pop("width"))
+    record(model, out=path, **settings)
+    record(model, out=tmp_path / "new.zarr", **settings)
+    pack(open_trace(path), tmp_path / "folded.zarr", dimension=32)
+    for name, width in (("trace", 0), ("folded", 1024), ("new", 256)):
+        header = open_trace(tmp_path / f"{name}.zarr").header
+        assert header.projection.width == width
+        hits = record(model, like=tmp_path / f"{name}.zarr").hits(score="dmin", k=1)
+        assert [row[0].sample for row in hits] == list(range(5))
+        assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)
+
+
+def test_a_width_that_a_store_cannot_have_is_refused(tmp_path: Path) -> None:
+    model, path = denoiser(), tmp_path / "trace.zarr"
+    record(model, out=path, projection="rotation", dimension=64)
+    change(path, lambda attributes: attributes["projection"].update(width=2**40))
+    with pytest.raises(SettingsError, match=f"width is {2**40}, which does not fit"):
+        record(model, like=path)
+    change(path, lambda attributes: attributes["projection"].update(width=-1))
+    with pytest.raises(TraceError, match="its attribute projection.width is -1"):
+        record(model, like=path)
 
 
 def test_a_header_that_cannot_be_meant_is_damaged(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def projected(
     generator = torch.Generator().manual_seed(2)
     gradients = [[torch.randn(length, generator=generator) for _ in range(3)] for _ in range(23)]
     plan = make_plan(length, dimension, 3, kind)
-    facts = ProjectionFacts(kind=kind, seed=3, length=length, fingerprint=plan.fingerprint)
+    facts = ProjectionFacts(kind=kind, seed=3, length=length, width=plan.width, fingerprint=plan.fingerprint)
     header = make_header(23, 3, dimension, dtype, rows=4, projection=facts)
     header = dataclasses.replace(
         header, settings={"timesteps": 3, "columns": None, "dtype": dtype, "dimension": dimension, "codec": "none"}
@@ -156,9 +156,6 @@ def test_what_does_not_fold_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert "expected a power of two" in line(rotation, dimension=100)
     assert "dimension 256 already" in line(rotation)
     assert "dimension 256 already" in line(rotation, dimension=256, dtype="int8", codec="none")
-    # Wider rows than a smaller plan of the same gradient has.
-    wide, _ = projected(tmp_path / "wide", dimension=2**14)
-    assert "by rows of 16384, and to 8192 by rows of 8192: the folded sketches would be" in line(wide, dimension=2**13)
     uniform, _ = projected(tmp_path / "uniform", "uniform")
     assert "The projection is uniform, whose folded sketches are those of no plan" in line(uniform, dimension=128)
     other = dataclasses.replace(rotation.header.projection, fingerprint="0" * 64)

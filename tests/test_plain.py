@@ -193,7 +193,7 @@ def test_nothing_is_disturbed(tmp_path: Path, fails: bool) -> None:
 
 
 KILLED = """
-import os, sys, torch
+import os, sys, time, torch
 sys.path.insert(0, {tests!r})
 import dmin_trace
 from test_plain import POINTS, denoiser, loss_of
@@ -204,7 +204,11 @@ with dmin_trace.recording(model, samples=12, out="trace.zarr", **settings) as re
         seen.append(i)
         for k in recording.slots:
             if (i, k) == (stop, 1):
-                os._exit(7)
+                # The chunk is written while the next samples run.
+                for _ in range(1000):
+                    if os.path.exists("trace.zarr/done/c/0"):
+                        os._exit(7)
+                    time.sleep(0.05)
             with recording.body(i, k):
                 loss_of(model, POINTS[i : i + 1]).backward()
 print(seen)

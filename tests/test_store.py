@@ -74,7 +74,7 @@ def make_header(
         dimension=dimension,
         dtype=dtype,
         chunk_rows=rows,
-        projection=ProjectionFacts(kind="rotation", seed=3, length=5000, fingerprint="a" * 64),
+        projection=ProjectionFacts(kind="rotation", seed=3, length=5000, width=8192, fingerprint="a" * 64),
         parameters=ParameterFacts(names=("w", "b"), shapes=((70, 70), (100,)), fingerprint="b" * 64),
         weights="c" * 64,
         noise=NoiseFacts(seed=3, draws=((("randn", (1, 3, 8, 8)), ("randint", (1,))),) * timesteps),
@@ -438,7 +438,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "float16"},
     "codec": {"codec": "blosc"},
     "chunk_rows": {"chunk_rows": 2},
-    "projection.seed": {"projection": ProjectionFacts(kind="rotation", seed=4, length=5000, fingerprint="a" * 64)},
+    "projection.seed": {
+        "projection": ProjectionFacts(kind="rotation", seed=4, length=5000, width=8192, fingerprint="a" * 64)
+    },
     "weights": {"weights": "d" * 64},
     "noise.draws": {"noise": NoiseFacts(seed=3, draws=((),) * 3)},
     "batch.mask": {"batch": {"pixel_values": (1, 3, 8, 8), "mask": (1, 8, 8)}},

@@ -44,7 +44,7 @@ def check_rows(trace: Trace, images: list[Path], weights: Path, every: int = 1) 
     """Every row of the store is the gradient of the image under its index, by the oracle."""
     model = digits_model(weights)
     facts = trace.header.projection
-    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation")
+    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation", facts.width)
     assert trace.sample.tolist() == list(range(len(images)))
     timesteps = [int(t) for t in trace.header.timesteps]
     for sample in range(0, len(images), every):
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     model = digits_model(weights)
     facts = trace.header.projection
-    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform")
+    plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform", facts.width)
     ones, _ = compress([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
     order = torch.argsort(ones.abs())[-facts.length :].numpy()
     signs = np.sign(ones.numpy())[order]

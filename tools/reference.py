@@ -40,7 +40,7 @@ class Reference:
         header = self.trace.header
         self.seed, self.timesteps = header.noise.seed, len(header.timesteps)
         facts = header.projection
-        self.plan = make_plan(facts.length, header.dimension, facts.seed, facts.kind)
+        self.plan = make_plan(facts.length, header.dimension, facts.seed, facts.kind, facts.width)
         self.weights = load_file(trace.with_name(f"{trace.stem}.weights.safetensors"))
         self.rows: list[np.ndarray] = []
         self.slot = -1

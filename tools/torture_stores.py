@@ -37,7 +37,7 @@ def make_store(
     trainable = find_trainable([model], None)
     header = dataclasses.replace(
         make_header(samples, timesteps, dimension, dtype, rows, codec=codec),
-        projection=ProjectionFacts(kind="rotation", seed=3, length=trainable.length, fingerprint="a" * 64),
+        projection=ProjectionFacts(kind="rotation", seed=3, length=trainable.length, width=2**15, fingerprint="a" * 64),
         parameters=ParameterFacts(names=trainable.names, shapes=trainable.shapes, fingerprint=trainable.fingerprint),
         weights=trainable.weights_fingerprint(),
     )

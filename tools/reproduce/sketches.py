@@ -185,7 +185,9 @@ def _header(
         dimension=plan.dimension,
         dtype="int8",
         chunk_rows=choose_chunk_rows(n, slots, plan.dimension, "int8"),
-        projection=ProjectionFacts(kind="rotation", seed=0, length=plan.length, fingerprint=plan.fingerprint),
+        projection=ProjectionFacts(
+            kind="rotation", seed=0, length=plan.length, width=plan.width, fingerprint=plan.fingerprint
+        ),
         parameters=ParameterFacts(names=tuple(parameters), shapes=tuple(parameters.values()), fingerprint="0" * 64),
         weights="0" * 64,
         noise=NoiseFacts(seed=0, draws=((),) * slots),

@@ -211,7 +211,8 @@ def _indexed(
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     index = open_index(trace)
     if isinstance(index, str):
-        build_index(trace)
+        # What asks it here is not deflated.
+        build_index(trace, directions=0)
         index = open_index(trace)
     if isinstance(index, str):
         return

@@ -30,6 +30,7 @@ from dmin_trace.commands import Job, current_command, remember
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, SettingsError, StoppedError
 from dmin_trace.frozen import FrozenModules
 from dmin_trace.gradients import LOSS_SCALE
+from dmin_trace.header import Header
 from dmin_trace.identity import Script, script_of
 from dmin_trace.integrations import diffusers
 from dmin_trace.loop import Ending, LoopDriver
@@ -37,7 +38,7 @@ from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Slot, make_slots, seed_of
 from dmin_trace.recorder import Identity, Processes, Recorder
 from dmin_trace.settings import make_settings
-from dmin_trace.store import Header, Trace
+from dmin_trace.store import Trace
 from dmin_trace.weights import Trainable, find_trainable
 
 logger = logging.getLogger(__name__)

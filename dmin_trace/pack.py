@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from dmin_trace import store
 from dmin_trace.commands import recall, remember
 from dmin_trace.errors import SettingsError, TraceError
+from dmin_trace.header import Header, ProjectionFacts
 from dmin_trace.settings import Codec, Dtype, make_settings
-from dmin_trace.store import Header, ProjectionFacts, Trace, Writer
+from dmin_trace.store import Trace, Writer
 
 PART = 2**20
 """Numbers that are folded at a time."""

@@ -39,6 +39,7 @@ from dmin_trace.columns import Columns
 from dmin_trace.compress import compress, make_plan
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, StoppedError, TraceError, WeightsError
 from dmin_trace.gradients import Mean, gradients
+from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
 from dmin_trace.identity import Script, data_fingerprint
 from dmin_trace.lock import StoreLock
 from dmin_trace.objective import squared_output
@@ -46,7 +47,7 @@ from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Call
 from dmin_trace.settings import Settings
 from dmin_trace.signals import FirstSignal
-from dmin_trace.store import Header, Trace, Writer
+from dmin_trace.store import Trace, Writer
 from dmin_trace.verify import mendable
 from dmin_trace.weights import Trainable
 
@@ -807,20 +808,20 @@ class Recorder:
             dimension=settings.dimension,
             dtype=self._dtype,
             chunk_rows=self._chunk_rows,
-            projection=store.ProjectionFacts(
+            projection=ProjectionFacts(
                 kind=settings.projection,
                 seed=settings.seed,
                 length=self._plan.length,
                 width=self._plan.width if self._width is None else self._width,
                 fingerprint=self._plan.fingerprint,
             ),
-            parameters=store.ParameterFacts(
+            parameters=ParameterFacts(
                 names=self.trainable.names,
                 shapes=self.trainable.shapes,
                 fingerprint=self.trainable.fingerprint,
             ),
             weights=self._weights,
-            noise=store.NoiseFacts(
+            noise=NoiseFacts(
                 seed=settings.seed,
                 # They are the same in every draw.
                 draws=tuple(tuple(body.draws.calls) for body in self._first if body.slot.draw == 0),

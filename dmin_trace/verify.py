@@ -21,7 +21,8 @@ import numpy as np
 
 from dmin_trace import index, store, untrusted
 from dmin_trace.errors import TraceError, WeightsError
-from dmin_trace.store import TRAILER, Header, Trace
+from dmin_trace.header import Header
+from dmin_trace.store import TRAILER, Trace
 
 logger = logging.getLogger(__name__)
 

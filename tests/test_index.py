@@ -23,11 +23,12 @@ from tiny import digit_folder, run
 
 from dmin_trace import index, query, score, untrusted
 from dmin_trace.errors import QueryError, SettingsError, TraceError
+from dmin_trace.header import Header
 from dmin_trace.hnsw import HEADER, graph_bytes
 from dmin_trace.index import GRAPH, Index, Split, build_index, index_beside, open_index, search
 from dmin_trace.score import Ranking, Score
 from dmin_trace.settings import Dtype
-from dmin_trace.store import Header, Trace, open_trace
+from dmin_trace.store import Trace, open_trace
 
 CLI = ("-m", "dmin_trace.cli")
 

@@ -623,6 +623,8 @@ def test_a_store_from_before_its_width_was_kept_is_gone_on_with_asked_and_folded
     for name, width in (("trace", 0), ("folded", 1024), ("new", 256)):
         header = open_trace(tmp_path / f"{name}.zarr").header
         assert header.projection.width == width
+        # An index knows its store by its attributes.
+        assert ("width" in header.to_attributes()["projection"]) == bool(width)
         hits = record(model, like=tmp_path / f"{name}.zarr").hits(score="dmin", k=1)
         assert [row[0].sample for row in hits] == list(range(5))
         assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)

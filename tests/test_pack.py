@@ -20,10 +20,11 @@ from dmin_trace import commands, store
 from dmin_trace.commands import Command
 from dmin_trace.compress import compress, make_plan
 from dmin_trace.errors import SettingsError, TraceError
+from dmin_trace.header import ProjectionFacts
 from dmin_trace.pack import pack
 from dmin_trace.score import exact
 from dmin_trace.settings import Codec, Dtype, Projection
-from dmin_trace.store import ProjectionFacts, Trace, chunk_file, open_trace, precondition_beside, weights_beside
+from dmin_trace.store import Trace, chunk_file, open_trace, precondition_beside, weights_beside
 
 CLI = ("-m", "dmin_trace.cli")
 CODECS: tuple[Codec, ...] = ("none", "blosc")

@@ -20,22 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dmin_trace.errors import TraceError
+from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import (
-    Header,
-    NoiseFacts,
-    ParameterFacts,
-    ProjectionFacts,
-    Trace,
-    Writer,
-    choose_chunk_rows,
-    chunk_file,
-    create,
-    facts,
-    open_trace,
-    quantise,
-    resume,
-)
+from dmin_trace.store import Trace, Writer, choose_chunk_rows, chunk_file, create, facts, open_trace, quantise, resume
 
 DTYPES: tuple[Dtype, ...] = ("int8", "float16", "float32")
 

@@ -38,12 +38,13 @@ from threadpoolctl import threadpool_limits
 import dmin_trace
 from dmin_trace import cli, frozen, recorder, store
 from dmin_trace.compress import make_plan, project
+from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
 from dmin_trace.index import build_index, open_index, search
 from dmin_trace.loop import LoopDriver
 from dmin_trace.recorder import Recorder
 from dmin_trace.score import exact, rerank
 from dmin_trace.settings import Dtype
-from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Trace, create, open_trace
+from dmin_trace.store import Trace, create, open_trace
 from dmin_trace.verify import verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)

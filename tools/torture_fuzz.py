@@ -39,9 +39,10 @@ from torture_stores import CAPTIONS, make_store
 
 from dmin_trace import examine, hnsw, index, query, questions, report, untrusted, weights
 from dmin_trace.errors import DminTraceError
+from dmin_trace.header import Header
 from dmin_trace.index import Facts
 from dmin_trace.settings import make_settings
-from dmin_trace.store import Header, Trace, chunk_file, facts, open_trace, weights_beside
+from dmin_trace.store import Trace, chunk_file, facts, open_trace, weights_beside
 
 console = Console(width=120)
 SPARE = 2**31

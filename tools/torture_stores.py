@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dmin_trace.header import ParameterFacts, ProjectionFacts
 from dmin_trace.index import build_index
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import ParameterFacts, ProjectionFacts, Trace, create, open_trace, weights_beside
+from dmin_trace.store import Trace, create, open_trace, weights_beside
 from dmin_trace.weights import find_trainable
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -12,7 +12,8 @@ from test_store import make_rows, write
 
 from dmin_trace import store
 from dmin_trace.errors import TraceError
-from dmin_trace.store import Header, create, open_trace, resume
+from dmin_trace.header import Header
+from dmin_trace.store import create, open_trace, resume
 
 
 def record(folder: Path, header: Header) -> Disk:

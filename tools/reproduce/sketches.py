@@ -21,18 +21,9 @@ from rich.progress import track
 from torch.func import functional_call, grad, vmap
 
 from dmin_trace.compress import Plan, compress, make_plan
+from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
 from dmin_trace.settings import Precondition
-from dmin_trace.store import (
-    Header,
-    NoiseFacts,
-    ParameterFacts,
-    ProjectionFacts,
-    Trace,
-    choose_chunk_rows,
-    create,
-    open_trace,
-    resume,
-)
+from dmin_trace.store import Trace, choose_chunk_rows, create, open_trace, resume
 
 Objective = Literal["loss", "squared_output"]
 Gradients = dict[str, torch.Tensor]

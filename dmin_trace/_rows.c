@@ -196,17 +196,48 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* Adds `count` elements of `size` bytes, or their signs, the first of which is element `at` of the gradient; returns
-   their squares. */
+/* A tensor in memory: `count` elements, one after another where there is one channel; otherwise of float32, in groups of
+   channels by places whose axes are exchanged: a convolution's gradient with its channels last. */
+typedef struct {
+    const char *x;
+    int64_t count, channels, places;
+} Tensor;
+
+/* Lays `count` elements of 4 bytes, the first of which is element `from` of the tensor, one after another. */
+static void lay(uint32_t *RESTRICT laid, Tensor tensor, int64_t from, int64_t count)
+{
+    int64_t channels = tensor.channels, group = channels * tensor.places, within = from % group;
+    int64_t channel = within / tensor.places, place = within % tensor.places;
+    const uint32_t *RESTRICT x = (const uint32_t *)tensor.x + (from - within);
+    while (count > 0) {
+        int64_t length = least(tensor.places - place, count);
+        const uint32_t *RESTRICT first = x + place * channels + channel;
+        /* Most convolutions are of 3 by 3 places: a loop of known length takes half as long. */
+        if (length == 9)
+            for (int64_t i = 0; i < 9; i++)
+                laid[i] = first[i * channels];
+        else
+            for (int64_t i = 0; i < length; i++)
+                laid[i] = first[i * channels];
+        laid += length, count -= length, place = 0;
+        if (++channel == tensor.channels)
+            channel = 0, x += group;
+    }
+}
+
+/* Adds the elements of a tensor, of `size` bytes, or their signs, the first of which is element `at` of the gradient;
+   returns their squares. */
 static double add_elements(float *sums, const int8_t *signs, const uint32_t *rows, int64_t width, int64_t at,
-                           const char *x, int64_t count, int64_t size, int as_signs)
+                           Tensor tensor, int64_t size, int as_signs)
 {
     float wide[2][BLOCK];
     double squares = 0;
+    const char *x = tensor.x;
+    int64_t count = tensor.count;
     while (count > 0) {
         const uint32_t *row = rows + at / width;
         int64_t column = at % width;
-        if (column == 0 && count >= 2 * width && !as_signs) {
+        if (column == 0 && count >= 2 * width && !as_signs && tensor.channels == 1) {
             /* Two whole rows at a time, in the order of the sums, which are then read and written half as often. */
             for (int64_t place = 0, length; place < width; place += length) {
                 int64_t c = (place + width - (row[0] & PLACE)) % width, d = (place + width - (row[1] & PLACE)) % width;
@@ -223,6 +254,10 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
             int64_t place = (column + (row[0] & PLACE)) % width;
             int64_t length = least(least(width - column, width - place), least(count, BLOCK));
             Part part = {x, signs + column, row[0] & MINUS};
+            if (tensor.channels > 1) {
+                lay((uint32_t *)wide[1], tensor, tensor.count - count, length);
+                part.x = (const char *)wide[1];
+            }
             if (as_signs) {
                 squares += add_signs(sums + place, part, length, size);
             } else {
@@ -260,16 +295,20 @@ static int get_buffers(PyObject *const *args, Py_buffer *buffers, int count, con
     return 0;
 }
 
-/* The k-th of the tensors, each (address, elements). Returns -1 with an exception set if it is none. */
-static int get_tensor(PyObject *tensors, Py_ssize_t k, const char **x, int64_t *count)
+/* The k-th of the tensors, each (address, elements) or (address, elements, channels, places). Returns -1 with an
+   exception set if it is none. */
+static int get_tensor(PyObject *tensors, Py_ssize_t k, Tensor *tensor)
 {
-    PyObject *tensor = PyList_GetItem(tensors, k);
-    if (!tensor || !PyTuple_Check(tensor) || PyTuple_Size(tensor) != 2) {
-        PyErr_SetString(PyExc_TypeError, "expected a list of pairs (address, elements)");
+    PyObject *facts = PyList_GetItem(tensors, k);
+    Py_ssize_t given = facts && PyTuple_Check(facts) ? PyTuple_Size(facts) : 0;
+    if (given != 2 && given != 4) {
+        PyErr_SetString(PyExc_TypeError, "expected (address, elements) or (address, elements, channels, places)");
         return -1;
     }
-    *x = PyLong_AsVoidPtr(PyTuple_GetItem(tensor, 0));
-    *count = PyLong_AsLongLong(PyTuple_GetItem(tensor, 1));
+    tensor->x = PyLong_AsVoidPtr(PyTuple_GetItem(facts, 0));
+    tensor->count = PyLong_AsLongLong(PyTuple_GetItem(facts, 1));
+    tensor->channels = given == 4 ? PyLong_AsLongLong(PyTuple_GetItem(facts, 2)) : 1;
+    tensor->places = given == 4 ? PyLong_AsLongLong(PyTuple_GetItem(facts, 3)) : 1;
     return PyErr_Occurred() ? -1 : 0;
 }
 
@@ -277,8 +316,7 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     static const int sizes[] = {4, 1, 4};
     Py_buffer buffers[3];
-    const char *x;
-    int64_t count;
+    Tensor tensor;
     double squares = 0;
     (void)module;
     if (given != 7 || !PyList_Check(args[4])) {
@@ -292,25 +330,28 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
     int64_t width = buffers[1].len, room = width * (buffers[2].len / 4);
     int meant = buffers[0].len / 4 == width && at >= 0 && at <= room && (size == 2 || size == 4);
     for (Py_ssize_t k = 0; meant && k < PyList_Size(args[4]); k++) {
-        if (get_tensor(args[4], k, &x, &count) < 0) {
+        if (get_tensor(args[4], k, &tensor) < 0) {
             release(buffers, 3);
             return NULL;
         }
-        meant = count >= 0 && count <= room - at;
-        if (meant && count < LONG) {
-            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size,
-                                    as_signs);
+        meant = tensor.count >= 0 && tensor.count <= room - at && tensor.channels > 0 && tensor.places > 0;
+        /* Whole groups, none of which is larger than the tensor. */
+        if (meant && tensor.channels > 1)
+            meant = size == 4 && tensor.places <= tensor.count / tensor.channels &&
+                    tensor.count % (tensor.channels * tensor.places) == 0;
+        if (meant && tensor.count < LONG) {
+            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, tensor, size, as_signs);
         } else if (meant) {
             Py_BEGIN_ALLOW_THREADS
-            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, x, count, size,
-                                    as_signs);
+            squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, tensor, size, as_signs);
             Py_END_ALLOW_THREADS
         }
-        at += count;
+        at += tensor.count;
     }
     release(buffers, 3);
     if (!meant) {
-        PyErr_SetString(PyExc_ValueError, "expected a sign for each sum, and elements of 2 or 4 bytes within the rows");
+        PyErr_SetString(PyExc_ValueError, "expected a sign for each sum, and elements of 2 or 4 bytes within the rows, "
+                                          "of 4 in whole groups where there are channels");
         return NULL;
     }
     return PyFloat_FromDouble(squares);

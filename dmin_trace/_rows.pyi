@@ -8,7 +8,7 @@ def add(
     columns: npt.NDArray[np.int8],
     rows: npt.NDArray[np.uint32],
     at: int,
-    tensors: list[tuple[int, int]],
+    tensors: list[tuple[int, ...]],
     size: int,
     signs: bool,
     /,
@@ -21,7 +21,7 @@ def add(
         rows: the shift of each row, and 2^31 more where its sign is minus one.
         at: where in the gradient the first tensor begins; the others follow it.
         tensors: of each the address in this process's memory, where its elements lie one after another, and how many
-            there are.
+            there are; or also a number of channels C and of places P, where (..., C, P) lie as (..., P, C), float32.
         size: 4 for float32, 2 for bfloat16.
         signs: whether the signs of the elements are added in their place; nan for what is not finite.
 
@@ -29,7 +29,8 @@ def add(
         The sum of the elements' squares; those of a block are added up in float32.
 
     Raises:
-        ValueError: the arrays do not fit each other, or the elements run over the last row.
+        ValueError: the arrays do not fit each other, the elements run over the last row, or are in no whole groups of
+            C by P.
     """
 
 def fold(sketch: npt.NDArray[np.float32], sums: npt.NDArray[np.float32], places: npt.NDArray[np.uint32], /) -> None:

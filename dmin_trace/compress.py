@@ -62,6 +62,9 @@ SMALL = 2**16
 """Tensors with fewer elements are laid end to end first, or given to the kernel together: a model has hundreds, whose
 calls would be the cost."""
 
+TINY = 2**12
+"""Convolutions with fewer elements are copied, if they have to be, without a look at where their channels are."""
+
 JOINED = 2**18
 """As many elements are laid end to end, or wait for the kernel, at the most."""
 
@@ -385,7 +388,7 @@ class _KernelSums:
         self._sums.fill(0)
         self._square = 0.0
         # What waits to be added: where in memory each tensor lies and its length; and the tensors, lest they go.
-        self._waiting: list[tuple[int, int]] = []
+        self._waiting: list[tuple[int, ...]] = []
         self._held: list[torch.Tensor] = []
 
     def add(self, tensors: Iterable[torch.Tensor]) -> int:
@@ -401,7 +404,12 @@ class _KernelSums:
             end += count
             if end > length:
                 break
-            if size and tensor.is_cpu and (count < SMALL or tensor.is_contiguous()):
+            is_near = size and tensor.is_cpu
+            if is_near and size == 4 and count >= TINY and tensor.ndim == 4 and _has_channels_last(tensor):
+                # A copy would take as long as the rest.
+                wait((tensor.data_ptr(), count, tensor.shape[1], tensor.shape[2] * tensor.shape[3]))
+                hold(tensor)
+            elif is_near and (count < SMALL or tensor.is_contiguous()):
                 # Many are not: autograd gives the gradient of a matrix transposed.
                 tensor = tensor.contiguous()
                 wait((tensor.data_ptr(), count))
@@ -467,6 +475,11 @@ class _KernelSums:
     def _fold_into(self, sketch: npt.NDArray[np.float32]) -> None:
         self._kernel.fold(sketch, self._sums, self._packed.places)
         self._packed.spare.append(self._sums)
+
+
+def _has_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether (N, C, H, W) lie in memory as (N, H, W, C): so does autograd give the gradients of many convolutions."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 _KERNEL_SIZES = {torch.float32: 4, torch.bfloat16: 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import weakref
 from collections.abc import Iterator
@@ -119,6 +120,26 @@ def test_how_the_gradient_is_cut_into_tensors_plays_no_part(kind: Projection) ->
     torch.testing.assert_close(parts_square, square, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "shape", [(7, 13, 3, 3), (5, 6, 5, 5), (1, 90, 1, 9), (3, 8, 4, 3), (2, 5, 9, 9), (11, 1, 3, 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("signs", [False, True])
+def test_channels_last_count_in_the_order_of_the_elements(
+    kind: Projection, shape: tuple[int, ...], dtype: torch.dtype, signs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Several rows, and blocks of rows, that begin and end inside a channel.
+    monkeypatch.setattr("dmin_trace.compress.TINY", 1)
+    count = math.prod(shape)
+    x = normal(count + 300).to(dtype)
+    inner = x[37 : 37 + count].view(shape).contiguous(memory_format=torch.channels_last)
+    plan = small_plan(kind, len(x))
+    expected, square = project([x], plan, signs=signs)
+    found, found_square = project([x[:37], inner, x[37 + count :]], plan, signs=signs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found_square, square, rtol=1e-6, atol=0)
+
+
 def test_long_pieces_of_the_uniform_kind() -> None:
     plan, x = make_plan(600_001, 256, 2, "uniform"), normal(600_001)
     np.testing.assert_allclose(project([x], plan)[0].numpy(), oracle(x.numpy(), plan), atol=1e-3)
@@ -184,6 +205,11 @@ def test_the_kernel_checks_what_it_is_given() -> None:
     x, columns, rows = np.ones(8, np.float32), np.ones(4, np.int8), np.zeros(2, np.uint32)
     sums = np.zeros(4, np.float32)
     assert _rows.add(sums, columns, rows, 1, [(x.ctypes.data, 3), (x.ctypes.data, 4)], 4, False) == 7
+    for groups in ((4, 3, 3), (8, 2, 3), (4, 0, 2), (4, -1, 4), (4, 2**62, 4), (4, 2, 0)):
+        with pytest.raises(ValueError, match="in whole groups where there are channels"):
+            _rows.add(sums, columns, rows, 0, [(x.ctypes.data, *groups)], 4, False)
+    with pytest.raises(ValueError, match="in whole groups where there are channels"):
+        _rows.add(sums, columns, rows, 0, [(x.ctypes.data, 4, 2, 2)], 2, False)
     assert sums.tolist() == [1, 2, 2, 2]
     for at, count, size in ((1, 8, 4), (-1, 2, 4), (2**62, 2**62, 4), (0, -1, 4), (0, 1, 8)):
         with pytest.raises(ValueError, match="within the rows"):

@@ -127,7 +127,12 @@ def capture_command(
     precondition: PreconditionKind = None,
     columns: Columns = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make the damaged chunks of a store anew, and no other (see verify).")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Make the damaged chunks of a store anew (see verify); or, where none is, those of samples that could "
+            "not be loaded.",
+        ),
     ] = False,
     edited_script: EditedScript = False,
     verbose: Verbose = False,

@@ -90,7 +90,8 @@ def recording(
             `precondition="adam"` takes its second moment from it: of the raw weights, if averaged ones are recorded.
         timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
-        repair: record the samples of damaged chunks of a store anew (`dmin-trace verify` names them), and no others.
+        repair: record the samples of damaged chunks of a store anew (`dmin-trace verify` names them), and no others;
+            where nothing is damaged, those of chunks with samples that could not be loaded.
 
     Raises:
         SettingsError: an argument that cannot be meant.
@@ -201,7 +202,7 @@ class Recording:
             optimizers: what they train is recorded; None for all parameters with `requires_grad`.
             item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
             writers: packages that take part, whose versions are kept in the store.
-            repair: damaged chunks are recorded anew.
+            repair: damaged chunks are recorded anew, or those with samples that could not be loaded.
             batch: gives the batch of a sample, by a few of which the data set is known again; None if that is not
                 known here.
         """

@@ -377,7 +377,11 @@ class Recorder:
                 logger.info("The trace of %d samples is in %s.", self.samples, self.out)
         self._meet()
         if self._missing:
-            logger.warning("%d samples could not be loaded; dmin-trace info lists them.", len(self._missing))
+            logger.warning(
+                "%d samples could not be loaded; dmin-trace info lists them, and a repair tries them again (--repair, "
+                "repair=True).",
+                len(self._missing),
+            )
 
     def stop(self) -> None:
         """Stops showing progress, and lets go of signals and of the store."""

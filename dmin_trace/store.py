@@ -435,6 +435,11 @@ class Trace:
             return self._small("scale", np.dtype(np.float32), math.nan)
         return np.ones((len(self._row_done), len(self.header.timesteps)), np.float32)
 
+    @property
+    def slots_failed(self) -> NDArray[np.int64]:
+        """The slots that are done of samples that could not be loaded, in order."""
+        return np.flatnonzero((self.norm == FAILED).any(axis=1)).astype(np.int64)
+
     @cached_property
     def numbers(self) -> Numbers:
         """What is unusual about the gradients of the slots that are done."""

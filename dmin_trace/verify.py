@@ -162,7 +162,8 @@ def verify_chunks(path: Path, header: Header, complete: bool, *, progress: Progr
 
 
 def mendable(path: Path) -> list[int]:
-    """The damaged chunks of the store at `path`, which a capture can make anew, with the arrays' metadata mended.
+    """The damaged chunks of the store at `path`, which a capture can make anew, with the arrays' metadata mended; where
+    none is damaged, those with samples that could not be loaded.
 
     Raises TraceError if there is damage that no capture mends.
     """
@@ -173,7 +174,11 @@ def mendable(path: Path) -> list[int]:
         logger.warning("The metadata of %s in %s was damaged, and is made anew.", ", ".join(found.bad_arrays), path)
     chunks = found.bad_chunks
     if not chunks:
-        logger.warning("No chunk of %s is damaged: %d files were compared.", path, found.files)
+        trace = store.open_trace(path, unfinished=True)
+        slots = trace.slots_failed
+        chunks = sorted({int(slot) // header.chunk_rows for slot in slots})
+        again = "" if not chunks else f" {len(slots)} samples could not be loaded, and their chunks are made anew."
+        logger.warning("No chunk of %s is damaged: %d files were compared.%s", path, found.files, again)
         return chunks
     logger.warning("%d of %d chunks of %s are damaged, and are made anew.", len(chunks), found.chunks, path)
     return chunks

@@ -97,6 +97,28 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
     assert np.array_equal(trace.rows(np.array(good)), whole.rows(np.array(good)))
     assert trace.column("caption") == [captions[k] if k in good else "" for k in range(12)]
 
+    # They can be loaded now, at first but for one: a repair tries them again, with what else is in their chunks.
+    chunks = [trace.path / "grad" / "c" / str(k) / "0" / "0" for k in (0, 1)]
+    for torn, tried in (([1], range(12)), ([], range(8))):
+        before, again = [chunk.stat().st_ino for chunk in chunks], []
+        with dmin_trace.recording(
+            denoiser(), samples=12, out=tmp_path / "trace.zarr", columns={"caption": captions}, repair=True, **settings
+        ) as recording:
+            for i in recording.samples:
+                again.append(i)
+                if i in torn:
+                    recording.missing(i, OSError("the file is torn"))
+                    continue
+                for k in recording.slots:
+                    with recording.body(i, k):
+                        loss_of(recording._models[0], POINTS[i : i + 1]).backward()
+        mended, found = open_trace(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
+        assert again == list(tried) and mended.numbers.failed == tuple(torn)
+        assert np.array_equal(mended.rows(np.array(found)), whole.rows(np.array(found)))
+        assert mended.column("caption") == [captions[k] if k in found else "" for k in range(12)]
+        anew = [chunk.stat().st_ino != inode for chunk, inode in zip(chunks, before, strict=True)]
+        assert anew == [True, len(tried) == 12]
+
 
 def test_a_plain_loop_most_of_whose_samples_are_missing_is_an_error(tmp_path: Path) -> None:
     with (

@@ -413,7 +413,10 @@ class Recorder:
                 self._damaged = mendable(self.out)
             earlier = store.open_trace(self.out, unfinished=True)
             self._refuse_another(earlier)
-            self._make_plan(earlier.header.projection.width)
+            theirs = earlier.header
+            ours = self.settings.projection, self.settings.dimension, self.trainable.length
+            if (theirs.projection.kind, theirs.dimension, theirs.projection.length) == ours:
+                self._make_plan(theirs.projection.width)
             self._chunk_rows = earlier.header.chunk_rows
             self._pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
         elif self._existing:

@@ -617,6 +617,12 @@ def test_a_store_from_before_its_width_was_kept_is_gone_on_with_asked_and_folded
     monkeypatch.setattr("dmin_trace.compress.NARROW", 256)
     path = tmp_path / "trace.zarr"
     change(path, lambda attributes: attributes["projection"].pop("width"))
+    for other, shown in (
+        ({"dimension": 2048}, "its dimension is 64"),
+        ({"projection": "uniform"}, "its projection.fi"),
+    ):
+        with pytest.raises(TraceError, match=f"belongs to another capture: {shown}"):
+            record(model, out=path, **settings | other)
     record(model, out=path, **settings)
     record(model, out=tmp_path / "new.zarr", **settings)
     pack(open_trace(path), tmp_path / "folded.zarr", dimension=32)

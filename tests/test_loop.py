@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import BODY, plain_script, run, without_the_line
+from warm import Warm
 
 from dmin_trace.store import facts, open_trace
 
@@ -83,10 +84,10 @@ OWN_LOOPS = {
 
 
 @pytest.mark.parametrize("parts", OWN_LOOPS.values(), ids=OWN_LOOPS.keys())
-def test_a_script_ends_as_it_would_have_bit_for_bit(tmp_path: Path, parts: dict[str, str]) -> None:
+def test_a_script_ends_as_it_would_have_bit_for_bit(tmp_path: Path, warm: Warm, parts: dict[str, str]) -> None:
     script = plain_script(tmp_path / "with.py", **parts)
     bare = without_the_line(script, tmp_path / "without.py")
-    run([script, "--output_dir", "with"], tmp_path)
+    warm.run([script, "--output_dir", "with"], tmp_path)
     run([bare, "--output_dir", "without"], tmp_path)
     written = sorted(path.name for path in (tmp_path / "without").iterdir())
     assert (
@@ -205,23 +206,23 @@ def test_the_denoiser_may_be_one_that_is_not_trained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("parts", "message"), WRONG.values(), ids=WRONG.keys())
 def test_what_would_give_wrong_gradients_stops_the_capture_and_not_the_training(
-    tmp_path: Path, parts: dict[str, str], message: str
+    tmp_path: Path, warm: Warm, parts: dict[str, str], message: str
 ) -> None:
     script = plain_script(tmp_path / "with.py", **parts)
     bare = without_the_line(script, tmp_path / "without.py")
-    ran = run([script, "--output_dir", "with"], tmp_path)
-    run([bare, "--output_dir", "without"], tmp_path)
-    assert message in ran.stderr
-    assert "Traceback" not in ran.stderr
+    said = warm.run([script, "--output_dir", "with"], tmp_path)
+    warm.run([bare, "--output_dir", "without"], tmp_path)
+    assert message in said
+    assert "Traceback" not in said
     assert (tmp_path / "with" / "state.pt").read_bytes() == (tmp_path / "without" / "state.pt").read_bytes()
     assert (tmp_path / "with" / "log.txt").read_bytes() == (tmp_path / "without" / "log.txt").read_bytes()
     # The same by the command line is one red line and exit code 1.
     text = script.read_text()
     script.write_text(text.replace("num_epochs=99", ""))
     if "num_epochs=99" not in text:
-        ran = run(["-m", "dmin_trace.cli", "run", "--", script, "--output_dir", "again"], tmp_path, code=1)
-        assert message in ran.stderr
-        assert "Traceback" not in ran.stderr
+        said = warm.run(["dmin-trace", "run", "--", script, "--output_dir", "again"], tmp_path, code=1)
+        assert message in said
+        assert "Traceback" not in said
 
 
 def test_a_failure_inside_a_breaking_loop_still_runs_the_deferred_end(tmp_path: Path) -> None:
@@ -240,14 +241,13 @@ def test_a_failure_inside_a_breaking_loop_still_runs_the_deferred_end(tmp_path: 
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
 
 
-def test_strict_ends_the_training(tmp_path: Path) -> None:
+def test_strict_ends_the_training(tmp_path: Path, warm: Warm) -> None:
     script = plain_script(
         tmp_path / "script.py",
         attach="dmin_trace.attach(accelerator, args, strict=True)",
         body=BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()"),
     )
-    ran = run([script], tmp_path, code=1)
-    assert "was not pinned" in ran.stderr
+    assert "was not pinned" in warm.run([script], tmp_path, code=1)
     assert not (tmp_path / "out" / "state.pt").exists()
 
 
@@ -260,12 +260,14 @@ def test_strict_ends_the_training(tmp_path: Path) -> None:
         ("dmin_trace.attach(accelerator, args); dmin_trace.attach(accelerator, args)", "called twice"),
     ],
 )
-def test_a_line_that_cannot_be_meant_is_refused_before_the_training(tmp_path: Path, attach: str, message: str) -> None:
+def test_a_line_that_cannot_be_meant_is_refused_before_the_training(
+    tmp_path: Path, warm: Warm, attach: str, message: str
+) -> None:
     script = plain_script(tmp_path / "script.py", attach=attach)
-    assert message in run([script], tmp_path, code=1).stderr
+    assert message in warm.run([script], tmp_path, code=1)
 
 
-def test_remove_takes_every_trace_off(tmp_path: Path) -> None:
+def test_remove_takes_every_trace_off(tmp_path: Path, warm: Warm) -> None:
     script = plain_script(
         tmp_path / "script.py",
         attach="before = set(vars(accelerator)); driver = dmin_trace.attach(accelerator, args)",
@@ -273,5 +275,5 @@ def test_remove_takes_every_trace_off(tmp_path: Path) -> None:
         "kind = type(accelerator.prepare(torch.utils.data.DataLoader([1]))); assert type(loader) is not kind;"
         "driver.remove(); assert set(vars(accelerator)) == before; assert type(loader) is kind",
     )
-    run([script], tmp_path)
+    warm.run([script], tmp_path)
     assert not (tmp_path / "out" / "trace.zarr").exists()

@@ -220,7 +220,7 @@ static void lay(uint32_t *RESTRICT laid, Tensor tensor, int64_t from, int64_t co
             for (int64_t i = 0; i < length; i++)
                 laid[i] = first[i * channels];
         laid += length, count -= length, place = 0;
-        if (++channel == tensor.channels)
+        if (++channel == channels)
             channel = 0, x += group;
     }
 }

@@ -501,8 +501,10 @@ class Recorder:
 
     def _make_plan(self, width: int | None) -> None:
         """Fixes the projection: a new one, or of the width that a store has."""
-        settings, self._width = self.settings, width
+        settings = self.settings
         self._plan = make_plan(self.trainable.length, settings.dimension, settings.seed, settings.projection, width)
+        # A store from before widths were kept goes on without one.
+        self._width = self._plan.width if width is None else width
 
     def _check_plan_like(self, trace: Trace) -> None:
         if self._plan.fingerprint != trace.header.projection.fingerprint:
@@ -819,7 +821,7 @@ class Recorder:
                 kind=settings.projection,
                 seed=settings.seed,
                 length=self._plan.length,
-                width=self._plan.width if self._width is None else self._width,
+                width=self._width,
                 fingerprint=self._plan.fingerprint,
             ),
             parameters=ParameterFacts(

@@ -438,13 +438,18 @@ class Trace:
     @property
     def slots_failed(self) -> NDArray[np.int64]:
         """The slots that are done of samples that could not be loaded, in order."""
-        return np.flatnonzero((self.norm == FAILED).any(axis=1)).astype(np.int64)
+        return np.flatnonzero(self._row_failed).astype(np.int64)
+
+    @cached_property
+    def _row_failed(self) -> NDArray[np.bool_]:
+        failed: NDArray[np.bool_] = (self.norm == FAILED).any(axis=1)
+        return failed
 
     @cached_property
     def numbers(self) -> Numbers:
         """What is unusual about the gradients of the slots that are done."""
         norm = self.norm[self._row_done]
-        failed = (norm == FAILED).any(axis=1)
+        failed = self._row_failed[self._row_done]
         infinite = ~np.isfinite(norm).all(axis=1)
         return Numbers(
             failed=tuple(self.sample[self._row_done][failed].tolist()),

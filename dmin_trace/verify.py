@@ -174,8 +174,7 @@ def mendable(path: Path) -> list[int]:
         logger.warning("The metadata of %s in %s was damaged, and is made anew.", ", ".join(found.bad_arrays), path)
     chunks = found.bad_chunks
     if not chunks:
-        trace = store.open_trace(path, unfinished=True)
-        slots = trace.slots_failed
+        slots = store.open_trace(path, unfinished=True).slots_failed
         chunks = sorted({int(slot) // header.chunk_rows for slot in slots})
         again = "" if not chunks else f" {len(slots)} samples could not be loaded, and their chunks are made anew."
         logger.warning("No chunk of %s is damaged: %d files were compared.%s", path, found.files, again)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dmin_trace.objective import Output, seen
 from dmin_trace.randomness import PinnedDraws, Slot
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
@@ -25,7 +24,6 @@ class Body:
     draws: what the body drew.
     timestep: what reached the denoiser, a tensor on its device, or None if nothing did.
     backwards: how often the body asked for the gradient.
-    outputs: what models answered before it did, in order, where the objective is not the loss.
     sketch, norm, loss: what the capture made of the loss in `backward`; None until then.
     versions: how often each of the models' parameters had been changed in place before.
     """
@@ -35,7 +33,6 @@ class Body:
     draws: PinnedDraws
     timestep: torch.Tensor | None = None
     backwards: int = 0
-    outputs: list[Output] = field(default_factory=list)
     sketch: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     loss: torch.Tensor | None = None
@@ -51,11 +48,6 @@ class Body:
             if given.get(name) is not None:
                 self.timestep = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
                 return
-
-    def see_output(self, module: torch.nn.Module, output: Any) -> None:
-        """Notes what a module answered, if a gradient goes through it and none was asked for yet."""
-        if self.backwards == 0 and (found := seen(module, output)) is not None:
-            self.outputs.append(found)
 
 
 def takes_timestep(module: torch.nn.Module) -> bool:

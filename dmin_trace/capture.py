@@ -23,23 +23,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dmin_trace import moments, precondition, store
+from dmin_trace import store
 from dmin_trace.body import Body
 from dmin_trace.columns import Columns
 from dmin_trace.commands import Job, current_command, remember
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, SettingsError, StoppedError
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
 from dmin_trace.frozen import FrozenModules
 from dmin_trace.gradients import LOSS_SCALE
 from dmin_trace.header import Header
 from dmin_trace.identity import Script, script_of
 from dmin_trace.integrations import diffusers
 from dmin_trace.loop import Ending, LoopDriver
-from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Slot, make_slots, seed_of
 from dmin_trace.recorder import Identity, Processes, Recorder
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Trace
-from dmin_trace.weights import Trainable, find_trainable
+from dmin_trace.weights import find_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +55,8 @@ def attach(
     dtype: str | None = None,
     projection: str | None = None,
     seed: int | None = None,
-    objective: str | None = None,
     draws: int | None = None,
-    precondition: str | None = None,
+    transform: str | None = None,
     codec: str | None = None,
     columns: Sequence[str] | None = None,
     max_train_steps: int | None = None,
@@ -77,7 +75,7 @@ def attach(
         args: the script's arguments; `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`) are
             read from it.
         out: the store; `<args.output_dir>/trace.zarr` if not given.
-        timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec, columns: see `Settings`.
+        timesteps, dimension, dtype, projection, seed, draws, transform, codec, columns: see `Settings`.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
@@ -86,8 +84,7 @@ def attach(
         The loop driver, whose `remove()` detaches again.
 
     Raises:
-        AttachError: attached already, or no way to know where to write and when the training ends. With
-            precondition="adam" `accelerator.prepare` raises it too, for an optimizer that keeps no second moment.
+        AttachError: attached already, or no way to know where to write and when the training ends.
         SettingsError: a setting that cannot be meant.
         TraceError: `out` exists already, or cannot be written.
     """
@@ -97,9 +94,8 @@ def attach(
         "dtype": dtype,
         "projection": projection,
         "seed": seed,
-        "objective": objective,
         "draws": draws,
-        "precondition": precondition,
+        "transform": transform,
         "codec": codec,
         "columns": columns,
     }
@@ -193,7 +189,6 @@ class Capture:
             settings={**line.settings, **own.settings},
             out=own.out or line.out,
             weights=own.weights,
-            optimizer=own.optimizer,
             like=own.like,
             max_train_steps=own.max_train_steps or line.max_train_steps,
             num_epochs=own.num_epochs or line.num_epochs,
@@ -213,11 +208,6 @@ class Capture:
     def strict(self) -> bool:
         """Whether an error in the capture ends the training."""
         return self.job.strict
-
-    @property
-    def sees_outputs(self) -> bool:
-        """Whether gradients are of what the denoiser answers."""
-        return self.settings.objective != "loss"
 
     @property
     def item_seed(self) -> int:
@@ -255,11 +245,6 @@ class Capture:
 
     # -- loop.Work -------------------------------------------------------------------------------------------------
 
-    def prepared(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Refuses, before the training, an optimizer whose second moment will be wanted and will not be there."""
-        if self.settings.precondition == "adam" and self.like is None:
-            moments.refuse_optimizers(optimizers)
-
     def begin(self, driver: LoopDriver) -> list[int]:
         """Fixes the weights, saves them, and says which samples this process captures."""
         self._models = [driver.unwrap(model) for model in driver.models]
@@ -286,7 +271,6 @@ class Capture:
         self._recorder = Recorder(
             self.settings,
             trainable,
-            self._preconditioner(trainable, driver.optimizers, out),
             # Queries have no labels; a column that was asked for of the training set is not asked for of them.
             Columns(dataset, self.settings.columns if self.like is None else None),
             out=out,
@@ -410,34 +394,6 @@ class Capture:
     def weights_path(self) -> Path | None:
         """Where the trainable tensors are written, beside the store."""
         return None if self.out is None else store.weights_beside(self.out)
-
-    def _preconditioner(
-        self, trainable: Trainable, optimizers: Sequence[torch.optim.Optimizer], out: Path
-    ) -> Preconditioner:
-        """What is done to the gradients, with the weights of the capture in the trainables.
-
-        For adam it is the moment of the raw weights also where averaged ones (EMA) are captured: the training moved
-        those by it, and the average has none.
-        """
-        kind, job = self.settings.precondition, self.job
-        if kind != "adam":
-            if job.optimizer is not None:
-                raise SettingsError(f"--optimizer is for precondition adam; this capture's is {kind}. Leave it out.")
-            return Preconditioner(kind)
-        if self.like is not None:
-            return precondition.load(store.precondition_beside(self.like.path), trainable)
-        if job.mode == "final":
-            return moments.from_optimizers(trainable, optimizers)
-        if job.weights is None:
-            # A trial is of a model that was not trained. Ones take as long.
-            return precondition.adam(trainable, [torch.ones(shape) for shape in trainable.shapes])
-        return moments.find(
-            trainable,
-            optimizers,
-            given=None if job.optimizer is None else Path(job.optimizer),
-            weights=Path(job.weights),
-            beside=store.precondition_beside(out),
-        )
 
     def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
         body = self.driver.body

@@ -44,13 +44,8 @@ Dimension = Annotated[int | None, typer.Option(help="Length of a compressed grad
 Dtype = Annotated[str | None, typer.Option(help="int8, float16 or float32. Default: int8.")]
 ProjectionKind = Annotated[str | None, typer.Option(help="rotation or uniform. Default: rotation.")]
 Codec = Annotated[str | None, typer.Option(help="none, or blosc for archives: smaller and slower. Default: none.")]
-PreconditionKind = Annotated[
-    str | None,
-    typer.Option("--precondition", help="What is done to gradients: sign, adam, or none (the paper). Default: sign."),
-]
-ObjectiveKind = Annotated[
-    str | None,
-    typer.Option("--objective", help="What gradients are of: loss, or squared_output (D-TRAK's). Default: loss."),
+TransformKind = Annotated[
+    str | None, typer.Option("--transform", help="What is done to gradients: sign, or none (the paper). Default: sign.")
 ]
 Draws = Annotated[int | None, typer.Option(help="Noises drawn at each timestep, gradients averaged. Default: 1.")]
 Seed = Annotated[int | None, typer.Option(help="Of the projection and the shared noise. Default: 0.")]
@@ -75,9 +70,8 @@ def run_command(
     projection: ProjectionKind = None,
     codec: Codec = None,
     seed: Seed = None,
-    objective: ObjectiveKind = None,
     draws: Draws = None,
-    precondition: PreconditionKind = None,
+    transform: TransformKind = None,
     columns: Columns = None,
     max_train_steps: Annotated[int | None, typer.Option(help="Optimizer steps at which the loop breaks.")] = None,
     num_epochs: Annotated[int | None, typer.Option(help="Times the loop goes through its data.")] = None,
@@ -93,9 +87,7 @@ def run_command(
         Job(
             mode="final",
             command=_script(context),
-            settings=_settings(
-                timesteps, dimension, dtype, projection, codec, seed, objective, draws, precondition, columns
-            ),
+            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, draws, transform, columns),
             out=None if out is None else str(out.absolute()),
             max_train_steps=max_train_steps,
             num_epochs=num_epochs,
@@ -108,13 +100,6 @@ def run_command(
 def capture_command(
     context: typer.Context,
     weights: Annotated[Path, typer.Option(help="The trained weights: a safetensors file, or a folder with one.")],
-    optimizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="For --precondition adam: the optimizer.bin of the training's last checkpoint, or its folder. "
-            "Default: where the weights lie, or what an earlier capture of them kept."
-        ),
-    ] = None,
     out: Out = None,
     timesteps: Timesteps = None,
     dimension: Dimension = None,
@@ -122,9 +107,8 @@ def capture_command(
     projection: ProjectionKind = None,
     codec: Codec = None,
     seed: Seed = None,
-    objective: ObjectiveKind = None,
     draws: Draws = None,
-    precondition: PreconditionKind = None,
+    transform: TransformKind = None,
     columns: Columns = None,
     repair: Annotated[
         bool,
@@ -146,12 +130,9 @@ def capture_command(
         Job(
             mode="now",
             command=_script(context),
-            settings=_settings(
-                timesteps, dimension, dtype, projection, codec, seed, objective, draws, precondition, columns
-            ),
+            settings=_settings(timesteps, dimension, dtype, projection, codec, seed, draws, transform, columns),
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
-            optimizer=None if optimizer is None else str(optimizer.absolute()),
             repair=repair,
             edited_script=edited_script,
         )
@@ -166,9 +147,8 @@ def estimate_command(
     dtype: Dtype = None,
     projection: ProjectionKind = None,
     seed: Seed = None,
-    objective: ObjectiveKind = None,
     draws: Draws = None,
-    precondition: PreconditionKind = None,
+    transform: TransformKind = None,
     columns: Columns = None,
     verbose: Verbose = False,
 ) -> None:
@@ -179,7 +159,7 @@ def estimate_command(
     from dmin_trace.launch import run_script
 
     _log(verbose)
-    settings = _settings(timesteps, dimension, dtype, projection, None, seed, objective, draws, precondition, columns)
+    settings = _settings(timesteps, dimension, dtype, projection, None, seed, draws, transform, columns)
     capture = run_script(Job(mode="estimate", command=_script(context), settings=settings))
     console = Console()
     title = "A capture of this script, as two samples show"
@@ -629,9 +609,8 @@ def _settings(
     projection: str | None,
     codec: str | None,
     seed: int | None,
-    objective: str | None,
     draws: int | None,
-    precondition: str | None,
+    transform: str | None,
     columns: Sequence[str] | None,
 ) -> dict[str, Any]:
     """The settings that were given, checked before anything runs."""
@@ -652,9 +631,8 @@ def _settings(
         "projection": projection,
         "codec": codec,
         "seed": seed,
-        "objective": objective,
         "draws": draws,
-        "precondition": precondition,
+        "transform": transform,
         "columns": list(columns) if columns else None,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -45,7 +45,6 @@ class Job:
     settings: the settings that were given explicitly; they go before the script's own line.
     out: the store, or None for the script's own choice.
     weights: the weights to load before a capture "now".
-    optimizer: where the optimizer's state lies for it, if not beside the weights.
     edited_script: go on with a store that was begun with another state of the script.
     like: a store, for a query: the capture must be of the same kind as that one.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not say so.
@@ -58,7 +57,6 @@ class Job:
     settings: Mapping[str, Any]
     out: str | None = None
     weights: str | None = None
-    optimizer: str | None = None
     like: str | None = None
     max_train_steps: int | None = None
     num_epochs: int | None = None

@@ -240,18 +240,17 @@ def make_plan(length: int, dimension: int, seed: int, kind: Projection, width: i
         dimension: v.
         seed: of its numbers.
         kind: "rotation" or "uniform".
-        width: that of a plan there was, as a store has it: 0 where it does not say, since all rows were wide then.
-            None for a new plan.
+        width: that of an earlier plan, as a store keeps it. None for a new plan.
 
     Raises:
         SettingsError: a length below one, a dimension that is no power of two, a kind that is none, or a width that
             does not fit them.
     """
-    if not width:
+    if width is None:
         if kind == "uniform":
             width = -(-length // max(dimension, 1)) * dimension
         else:
-            least = min(length, NARROW if width is None else WIDTH)
+            least = min(length, NARROW)
             wanted = max(least, min(-(-length // FEW), WIDTH), -(-length // ROWS))
             width = max(dimension, 1 << (wanted - 1).bit_length())
     return Plan(length, dimension, seed, kind, width)

@@ -5,7 +5,7 @@
       AttachError        the training script does not have the shape that the loop driver needs
       CaptureError       a capture that would give wrong gradients, and so was stopped
         StoppedError     one that a signal ended, after the chunk in hand
-      WeightsError       weights, or an optimizer's state, that are missing, damaged, or not those of the trace
+      WeightsError       weights that are missing, damaged, or not those of the trace
       TraceError         a store that is missing, of another version, unfinished or damaged
       QueryError         a question that cannot be asked of this trace
       ScriptError        the training script itself failed while we drove it
@@ -48,7 +48,7 @@ class StoppedError(CaptureError):
 
 
 class WeightsError(DminTraceError):
-    """Weights, or an optimizer's state, that are missing, damaged, or not those of the trace."""
+    """Weights that are missing, damaged, or not those of the trace."""
 
 
 class TraceError(DminTraceError):

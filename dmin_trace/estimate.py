@@ -29,7 +29,6 @@ def facts(trial: Capture) -> Sequence[tuple[str, str]]:
     length = recorder.trainable.length
     stored = bytes_of(header)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in recorder.trainable.tensors)
-    divisors = length * NUMBER if recorder.settings.precondition == "adam" else 0
     whole = samples * timesteps * length * NUMBER
     a_sample = decimal(stored // samples)
     # The rows of a chunk are gathered as float32 before they are written.
@@ -37,14 +36,13 @@ def facts(trial: Capture) -> Sequence[tuple[str, str]]:
     draws = header.draws
     # The trial had that gradient too.
     summed = f", {decimal(length * NUMBER)} are the mean of the draws" if draws > 1 else ""
-    beside = f"{decimal(weights)} for the weights" + (f", {decimal(divisors)} for adam's divisors" if divisors else "")
     rows = [
         ("samples x timesteps", f"{samples:,} x {timesteps}" + (f", {draws} draws each" if draws > 1 else "")),
         ("trained parameters", f"{length:,} in {len(recorder.trainable.names)} tensors"),
         ("time", f"{_time(trial.seconds_a_sample * samples)} ({trial.seconds_a_sample:.3g} s a sample, one process)"),
         (
             "disk",
-            f"{decimal(stored)} for the store ({a_sample} a sample), {beside}",
+            f"{decimal(stored)} for the store ({a_sample} a sample), {decimal(weights)} for the weights",
         ),
         ("uncompressed", f"{decimal(whole)} would be the gradients as float32, {whole / stored:,.0f} times as much"),
         (
@@ -55,7 +53,7 @@ def facts(trial: Capture) -> Sequence[tuple[str, str]]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         rows.append(("GPU memory", f"{decimal(torch.cuda.max_memory_allocated())} at the peak"))
     free = shutil.disk_usage(trial.out.parent if trial.out and trial.out.parent.is_dir() else ".").free
-    if free < stored + weights + divisors:
+    if free < stored + weights:
         rows.append(("but", f"only {decimal(free)} are free on the disk"))
     return rows
 

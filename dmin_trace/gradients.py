@@ -23,7 +23,7 @@ def gradients(
     The tensors are handed out one at a time and let go, so that compressing them needs no second copy.
 
     Args:
-        loss: the script's loss, or another objective; a scalar.
+        loss: the script's loss; a scalar.
         parameters: the trained parameters.
         scale: multiplies the loss before the backward pass and is divided out again.
 

@@ -23,9 +23,8 @@ from dmin_trace.settings import (
     MOST_TIMESTEPS,
     Codec,
     Dtype,
-    Objective,
-    Precondition,
     Projection,
+    Transform,
 )
 
 MOST_SAMPLES = 2**40
@@ -37,19 +36,13 @@ LARGEST_FRAME = 2**31 - 1 - FRAME_HEADER
 LARGEST_CHUNK = 2**25
 """A chunk of more than one sample is at most so large: no writer makes one of twice CHUNK_BYTES, and what is allocated
 for a chunk is in proportion."""
-LATER: dict[str, Any] = {"objective": "loss", "draws": 1}
-"""What is true of a store from before there were these attributes, and settings, and that therefore lacks them."""
-LATER_FACTS: dict[str, Any] = {"script": "", "script_sha256": "", "data_sha256": "", "unreached": []}
-"""The same of attributes that are no settings: what was not recorded then is not known."""
-LATER_PROJECTION: dict[str, Any] = {"width": 0}
-"""The same of attributes of the projection."""
 
 ColumnKind = Literal["string", "integer", "number"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionFacts:
-    """How gradients were compressed; see `compress.Plan`. width: 0 in stores from before it was kept."""
+    """How gradients were compressed; see `compress.Plan`."""
 
     kind: Projection
     seed: int
@@ -84,8 +77,8 @@ class Header:
     timesteps: as the denoiser saw them.
     dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is packed, R.
     weights: fingerprint of the trained parameters.
-    objective, draws: what gradients were taken of, and the mean of how many noises they are.
-    precondition, preconditioner: what was done to gradients, and the fingerprint of adam's divisors beside the store.
+    draws: D, the number of noises at each timestep over which a gradient is the mean.
+    transform: what was done to gradients before they were compressed.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns: the readable columns and their kinds.
     settings: the capture's settings, as JSON.
@@ -105,19 +98,17 @@ class Header:
     parameters: ParameterFacts
     weights: str
     noise: NoiseFacts
-    precondition: Precondition
-    preconditioner: str
+    transform: Transform
     batch: dict[str, tuple[int, ...]]
     columns: dict[str, ColumnKind]
     settings: dict[str, Any]
     writers: dict[str, str]
-    codec: Codec = "none"
-    objective: Objective = "loss"
-    draws: int = 1
-    script: str = ""
-    script_sha256: str = ""
-    data_sha256: str = ""
-    unreached: tuple[str, ...] = ()
+    codec: Codec
+    draws: int
+    script: str
+    script_sha256: str
+    data_sha256: str
+    unreached: tuple[str, ...]
 
     @property
     def sample_bytes(self) -> int:
@@ -136,9 +127,6 @@ class Header:
     def to_attributes(self) -> dict[str, Any]:
         """The header as JSON keeps it: tuples are lists."""
         attributes: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        if not self.projection.width:
-            # As it was written: an index knows its store by them.
-            del attributes["projection"]["width"]
         return attributes
 
     @classmethod
@@ -147,9 +135,8 @@ class Header:
 
         Raises TraceError that names the first attribute that is wrong.
         """
-        reader = _Attributes({**LATER, **LATER_FACTS, **attributes}, str(path))
-        projection = reader.inside("projection", LATER_PROJECTION)
-        parameters, noise = (reader.inside(name) for name in ("parameters", "noise"))
+        reader = _Attributes(attributes, str(path))
+        projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
         header = cls(
             id=reader.text("id", r"[0-9a-f]{32}"),
             samples=reader.number("samples", 1, MOST_SAMPLES),
@@ -161,7 +148,7 @@ class Header:
                 kind=projection.choice("kind", get_args(Projection)),
                 seed=projection.number("seed", 0, 2**32 - 1),
                 length=projection.number("length", 1, 2**62),
-                width=projection.number("width", 0, 2**62),
+                width=projection.number("width", 1, 2**62),
                 fingerprint=projection.text("fingerprint", r"[0-9a-f]{64}"),
             ),
             parameters=ParameterFacts(
@@ -176,14 +163,12 @@ class Header:
                 seed=noise.number("seed", 0, 2**32 - 1),
                 draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MOST_TIMESTEPS)),
             ),
-            precondition=reader.choice("precondition", get_args(Precondition)),
-            preconditioner=reader.text("preconditioner", r"|[0-9a-f]{64}"),
+            transform=reader.choice("transform", get_args(Transform)),
             batch={name: reader.shape("batch", shape) for name, shape in reader.mapping("batch", list).items()},
             columns={name: _column_kind(reader, kind) for name, kind in reader.mapping("columns", str).items()},
             settings=reader.mapping("settings", object),
             writers=reader.mapping("writers", str),
             codec=reader.choice("codec", get_args(Codec)),
-            objective=reader.choice("objective", get_args(Objective)),
             draws=reader.number("draws", 1, MOST_DRAWS),
             script=reader.text("script", r"[^/\\]{0,255}"),
             script_sha256=reader.text("script_sha256", r"|[0-9a-f]{64}"),
@@ -196,8 +181,6 @@ class Header:
             raise reader.wrong("chunk_rows", f"1, or chunks of {LARGEST_CHUNK} bytes at most")
         if header.chunks > MOST_CHUNKS:
             raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
-        if (header.precondition == "adam") != bool(header.preconditioner):
-            raise reader.wrong("preconditioner", "the fingerprint of adam's divisors where it preconditions, else none")
         for name in header.columns:
             # A column's name is a folder's name in meta/.
             if not COLUMN_NAME.fullmatch(name):
@@ -264,10 +247,9 @@ class _Attributes:
             raise self.wrong(name, "names and values")
         return value
 
-    def inside(self, name: str, later: Mapping[str, Any] | None = None) -> _Attributes:
-        """The attributes within one; of them what is true of a store that lacks it."""
-        values = {**(later or {}), **self.mapping(name, object)}
-        return _Attributes(values, self._path, f"{self._prefix}{name}.")
+    def inside(self, name: str) -> _Attributes:
+        """The attributes within one."""
+        return _Attributes(self.mapping(name, object), self._path, f"{self._prefix}{name}.")
 
     def shape(self, name: str, value: Any) -> tuple[int, ...]:
         if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**62 for n in value):

@@ -78,15 +78,8 @@ class Work(Protocol):
         """The seed under which every sample is fetched."""
 
     @property
-    def sees_outputs(self) -> bool:
-        """Whether a body must see what the loop's models answer."""
-
-    @property
     def strict(self) -> bool:
         """Whether an error may end the script's training."""
-
-    def prepared(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Called when the script has prepared optimizers, before it trains. Refuses those that are no use."""
 
     def begin(self, driver: LoopDriver) -> list[int]:
         """Called once, before the first capture batch. Gives the dataset indices to capture, in order."""
@@ -219,7 +212,6 @@ class LoopDriver:
         prepared = given if isinstance(given, (tuple, list)) else [given]
         self.models += [p for p in prepared if isinstance(p, torch.nn.Module)]
         optimizers = [p for p in prepared if isinstance(p, torch.optim.Optimizer)]
-        self.work.prepared(optimizers)
         self.optimizers += [optimizer for optimizer in optimizers if optimizer not in self.optimizers]
         loaders = [p for p in prepared if isinstance(p, torch.utils.data.DataLoader)]
         if loaders and self.loader is None:
@@ -447,8 +439,6 @@ class LoopDriver:
         for module in self._denoisers():
             handle = module.register_forward_pre_hook(self._see_timestep, with_kwargs=True)
             self._leaving.callback(handle.remove)
-        for module in self._answering() if self.work.sees_outputs else ():
-            self._leaving.callback(module.register_forward_hook(self._see_output).remove)
         self._leaving.callback(self.work.leave)
         return self.work.begin(self)
 
@@ -459,12 +449,6 @@ class LoopDriver:
             if found := [module for module in modules if takes_timestep(module)]:
                 return found
         return prepared
-
-    def _answering(self) -> list[torch.nn.Module]:
-        """The models that take a timestep as the loop calls them: those prepared, in their wrappers, and its own."""
-        inside = {id(self.unwrap(model)) for model in self.models}
-        models = self.models + [module for module in self._own_modules() if id(module) not in inside]
-        return [model for model in dict.fromkeys(models) if takes_timestep(self.unwrap(model))]
 
     def _own_modules(self) -> list[torch.nn.Module]:
         """The modules among the loop's variables, each once."""
@@ -619,7 +603,3 @@ class LoopDriver:
     def _see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._body is not None and not self.failed:
             self._guarded(partial(self._body.see_timestep, module, args, kwargs))
-
-    def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._body is not None and not self.failed:
-            self._guarded(partial(self._body.see_output, module, output))

@@ -64,12 +64,11 @@ def pack(
         raise TraceError(f"{trace.path} is unfinished. Finish the capture before it is packed.")
     header = _packed_header(trace, codec, dtype, dimension)
     store.check_free(out)
-    # The weights, and adam's divisors where there are some: queries need both.
-    places = [(place(trace.path), place(out)) for place in (store.weights_beside, store.precondition_beside)]
-    needed = [(file, beside) for file, beside in places if file.exists()]
-    for file, beside in needed:
-        if beside.exists() or beside.is_symlink():
-            raise TraceError(f"{beside} exists already, where a copy of {file} is to lie. Give another --out.")
+    # Queries need the weights.
+    weights, beside = store.weights_beside(trace.path), store.weights_beside(out)
+    has_weights = weights.exists()
+    if has_weights and (beside.exists() or beside.is_symlink()):
+        raise TraceError(f"{beside} exists already, where a copy of {weights} is to lie. Give another --out.")
     partial = out.with_name(f".{out.name}.{header.id}.packing")
     try:
         columns = {name: trace.column(name) for name in header.columns}
@@ -79,12 +78,12 @@ def pack(
             if progress is not None:
                 progress(len(writer.rows(chunk)))
         writer.finish()
-        for file, beside in needed:
-            _link(file, beside)
+        if has_weights:
+            _link(weights, beside)
         try:
             partial.rename(out)
         except OSError:
-            for _, beside in needed:
+            if has_weights:
                 beside.unlink(missing_ok=True)
             raise
     except OSError as error:

@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dmin_trace import moments, precondition, query, store
+from dmin_trace import query
 from dmin_trace.body import TIMESTEP_ARGUMENTS, Body, takes_timestep
 from dmin_trace.columns import Columns
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.gradients import LOSS_SCALE
-from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import PinnedDraws, RandomState, Slot, make_slots, seed_everything, seed_of
 from dmin_trace.recorder import Identity, Recorder
 from dmin_trace.report import Hit
@@ -55,9 +54,8 @@ def recording(
     dtype: str | None = None,
     projection: str | None = None,
     seed: int | None = None,
-    objective: str | None = None,
     draws: int | None = None,
-    precondition: str | None = None,
+    transform: str | None = None,
     codec: str | None = None,
     columns: Mapping[str, Values] | None = None,
     repair: bool = False,
@@ -82,13 +80,11 @@ def recording(
 
     Args:
         model: what was trained, one module or several; the modules inside DistributedDataParallel and torch.compile.
-            With `objective="squared_output"` also a denoiser that was not trained but takes what a trained one gives.
         samples: N, how many samples there are.
         out: the store.
         like: for queries, the trace that is asked, instead of `out` and of the settings.
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
-            `precondition="adam"` takes its second moment from it: of the raw weights, if averaged ones are recorded.
-        timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec: see `Settings`.
+        timesteps, dimension, dtype, projection, seed, draws, transform, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
         repair: record the samples of damaged chunks of a store anew (`dmin-trace verify` names them), and no others;
             where nothing is damaged, those of chunks with samples that could not be loaded.
@@ -107,9 +103,8 @@ def recording(
         "dtype": dtype,
         "projection": projection,
         "seed": seed,
-        "objective": objective,
         "draws": draws,
-        "precondition": precondition,
+        "transform": transform,
         "codec": codec,
         "columns": tuple(columns) or None,
     }
@@ -344,7 +339,6 @@ class Recording:
             recorder = Recorder(
                 self._settings,
                 trainable,
-                self._preconditioner(trainable, out),
                 self._columns,
                 out=out,
                 samples=self._samples,
@@ -396,34 +390,6 @@ class Recording:
             )
         return found
 
-    def _preconditioner(self, trainable: Trainable, out: Path) -> Preconditioner:
-        """What is done to the gradients.
-
-        Raises:
-            CaptureError: the optimizer has no second moment that could be used, or none was given.
-            WeightsError: what is beside the store is damaged, or, for queries, missing.
-        """
-        kind = self._settings.precondition
-        if kind != "adam":
-            return Preconditioner(kind)
-        if self._like is not None:
-            return precondition.load(store.precondition_beside(self._like.path), trainable)
-        optimizers = self._optimizers or []
-        if not moments.has_state(optimizers, trainable):
-            # A recording that goes on in another process has its optimizer no more.
-            kept = moments.find_kept(trainable, [store.precondition_beside(out)])
-            if kept is not None:
-                return kept
-            raise CaptureError(
-                "precondition='adam' needs the optimizer that trained the model, as the training left it. Give it: "
-                "recording(..., optimizer=optimizer), with its state loaded (optimizer.load_state_dict) if it trained "
-                "in another process."
-                if not optimizers
-                else "precondition='adam' needs the optimizer as the training left it, but the one given has no state "
-                "of the model's parameters. Load it (optimizer.load_state_dict), or give the one that trained."
-            )
-        return moments.from_optimizers(trainable, optimizers)
-
     def _prepare_models(self, entering: ExitStack) -> None:
         """Eval mode, empty `.grad`, eyes on timesteps and optimizers, until the recording is over."""
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
@@ -435,15 +401,8 @@ class Recording:
             for module in model.modules():
                 entering.callback(setattr, module, "training", module.training)
             model.eval()
-        denoisers = _denoisers(self._models)
-        for module in denoisers:
+        for module in _denoisers(self._models):
             entering.callback(module.register_forward_pre_hook(self._see_timestep, with_kwargs=True).remove)
-        if self._settings.objective != "loss":
-            # Where the loop compiled its model, the hook is no part of the graph that is compiled.
-            see_output = torch.compiler.disable(self._see_output)  # type: ignore[no-untyped-call]
-            # A body may ask for its timestep, and give it to its model by any name.
-            for module in denoisers or self._models:
-                entering.callback(module.register_forward_hook(see_output).remove)
         entering.callback(register_optimizer_step_pre_hook(self._refuse_step).remove)
         scale = torch.amp.GradScaler.scale
         entering.callback(setattr, torch.amp.GradScaler, "scale", scale)
@@ -514,10 +473,6 @@ class Recording:
     def _see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._body is not None:
             self._body.see_timestep(module, args, kwargs)
-
-    def _see_output(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._body is not None:
-            self._body.see_output(module, output)
 
     def _refuse_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         raise CaptureError(

@@ -1,6 +1,6 @@
 """Records the gradients of a loop's bodies in a store, whatever loop they come from.
 
-    loss -> Recorder.backward: objective -> gradient -> mean of the draws -> precondition -> compress
+    loss -> Recorder.backward: gradient -> mean of the draws -> transform -> compress
          -> Recorder.take: checks, rows, chunks -> store
 
 The checks are what makes two gradients comparable, so they fail closed. For every sample of a slot the timestep that
@@ -42,8 +42,6 @@ from dmin_trace.gradients import Mean, gradients
 from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
 from dmin_trace.identity import Script, data_fingerprint
 from dmin_trace.lock import StoreLock
-from dmin_trace.objective import squared_output
-from dmin_trace.precondition import Preconditioner
 from dmin_trace.randomness import Call
 from dmin_trace.settings import Settings
 from dmin_trace.signals import FirstSignal
@@ -111,7 +109,6 @@ class Recorder:
         self,
         settings: Settings,
         trainable: Trainable,
-        preconditioner: Preconditioner,
         columns: Columns,
         *,
         out: Path,
@@ -132,7 +129,6 @@ class Recorder:
         Args:
             settings: what to capture and how.
             trainable: with respect to what gradients are taken.
-            preconditioner: what is done to them.
             columns: of the dataset.
             out: the store.
             samples: N.
@@ -149,11 +145,10 @@ class Recorder:
 
         Raises:
             QueryError: the trainables or the projection are not those of `like`.
-            WeightsError: the weights are not, or adam's divisors.
+            WeightsError: the weights are not those of `like`.
         """
         self.settings = settings
         self.trainable = trainable
-        self.preconditioner = preconditioner
         self.columns = columns
         self.out = out
         self.samples = samples
@@ -179,11 +174,9 @@ class Recorder:
         self._before_first = 0
         self._writers = tuple(dict.fromkeys(("dmin_trace", "torch", *writers, "zarr", "numpy")))
         self._weights = trainable.weights_fingerprint()
-        self._divisors = preconditioner.fingerprint
         if like is not None:
             self._check_weights_like(like)
-            self._check_preconditioner_like(like)
-            self._check_objective_like(like)
+            self._check_header_like(like)
         self._make_plan(None if like is None else like.header.projection.width)
         if like is not None:
             self._check_plan_like(like)
@@ -205,7 +198,7 @@ class Recorder:
         self._kept = 0
 
     def begin(self) -> list[int]:
-        """Saves the weights, and adam's divisors, and says which samples this process captures, in order.
+        """Saves the weights, and says which samples this process captures, in order.
 
         Raises:
             CaptureError: there are no samples.
@@ -305,14 +298,14 @@ class Recorder:
         self._end_row(None)
 
     def backward(self, body: Body, loss: torch.Tensor, scale: float = 1.0) -> None:
-        """Takes the gradient of a body's loss, or of what else is the objective, and compresses the mean of its draws.
+        """Takes the gradient of a body's loss, and compresses the mean of its draws.
 
         Args:
             body: the body that is under way.
             loss: a scalar.
-            scale: multiplies the objective before the backward pass and is divided out again.
+            scale: multiplies the loss before the backward pass and is divided out again.
 
-        Raises CaptureError for a loss that is none, or has no gradient, or where the denoiser's output cannot be told.
+        Raises CaptureError for a loss that is no scalar, or has no gradient.
         """
         if self._held is not None:
             return
@@ -323,11 +316,8 @@ class Recorder:
                 "The script's loss has no gradient: it does not depend on a trainable parameter, or was computed under "
                 "torch.no_grad."
             )
-        target = loss.reshape(()) if self.settings.objective == "loss" else squared_output(body.outputs, loss)
-        # The graph must not outlive the body.
-        body.outputs.clear()
         self._announce()
-        taken, reached = gradients(target, self.trainable.tensors, scale)
+        taken, reached = gradients(loss.reshape(()), self.trainable.tensors, scale)
         self._ever_reached = [a or b for a, b in zip(self._ever_reached, reached, strict=True)]
         body.loss = loss.detach().float().reshape(())
         draws = self.settings.draws
@@ -340,8 +330,7 @@ class Recorder:
             if body.slot.draw < draws - 1:
                 return
             taken, self._mean = self._mean.hand_out(), None
-        signs = self.preconditioner.kind == "sign"
-        body.sketch, body.norm = compress(self.preconditioner.apply(taken), self._plan, signs=signs)
+        body.sketch, body.norm = compress(taken, self._plan, signs=self.settings.transform == "sign")
 
     def take(self, body: Body) -> None:
         """Checks a body's random calls, and after the sample's last slot its row."""
@@ -429,7 +418,6 @@ class Recorder:
             # It stopped between its last chunk and the word that it is complete.
             Writer(self.out, store.open_trace(self.out, unfinished=True).header).finish()
         self.trainable.save(store.weights_beside(self.out))
-        self.preconditioner.save(store.precondition_beside(self.out), self._weights)
         self.weights_saved = True
 
     def _refuse_another(self, earlier: Trace) -> None:
@@ -454,18 +442,11 @@ class Recorder:
                 f"{self.out} belongs to another capture: its weights are {header.weights[:16]}, those of this run "
                 f"{self._weights[:16]}. Give another path (out, --out), or move it away."
             )
-        facts = _aim(header.objective, header.draws), _aim(self.settings.objective, self.settings.draws)
-        if facts[0] != facts[1]:
-            raise TraceError(
-                f"{self.out} belongs to another capture: its gradients are of {facts[0]}, those of this run of "
-                f"{facts[1]}. Give another path (out, --out), or move it away."
-            )
-        theirs = header.precondition, header.preconditioner
-        ours = self.settings.precondition, self._divisors
+        theirs, ours = _treatment(header), _treatment(self.settings)
         if theirs != ours:
             raise TraceError(
-                f"{self.out} belongs to another capture: its gradients are preconditioned by {_named(*theirs)}, those "
-                f"of this run by {_named(*ours)}. Give another path (out, --out), or move it away."
+                f"{self.out} belongs to another capture: its gradients have {theirs}, those of this run {ours}. Give "
+                "another path (out, --out), or move it away."
             )
 
     def _check_weights_like(self, trace: Trace) -> None:
@@ -482,20 +463,11 @@ class Recorder:
                 f"{trace.header.weights[:16]}. Give the weights that were captured, which lie beside the trace."
             )
 
-    def _check_preconditioner_like(self, trace: Trace) -> None:
-        if (self.settings.precondition, self._divisors) != (trace.header.precondition, trace.header.preconditioner):
-            raise WeightsError(
-                f"{store.precondition_beside(trace.path)} is not what the trace's gradients were divided by: its "
-                f"fingerprint is {self._divisors[:16] or 'none'}, that of the trace "
-                f"{trace.header.preconditioner[:16] or 'none'}. Put the file back that the capture left there."
-            )
-
-    def _check_objective_like(self, trace: Trace) -> None:
-        ours = _aim(self.settings.objective, self.settings.draws)
-        theirs = _aim(trace.header.objective, trace.header.draws)
+    def _check_header_like(self, trace: Trace) -> None:
+        ours, theirs = _treatment(self.settings), _treatment(trace.header)
         if ours != theirs:
             raise QueryError(
-                f"The query's gradients are of {ours}, those of {trace.path} of {theirs}, so its header contradicts "
+                f"The query's gradients have {ours}, those of {trace.path} have {theirs}, so its header contradicts "
                 "its settings. The store was changed by hand: capture again."
             )
 
@@ -503,8 +475,6 @@ class Recorder:
         """Fixes the projection: a new one, or of the width that a store has."""
         settings = self.settings
         self._plan = make_plan(self.trainable.length, settings.dimension, settings.seed, settings.projection, width)
-        # A store from before widths were kept goes on without one.
-        self._width = self._plan.width if width is None else width
 
     def _check_plan_like(self, trace: Trace) -> None:
         if self._plan.fingerprint != trace.header.projection.fingerprint:
@@ -637,20 +607,18 @@ class Recorder:
             if not reached
         ]
         names = ", ".join(name for name, _ in never[:3])
-        objective = "loss" if self.settings.objective == "loss" else "denoiser's output"
         trained = [name for name, tensor in never if self._trained(tensor)]
         if trained or len(never) == len(self._ever_reached):
             raise CaptureError(
-                f"The {objective} does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, "
+                f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, "
                 f"among them {names}, though the training moved them. Does the loop body skip a part of the model when "
                 "the model is in eval mode, or for some batches? What a plain loop does not train must have "
                 "requires_grad=False."
             )
         if never:
             logger.warning(
-                "The %s does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
+                "The loss does not depend on %d of the %d trainable tensors, among them %s, and the training did not "
                 "move them; their gradients are zero.",
-                objective,
                 len(never),
                 len(self._ever_reached),
                 names,
@@ -821,7 +789,7 @@ class Recorder:
                 kind=settings.projection,
                 seed=settings.seed,
                 length=self._plan.length,
-                width=self._width,
+                width=self._plan.width,
                 fingerprint=self._plan.fingerprint,
             ),
             parameters=ParameterFacts(
@@ -835,11 +803,9 @@ class Recorder:
                 # They are the same in every draw.
                 draws=tuple(tuple(body.draws.calls) for body in self._first if body.slot.draw == 0),
             ),
-            precondition=settings.precondition,
-            objective=settings.objective,
+            transform=settings.transform,
             draws=settings.draws,
             codec="none" if self.like is not None else settings.codec,
-            preconditioner=self._divisors,
             batch=self._batch_shapes,
             columns=self.columns.kinds,
             settings=_settings_facts(settings),
@@ -864,14 +830,9 @@ def _settings_facts(settings: Settings) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
 
 
-def _aim(objective: str, draws: int) -> str:
-    """What a gradient is of, for a person to read."""
-    return f"{objective}, draws {draws}"
-
-
-def _named(kind: str, fingerprint: str) -> str:
-    """A way of preconditioning, for a person to read."""
-    return f"{kind} {fingerprint[:16]}".strip()
+def _treatment(facts: Settings | Header) -> str:
+    """What is done to gradients before they are compressed, for a person to read."""
+    return f"draws {facts.draws} and transform {facts.transform}"
 
 
 def _to_cpu(row: list[Body]) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[float, ...]]:

@@ -15,9 +15,8 @@ from dmin_trace.errors import SettingsError, brief
 
 Dtype = Literal["int8", "float16", "float32"]
 Projection = Literal["rotation", "uniform"]
-Precondition = Literal["none", "sign", "adam"]
+Transform = Literal["none", "sign"]
 Codec = Literal["none", "blosc"]
-Objective = Literal["loss", "squared_output"]
 
 SMALLEST_DIMENSION = 2**4
 LARGEST_DIMENSION = 2**24
@@ -38,15 +37,11 @@ class Settings:
     projection: "rotation" (matrix-free, the default) or "uniform" (OPORP to the letter, paper section 3.2:
         one permutation and one sign for each parameter, kept in memory).
     seed: of the projection and of the noise that all samples share at a timestep.
-    objective: what the gradient is taken of: "loss", the script's own (the default, the paper), or "squared_output",
-        the mean of the squares of the denoiser's output (D-TRAK, arXiv 2311.00500). The losses in the store are the
-        script's own with either.
     draws: D, how many noises are drawn at each timestep, the same for all samples. A gradient is then the mean of D, at
         the cost of D passes and of one more gradient in memory. The first draw is that of draws=1.
-    precondition: what is done to a gradient, element by element, before it is compressed and normalised; the norms in
-        the store are of what it gives. "sign" (the default) takes the sign of each element: better at likeness and
-        at causes than "none", which is the paper (docs/quality.md); "adam" divides by the root of the optimizer's
-        second moment at the end of training, as an Adam step does.
+    transform: what is done to each element of a gradient before it is compressed and normalised; the norms in the
+        store are of the transformed gradient. "sign" (the default) takes the sign of each element, "none" leaves the
+        gradient as it is (the paper). Measurements of both are in docs/quality.md.
     codec: how the file of a chunk is packed: "none" (the default) is read as it lies; "blosc" (Zstandard after a bit
         shuffle) is smaller by a few per cent and slower, for archives where bytes cost more than time.
     columns: dataset columns kept for people to read; None keeps those of the usual names (caption, label, file_name
@@ -60,9 +55,8 @@ class Settings:
     dtype: Dtype = "int8"
     projection: Projection = "rotation"
     seed: int = 0
-    objective: Objective = "loss"
     draws: int = 1
-    precondition: Precondition = "sign"
+    transform: Transform = "sign"
     codec: Codec = "none"
     columns: tuple[str, ...] | None = None
 
@@ -82,8 +76,7 @@ class Settings:
         choices = {
             "dtype": Dtype,
             "projection": Projection,
-            "objective": Objective,
-            "precondition": Precondition,
+            "transform": Transform,
             "codec": Codec,
         }
         for name, kind in choices.items():

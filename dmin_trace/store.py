@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 
 from dmin_trace import untrusted
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.header import FRAME_HEADER, LATER, ColumnKind, Header
+from dmin_trace.header import FRAME_HEADER, ColumnKind, Header
 from dmin_trace.settings import Dtype
 
 FORMAT = "dmin_trace"
@@ -69,7 +69,7 @@ MOST_UNSEEN = 2**28
 DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(TRAILER, "little")
 """The mark of a chunk that is done; anything else in its place is none."""
 CHECKSUMS = "checksums"
-"""The attribute that holds the digests of the metadata. Stores from before have none, and are read without."""
+"""The attribute that holds the digests of the metadata."""
 
 MENDING = (
     "dmin-trace verify names all that is damaged. Restore the file from a copy, or make the chunk anew: dmin-trace "
@@ -127,7 +127,7 @@ def create(path: Path, header: Header) -> Writer:
         make_folder(path.parent)
         with _quiet_zarr():
             _create_arrays(partial, header)
-        _keep_digests(partial)
+        keep_digests(partial)
         sync_tree(partial)
         partial.rename(path)
         sync(path.parent)
@@ -157,8 +157,8 @@ def sweep(path: Path) -> None:
     for left in path.parent.iterdir():
         if half_made.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
-    for beside in (weights_beside(path), precondition_beside(path)):
-        beside.with_name(f".{beside.name}.partial").unlink(missing_ok=True)
+    weights = weights_beside(path)
+    weights.with_name(f".{weights.name}.partial").unlink(missing_ok=True)
 
 
 def check_script(path: Path, header: Header, name: str, sha256: str, what: str) -> None:
@@ -202,10 +202,7 @@ def resume(path: Path, header: Header) -> Writer:
     existing = read_header(path)[0]
     check_arrays(path, existing)
     check_data(path, existing, header.samples, header.data_sha256)
-    found, expected = (
-        _flat({**attributes, "settings": {**LATER, **attributes["settings"]}})
-        for attributes in (existing.to_attributes(), header.to_attributes())
-    )
+    found, expected = (_flat(facts.to_attributes()) for facts in (existing, header))
     for name in sorted(found | expected):
         if name.split(".")[0] not in _MAY_DIFFER and found.get(name, "missing") != expected.get(name, "missing"):
             raise TraceError(
@@ -419,8 +416,8 @@ class Trace:
 
     @cached_property
     def norm(self) -> NDArray[np.float32]:
-        """(N, T) the L2 norm of each gradient, preconditioned if it was, before it was divided out; NaN in chunks that
-        are not done, and -1 for samples that could not be loaded."""
+        """(N, T) the L2 norm of each transformed gradient, before it was divided out; NaN in chunks that are not done,
+        and -1 for samples that could not be loaded."""
         return self._small("norm", np.dtype(np.float32), math.nan)
 
     @cached_property
@@ -832,11 +829,6 @@ def weights_beside(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")
 
 
-def precondition_beside(path: Path) -> Path:
-    """The file beside a store that holds what its gradients were divided by, where adam preconditions."""
-    return path.with_name(path.name.removesuffix(".zarr") + ".precondition.safetensors")
-
-
 def facts(trace: Trace) -> list[tuple[str, str]]:
     """What `dmin-trace info` shows of a store: names and values."""
     header = trace.header
@@ -847,8 +839,7 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
         sketch = sum(file.stat().st_size for file in files if file.is_file()) / rows or sketch
     whole = len(header.timesteps) * header.projection.length * 4
     state = "complete" if trace.complete else f"unfinished: {int(trace.done.sum())} of {header.chunks} chunks are done"
-    unusual: list[tuple[str, str]] = [("objective", header.objective)] if header.objective != "loss" else []
-    unusual += [("draws", f"{header.draws} at each timestep, whose mean a gradient is")] if header.draws != 1 else []
+    unusual = [("draws", f"{header.draws} at each timestep, whose mean a gradient is")] if header.draws != 1 else []
     shown = [
         ("samples", f"{rows:,} of {header.samples:,}; {state}"),
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
@@ -864,7 +855,7 @@ def facts(trace: Trace) -> list[tuple[str, str]]:
             f"{header.chunks:,} of {header.chunk_rows:,} samples, {header.chunk_rows * header.sample_bytes:,} bytes",
         ),
         *unusual,
-        ("precondition", " ".join((header.precondition, header.preconditioner[:16])).strip()),
+        ("transform", header.transform),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
         ("the script draws", _calls(header.noise.draws[0])),
         ("columns", ", ".join(header.columns) or "none"),
@@ -953,8 +944,7 @@ def read_header(path: Path) -> tuple[Header, bool]:
     metadata = _read_group(path)
     attributes = metadata["attributes"]
     header = Header.from_attributes(attributes, path)
-    kept = _digests(attributes, path)
-    if kept is not None and kept["header"] != _header_digest(metadata):
+    if _digests(attributes, path)["header"] != header_digest(metadata):
         raise TraceError(
             f"{path} is damaged: its zarr.json is not what was written, by its own digest. Restore the file from a "
             "copy, or capture again."
@@ -964,18 +954,18 @@ def read_header(path: Path) -> tuple[Header, bool]:
 
 def check_arrays(path: Path, header: Header) -> None:
     """Raises TraceError if an array's metadata is not what the header says, or what was written."""
-    kept = _digests(_read_group(path)["attributes"], path)
+    kept = _digests(_read_group(path)["attributes"], path)["arrays"]
     for name, expected in _arrays(header).items():
-        check_array(path, name, expected, None if kept is None else kept["arrays"].get(name, ""))
+        check_array(path, name, expected, kept.get(name, ""))
 
 
 def damaged_arrays(path: Path, header: Header) -> list[tuple[str, str]]:
     """The arrays whose metadata is damaged, and how; the groups that hold arrays among them."""
-    kept = _digests(_read_group(path)["attributes"], path)
+    kept = _digests(_read_group(path)["attributes"], path)["arrays"]
     arrays = _arrays(header)
     found: list[tuple[str, str]] = []
-    for name in dict.fromkeys((*arrays, *(kept["arrays"] if kept is not None else ()))):
-        written = None if kept is None else kept["arrays"].get(name, "")
+    for name in dict.fromkeys((*arrays, *kept)):
+        written = kept.get(name, "")
         try:
             if name in arrays:
                 check_array(path, name, arrays[name], written)
@@ -991,7 +981,7 @@ def restore_arrays(path: Path, header: Header, names: Sequence[str]) -> None:
 
     Raises TraceError where what would be written is not what was there, by its digest.
     """
-    kept = _digests(_read_group(path)["attributes"], path)
+    kept = _digests(_read_group(path)["attributes"], path)["arrays"]
     # By the name of what is swept, if this is killed.
     made = path.with_name(f".{path.name}.{header.id}.partial")
     try:
@@ -1000,7 +990,7 @@ def restore_arrays(path: Path, header: Header, names: Sequence[str]) -> None:
             _create_arrays(made, header)
         for name in names:
             place = [*name.split("/"), "zarr.json"]
-            if kept is None or untrusted.digest(_read_json(made, place)) != kept["arrays"].get(name):
+            if untrusted.digest(_read_json(made, place)) != kept.get(name):
                 raise TraceError(
                     f"{path} is damaged: the metadata of {name} cannot be made anew by this version of Zarr. Restore "
                     f"{path.joinpath(*place)} from a copy, or capture again."
@@ -1053,28 +1043,25 @@ def _read_group(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _digests(attributes: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """The digests of the metadata; None in a store from before there were any. Raises TraceError if they are none."""
-    if CHECKSUMS not in attributes:
-        for name, value in attributes.items():
-            # The digests, by a name that has rotted: all else would go unchecked.
-            if isinstance(value, dict) and set(value) == {"header", "arrays"}:
-                raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is called {brief(name)}.")
-        return None
-    kept = attributes[CHECKSUMS]
+def _digests(attributes: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The digests of the metadata. Raises TraceError if there are none, or if they are of another form."""
+    kept = attributes.get(CHECKSUMS, "missing")
     if not isinstance(kept, dict) or set(kept) != {"header", "arrays"} or not isinstance(kept["arrays"], dict):
-        raise TraceError(f"{path} is damaged: its attribute {CHECKSUMS} is {brief(kept)}; expected digests.")
+        raise TraceError(
+            f"{path} is damaged: its attribute {CHECKSUMS} is {brief(kept)}; expected digests. Restore "
+            f"{path / 'zarr.json'} from a copy, or capture again."
+        )
     return kept
 
 
-def _header_digest(metadata: Mapping[str, Any]) -> str:
+def header_digest(metadata: Mapping[str, Any]) -> str:
     """Of all metadata of the group but `complete`, which changes, and the digest itself."""
     attributes = {name: value for name, value in metadata["attributes"].items() if name != "complete"}
     return untrusted.digest({**metadata, "attributes": {**attributes, CHECKSUMS: attributes[CHECKSUMS]["arrays"]}})
 
 
-def _keep_digests(path: Path) -> None:
-    """Writes the digests of a new store's metadata into its attributes."""
+def keep_digests(path: Path) -> None:
+    """Writes the digests of the metadata of the store at `path` into its attributes."""
     files = [file for file in sorted(path.rglob("zarr.json")) if file.parent != path]
     arrays = {
         file.parent.relative_to(path).as_posix(): untrusted.digest(json.loads(file.read_text(encoding="utf-8")))
@@ -1082,7 +1069,7 @@ def _keep_digests(path: Path) -> None:
     }
     metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
     metadata["attributes"][CHECKSUMS] = {"arrays": arrays}
-    metadata["attributes"][CHECKSUMS]["header"] = _header_digest(metadata)
+    metadata["attributes"][CHECKSUMS]["header"] = header_digest(metadata)
     (path / "zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
 
 
@@ -1098,9 +1085,9 @@ def _set_complete(path: Path, complete: bool) -> None:
     sync(path)
 
 
-def check_array(path: Path, name: str, expected: _Array, written: str | None) -> None:
+def check_array(path: Path, name: str, expected: _Array, written: str) -> None:
     """Raises TraceError if an array's metadata is not what the header says and what the memory maps count on, or, by
-    its digest, not what was written; None where none is kept."""
+    its digest, not what was written."""
     names = [*name.split("/"), "zarr.json"]
     if not path.joinpath(*names).is_file():
         raise TraceError(f"{path} is damaged: it has no array {name}. Restore it, or capture again.")
@@ -1125,7 +1112,7 @@ def check_array(path: Path, name: str, expected: _Array, written: str | None) ->
                 f"{path} is damaged: the {name_of_fact} of {name} is {brief(value)}; expected {brief(right[0])}. "
                 "Restore it, or capture again."
             )
-    if written is not None and untrusted.digest(metadata) != written:
+    if untrusted.digest(metadata) != written:
         raise TraceError(
             f"{path} is damaged: the metadata of {name} is not what was written, by its digest. Restore it, or make it "
             "anew (dmin-trace capture --repair)."

@@ -85,7 +85,7 @@ class Verified:
 
 
 def verify(path: Path, *, progress: Progress | None = None) -> Verified:
-    """Compares every checksum of the store at `path`, of its index, and of the weights and divisors beside it.
+    """Compares every checksum of the store at `path`, of its index, and of the weights beside it.
 
     Raises TraceError if there is no store. Whatever else is wrong is in the answer.
     """
@@ -234,30 +234,26 @@ def _bad_chunk(trace: Trace, name: str, chunk: int, what: str) -> Damage:
 
 
 def _compare_weights(path: Path, header: Header, found: Verified) -> None:
-    """The weights, and adam's divisors, by the fingerprints in the header."""
-    kept = [(store.weights_beside(path), header.weights, "weights", "weights")]
-    if header.preconditioner:
-        kept.append((store.precondition_beside(path), header.preconditioner, "divisors", "adam's divisors"))
-    for file, expected, kind, what in kept:
-        if not file.is_file():
-            found.notes.append(f"There are no {kind} at {file}. Queries need them, or to be told where they are.")
-            continue
-        # torch is imported where there are tensors to look at, and nowhere else.
-        from dmin_trace import precondition, weights
+    """The weights beside the store, by the fingerprint in the header."""
+    file = store.weights_beside(path)
+    if not file.is_file():
+        found.notes.append(f"There are no weights at {file}. Queries need them, or to be told where they are.")
+        return
+    # torch is imported where there are tensors to look at, and nowhere else.
+    from dmin_trace import weights
 
-        of = weights.fingerprint_of if kind == "weights" else precondition.fingerprint_of
-        try:
-            fingerprint = of(file, header.parameters.names)
-        except WeightsError as error:
-            found.damages.append(Damage(file=file.name, what=str(error)))
-            continue
-        found.files += 1
-        found.bytes += file.stat().st_size
-        if fingerprint != expected:
-            found.damages.append(
-                Damage(
-                    file=file.name,
-                    what=f"are not the {what} of the trace: their fingerprint is {fingerprint[:16]}, that in the "
-                    f"header {expected[:16]}",
-                )
+    try:
+        fingerprint = weights.fingerprint_of(file, header.parameters.names)
+    except WeightsError as error:
+        found.damages.append(Damage(file=file.name, what=str(error)))
+        return
+    found.files += 1
+    found.bytes += file.stat().st_size
+    if fingerprint != header.weights:
+        found.damages.append(
+            Damage(
+                file=file.name,
+                what=f"are not the weights of the trace: their fingerprint is {fingerprint[:16]}, that in the header "
+                f"{header.weights[:16]}",
             )
+        )

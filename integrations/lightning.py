@@ -23,7 +23,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from dmin_trace import moments, store
+from dmin_trace import store
 from dmin_trace.columns import Columns
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
 from dmin_trace.frozen import FrozenModules
@@ -64,9 +64,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
         dtype: str | None = None,
         projection: str | None = None,
         seed: int | None = None,
-        objective: str | None = None,
         draws: int | None = None,
-        precondition: str | None = None,
+        transform: str | None = None,
         codec: str | None = None,
         columns: Sequence[str] | None = None,
         strict: bool = False,
@@ -75,7 +74,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
 
         Args:
             out: the store.
-            timesteps, dimension, dtype, projection, seed, objective, draws, precondition, codec, columns: see
+            timesteps, dimension, dtype, projection, seed, draws, transform, codec, columns: see
                 `dmin_trace.Settings`.
             strict: raise an error during the capture, instead of logging it.
 
@@ -90,9 +89,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
                 "dtype": dtype,
                 "projection": projection,
                 "seed": seed,
-                "objective": objective,
                 "draws": draws,
-                "precondition": precondition,
+                "transform": transform,
                 "codec": codec,
                 "columns": columns,
             }
@@ -123,14 +121,11 @@ class TraceCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses a dataloader that could not be captured, and takes the last place among the callbacks.
 
-        Raises AttachError for a dataloader whose samples have no index, or cannot be fetched one by one, and for an
-        optimizer without a second moment where adam is to precondition.
+        Raises AttachError for a dataloader whose samples have no index, or cannot be fetched one by one.
         """
         if trainer.fast_dev_run:
             return
         _refuse_loader(trainer.train_dataloader)
-        if self.settings.precondition == "adam":
-            moments.refuse_optimizers(trainer.optimizers)
         # A new list: the trainer is going through the old one.
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
 
@@ -179,8 +174,8 @@ def capture(
         loader: the training dataloader; its dataset and its collate_fn are used.
         out: the store.
         settings: what to capture.
-        optimizers: those that trained the module, with their states, for `precondition="adam"`; what they train is
-            captured then. Without them every parameter with `requires_grad`.
+        optimizers: those that trained the module; what they train is captured. Without them every parameter with
+            `requires_grad`.
         trainer: one with the precision of the training; that which trained the module, if it did so in this process.
 
     Raises:

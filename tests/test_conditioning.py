@@ -87,7 +87,7 @@ def test_a_query_is_of_an_image_its_source_and_its_caption(tmp_path: Path) -> No
     (tmp_path / "train.py").write_text(SCRIPT)
     columns = ("--conditioning_image_column", "edges", "--caption_column", "says")
     command = ("train.py", "--train_data_dir", "data", "--output_dir", "out", *columns, "--max_train_steps", "7")
-    settings = ("--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--precondition", "none")
+    settings = ("--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--transform", "none")
     command_line(["run", *settings, "--", *command], tmp_path)
     trace = open_trace(tmp_path / "out" / "trace.zarr")
     assert trace.header.batch["input_ids"] == (1, 12)

@@ -75,7 +75,7 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     images = sorted(digit_folder(tmp_path / "digits", 4).iterdir())
     (tmp_path / "train.py").write_text(SCRIPT)
     arguments = ["--instance_data_dir", "digits", "--instance_prompt", "a sks digit", "--output_dir", "out"]
-    settings = ["--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--precondition", "none"]
+    settings = ["--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--transform", "none"]
     # Each image twice in the training set: a query is of one image all the same.
     command = [tmp_path / "train.py", *arguments, "--max_train_steps", "5", "--repeats", "2"]
     run(["-m", "dmin_trace.cli", "run", *settings, "--", *command], tmp_path)

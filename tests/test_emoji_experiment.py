@@ -21,7 +21,7 @@ TOOLS = Path(__file__).parent.parent / "tools" / "reproduce"
 CATEGORIES = ("heart", "time", "transport-ground", "flag")
 EACH = 4
 OPTIONS = (
-    *("--kinds", "sd3", "--ways", "lora", "--preconditions", "sign", "--others", "2", "--queries", "2"),
+    *("--kinds", "sd3", "--ways", "lora", "--transforms", "sign", "--others", "2", "--queries", "2"),
     *("--base-steps", "1", "1", "--tune-steps", "1", "1", "--sampling-steps", "1"),
     *("--timesteps", "2", "--dimension", "64"),
 )

@@ -374,11 +374,11 @@ def flipped(folder: Path) -> None:
     file.write_bytes(data)
 
 
-def older(folder: Path) -> None:
+def undigested(folder: Path) -> None:
     file = folder / "trace.index" / "index.json"
     facts = json.loads(file.read_text())
     del facts["digest"]
-    file.write_text(json.dumps(facts | {"version": 2}))
+    file.write_text(json.dumps(facts))
 
 
 def rotten(folder: Path) -> None:
@@ -391,8 +391,8 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "other timesteps": (other_timesteps, "the store has changed"),
     "other gradients": (other_gradients, "the store has changed"),
     "other norms": (other_norms, "the store has changed"),
-    "another version": (edited(version=1), "another version"),
-    "one from before there were digests": (older, "another version"),
+    "another version": (edited(version=2), "another version"),
+    "no digest": (undigested, "index.json is damaged"),
     "another format": (edited(format="x"), "another version"),
     "another space": (edited(space="l2"), "another version"),
     "another number of samples": (edited(samples=10), "the store has changed"),

@@ -278,7 +278,7 @@ def test_a_loop_is_captured_and_not_disturbed(tmp_path: Path, kind: Kind, monkey
     with contextlib.chdir(tmp_path):
         monkeypatch.setattr(sys, "argv", [*arguments, "bare"])
         runpy.run_path(str(script), run_name="__main__")
-    options = ("--dtype", "float32", "--precondition", "none", "--projection", "uniform", "--dimension", 2**16)
+    options = ("--dtype", "float32", "--transform", "none", "--projection", "uniform", "--dimension", 2**16)
     slots = ",".join(map(str, SLOTS))
     command_line(["run", "--timesteps", slots, *options, "--", *arguments, "captured"], tmp_path)
     assert (tmp_path / "captured.safetensors").read_bytes() == (tmp_path / "bare.safetensors").read_bytes()

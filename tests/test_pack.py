@@ -24,7 +24,7 @@ from dmin_trace.header import ProjectionFacts
 from dmin_trace.pack import pack
 from dmin_trace.score import exact
 from dmin_trace.settings import Codec, Dtype, Projection
-from dmin_trace.store import Trace, chunk_file, open_trace, precondition_beside, weights_beside
+from dmin_trace.store import Trace, chunk_file, open_trace, weights_beside
 
 CLI = ("-m", "dmin_trace.cli")
 CODECS: tuple[Codec, ...] = ("none", "blosc")
@@ -64,7 +64,7 @@ def same_facts(old: Trace, new: Trace) -> None:
     assert list(old.header.columns) == list(new.header.columns)
     for name in old.header.columns:
         assert repr(old.column(name)) == repr(new.column(name))
-    kept = {"samples", "timesteps", "parameters", "weights", "noise", "precondition", "batch", "columns", "writers"}
+    kept = {"samples", "timesteps", "parameters", "weights", "noise", "transform", "batch", "columns", "writers"}
     for name in kept:
         assert getattr(old.header, name) == getattr(new.header, name)
     assert old.header.id != new.header.id
@@ -184,15 +184,13 @@ def test_the_command_and_the_weights_are_found(tmp_path: Path) -> None:
     command = Command("/somewhere/train.py", ("--output_dir", "out"), "/somewhere")
     commands.remember(old.header.id, command)
     weights_beside(old.path).write_bytes(b"weights")
-    precondition_beside(old.path).write_bytes(b"divisors")
     (tmp_path / "deep").mkdir()
     new = pack(old, tmp_path / "deep" / "new.zarr", codec="blosc")
     assert commands.recall(new.header.id) == command
     beside = weights_beside(new.path)
     assert beside.read_bytes() == b"weights"
     assert beside.stat().st_ino == weights_beside(old.path).stat().st_ino
-    assert precondition_beside(new.path).read_bytes() == b"divisors"
-    names = ["new.precondition.safetensors", "new.weights.safetensors", "new.zarr"]
+    names = ["new.weights.safetensors", "new.zarr"]
     assert sorted(found.name for found in beside.parent.iterdir()) == names
 
 

@@ -52,7 +52,7 @@ def loss_of(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
 
 def record(model: torch.nn.Module, out: Path, loss: Callable[..., torch.Tensor] = loss_of, **settings: Any) -> Path:
     """The documented loop over the twelve points."""
-    settings = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"} | settings
+    settings = {"timesteps": 3, "dimension": 64, "dtype": "float32", "transform": "none"} | settings
     with dmin_trace.recording(model, samples=len(POINTS), out=out, **settings) as recording:
         for i in recording.samples:
             for k in recording.slots:
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
         optimizer.zero_grad()
     settings: dict[str, Any] = {"timesteps": [0, 250, 999], "dimension": 2**20, "projection": "uniform"}
     out = tmp_path / "trace.zarr"
-    with dmin_trace.recording(model, samples=3, out=out, dtype="float32", precondition="none", **settings) as recording:
+    with dmin_trace.recording(model, samples=3, out=out, dtype="float32", transform="none", **settings) as recording:
         for i in recording.samples:
             for k in recording.slots:
                 with recording.body(i, k):
@@ -198,7 +198,7 @@ sys.path.insert(0, {tests!r})
 import dmin_trace
 from test_plain import POINTS, denoiser, loss_of
 model, stop, seen = denoiser(), int(sys.argv[1]), []
-settings = dict(timesteps=3, dimension=64, dtype="float32", precondition="none")
+settings = dict(timesteps=3, dimension=64, dtype="float32", transform="none")
 with dmin_trace.recording(model, samples=12, out="trace.zarr", **settings) as recording:
     for i in recording.samples:
         seen.append(i)
@@ -238,7 +238,7 @@ def test_a_kill_before_the_last_word_is_made_good(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="unfinished"):
         open_trace(out)
     with dmin_trace.recording(
-        denoiser(), samples=12, out=out, timesteps=3, dimension=64, dtype="float32", precondition="none"
+        denoiser(), samples=12, out=out, timesteps=3, dimension=64, dtype="float32", transform="none"
     ) as recording:
         assert list(recording.samples) == []
     assert open_trace(out).complete
@@ -249,9 +249,7 @@ def test_an_unfinished_trace_of_other_weights_is_left_alone(tmp_path: Path) -> N
     model, making = denoiser(), dmin_trace.recording
     with (
         pytest.raises(CaptureError, match="4 of 12 samples were not recorded"),
-        making(
-            model, samples=12, out=out, timesteps=3, dimension=64, dtype="float32", precondition="none"
-        ) as recording,
+        making(model, samples=12, out=out, timesteps=3, dimension=64, dtype="float32", transform="none") as recording,
     ):
         for i in range(8):
             for k in recording.slots:
@@ -268,7 +266,7 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
     drawn = open_trace(record(model, tmp_path / "drawn.zarr"))
 
     def asked(model: torch.nn.Module, out: Path, ask: Callable[[Any], float]) -> dmin_trace.Trace:
-        settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"}
+        settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32", "transform": "none"}
         with dmin_trace.recording(model, samples=12, out=out, **settings) as recording:
             for i in recording.samples:
                 for k in recording.slots:
@@ -314,7 +312,7 @@ def test_a_backward_inside_autocast_is_in_the_precision_of_its_forward(tmp_path:
     for outer in (False, True):
         out = tmp_path / f"{outer}.zarr"
         with dmin_trace.recording(
-            model, samples=2, out=out, timesteps=2, dimension=64, dtype="float32", precondition="none"
+            model, samples=2, out=out, timesteps=2, dimension=64, dtype="float32", transform="none"
         ) as recording:
             for i in recording.samples:
                 for k in recording.slots:

@@ -23,9 +23,9 @@ RECIPE = ddpm.Recipe(size=8, channels=(8, 16), attention=False, steps=3, batch=4
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor]:
+def trained() -> tuple[torch.nn.Module, torch.Tensor]:
     images = subsets.digits().images[:5]
-    return *ddpm.train(RECIPE, images), images
+    return ddpm.train(RECIPE, images), images
 
 
 def by_hand(
@@ -45,32 +45,26 @@ def by_hand(
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_gradients_are_those_of_autograd(
-    trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor], squared: bool
-) -> None:
-    model, moments, images = trained
+def test_gradients_are_those_of_autograd(trained: tuple[torch.nn.Module, torch.Tensor], squared: bool) -> None:
+    model, images = trained
     kind = sketches.Kind((100, 700), "squared_output" if squared else "loss", draws=2)
-    plain = sketches.whole(model, images, kind, "none", moments)
+    plain = sketches.whole(model, images, kind, "none")
     assert plain.shape == (5, 2, sum(p.numel() for p in model.parameters()))
     for slot, timestep in enumerate(kind.timesteps):
         expected = sum(by_hand(model, images[3], timestep, slot, draw, squared) for draw in range(2)) / 2
         torch.testing.assert_close(torch.from_numpy(plain[3, slot]), expected, rtol=1e-4, atol=1e-6)
-    divisors = torch.cat([(moments[n].sqrt() + 1e-8).reshape(-1) for n, _ in model.named_parameters()]).numpy()
-    np.testing.assert_allclose(sketches.whole(model, images, kind, "adam", moments), plain / divisors, rtol=1e-3)
-    np.testing.assert_array_equal(sketches.whole(model, images, kind, "sign", moments), np.sign(plain))
+    np.testing.assert_array_equal(sketches.whole(model, images, kind, "sign"), np.sign(plain))
 
 
-def test_stores_hold_their_compressed_gradients(
-    trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor], tmp_path: Path
-) -> None:
-    model, moments, images = trained
+def test_stores_hold_their_compressed_gradients(trained: tuple[torch.nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    model, images = trained
     kind, labels = sketches.Kind((100, 700)), np.arange(5)
-    sketches.capture(tmp_path, model, moments, images, labels, images[:2], kind, ("none", "sign"), 64)
+    sketches.capture(tmp_path, model, images, labels, images[:2], kind, ("none", "sign"), 64)
     plan = make_plan(sum(p.numel() for p in model.parameters()), 64, 0, "rotation")
     for name in ("none", "sign"):
         trace = open_trace(tmp_path / f"{name}.zarr")
-        assert trace.complete and trace.header.precondition == name
-        whole = torch.from_numpy(sketches.whole(model, images, kind, name, moments))  # type: ignore[arg-type]
+        assert trace.complete and trace.header.transform == name
+        whole = torch.from_numpy(sketches.whole(model, images, kind, name))  # type: ignore[arg-type]
         expected = np.stack([[compress([g], plan)[0].numpy() for g in of] for of in whole])
         # int8; and numbers that are zero but for rounding differ with the batch, and so do their signs.
         least = 0.9 if name == "sign" else 0.99
@@ -78,14 +72,12 @@ def test_stores_hold_their_compressed_gradients(
         assert (np.load(tmp_path / f"{name}.npy") * expected[:2]).sum(2).min() > least
 
 
-def test_a_capture_that_was_stopped_goes_on(
-    trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor], tmp_path: Path
-) -> None:
-    model, moments, images = trained
+def test_a_capture_that_was_stopped_goes_on(trained: tuple[torch.nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    model, images = trained
     kind, labels = sketches.Kind((100, 700)), np.arange(5)
 
     def capture() -> None:
-        sketches.capture(tmp_path, model, moments, images, labels, images[:2], kind, ("none", "sign"), 64)
+        sketches.capture(tmp_path, model, images, labels, images[:2], kind, ("none", "sign"), 64)
 
     capture()
     files = [path for path in (tmp_path / "sign.zarr").rglob("*") if path.is_file()]
@@ -100,23 +92,21 @@ def test_a_capture_that_was_stopped_goes_on(
     assert first.stat().st_mtime_ns == before[first][1]
 
 
-def test_trainings_are_functions_of_seeds(
-    trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor], tmp_path: Path
-) -> None:
-    model, moments, images = trained
-    again, _ = ddpm.train(RECIPE, images)
+def test_trainings_are_functions_of_seeds(trained: tuple[torch.nn.Module, torch.Tensor], tmp_path: Path) -> None:
+    model, images = trained
+    again = ddpm.train(RECIPE, images)
     for one, other in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
-    ddpm.save(tmp_path / "model.safetensors", again, moments)
-    kept, _ = ddpm.load(tmp_path / "model.safetensors", RECIPE)
+    ddpm.save(tmp_path / "model.safetensors", again)
+    kept = ddpm.load(tmp_path / "model.safetensors", RECIPE)
     np.testing.assert_array_equal(ddpm.losses(kept, images, 5), ddpm.losses(model, images, 5))
     assert torch.equal(ddpm.generate(kept, 2, steps=3), ddpm.generate(model, 2, steps=3))
 
 
 def test_losses_are_means_over_timesteps(
-    trained: tuple[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor],
+    trained: tuple[torch.nn.Module, torch.Tensor],
 ) -> None:
-    model, _, images = trained
+    model, images = trained
     generator, schedule = torch.Generator().manual_seed(7), ddpm.noise_schedule()
     expected = torch.zeros(5)
     for timestep in (250, 750):

@@ -46,7 +46,7 @@ def test_a_loop_that_gathers(tmp_path: Path, processes: int, samples: int) -> No
         "64",
         "--dtype",
         "float32",
-        "--precondition",
+        "--transform",
         "none",
         "--out",
         "one.zarr",
@@ -54,18 +54,6 @@ def test_a_loop_that_gathers(tmp_path: Path, processes: int, samples: int) -> No
     bare = plain_script(tmp_path / "bare.py", body=GATHER, attach="")
     command_line(["capture", "--weights", weights, *settings, "--", bare, "--count", samples], tmp_path)
     check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)
-
-
-def test_all_processes_divide_alike(tmp_path: Path) -> None:
-    line = "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32', precondition='adam')"
-    script = plain_script(tmp_path / "script.py", attach=line)
-    run(torchrun(2, script, "--output_dir", "several", "--count", 10), tmp_path, ACCELERATE_USE_CPU="true")
-    weights = tmp_path / "several" / "trace.weights.safetensors"
-    assert (tmp_path / "several" / "trace.precondition.safetensors").is_file()
-    settings = ("--timesteps", "3", "--dimension", "64", "--dtype", "float32", "--precondition", "adam")
-    bare = plain_script(tmp_path / "bare.py", attach="", imports="")
-    command_line(["capture", "--weights", weights, *settings, "--out", "one.zarr", "--", bare, "--count", 10], tmp_path)
-    check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", 10)
 
 
 @pytest.mark.parametrize(("processes", "samples"), [(2, 7), (3, 10)])
@@ -76,7 +64,7 @@ def test_text_to_image(tmp_path: Path, processes: int, samples: int) -> None:
     gathers = "accelerator.backward(loss)", "accelerator.gather(loss.repeat(2)); accelerator.backward(loss)"
     line = (
         "dmin_trace.attach(accelerator, args",
-        "dmin_trace.attach(accelerator, args, timesteps=3, dtype='float32', precondition='none'",
+        "dmin_trace.attach(accelerator, args, timesteps=3, dtype='float32', transform='none'",
     )
     if text.count(gathers[0]) != 1 or text.count(line[0]) != 1:
         raise ValueError("the example has no such lines")
@@ -87,6 +75,6 @@ def test_text_to_image(tmp_path: Path, processes: int, samples: int) -> None:
     run(torchrun(processes, script, *arguments, "--output_dir", "several"), tmp_path, ACCELERATE_USE_CPU="true")
     weights = tmp_path / "several" / "trace.weights.safetensors"
     command = ["--out", "one.zarr", "--", script, *arguments]
-    settings = ("--timesteps", "3", "--dtype", "float32", "--precondition", "none")
+    settings = ("--timesteps", "3", "--dtype", "float32", "--transform", "none")
     command_line(["capture", "--weights", weights, *settings, *command], tmp_path)
     check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)

@@ -89,8 +89,7 @@ def plain_script(path: Path, **parts: str) -> Path:
     pieces = {
         "imports": "import dmin_trace",
         "accelerator": "accelerator = Accelerator()",
-        "attach": "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32', "
-        "precondition='none')",
+        "attach": "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, dtype='float32', transform='none')",
         "prepare": "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)",
         "loader": "loader",
         "body": BODY,

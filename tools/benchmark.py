@@ -334,12 +334,17 @@ def make_header(samples: int, timesteps: int, dimension: int, dtype: Dtype, rows
         parameters=ParameterFacts(names=("w",), shapes=((2**25,),), fingerprint="0" * 64),
         weights="0" * 64,
         noise=NoiseFacts(seed=0, draws=((),) * timesteps),
-        precondition="none",
-        preconditioner="",
+        transform="none",
         batch={},
         columns={"label": "integer"},
         settings={},
         writers={},
+        codec="none",
+        draws=1,
+        script="",
+        script_sha256="",
+        data_sha256="",
+        unreached=(),
     )
 
 

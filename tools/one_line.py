@@ -33,7 +33,7 @@ import tiny_models
 
 from dmin_trace import open_trace
 
-SETTINGS = {"timesteps": 4, "dimension": 1024, "dtype": "float32", "precondition": "none"}
+SETTINGS = {"timesteps": 4, "dimension": 1024, "dtype": "float32", "transform": "none"}
 ASKED = 3
 """The sample whose copy is asked about."""
 

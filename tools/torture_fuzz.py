@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torture_stores import CAPTIONS, make_store
 
-from dmin_trace import examine, hnsw, index, query, questions, report, untrusted, weights
+from dmin_trace import examine, hnsw, index, query, questions, report, store, untrusted, weights
 from dmin_trace.errors import DminTraceError
 from dmin_trace.header import Header
 from dmin_trace.index import Facts
@@ -141,10 +141,10 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_store(data: bytes) -> None:
         chosen = random.Random(data)
-        edited = _edited(group, data) if chosen.random() < 0.8 else group
-        _put(harmed / "trace.zarr" / "zarr.json", json.dumps(_without_digests(edited)))
-        edited = _edited(array, data) if chosen.random() < 0.3 else array
-        _put(harmed / "trace.zarr" / "grad" / "zarr.json", json.dumps(edited))
+        of_group = _edited(group, data) if chosen.random() < 0.8 else group
+        of_array = _edited(array, data) if chosen.random() < 0.3 else array
+        _put(harmed / "trace.zarr" / "zarr.json", json.dumps(_with_digests(of_group, of_array)))
+        _put(harmed / "trace.zarr" / "grad" / "zarr.json", json.dumps(of_array))
         _read_all(open_trace(harmed / "trace.zarr", unfinished=True))
 
     def read_index(data: bytes) -> None:
@@ -322,10 +322,19 @@ def _put(file: Path, data: bytes | str) -> None:
     file.write_bytes(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
 
 
-def _without_digests(group: Any) -> Any:
-    if isinstance(group, dict) and isinstance(group.get("attributes"), dict):
-        return {**group, "attributes": {name: v for name, v in group["attributes"].items() if name != "checksums"}}
-    return group
+def _with_digests(group: Any, array: Any) -> Any:
+    """The metadata of a store with the digests of itself and of `grad`; what holds an infinity keeps the old ones."""
+    attributes = group.get("attributes") if isinstance(group, dict) else None
+    kept = attributes.get(store.CHECKSUMS) if isinstance(attributes, dict) else None
+    if not isinstance(kept, dict) or not isinstance(kept.get("arrays"), dict):
+        return group
+    try:
+        digests = {"arrays": {**kept["arrays"], "grad": untrusted.digest(array)}}
+        signed = {**group, "attributes": {**attributes, store.CHECKSUMS: digests}}
+        digests["header"] = store.header_digest(signed)
+    except ValueError:
+        return group
+    return signed
 
 
 # -- changes -----------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_the_measures_leave_them_out(odd: Trace) -> None:
 
 def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
     whole = open_trace(record(denoiser(), tmp_path / "whole.zarr"))
-    settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32", "precondition": "none"}
+    settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32", "transform": "none"}
     captions = [f"point {k}" for k in range(12)]
     with dmin_trace.recording(
         denoiser(), samples=12, out=tmp_path / "trace.zarr", columns={"caption": captions}, **settings

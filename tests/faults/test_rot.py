@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_plain import denoiser, loss_of, record
-from test_store import change, content, make_header, make_rows, write, write_store
+from test_store import content, make_header, make_rows, write, write_store
 from tiny import plain_script, run
 from torture_rot import attack
 from torture_stores import make_store
@@ -124,7 +124,7 @@ def _opened(trace: Trace) -> Index:
     return index
 
 
-def test_metadata_has_digests_and_old_stores_none(trace: Trace) -> None:
+def test_metadata_has_digests(trace: Trace) -> None:
     group = trace.path / "zarr.json"
     facts = json.loads(group.read_text())
     assert set(facts["attributes"]["checksums"]["arrays"]) >= {"grad", "norm", "done", "meta", "meta/caption"}
@@ -134,7 +134,7 @@ def test_metadata_has_digests_and_old_stores_none(trace: Trace) -> None:
         with pytest.raises(TraceError, match=r"zarr.json is not what was written, by its own digest"):
             open_trace(trace.path)
     group.write_text(json.dumps(facts).replace('"checksums"', '"checksumS"'))
-    with pytest.raises(TraceError, match="its attribute checksums is called 'checksumS'"):
+    with pytest.raises(TraceError, match="its attribute checksums is 'missing'; expected digests"):
         open_trace(trace.path)
     group.write_text(json.dumps(facts))
     norm = trace.path / "norm" / "zarr.json"
@@ -146,11 +146,12 @@ def test_metadata_has_digests_and_old_stores_none(trace: Trace) -> None:
     norm.write_text(json.dumps(dict(reversed(json.loads(whole).items())), indent=1))
     group.write_text(json.dumps(facts, indent=7))
     assert np.array_equal(open_trace(trace.path).norm, trace.norm)
-    # A store from before there were digests.
-    norm.write_text(whole.replace('"NaN"', '"NaM"'))
-    change(trace.path, lambda metadata: metadata["attributes"].pop("checksums"))
-    assert np.array_equal(open_trace(trace.path).norm, trace.norm)
-    assert not verify(trace.path).bad_arrays
+    for digests in ({}, {"header": "a" * 64}, {"header": "a" * 64, "arrays": []}, None):
+        changed = {**facts, "attributes": {**facts["attributes"], "checksums": digests}}
+        group.write_text(json.dumps(changed))
+        with pytest.raises(TraceError, match="its attribute checksums is .*; expected digests"):
+            open_trace(trace.path)
+        assert "checksums" in verify(trace.path).damages[0].what
 
 
 def test_a_packed_store_has_digests_of_its_own(trace: Trace, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from warm import Warm
 from dmin_trace.cli import main
 from dmin_trace.store import open_trace
 
-SETTINGS = "timesteps=3, dimension=64, precondition='none'"
+SETTINGS = "timesteps=3, dimension=64, transform='none'"
 # A loop that breaks, whose last step is deferred until the capture is over: the most that there is to put back.
 PARTS = {
     "attach": f"dmin_trace.attach(accelerator, args, {SETTINGS})",
@@ -119,7 +119,7 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
     # The store is resumed on demand, by what the message says.
     assert f"dmin-trace capture --weights {folder / out}" in said
     assert done(folder / out / "trace.zarr") >= set(range(chunks))
-    settings = ["--timesteps", "3", "--dimension", "64", "--precondition", "none"]
+    settings = ["--timesteps", "3", "--dimension", "64", "--transform", "none"]
     weights = folder / out / "trace.weights.safetensors"
     command = ["dmin-trace", "capture", "--weights", weights, *settings, "--", folder / "script.py"]
     warm.run([*command, "--output_dir", out], folder, prelude=small_chunks(2))

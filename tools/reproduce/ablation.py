@@ -38,9 +38,9 @@ def main(
     torch.set_num_threads(1)
     copy = work / "ablation"
     built = []
-    for precondition in ("sign",):
-        trace = _alone(work / f"v{DIMENSION}" / f"{precondition}.zarr", copy)
-        asked = mnist.asked_of(work, DIMENSION, precondition)
+    for transform in ("sign",):
+        trace = _alone(work / f"v{DIMENSION}" / f"{transform}.zarr", copy)
+        asked = mnist.asked_of(work, DIMENSION, transform)
         truth = score.exact(trace, asked, 10).slots
         for m, construction in product(LINKS, CONSTRUCTION):
             start = time.perf_counter()
@@ -48,9 +48,7 @@ def main(
             seconds = time.perf_counter() - start
             index = open_index(trace)
             figures = ["none"] * len(EFS) if isinstance(index, str) else [_asked(index, asked, truth, ef) for ef in EFS]
-            built.append(
-                (precondition, str(m), str(construction), f"{seconds:.0f}", f"{facts.bytes / 1e6:.0f}", *figures)
-            )
+            built.append((transform, str(m), str(construction), f"{seconds:.0f}", f"{facts.bytes / 1e6:.0f}", *figures))
         shutil.rmtree(copy)
     page = Page(
         "The index's settings, and what is stored: MNIST",
@@ -63,7 +61,7 @@ def main(
         "settings chooses ef and the number of candidates itself.",
     )
     page.heading("M, ef_construction and ef (the paper's Table 6)")
-    page.table(("precondition", "M", "ef_construction", "built, s", "MB", *(f"ef {ef}" for ef in EFS)), built)
+    page.table(("transform", "M", "ef_construction", "built, s", "MB", *(f"ef {ef}" for ef in EFS)), built)
     page.heading("Bytes (the paper's Table 3)")
     rows = []
     for dimension in sorted(int(folder.name[1:]) for folder in work.glob("v*")):

@@ -46,7 +46,7 @@ RANDOM = 4
 def _job(work: Path, name: str, removed: NDArray[np.int64]) -> None:
     torch.set_num_threads(1)
     kept = np.setdiff1d(np.arange(subsets.SAMPLES), removed)
-    model, _ = ddpm.train(subsets.RECIPE, subsets.digits().images[kept])
+    model = ddpm.train(subsets.RECIPE, subsets.digits().images[kept])
     np.savez(
         work / f".{name}.npz",
         losses=ddpm.losses(model, subsets.queries(work)),
@@ -87,7 +87,7 @@ def main(
         running = [pool.submit(_job, work, name, top) for name, top in waiting.items()]
         for job in track(as_completed(running), "models", total=len(running)):
             job.result()
-    model, _ = ddpm.load(subsets.full_model(work), subsets.RECIPE)
+    model = ddpm.load(subsets.full_model(work), subsets.RECIPE)
     full, pictures = ddpm.losses(model, subsets.queries(work)), ddpm.generate(model, subsets.QUERIES).numpy()
     kept = {name: dict(np.load(work / f"counterfactual/{name}.npz")) for name in jobs}
     losses = np.stack([kept[_name(removed)]["losses"] for removed in at_random])

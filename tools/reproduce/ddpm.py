@@ -64,14 +64,8 @@ def noise_schedule(name: str = COSINE) -> DDPMScheduler:
     return DDPMScheduler(num_train_timesteps=STEPS, beta_schedule=name)
 
 
-def train(
-    recipe: Recipe, images: torch.Tensor, seed: int = 0, done: Callable[[], None] | None = None
-) -> tuple[UNet2DModel, dict[str, torch.Tensor]]:
-    """Trains on images (n, 1, size, size) in [-1, 1].
-
-    Returns:
-        The model, and the second moment that AdamW has of each parameter at the end.
-    """
+def train(recipe: Recipe, images: torch.Tensor, seed: int = 0, done: Callable[[], None] | None = None) -> UNet2DModel:
+    """Trains a model on images (n, 1, size, size) in [-1, 1]."""
     model, schedule = make_model(recipe, seed), noise_schedule(recipe.schedule)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.rate)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
@@ -91,8 +85,7 @@ def train(
         decay.step()
         if done is not None:
             done()
-    moments = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
-    return model.eval().requires_grad_(False), moments
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -135,19 +128,17 @@ def followed(
     return images.clamp(-1, 1), seen
 
 
-def save(path: Path, model: UNet2DModel, moments: dict[str, torch.Tensor]) -> None:
-    """Weights and moments in one file, whole or not at all."""
-    tensors = {f"weight.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
-    tensors |= {f"moment.{name}": tensor.contiguous() for name, tensor in moments.items()}
+def save(path: Path, model: UNet2DModel) -> None:
+    """Writes the weights to a file, whole or not at all."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
     partial.replace(path)
 
 
-def load(path: Path, recipe: Recipe) -> tuple[UNet2DModel, dict[str, torch.Tensor]]:
-    """What `save` wrote."""
-    tensors, model = load_file(path), make_model(recipe)
-    model.load_state_dict({n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")})
-    moments = {n.removeprefix("moment."): t for n, t in tensors.items() if n.startswith("moment.")}
-    return model.eval().requires_grad_(False), moments
+def load(path: Path, recipe: Recipe) -> UNet2DModel:
+    """The model whose weights `save` wrote."""
+    model = make_model(recipe)
+    model.load_state_dict(load_file(path))
+    return model.eval().requires_grad_(False)

@@ -79,7 +79,7 @@ class Plan:
 
     kinds: tuple[str, ...]
     ways: tuple[str, ...]
-    preconditions: tuple[str, ...]
+    transforms: tuple[str, ...]
     others: int
     base_steps: dict[str, int]
     tune_steps: dict[str, int]
@@ -240,10 +240,10 @@ class Experiment:
         for way in self.plan.ways:
             self.tune(way)
             self.make_queries(way)
-            for precondition in self.plan.preconditions:
-                self.capture(way, precondition)
-                self.ask(way, precondition, swapped=False)
-                self.ask(way, precondition, swapped=True)
+            for transform in self.plan.transforms:
+                self.capture(way, transform)
+                self.ask(way, transform, swapped=False)
+                self.ask(way, transform, swapped=True)
 
     @property
     def kind(self) -> Kind:
@@ -264,7 +264,7 @@ class Experiment:
             return kind.encode(encoder, ids[_drop(chosen, len(ids) - 1)])
 
         steps = self.plan.base_steps[self.name]
-        _, loss = train(
+        loss = train(
             kind,
             denoiser,
             self.autoencoder.encode(self.base.images),
@@ -281,7 +281,7 @@ class Experiment:
         _write(folder / "facts.json", json.dumps({"loss": loss}))
 
     def tune(self, way: str) -> Path:
-        """What is fine-tuned, with the optimizer as its training left it."""
+        """What is fine-tuned."""
         return self.work.stage(f"{self.name}/{way}", lambda folder: self._tune(folder, way))
 
     def _tune(self, folder: Path, way: str) -> None:
@@ -289,7 +289,7 @@ class Experiment:
         words = self._words(self.tuning.captions)
         last = len(words.tokens) - 1
         steps = self.plan.tune_steps[self.name]
-        optimizer, loss = train(
+        loss = train(
             self.kind,
             denoiser,
             self.autoencoder.encode(self.tuning.images),
@@ -302,7 +302,6 @@ class Experiment:
             seed=self.plan.seed + 2,
         )
         save_file({name: parameter.detach() for name, parameter in parameters.items()}, folder / "weights.safetensors")
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         facts = {"loss": loss, "parameters": sum(parameter.numel() for parameter in parameters.values())}
         _write(folder / "facts.json", json.dumps(facts))
 
@@ -311,52 +310,51 @@ class Experiment:
         return self.work.stage(f"{self.name}/{way}-queries", lambda folder: self._make_queries(folder, way))
 
     def _make_queries(self, folder: Path, way: str) -> None:
-        denoiser, _, _ = self._tuned(way)
+        denoiser = self._tuned(way)
         words = self._words(self.prompts(self.asked))
         asked, empty = words.at(slice(0, -1)), words.at(slice(-1, None))
         made = generate(self.kind, denoiser, asked, empty, self.plan.sampling_steps, self.plan.seed + 3)
         np.save(folder / "images.npy", self.autoencoder.decode(made))
 
-    def capture(self, way: str, precondition: str) -> Path:
+    def capture(self, way: str, transform: str) -> Path:
         """The trace of the fine-tuning set."""
-        name = f"{self.name}/{way}-{precondition}"
-        return self.work.stage(name, lambda folder: self._capture(folder, way, precondition))
+        name = f"{self.name}/{way}-{transform}"
+        return self.work.stage(name, lambda folder: self._capture(folder, way, transform))
 
-    def _capture(self, folder: Path, way: str, precondition: str) -> None:
-        denoiser, _, optimizer = self._tuned(way)
+    def _capture(self, folder: Path, way: str, transform: str) -> None:
+        denoiser = self._tuned(way)
         kind, words, latents = self.kind, self._words(self.tuning.captions), self.autoencoder.encode(self.tuning.images)
         with dmin_trace.recording(
             denoiser,
             samples=len(latents),
             out=folder / "trace.zarr",
-            optimizer=optimizer,
             timesteps=self.plan.timesteps,
             dimension=self.plan.dimension,
             dtype="int8",
             seed=self.plan.seed,
-            precondition=precondition,
+            transform=transform,
             columns={"category": self.tuning.categories, "caption": self.tuning.captions},
         ) as recording:
-            for i in _shown(recording.samples, f"capture {self.name}, {way}, {precondition}"):
+            for i in _shown(recording.samples, f"capture {self.name}, {way}, {transform}"):
                 for k in recording.slots:
                     with recording.body(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
 
-    def ask(self, way: str, precondition: str, *, swapped: bool) -> Path:
+    def ask(self, way: str, transform: str, *, swapped: bool) -> Path:
         """The samples found for each query, best first; `swapped`: each picture with the next category's prompt."""
-        name = f"{self.name}/{way}-{precondition}-{'swapped' if swapped else 'hits'}"
-        return self.work.stage(name, lambda folder: self._ask(folder, way, precondition, swapped))
+        name = f"{self.name}/{way}-{transform}-{'swapped' if swapped else 'hits'}"
+        return self.work.stage(name, lambda folder: self._ask(folder, way, transform, swapped))
 
-    def _ask(self, folder: Path, way: str, precondition: str, swapped: bool) -> None:
-        denoiser, _, _ = self._tuned(way)
+    def _ask(self, folder: Path, way: str, transform: str, swapped: bool) -> None:
+        denoiser = self._tuned(way)
         made = np.load(self.make_queries(way) / "images.npy", allow_pickle=False)
         categories = self.asked
         if swapped:
             categories = [SMALL[(SMALL.index(category) + 1) % len(SMALL)] for category in categories]
         kind, words, latents = self.kind, self._words(self.prompts(categories)), self.autoencoder.encode(made)
-        trace = self.capture(way, precondition) / "trace.zarr"
+        trace = self.capture(way, transform) / "trace.zarr"
         with dmin_trace.recording(denoiser, samples=len(latents), like=trace) as recording:
-            for i in _shown(recording.samples, f"ask {self.name}, {way}, {precondition}"):
+            for i in _shown(recording.samples, f"ask {self.name}, {way}, {transform}"):
                 for k in recording.slots:
                     with recording.body(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
@@ -367,10 +365,10 @@ class Experiment:
     def found(self, way: str, *, swapped: bool = False) -> dict[str, np.ndarray]:
         """By score, the samples (Q, at least the largest of KS) found for each query, best first."""
         return {
-            f"{precondition}, {score}": np.load(
-                self.ask(way, precondition, swapped=swapped) / f"{score}.npy", allow_pickle=False
+            f"{transform}, {score}": np.load(
+                self.ask(way, transform, swapped=swapped) / f"{score}.npy", allow_pickle=False
             )
-            for precondition in self.plan.preconditions
+            for transform in self.plan.transforms
             for score in SCORES
         }
 
@@ -411,17 +409,15 @@ class Experiment:
             denoiser.requires_grad_(True)
         return denoiser, {name: tensor for name, tensor in denoiser.named_parameters() if tensor.requires_grad}
 
-    def _tuned(self, way: str) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter], torch.optim.AdamW]:
-        """The model as fine-tuning left it, with its optimizer."""
+    def _tuned(self, way: str) -> torch.nn.Module:
+        """The model as fine-tuning left it."""
         folder = self.tune(way)
         denoiser, parameters = self._tunable(way)
         kept = load_file(folder / "weights.safetensors")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(kept[name])
-        optimizer = torch.optim.AdamW(parameters.values())
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        return denoiser.eval(), parameters, optimizer
+        return denoiser.eval()
 
 
 def _drop(chosen: torch.Tensor, empty: int) -> torch.Tensor:
@@ -596,7 +592,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where emoji.md and its pictures are written.")] = Path("docs/results"),
     kinds: Annotated[str, typer.Option(help="Of models.")] = "sd,sd3",
     ways: Annotated[str, typer.Option(help="Of fine-tuning.")] = "lora,full",
-    preconditions: Annotated[str, typer.Option(help="Of gradients.")] = "none,sign,adam",
+    transforms: Annotated[str, typer.Option(help="Of gradients.")] = "none,sign",
     others: Annotated[int, typer.Option(help="Samples of other categories to fine-tune on.", min=0)] = 100,
     base_steps: Annotated[tuple[int, int], typer.Option(help="Of training the base: of sd, of sd3.")] = (1600, 2000),
     tune_steps: Annotated[tuple[int, int], typer.Option(help="Of fine-tuning: of sd, of sd3.")] = (600, 800),
@@ -607,12 +603,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Of torch.", min=1)] = 1,
 ) -> None:
-    """Detection rates of small categories of emoji, by model, way of fine-tuning and preconditioner."""
+    """Detection rates of small categories of emoji, by model, way of fine-tuning and transform."""
     emoji, fingerprint = read_emoji(data)
     plan = Plan(
         kinds=_listed(kinds, KINDS, "--kinds"),
         ways=_listed(ways, WAYS, "--ways"),
-        preconditions=_listed(preconditions, ("none", "sign", "adam"), "--preconditions"),
+        transforms=_listed(transforms, ("none", "sign"), "--transforms"),
         others=others,
         base_steps=dict(zip(KINDS, base_steps, strict=True)),
         tune_steps=dict(zip(KINDS, tune_steps, strict=True)),

@@ -294,7 +294,7 @@ def train(
     learning_rate: float,
     batch: int,
     seed: int,
-) -> tuple[torch.optim.AdamW, float]:
+) -> float:
     """Trains with AdamW, a warm-up over a twentieth of the steps and a cosine to zero.
 
     Args:
@@ -304,7 +304,7 @@ def train(
         batch: samples in a step, drawn from a shuffled set, each once before any comes again.
 
     Returns:
-        The optimizer as the training leaves it, and the mean loss of the last tenth of the steps.
+        The mean loss of the last tenth of the steps.
     """
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2)
@@ -327,7 +327,7 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
     denoiser.eval()
-    return optimizer, float(np.mean(losses[-max(1, total // 10) :]))
+    return float(np.mean(losses[-max(1, total // 10) :]))
 
 
 @torch.no_grad()

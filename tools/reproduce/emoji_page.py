@@ -27,7 +27,7 @@ class Rates:
     """Detection rates of one way to find samples.
 
     way: of fine-tuning.
-    score: the preconditioner and the score, or "pixels" for likeness of the pictures alone.
+    score: the transform and the score, or "pixels" for likeness of the pictures alone.
     rate: by category and k, the mean over its queries.
     error: by k, the standard error of the mean over categories, from the spread of each category's queries.
     """
@@ -155,8 +155,8 @@ def _lines(report: Report) -> list[str]:
         ),
         _prose(
             "`none, dmin` is the paper's score, `sign, deflated` the default. `sign` takes the sign of each element of "
-            "a gradient before it is compressed; `adam` divides by the root of the optimizer's second moment; `dmin` "
-            "adds up inner products, `deflated` frees the query first of what all samples share.",
+            "a gradient before it is compressed (dividing as Adam does, `adam`, was measured at an earlier commit); "
+            "`dmin` adds up inner products, `deflated` frees the query first of what all samples share.",
             "- ",
         ),
         "",

@@ -31,14 +31,14 @@ from page import Page
 from dmin_trace import kernel
 from dmin_trace.evaluate import RESAMPLES, Datamodeling, linear_datamodeling_score
 from dmin_trace.pack import pack
-from dmin_trace.settings import Precondition
+from dmin_trace.settings import Transform
 from dmin_trace.store import Trace, open_trace
 
 Scores = NDArray[np.float64]
 Floats = NDArray[np.float32]
 DIMENSION = 2**14
 SMALLER = (2**12, 2**10)
-PRECONDITIONS: tuple[Precondition, ...] = ("none", "sign", "adam")
+TRANSFORMS: tuple[Transform, ...] = ("none", "sign")
 EVEN = tuple(ddpm.evenly(10))
 KINDS = {
     "loss": sketches.Kind(EVEN),
@@ -53,9 +53,9 @@ DIRECTIONS = (8, 16, 32, 64, 128, 256)
 
 IN_SHORT = {
     *("store: loss, none: dmin", "store: loss, sign: dmin", "store: loss, sign: deflated", "store: loss, sign: ridge"),
-    *("store: loss, none: deflated", "store: loss, adam: deflated", "store: squared output, sign: deflated"),
-    *("whole: loss, none: TRAK, best", "whole: loss, adam: TRAK, best", "whole: loss, none: Journey-TRAK, best"),
-    *("whole: squared output, none: D-TRAK, best", "whole: squared output, adam: D-TRAK, best"),
+    *("store: loss, none: deflated", "store: squared output, sign: deflated"),
+    *("whole: loss, none: TRAK, best", "whole: loss, none: Journey-TRAK, best"),
+    "whole: squared output, none: D-TRAK, best",
     *("whole: loss, none: LiSSA, best", "whole: loss, none: DataInf, best", "whole: loss, none: DataInf, identity"),
     *("whole: loss, none: inner products, normalised", "whole: loss, none: inner products"),
     *("other: DMin's published code, v = 2^14", "other: SSIM", "other: cosine of pixels, less the mean"),
@@ -87,14 +87,14 @@ class Way:
 def of_stores(work: Path) -> Iterator[Way]:
     """Scores from dmin_trace's stores, int8 at v = 2^14."""
     for kind in KINDS:
-        for precondition in PRECONDITIONS:
-            yield from _of_store(work / "stores" / kind.replace(" ", "-"), kind, precondition)
+        for transform in TRANSFORMS:
+            yield from _of_store(work / "stores" / kind.replace(" ", "-"), kind, transform)
 
 
-def _of_store(folder: Path, kind: str, precondition: Precondition) -> Iterator[Way]:
-    trace = open_trace(folder / f"{precondition}.zarr")
-    queries: NDArray[np.float32] = np.load(folder / f"{precondition}.npy")
-    rows, name = sketches.rows_of(trace), f"{kind}, {precondition}"
+def _of_store(folder: Path, kind: str, transform: Transform) -> Iterator[Way]:
+    trace = open_trace(folder / f"{transform}.zarr")
+    queries: NDArray[np.float32] = np.load(folder / f"{transform}.npy")
+    rows, name = sketches.rows_of(trace), f"{kind}, {transform}"
     products, grams = partial(_products, rows), kernel.grams(trace)
     found = kernel.principal_directions(trace, DIRECTIONS[-1])
     yield from _by_default("store", name, trace, products, queries, found, grams)
@@ -148,19 +148,19 @@ def _products(rows: Floats, asked: Floats) -> Scores:
 
 def of_smaller_stores(work: Path) -> Iterator[Way]:
     """Scores from the stores of the script's loss, folded to fewer numbers."""
-    for dimension, precondition in product(SMALLER, ("none", "sign")):
+    for dimension, transform in product(SMALLER, ("none", "sign")):
         whole, folder = work / "stores" / "loss", work / "stores" / f"loss-v{dimension}"
         folder.mkdir(exist_ok=True)
-        path = folder / f"{precondition}.zarr"
+        path = folder / f"{transform}.zarr"
         if not path.exists():
             pack(open_trace(whole / path.name), path, dimension=dimension)
         trace = open_trace(path)
         yield from _by_default(
             f"v = 2^{dimension.bit_length() - 1}",
-            f"loss, {precondition}",
+            f"loss, {transform}",
             trace,
             partial(_products, sketches.rows_of(trace)),
-            sketches.folded(np.load(whole / f"{precondition}.npy"), dimension),
+            sketches.folded(np.load(whole / f"{transform}.npy"), dimension),
             kernel.principal_directions(trace, DIRECTIONS[-1]),
             kernel.grams(trace),
         )
@@ -175,29 +175,19 @@ def _deflated_together(gram: Scores, products: Scores, count: int) -> Scores:
 
 def of_whole_gradients(work: Path) -> Iterator[Way]:
     """Scores from uncompressed gradients, as the baselines have them."""
-    model, moments = ddpm.load(subsets.full_model(work), subsets.RECIPE)
+    model = ddpm.load(subsets.full_model(work), subsets.RECIPE)
     images, queries = subsets.digits().images, subsets.queries(work)
-    for precondition in ("none", "adam"):
-        yield from _of_losses(model, moments, images, queries, precondition)
-        train, query = (
-            _means(sketches.batches(model, of, KINDS["squared output"]), precondition, moments)
-            for of in (images, queries)
-        )
-        yield from _of_ridges(f"squared output, {precondition}: D-TRAK, best", baselines.d_trak, train, query)
+    yield from _of_losses(model, images, queries)
+    train, query = (_means(sketches.batches(model, of, KINDS["squared output"])) for of in (images, queries))
+    yield from _of_ridges("squared output, none: D-TRAK, best", baselines.d_trak, train, query)
 
 
-def _of_losses(
-    model: torch.nn.Module,
-    moments: dict[str, torch.Tensor],
-    images: torch.Tensor,
-    queries: torch.Tensor,
-    precondition: Precondition,
-) -> Iterator[Way]:
-    asked = sketches.whole(model, queries, KINDS["loss"], precondition, moments)
+def _of_losses(model: torch.nn.Module, images: torch.Tensor, queries: torch.Tensor) -> Iterator[Way]:
+    asked = sketches.whole(model, queries, KINDS["loss"], "none")
     lengths = np.linalg.norm(asked, axis=2, keepdims=True)
     plain, normalised, means = [], [], []
     for batch in sketches.batches(model, images, KINDS["loss"]):
-        rows = np.stack([sketches.flat(sketches.preconditioned(of_t, precondition, moments)) for of_t in batch], 1)
+        rows = np.stack([sketches.flat(of_t) for of_t in batch], 1)
         products = np.matmul(asked.transpose(1, 0, 2), rows.transpose(1, 2, 0))  # (T, Q, n)
         plain.append(products.sum(0))
         cosines = products / lengths.transpose(1, 0, 2) / np.linalg.norm(rows, axis=2).T[:, None]
@@ -205,12 +195,10 @@ def _of_losses(
         means.append(rows.mean(1))
     train, query = np.concatenate(means), asked.mean(1)
     del asked
-    name = f"loss, {precondition}"
+    name = "loss, none"
     yield Way("whole", f"{name}: inner products, normalised", "", lambda: np.concatenate(normalised, 1))
     yield Way("whole", f"{name}: inner products", "", lambda: np.concatenate(plain, 1))
     yield from _of_ridges(f"{name}: TRAK, best", baselines.trak, train, query)
-    if precondition != "none":
-        return
     blocks = [p.numel() for p in model.parameters()]
     yield Way("whole", f"{name}: DataInf, identity", "", lambda: baselines.datainf_identity(train, query))
     for damping in DAMPINGS:
@@ -223,7 +211,7 @@ def _of_losses(
         yield Way(
             "whole", f"{name}: LiSSA, best", f"{damping:g}", partial(baselines.lissa, train, query, damping, depth=100)
         )
-    journey = _journey(model, moments)
+    journey = _journey(model)
     for ridge in RIDGES:
         yield Way("whole", f"{name}: Journey-TRAK, best", f"{ridge:g}", partial(_of_journey, train, journey, ridge))
 
@@ -240,24 +228,19 @@ def _of_journey(train: Floats, journey: Floats, ridge: float) -> Scores:
     return np.concatenate([np.zeros((subsets.QUERIES, len(train))), baselines.journey_trak(train, journey, ridge)])
 
 
-def _means(
-    batches: Iterator[list[sketches.Gradients]], precondition: Precondition, moments: dict[str, torch.Tensor]
-) -> Floats:
+def _means(batches: Iterator[list[sketches.Gradients]]) -> Floats:
     """(n, P): means over timesteps."""
-    found = [
-        torch.stack([sketches.flat(sketches.preconditioned(of_t, precondition, moments)) for of_t in batch]).mean(0)
-        for batch in batches
-    ]
+    found = [torch.stack([sketches.flat(of_t) for of_t in batch]).mean(0) for batch in batches]
     return torch.cat(found).numpy()
 
 
-def _journey(model: torch.nn.Module, moments: dict[str, torch.Tensor]) -> NDArray[np.float32]:
+def _journey(model: torch.nn.Module) -> NDArray[np.float32]:
     """(QUERIES, S, P): the generated queries followed along their sampling, for Journey-TRAK."""
     _, seen = ddpm.followed(model, subsets.QUERIES)
     steps = []
     for timestep, expected in seen[4::10]:
         kind = sketches.Kind((timestep,))
-        steps.append(sketches.whole(model, expected, kind, "none", moments)[:, 0])
+        steps.append(sketches.whole(model, expected, kind, "none")[:, 0])
     return np.stack(steps, 1)
 
 
@@ -278,7 +261,7 @@ def _cosines(queries: NDArray[np.float32], images: NDArray[np.float32]) -> Score
 
 def published(work: Path) -> Iterator[Way]:
     """DMin as its published code has it for a DDPM: its objective, timesteps, normalisation and permutation."""
-    model, _ = ddpm.load(subsets.full_model(work), subsets.RECIPE)
+    model = ddpm.load(subsets.full_model(work), subsets.RECIPE)
     images, queries = ((x + 1) / 2 for x in (subsets.digits().images, subsets.queries(work)))
     timesteps = baselines.published_timesteps(10, list(range(ddpm.STEPS - 1, -1, -1)))
     noise = baselines.published_noise((1, 8, 8))
@@ -298,18 +281,17 @@ def published(work: Path) -> Iterator[Way]:
 
 def run(work: Path) -> dict[str, dict[str, Scores]]:
     """By method and strength the scores (Q, N), computed where they are not kept."""
-    model, moments = ddpm.load(subsets.full_model(work), subsets.RECIPE)
+    model = ddpm.load(subsets.full_model(work), subsets.RECIPE)
     digits, queries = subsets.digits(), subsets.queries(work)
     for name, kind in KINDS.items():
         sketches.capture(
             work / "stores" / name.replace(" ", "-"),
             model,
-            moments,
             digits.images,
             digits.labels,
             queries,
             kind,
-            PRECONDITIONS,
+            TRANSFORMS,
             DIMENSION,
         )
     kept = work / "scores"
@@ -368,7 +350,8 @@ def main(
         f"resamples queries and models. Queries: {count}, half of them held-out digits (validation), half generated. "
         "Strengths called best: each half of the queries has the one that is best on the other half. Same digit: of "
         "the ten best for held-out digits. Store: dmin_trace's int8 rows of v = 2^14, T = 10, or folded to the v that "
-        "is named; whole: uncompressed gradients.",
+        "is named; whole: uncompressed gradients. Gradients divided as Adam divides them (adam) were measured at an "
+        "earlier commit.",
     )
     columns = ("method", "strength", "LDS", "95 %", "validation", "generated", "same digit, top 10")
     shown = {

@@ -29,12 +29,12 @@ from dmin_trace import kernel, score
 from dmin_trace.evaluate import detection_rate
 from dmin_trace.index import build_index, open_index, search
 from dmin_trace.pack import pack
-from dmin_trace.settings import Precondition
+from dmin_trace.settings import Transform
 from dmin_trace.store import Trace, open_trace
 
 COSINE = ddpm.Recipe(size=16, channels=(24, 48, 48), attention=False, steps=2000, batch=64, rate=2e-3)
 RECIPES = {"cosine": COSINE, "linear": replace(COSINE, schedule="linear")}
-PRECONDITIONS: tuple[Precondition, ...] = ("none", "sign", "adam")
+TRANSFORMS: tuple[Transform, ...] = ("none", "sign")
 GENERATED, QUERIES = 400, 128
 KS = (5, 10, 50, 100)
 
@@ -77,7 +77,7 @@ def trained(work: Path, digits: Digits, name: str = "model") -> Path:
     path = work / f"{name}.safetensors"
     if not path.exists():
         with_bar = iter(track(range(digits.recipe.steps), f"training {name}"))
-        ddpm.save(path, *ddpm.train(digits.recipe, digits.images, done=lambda: next(with_bar, None)))
+        ddpm.save(path, ddpm.train(digits.recipe, digits.images, done=lambda: next(with_bar, None)))
     return path
 
 
@@ -111,7 +111,7 @@ def classifier(work: Path, digits: Digits) -> Callable[[torch.Tensor], torch.Ten
 
 def queries(work: Path, digits: Digits) -> tuple[torch.Tensor, NDArray[np.int64]]:
     """(QUERIES, 1, 16, 16) generated digits, the surest of GENERATED, and their labels."""
-    model, _ = ddpm.load(trained(work, digits), digits.recipe)
+    model = ddpm.load(trained(work, digits), digits.recipe)
     path = work / "generated.npy"
     if not path.exists():
         np.save(path, ddpm.generate(model, GENERATED, schedule=digits.recipe.schedule).numpy())
@@ -123,16 +123,14 @@ def queries(work: Path, digits: Digits) -> tuple[torch.Tensor, NDArray[np.int64]
 
 def captured(work: Path, digits: Digits, dimensions: Sequence[int]) -> None:
     """Captures the stores of the first dimension, the largest, and packs the others from them."""
-    model, moments = ddpm.load(trained(work, digits), digits.recipe)
+    model = ddpm.load(trained(work, digits), digits.recipe)
     asked, _ = queries(work, digits)
     whole = work / f"v{dimensions[0]}"
-    sketches.capture(
-        whole, model, moments, digits.images, digits.labels, asked, digits.kind, PRECONDITIONS, dimensions[0]
-    )
+    sketches.capture(whole, model, digits.images, digits.labels, asked, digits.kind, TRANSFORMS, dimensions[0])
     for dimension in dimensions[1:]:
         folder = work / f"v{dimension}"
         folder.mkdir(exist_ok=True)
-        for name in PRECONDITIONS:
+        for name in TRANSFORMS:
             if not (folder / f"{name}.zarr").exists():
                 pack(open_trace(whole / f"{name}.zarr"), folder / f"{name}.zarr", dimension=dimension)
 
@@ -157,7 +155,7 @@ def rankings(
     unit = [torch.nn.functional.normalize(x, dim=1) for x in flat]
     yield "cosine of pixels, less the mean", _best((unit[0] @ unit[1].T).numpy(), most), _each(began, images)
     for dimension in dimensions:
-        for name in PRECONDITIONS:
+        for name in TRANSFORMS:
             trace = open_trace(work / f"v{dimension}" / f"{name}.zarr")
             asked = asked_of(work, dimension, name)
             shown = f"{name}, v = 2^{dimension.bit_length() - 1}"
@@ -186,14 +184,14 @@ def rankings(
                         _each(began, images),
                     )
     if whole:
-        model, moments = ddpm.load(trained(work, digits), digits.recipe)
-        yield from _whole(model, moments, digits, images, most)
+        model = ddpm.load(trained(work, digits), digits.recipe)
+        yield from _whole(model, digits, images, most)
 
 
 def _whole(
-    model: torch.nn.Module, moments: dict[str, torch.Tensor], digits: Digits, images: torch.Tensor, most: int
+    model: torch.nn.Module, digits: Digits, images: torch.Tensor, most: int
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
-    asked = torch.from_numpy(sketches.whole(model, images, digits.kind, "none", moments))
+    asked = torch.from_numpy(sketches.whole(model, images, digits.kind, "none"))
     plain, normalised = [], []
     began = time.perf_counter()
     for batch in sketches.batches(model, digits.images, digits.kind, what="whole gradients"):
@@ -266,7 +264,7 @@ def main(
         f"({right:.1%} right on digits it had not seen) is surest; every other one, the rest being there to choose "
         "settings by. The detection rate at k is the share of the k samples with the largest score that bear the "
         "query's label, as in the paper's Table 5; chance is 0.1. It measures "
-        "likeness, not cause.",
+        "likeness, not cause. Gradients divided as Adam divides them (adam) were measured at an earlier commit.",
     )
     page.table(
         ("way", *(f"top {k}" for k in KS), "95 % of top 10", "ms a query"),

@@ -69,9 +69,9 @@ def main(
     widths = thickness(images)
     asked = np.argsort(-widths, kind="stable")[:THICK]
     removed = {"random": np.random.default_rng(3).permutation(len(digits.images))[:REMOVED]}
-    for name, (precondition, deflated) in WAYS.items():
-        trace = open_trace(work / f"v{2**14}" / f"{precondition}.zarr")
-        rows = mnist.asked_of(work, 2**14, precondition)[asked]
+    for name, (transform, deflated) in WAYS.items():
+        trace = open_trace(work / f"v{2**14}" / f"{transform}.zarr")
+        rows = mnist.asked_of(work, 2**14, transform)[asked]
         if deflated:
             rows = kernel.principal_directions(trace).deflate(rows)
         stored = np.concatenate(
@@ -96,11 +96,11 @@ def main(
         )
     pictures = {
         "all samples": ddpm.generate(
-            ddpm.load(mnist.trained(work, digits), digits.recipe)[0], mnist.GENERATED, schedule=digits.recipe.schedule
+            ddpm.load(mnist.trained(work, digits), digits.recipe), mnist.GENERATED, schedule=digits.recipe.schedule
         )
     }
     for name in removed:
-        model, _ = ddpm.load(work / f"without-{name}.safetensors", digits.recipe)
+        model = ddpm.load(work / f"without-{name}.safetensors", digits.recipe)
         pictures[name] = ddpm.generate(model, mnist.GENERATED, schedule=digits.recipe.schedule)
     full = thickness(pictures["all samples"])
     thick = np.argsort(-full, kind="stable")[: mnist.GENERATED // 10]

@@ -22,14 +22,11 @@ from torch.func import functional_call, grad, vmap
 
 from dmin_trace.compress import Plan, compress, make_plan
 from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
-from dmin_trace.settings import Precondition
+from dmin_trace.settings import Transform
 from dmin_trace.store import Trace, choose_chunk_rows, create, open_trace, resume
 
 Objective = Literal["loss", "squared_output"]
 Gradients = dict[str, torch.Tensor]
-
-EPS = 1e-8
-"""AdamW's."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,8 @@ class Kind:
     """What a gradient is taken of.
 
     timesteps: T of them.
-    objective: the script's loss, or the mean square of the denoiser's output (D-TRAK, arXiv 2311.00500).
+    objective: the script's loss; or the mean square of the denoiser's output (D-TRAK, arXiv 2311.00500), which
+        dmin_trace does not capture.
     schedule: of the noise, as the model was trained.
     draws: noises that are averaged over at each timestep; the same ones for all images.
     """
@@ -74,13 +72,9 @@ def batches(
         yield taken
 
 
-def preconditioned(gradients: Gradients, kind: Precondition, moments: Mapping[str, torch.Tensor]) -> Gradients:
-    """As `dmin_trace.precondition` has it; the moments are AdamW's, whose bias is gone after some thousand steps."""
-    if kind == "sign":
-        return {name: torch.sign(g) for name, g in gradients.items()}
-    if kind == "adam":
-        return {name: g / (moments[name].sqrt() + EPS) for name, g in gradients.items()}
-    return gradients
+def transformed(gradients: Gradients, transform: Transform) -> Gradients:
+    """As the setting `transform` of dmin_trace does it."""
+    return {name: torch.sign(g) for name, g in gradients.items()} if transform == "sign" else gradients
 
 
 def flat(gradients: Gradients) -> torch.Tensor:
@@ -88,16 +82,10 @@ def flat(gradients: Gradients) -> torch.Tensor:
     return torch.cat([g.flatten(1) for g in gradients.values()], 1)
 
 
-def whole(
-    model: torch.nn.Module,
-    images: torch.Tensor,
-    kind: Kind,
-    precondition: Precondition,
-    moments: Mapping[str, torch.Tensor],
-) -> NDArray[np.float32]:
+def whole(model: torch.nn.Module, images: torch.Tensor, kind: Kind, transform: Transform) -> NDArray[np.float32]:
     """(n, T, P) float32, uncompressed."""
     taken = [
-        torch.stack([flat(preconditioned(of_t, precondition, moments)) for of_t in batch], 1).numpy()
+        torch.stack([flat(transformed(of_t, transform)) for of_t in batch], 1).numpy()
         for batch in batches(model, images, kind)
     ]
     return np.concatenate(taken)
@@ -106,29 +94,28 @@ def whole(
 def capture(
     folder: Path,
     model: torch.nn.Module,
-    moments: Mapping[str, torch.Tensor],
     images: torch.Tensor,
     labels: NDArray[np.int64],
     queries: torch.Tensor,
     kind: Kind,
-    preconditions: Sequence[Precondition],
+    transforms: Sequence[Transform],
     dimension: int,
 ) -> None:
-    """Captures stores PRECONDITION.zarr of the images, and PRECONDITION.npy, (Q, T, v), of queries; goes on with those
-    that are begun.
+    """Captures stores TRANSFORM.zarr of the images, and TRANSFORM.npy, (Q, T, v), of queries; goes on with those that
+    are begun.
 
-    One pass of gradients serves all preconditioners.
+    One pass of gradients serves all transforms.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     plan = make_plan(sum(int(np.prod(shape)) for shape in parameters.values()), dimension, 0, "rotation")
-    if not all((folder / f"{name}.npy").exists() for name in preconditions):
-        rows = [_rows(batch, preconditions, moments, plan) for batch in batches(model, queries, kind, what="queries")]
-        for name in preconditions:
+    if not all((folder / f"{name}.npy").exists() for name in transforms):
+        rows = [_rows(batch, transforms, plan) for batch in batches(model, queries, kind, what="queries")]
+        for name in transforms:
             with (folder / f"{name}.npy").open("wb") as file:
                 np.save(file, np.concatenate([batch[name][0] for batch in rows]))
     writers = {}
-    for name in preconditions:
+    for name in transforms:
         path = folder / f"{name}.zarr"
         if not (path.exists() and open_trace(path, unfinished=True).complete):
             header = _header(path, parameters, plan, kind, name, len(images))
@@ -138,7 +125,7 @@ def capture(
     for chunk in track(pending, "chunks"):
         rows_of = next(iter(writers.values())).rows(chunk)
         here = slice(rows_of.start, rows_of.stop)
-        done = [_rows(batch, preconditions, moments, plan) for batch in batches(model, images[here], kind)]
+        done = [_rows(batch, transforms, plan) for batch in batches(model, images[here], kind)]
         for name, writer in writers.items():
             if chunk not in missing[name]:
                 continue
@@ -150,12 +137,12 @@ def capture(
 
 
 def _rows(
-    batch: list[Gradients], preconditions: Sequence[Precondition], moments: Mapping[str, torch.Tensor], plan: Plan
+    batch: list[Gradients], transforms: Sequence[Transform], plan: Plan
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """By preconditioner the compressed gradients (n, T, v) and their norms (n, T)."""
+    """By transform the compressed gradients (n, T, v) and their norms (n, T)."""
     found = {}
-    for name in preconditions:
-        of_slots = [preconditioned(of_t, name, moments) for of_t in batch]
+    for name in transforms:
+        of_slots = [transformed(of_t, name) for of_t in batch]
         count = len(next(iter(batch[0].values())))
         pairs = [[compress([g[n] for g in of_t.values()], plan) for of_t in of_slots] for n in range(count)]
         found[name] = (
@@ -166,7 +153,7 @@ def _rows(
 
 
 def _header(
-    path: Path, parameters: Mapping[str, tuple[int, ...]], plan: Plan, kind: Kind, precondition: Precondition, n: int
+    path: Path, parameters: Mapping[str, tuple[int, ...]], plan: Plan, kind: Kind, transform: Transform, n: int
 ) -> Header:
     slots = len(kind.timesteps)
     return Header(
@@ -182,12 +169,17 @@ def _header(
         parameters=ParameterFacts(names=tuple(parameters), shapes=tuple(parameters.values()), fingerprint="0" * 64),
         weights="0" * 64,
         noise=NoiseFacts(seed=0, draws=((),) * slots),
-        precondition=precondition,
-        preconditioner="0" * 64 if precondition == "adam" else "",
+        transform=transform,
         batch={},
         columns={"label": "integer"},
         settings={},
         writers={},
+        codec="none",
+        draws=kind.draws,
+        script="",
+        script_sha256="",
+        data_sha256="",
+        unreached=(),
     )
 
 

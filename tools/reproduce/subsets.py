@@ -57,13 +57,13 @@ def full_model(work: Path) -> Path:
     """Trains on all samples, if that is not done; the file of the model."""
     path = work / "full.safetensors"
     if not path.exists():
-        ddpm.save(path, *ddpm.train(RECIPE, digits().images))
+        ddpm.save(path, ddpm.train(RECIPE, digits().images))
     return path
 
 
 def queries(work: Path) -> torch.Tensor:
     """(2 QUERIES, 1, 8, 8): validation, then generated."""
-    model, _ = ddpm.load(full_model(work), RECIPE)
+    model = ddpm.load(full_model(work), RECIPE)
     return torch.cat([digits().validation, ddpm.generate(model, QUERIES)])
 
 
@@ -79,7 +79,7 @@ def _losses(work: Path, number: int) -> Path:
 
 def _train_one(work: Path, number: int) -> None:
     torch.set_num_threads(1)
-    model, _ = ddpm.train(RECIPE, digits().images[subset(number)])
+    model = ddpm.train(RECIPE, digits().images[subset(number)])
     path = _losses(work, number)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:

@@ -203,7 +203,7 @@ def query_command(
         str,
         typer.Option(
             help="deflated: without what all samples share, nearest to what caused it. dmin, the paper's: what looks "
-            "like it, mostly. ridge: as deflated, in full, for small stores."
+            "like it, mostly."
         ),
     ] = "deflated",
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
@@ -290,15 +290,11 @@ def index_command(
     fold: Annotated[
         str, typer.Option(help="Numbers of a timestep in the index, or auto: as few as the recall allows.")
     ] = "auto",
-    dimensions: Annotated[str, typer.Option(help="folded or full. Full is the paper's: large and slow.")] = "folded",
     m: Annotated[int, typer.Option("--M", help="HNSW: links of a sample.")] = 16,
     ef_construction: Annotated[int, typer.Option(help="HNSW: samples in view when one is linked.")] = 200,
     directions: Annotated[
         int | None,
         typer.Option(help="Deflated scores: directions to take out; 0 keeps none. Default: those that samples share."),
-    ] = None,
-    ridge: Annotated[
-        float | None, typer.Option(help="Ridge scores: lambda, in units of what one sample alone has. Default: 0.3.")
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -310,12 +306,8 @@ def index_command(
     _log(verbose)
     if fold != "auto" and not fold.isdecimal():
         raise SettingsError(f"--fold is {fold!r}; expected auto, or a number such as 128.")
-    if dimensions not in ("folded", "full"):
-        raise SettingsError(f"--dimensions is {dimensions!r}; expected folded or full.")
     opened = store.open_trace(trace)
     console, to_errors = Console(), Console(stderr=True)
-    if dimensions == "full":
-        to_errors.print(Text(index.estimate(opened, opened.header.dimension, m, ef_construction)))
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
         tasks: dict[str, Any] = {}
@@ -328,11 +320,9 @@ def index_command(
             opened,
             recall=recall,
             fold=None if fold == "auto" else int(fold),
-            dimensions="full" if dimensions == "full" else "folded",
             m=m,
             ef_construction=ef_construction,
             directions=directions,
-            ridge=ridge,
             progress=show,
         )
     title = str(index.index_beside(trace))
@@ -448,9 +438,9 @@ def evaluate_command(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write all figures, of every query too, as JSON.")
     ] = None,
-    score: Annotated[
-        str, typer.Option(help="The score that is measured: deflated, dmin or ridge, as query has them.")
-    ] = ("deflated"),
+    score: Annotated[str, typer.Option(help="The score that is measured: deflated or dmin, as query has them.")] = (
+        "deflated"
+    ),
     exact: Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")] = False,
     edited_script: EditedScript = False,
 ) -> None:

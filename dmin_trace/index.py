@@ -40,7 +40,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,8 +91,6 @@ GRAPH, SHARED, COPIES, ROWS, FACTS = "graph.hnsw", "shared.f32", "copies.i64", "
 NAMES = (GRAPH, SHARED, COPIES, ROWS)
 PRINCIPAL, EIGENVALUES = "principal.f32", "eigenvalues.f64"
 
-Dimensions = Literal["folded", "full"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
@@ -129,14 +127,13 @@ class Facts:
     store, state, projection: the store's id, the fingerprint of its content, and that of its projection.
     timesteps, dimension: T and v of the store.
     samples, vectors: N, and how many of them the graph holds.
-    fold, directions: F and r; F is v for an index of full dimensions.
+    fold, directions: F and r.
     m, ef_construction: HNSW's.
     target: the recall that was asked for, of the first 10 hits.
     asked: how many samples it was measured with.
     depths: the numbers of hits that are served; none if the scan has to answer.
     short: if it serves less than it should, why.
     principal: how many principal directions of each timestep are kept for deflated scores.
-    ridge: the strength of ridge scores, lambda; None if none was given.
     files: the other files.
     """
 
@@ -156,7 +153,6 @@ class Facts:
     depths: tuple[Depth, ...]
     short: str
     principal: int
-    ridge: float | None
     files: dict[str, File]
 
     @property
@@ -221,10 +217,9 @@ class Facts:
         right = right and all(depth.k <= depth.candidates <= min(depth.ef, facts.vectors) for depth in depths)
         right = right and all(depth.score in get_args(Score) for depth in depths)
         right = right and facts.principal <= kernel.MOST_DIRECTIONS
-        right = right and (facts.ridge is None or (type(facts.ridge) is float and 0 < facts.ridge < math.inf))
         right = right and isinstance(facts.short, str) and all(isinstance(file.sha256, str) for file in files.values())
         if not right or not 2 <= facts.m <= 100:
-            raise GraphError(f"{FACTS} holds numbers that cannot be meant")
+            raise GraphError(f"{FACTS} holds numbers that are out of range")
         return facts
 
 
@@ -318,24 +313,34 @@ def index_beside(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".zarr") + ".index")
 
 
-def read_facts(trace: Trace) -> Facts | str:
-    """What is known of a store's index if it is of the store as it is now; else why not, or "" if there is none."""
+@dataclass(frozen=True)
+class Unavailable:
+    """A store's index, or a part of it, that is not used.
+
+    reason: why, in words; "" if none was made.
+    """
+
+    reason: str
+
+
+def read_facts(trace: Trace) -> Facts | Unavailable:
+    """The facts of a store's index, if the store has not changed since the index was built."""
     folder = index_beside(trace.path)
     if not folder.is_dir():
-        return ""
+        return Unavailable("")
     try:
         return _fresh_facts(trace, folder)
     except GraphError as error:
         return _unused(error)
 
 
-def open_index(trace: Trace) -> Index | str:
-    """The index of a store, ready to be asked; or in words why there is none to ask, "" if none was made."""
+def open_index(trace: Trace) -> Index | Unavailable:
+    """The index of a store, ready for queries; `Unavailable` if it serves none too."""
     facts = read_facts(trace)
-    if isinstance(facts, str):
+    if isinstance(facts, Unavailable):
         return facts
     if not facts.depths:
-        return facts.unserved("dmin")
+        return Unavailable(facts.unserved("dmin"))
     try:
         return _opened(trace, facts, index_beside(trace.path))
     except GraphError as error:
@@ -344,11 +349,13 @@ def open_index(trace: Trace) -> Index | str:
         return _unused(f"it is damaged ({error})")
 
 
-def open_directions(trace: Trace) -> Directions | str:
-    """The principal directions that a store's index keeps; or in words why there are none, "" if none was made."""
+def open_directions(trace: Trace) -> Directions | Unavailable:
+    """The principal directions that a store's index keeps."""
     facts = read_facts(trace)
-    if isinstance(facts, str) or not facts.principal:
-        return facts if isinstance(facts, str) else ""
+    if isinstance(facts, Unavailable):
+        return facts
+    if not facts.principal:
+        return Unavailable("")
     shape = (facts.timesteps, facts.principal)
     folder = index_beside(trace.path)
     try:
@@ -400,11 +407,9 @@ def build_index(
     *,
     recall: float = 0.99,
     fold: int | None = None,
-    dimensions: Dimensions = "folded",
     m: int = 16,
     ef_construction: int = 200,
     directions: int | None = None,
-    ridge: float | None = None,
     progress: Progress | None = None,
 ) -> Facts:
     """Builds a store's index, measures its recall, and puts it beside the store in place of an older one.
@@ -416,19 +421,17 @@ def build_index(
         trace: the store.
         recall: what part of the true 10 best is to be found; of the 100 best it is 0.95.
         fold: F, a divisor of v; if not given, as small as the recall allows.
-        dimensions: "full" for vectors of all dimensions, as the paper has them: large and slow.
         m: links of a vector, 2 to 100.
         ef_construction: how many vectors are in view when one is linked.
         directions: how many principal directions deflated scores take out, 0 for none to be kept;
             `kernel.choose_directions` says it if it is not given.
-        ridge: the strength of ridge scores, lambda; `kernel.ALONE` if not given.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Returns:
         What was built; `depths` says what it serves.
 
     Raises:
-        SettingsError: an argument that cannot be meant, or vectors that do not fit into memory.
+        SettingsError: an argument is out of range, or the vectors do not fit into memory.
         TraceError: the store is unfinished or damaged, or the index cannot be written.
     """
     progress = progress or (lambda what, done, of: None)
@@ -438,9 +441,7 @@ def build_index(
         raise SettingsError(f"M is {m}; expected 2 to 100.")
     if not m <= ef_construction <= 10_000:
         raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
-    if ridge is not None and not 0 < ridge < math.inf:
-        raise SettingsError(f"ridge is {ridge}; expected a number above 0.")
-    folds = _folds(trace, fold, dimensions, m)
+    folds = _folds(trace, fold, m)
     if not trace.complete:
         raise TraceError(f"{trace.path} is unfinished. Finish the capture before it is indexed.")
     folder = index_beside(trace.path)
@@ -471,7 +472,6 @@ def build_index(
         depths=(),
         short=f"{len(kept)} samples are few enough to scan",
         principal=0,
-        ridge=ridge,
         files={},
     )
     principal = None
@@ -551,10 +551,10 @@ def _served(facts: Facts) -> str:
     return "; ".join(served) if served else "nothing: queries scan"
 
 
-def summary(facts: Facts | str) -> str:
+def summary(facts: Facts | Unavailable) -> str:
     """What `dmin-trace info` says of an index, from `read_facts`."""
-    if isinstance(facts, str):
-        return facts or "none; dmin-trace index makes one"
+    if isinstance(facts, Unavailable):
+        return facts.reason or "none; dmin-trace index makes one"
     kept = f"; {facts.principal} principal directions of each timestep" if facts.principal else ""
     if not facts.depths:
         return f"serves nothing, queries scan: {facts.short}{kept}"
@@ -562,30 +562,15 @@ def summary(facts: Facts | str) -> str:
     return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{kept}"
 
 
-def estimate(trace: Trace, fold: int, m: int, ef_construction: int) -> str:
-    """What a graph of this fold will cost, for a person who waits for it."""
-    length = len(trace.header.timesteps) * (fold + DIRECTIONS)
-    # Linking looks at some 8 vectors for each that is kept in view, each read at memory's speed by a core.
-    minutes = trace.header.samples * 8 * ef_construction * 4 * length / 1e10 / (os.cpu_count() or 1) / 60
-    return (
-        f"{trace.header.samples:,} vectors of {length:,} numbers: about {_memory(trace, fold, m) / 2**30:,.1f} GiB of "
-        f"memory and of disk, and {math.ceil(minutes):,} minutes"
-    )
-
-
 def _memory(trace: Trace, fold: int, m: int) -> int:
     """Bytes of a graph of this fold."""
     return graph_bytes(len(trace.header.timesteps) * (fold + DIRECTIONS), trace.header.samples, m)
 
 
-def _folds(trace: Trace, fold: int | None, dimensions: Dimensions, m: int) -> list[int]:
+def _folds(trace: Trace, fold: int | None, m: int) -> list[int]:
     """The folds to try, one after another."""
     header = trace.header
     v, timesteps = header.dimension, len(header.timesteps)
-    if dimensions == "full":
-        if fold is not None:
-            raise SettingsError(f"fold is {fold}, but an index of full dimensions does not fold. Leave one out.")
-        return [v]
     if fold is not None:
         if fold < 1 or v % fold:
             raise SettingsError(f"fold is {fold}; expected a divisor of the store's dimension {v}, such as {v // 2}.")
@@ -834,7 +819,7 @@ def _fresh_facts(trace: Trace, folder: Path) -> Facts:
     files = {*(NAMES if facts.depths else ()), *((PRINCIPAL, EIGENVALUES) if facts.principal else ())}
     possible = facts.fold and header.dimension % facts.fold == 0 and facts.principal <= header.samples
     if not possible or set(facts.files) != files:
-        raise GraphError(f"{FACTS} holds numbers that cannot be meant")
+        raise GraphError(f"{FACTS} holds numbers that are out of range")
     return facts
 
 
@@ -880,8 +865,8 @@ def _checked(folder: Path, name: str, written: File, most: int) -> Path:
     return path
 
 
-def _unused(why: object) -> str:
-    return f"the index is not used: {why}; make it anew with dmin-trace index"
+def _unused(why: object) -> Unavailable:
+    return Unavailable(f"the index is not used: {why}; make it anew with dmin-trace index")
 
 
 def _sha256(file: Path) -> str:

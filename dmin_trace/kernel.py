@@ -1,18 +1,20 @@
-"""Kernel scores: the query is freed of what all samples share, and then scored by inner products like any other.
+"""Deflated scores: what all samples share is taken out of the query, which is then scored like any other.
 
 For each timestep t on its own, G has a row for each sample that can be ranked, its v numbers. K = G G', with
 eigenvalues d and the principal directions V of the rows (not centred). Plain inner products say what looks like the
-query; most of them is the same for every sample. Kernel ridge regression, which TRAK's scores are (arXiv 2303.14186),
-weighs each direction by lambda / (d + lambda), so that what few samples have counts for more:
+query; most of them is the same for every sample. Deflation weighs each of the r largest directions by
+lambda / (d + lambda), so that what few samples have counts for more:
 
-    ridge       q' = q - G' (K + lambda I)^-1 G q       whose scores are G q' = lambda (K + lambda I)^-1 G q
-    deflated    q' = q - V diag(d / (d + d_r)) V' q     the same in the r largest directions, with lambda = d_r
+    q' = q - V diag(d / (d + lambda)) V' q        with lambda = d_r
 
-A kernel for each timestep rather than one of all of them together: it was as good or better at finding causes wherever
-both were measured (docs/quality.md), and asks for no more numbers.
+Along the directions it takes out, this is kernel ridge regression, which TRAK's scores are (arXiv 2303.14186). Ridge
+regression along all directions gains nothing over it, and needs all N x N numbers of K (docs/quality.md).
 
-Only the query changes, so the exact scan, the index and the rerank serve both as they are. Ridge needs K, of N x N
-numbers; deflation needs V, of r x v numbers a timestep, found in a few passes over the store whatever N is.
+Each timestep has a matrix K of its own. One K of all timesteps together was no better at finding causes wherever both
+were measured (docs/quality.md), and is no smaller.
+
+Only the query changes, so the exact scan, the index and the rerank serve deflated queries as they are. V has r x v
+numbers a timestep, and is found in a few passes over the store whatever N is.
 
 Everything is multiplied by BLAS on one thread, a thread for each timestep: the numbers do not depend on how many
 threads there are.
@@ -31,16 +33,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from dmin_trace import score
-from dmin_trace.errors import QueryError, SettingsError, TraceError
+from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.store import Trace
 
 DENSE = 1024
 """Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
-SOLVED = 4096
-"""Samples that ridge scores are made for at the most."""
-ALONE = 0.3
-"""Lambda of ridge scores, where nobody says: how much of the mean of K's diagonal, 1, is added to it."""
 SHARED = 3.0
 """A direction with more than this many times what one sample alone has, 1, is shared. Kaiser's rule for principal
 components is 1. Fewer directions cost a little of the datamodeling score, and gain as much where only the best few are
@@ -105,17 +102,6 @@ def choose_directions(eigenvalues: NDArray[np.float64]) -> int:
     return max(1, int((eigenvalues > SHARED).sum(axis=1).max()))
 
 
-def check_ridge(trace: Trace, strength: float | None = None) -> None:
-    """Raises QueryError if the store has too many samples for ridge scores, and SettingsError for a wrong strength."""
-    if strength is not None and not 0 < strength < float("inf"):
-        raise SettingsError(f"ridge is {strength}; expected a number above 0.")
-    if (samples := int(trace.rankable.sum())) > SOLVED:
-        raise QueryError(
-            f"Ridge scores multiply all samples with each other, which is done for up to {SOLVED:,} of them, and this "
-            f"trace has {samples:,}. Ask for deflated scores: they come near, and cost no more than others."
-        )
-
-
 def principal_directions(trace: Trace, count: int | None = None, progress: Progress | None = None) -> Directions:
     """The largest principal directions of the samples that can be ranked, fewer than `count` where there are no more.
 
@@ -149,53 +135,6 @@ def memory(trace: Trace, count: int | None = None) -> int:
     header = trace.header
     width = min(_width(count or _most_chosen(trace)), header.dimension, header.samples)
     return 12 * len(header.timesteps) * header.dimension * width
-
-
-def grams(trace: Trace, progress: Progress | None = None) -> NDArray[np.float64]:
-    """(T, n, n): K of each timestep. Raises TraceError as `principal_directions` does."""
-    with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
-        return _grams(trace, _ranked(trace), pool, progress or (lambda what, done, of: None))
-
-
-def ridge(
-    trace: Trace,
-    queries: NDArray[np.float32],
-    strength: float = ALONE,
-    *,
-    kernels: NDArray[np.float64] | None = None,
-    progress: Progress | None = None,
-) -> NDArray[np.float32]:
-    """The queries for ridge scores, float32, of the same shape.
-
-    Args:
-        trace: the store, of SOLVED samples at the most.
-        queries: (Q, T, v), compressed gradients.
-        strength: lambda, over the mean of K's diagonal, which is 1.
-        kernels: each timestep's K, from `grams`, if they are there already.
-        progress: as for `principal_directions`.
-
-    Raises:
-        SettingsError: the strength is out of range.
-        QueryError: the store has too many samples, or the queries are not finite or not of the store's shape.
-        TraceError: the store is damaged.
-    """
-    check_ridge(trace, strength)
-    score.check_queries(trace, queries)
-    slots = _ranked(trace)
-    progress = progress or (lambda what, done, of: None)
-    with _pool() as pool, np.errstate(invalid="ignore", over="ignore"):
-        if kernels is None:
-            kernels = _grams(trace, slots, pool, progress)
-        basis = queries.transpose(1, 0, 2)
-        products = np.concatenate([_along(rows, basis, pool) for rows in _blocks(trace, slots, progress)], axis=1)
-
-        def solved(t: int) -> NDArray[np.float64]:
-            mixture: NDArray[np.float64] = np.linalg.solve(kernels[t] + strength * np.eye(len(slots)), products[t])
-            return mixture
-
-        shared = _mixed(trace, slots, np.stack(list(pool.map(solved, range(len(basis))))), pool, progress)
-    freed: NDArray[np.float32] = (queries - shared.transpose(1, 0, 2)).astype(np.float32)
-    return freed
 
 
 def _exact_directions(

@@ -309,7 +309,7 @@ class Recording:
 
         Args:
             k: how many training samples for each query.
-            score: "dmin", "deflated" or "ridge", as for `dmin_trace.attribute`.
+            score: "dmin" or "deflated", as for `dmin_trace.attribute`.
             exact: scan all samples even if the trace has an index.
 
         Raises QueryError if this was no recording of queries or is not over, k is out of range, or the trace cannot be

@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +26,7 @@ from dmin_trace import errors, kernel
 from dmin_trace.commands import Command, Job, recall
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
 from dmin_trace.identity import script_of
-from dmin_trace.index import open_directions, open_index, read_facts, search
+from dmin_trace.index import Unavailable, open_directions, open_index, read_facts, search
 from dmin_trace.questions import Asked
 from dmin_trace.report import Hit
 from dmin_trace.score import Ranking, Score, check_k, check_queries
@@ -85,7 +84,7 @@ def attribute(
         command: the script and its arguments, as the traced run was started; what this user's machine remembers of
             that run if not given. `{data}` in an argument stands for the folder with the queries.
         score: "dmin" is the paper's sum of inner products; "deflated" takes what all samples share out of the query,
-            along the principal directions that the store's index keeps; "ridge" does so along all directions.
+            along the principal directions that the store's index keeps.
         exact: scan all samples even if there is an index.
         edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
@@ -116,13 +115,12 @@ def attribute(
 
 def check_score(trace: Trace, name: str) -> Score:
     """The score of this name. Raises QueryError if there is none, or the store cannot be asked for it."""
-    if name == "ridge":
-        kernel.check_ridge(trace)
-        return "ridge"
     if name == "deflated":
         facts = read_facts(trace)
-        if isinstance(facts, str) or not facts.principal:
-            _check_few(trace, facts if isinstance(facts, str) else "")
+        if isinstance(facts, Unavailable):
+            _check_few(trace, facts.reason)
+        elif not facts.principal:
+            _check_few(trace, "")
         return "deflated"
     if name != "dmin":
         raise _no_score(name)
@@ -130,7 +128,7 @@ def check_score(trace: Trace, name: str) -> Score:
 
 
 def _no_score(name: str) -> QueryError:
-    return QueryError(f"score is {name!r}; expected dmin, deflated or ridge.")
+    return QueryError(f"score is {name!r}; expected dmin or deflated.")
 
 
 @dataclass(frozen=True)
@@ -158,15 +156,11 @@ def freeing(trace: Trace, score: Score) -> Freeing:
         raise _no_score(score)
     if score == "dmin":
         return Freeing(score, lambda queries: queries, "")
-    if score == "ridge":
-        facts = read_facts(trace)
-        strength = kernel.ALONE if isinstance(facts, str) or facts.ridge is None else facts.ridge
-        return Freeing(score, partial(kernel.ridge, trace, strength=strength), f"ridge of {strength:.3g}")
     directions = open_directions(trace)
     said = "kept by the index"
-    if isinstance(directions, str):
-        _check_few(trace, directions)
-        said = f"found for this query ({directions})" if directions else "found for this query"
+    if isinstance(directions, Unavailable):
+        _check_few(trace, directions.reason)
+        said = f"found for this query ({directions.reason})" if directions.reason else "found for this query"
         directions = kernel.principal_directions(trace)
     count = directions.eigenvalues.shape[1]
     return Freeing(score, directions.deflate, f"{count} principal directions of each timestep, {said}")
@@ -193,20 +187,20 @@ def answer(
     check_queries(trace, gradients)
     made = score if isinstance(score, Freeing) else freeing(trace, score)
     queries, kind = made.free(gradients), made.score
-    index = "" if exact or not trace.complete else open_index(trace)
+    index = Unavailable("") if exact or not trace.complete else open_index(trace)
     depth = None
-    if not isinstance(index, str):
+    if not isinstance(index, Unavailable):
         depth = index.facts.depth(k, kind)
         if depth is not None:
             ranking = search(index, queries, k, kind=kind)
             said = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
         else:
-            index = index.facts.unserved(kind)
-    if isinstance(index, str):
+            index = Unavailable(index.facts.unserved(kind))
+    if isinstance(index, Unavailable):
         ranking = scan(trace, queries, k)
         searched = len(trace.slots_done)
         if trace.complete:
-            said = f"scanned all {searched:,} samples" + (f": {index}" if index else "")
+            said = f"scanned all {searched:,} samples" + (f": {index.reason}" if index.reason else "")
         else:
             said = f"searched {searched:,} of {trace.header.samples:,} samples; the capture is unfinished"
     return Answer(

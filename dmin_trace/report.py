@@ -274,7 +274,7 @@ def to_json(
 
         format      "dmin_trace.hits"
         version     1; a reader should refuse any other
-        scored_by   "dmin", "deflated" or "ridge"
+        scored_by   "dmin" or "deflated"
         score       what such a score is, in words
         timesteps   [t, ...]
         trace       the facts of the trace, as given
@@ -320,7 +320,7 @@ def to_csv(
 ) -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
-    Columns: query, prompt, rank, sample, score, scored_by ("dmin", "deflated" or "ridge"), the store's own columns,
+    Columns: query, prompt, rank, sample, score, scored_by ("dmin" or "deflated"), the store's own columns,
     then share_t<timestep> for each timestep.
     A column of the store with a name already taken gets "meta_" before it. Control characters in text are escaped,
     and text that a spreadsheet would take for a formula gets a leading "'". A missing value, NaN or infinity is an

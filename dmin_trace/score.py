@@ -23,7 +23,7 @@ from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Trace
 
 R = TypeVar("R")
-Score = Literal["dmin", "deflated", "ridge"]
+Score = Literal["dmin", "deflated"]
 """What samples are ranked by: the paper's inner products, or those with a query freed of what they share (`kernel`)."""
 
 PART = 2**21

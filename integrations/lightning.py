@@ -207,7 +207,7 @@ def attribute(
         collate_fn: the training dataloader's.
         trainer: as for `capture`.
         k: how many training samples for each item.
-        score: "dmin", "deflated" or "ridge", as for `dmin_trace.attribute`.
+        score: "dmin" or "deflated", as for `dmin_trace.attribute`.
 
     Raises:
         QueryError: an item that is not like those of the training, or k out of range.

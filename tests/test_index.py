@@ -25,7 +25,7 @@ from dmin_trace import index, query, score, untrusted
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.header import Header
 from dmin_trace.hnsw import HEADER, graph_bytes
-from dmin_trace.index import GRAPH, Index, Split, build_index, index_beside, open_index, search
+from dmin_trace.index import GRAPH, Index, Split, Unavailable, build_index, index_beside, open_index, search
 from dmin_trace.score import Ranking, Score
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Trace, open_trace
@@ -272,11 +272,11 @@ def test_no_index_is_nothing_to_talk_about(tmp_path: Path) -> None:
     assert query.answer(trace, trace.rows(np.array([1])), k=2, score="dmin").said == "scanned all 10 samples"
 
 
-def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_folds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = make_header(samples=300, timesteps=2, dimension=128, rows=64)
     rows = clustered(header)
     trace = write_store(tmp_path / "trace.zarr", header, rows)
-    facts = build_index(trace, dimensions="full")
+    facts = build_index(trace, fold=128)
     assert (facts.fold, facts.length) == (128, 2 * (128 + 8))
     # Nothing is folded away: the ten best are the first ten candidates, and the margin is all there is beyond.
     assert facts.depths[0].candidates <= 2 * 11
@@ -285,7 +285,7 @@ def test_full_dimensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     before = (index_beside(trace.path) / GRAPH).read_bytes()
     monkeypatch.setattr(index, "_free_memory", lambda: 200_000)
     with pytest.raises(SettingsError, match=r"needs 0.0 GiB of memory \(300 samples of 2 x 128 float32 numbers"):
-        build_index(trace, dimensions="full")
+        build_index(trace, fold=128)
     assert (index_beside(trace.path) / GRAPH).read_bytes() == before
     with pytest.raises(SettingsError, match="To find principal directions takes .* Give a smaller --directions"):
         build_index(trace, fold=16)
@@ -301,11 +301,11 @@ def test_the_size_that_is_foretold_is_the_size_that_is_written(stored: tuple[Tra
 
 def test_the_fold_begins_within_five_percent_of_the_store() -> None:
     header = make_header(samples=9288, timesteps=10, dimension=2**14)
-    folds = index._folds(Trace(Path("nowhere"), header, True, np.zeros(0, bool)), None, "folded", 16)
+    folds = index._folds(Trace(Path("nowhere"), header, True, np.zeros(0, bool)), None, 16)
     assert folds == [128, 256, 512]
     assert graph_bytes(10 * 136, 9288, 16) < 0.05 * 9288 * 10 * 2**14 < graph_bytes(10 * 264, 9288, 16)
     for small in (make_header(timesteps=2, dimension=256), make_header(timesteps=1000, dimension=16)):
-        assert index._folds(Trace(Path("nowhere"), small, True, np.zeros(0, bool)), None, "folded", 16)
+        assert index._folds(Trace(Path("nowhere"), small, True, np.zeros(0, bool)), None, 16)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,6 @@ def test_the_fold_begins_within_five_percent_of_the_store() -> None:
         ({"recall": 1.5}, "recall is 1.5"),
         ({"fold": 48}, "fold is 48; expected a divisor of the store's dimension 64"),
         ({"fold": 0}, "fold is 0"),
-        ({"fold": 8, "dimensions": "full"}, "does not fold"),
         ({"m": 1}, "M is 1"),
         ({"m": 101}, "M is 101"),
         ({"ef_construction": 3}, "ef_construction is 3"),
@@ -374,7 +373,7 @@ def flipped(folder: Path) -> None:
     file.write_bytes(data)
 
 
-def undigested(folder: Path) -> None:
+def without_digest(folder: Path) -> None:
     file = folder / "trace.index" / "index.json"
     facts = json.loads(file.read_text())
     del facts["digest"]
@@ -392,21 +391,21 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "other gradients": (other_gradients, "the store has changed"),
     "other norms": (other_norms, "the store has changed"),
     "another version": (edited(version=2), "another version"),
-    "no digest": (undigested, "index.json is damaged"),
+    "no digest": (without_digest, "index.json is damaged"),
     "another format": (edited(format="x"), "another version"),
     "another space": (edited(space="l2"), "another version"),
     "another number of samples": (edited(samples=10), "the store has changed"),
     "another M": (edited(m=8), "graph.hnsw is no graph of 160 vectors"),
-    "an M that is none": (edited(m=0), "cannot be meant"),
+    "an M that is none": (edited(m=0), "out of range"),
     "another fold": (edited(fold=4), "graph.hnsw is no"),
-    "a fold that is none": (edited(fold=3), "cannot be meant"),
-    "a fold that is text": (edited(fold="8"), "cannot be meant"),
-    "a recall beyond one": (edited(target=7), "cannot be meant"),
+    "a fold that is none": (edited(fold=3), "out of range"),
+    "a fold that is text": (edited(fold="8"), "out of range"),
+    "a recall beyond one": (edited(target=7), "out of range"),
     "a fact more": (edited(more=1), "cannot be read"),
     "depths that are none": (edited(depths=[1]), "cannot be read"),
     "more candidates than samples": (
         edited(depths=[{"score": "dmin", "k": 10, "candidates": 10**9, "ef": 10**9, "recall": 1.0}]),
-        "cannot be meant",
+        "out of range",
     ),
     "no JSON": (lambda folder: (folder / "trace.index" / "index.json").write_text("{") and None, "cannot be read"),
     "JSON that is deep": (
@@ -419,7 +418,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "half of what is shared": (shorter("shared.f32"), "shared.f32 is not of the size"),
     "a bit": (flipped, "graph.hnsw is damaged"),
     "half of the checksums": (shorter("rows.u32"), "rows.u32 is not of the size"),
-    "timesteps that are no whole number": (edited(timesteps=4.0), "cannot be meant"),
+    "timesteps that are no whole number": (edited(timesteps=4.0), "out of range"),
     "another recall, and the old digest": (rotten, "index.json is damaged"),
 }
 
@@ -429,10 +428,10 @@ def test_an_index_that_does_not_fit_is_not_used(indexed: Trace, spoil: Callable[
     spoil(indexed.path.parent)
     trace = open_trace(indexed.path)
     why = open_index(trace)
-    assert isinstance(why, str) and line in why
+    assert isinstance(why, Unavailable) and line in why.reason
     queries = trace.rows(np.array([17]))
     answer = query.answer(trace, queries, k=5, score="dmin")
-    assert answer.said == f"scanned all 160 samples: {why}"
+    assert answer.said == f"scanned all 160 samples: {why.reason}"
     assert [hit.score for hit in answer.hits[0]] == score.exact(trace, queries, 5).scores[0].tolist()
     # And it is mended by building it.
     build_index(trace, recall=0.9)
@@ -533,7 +532,7 @@ def test_a_forged_graph_is_refused_before_hnswlib_reads_it(
     opened(trace)
     forged(trace, edit)
     why = open_index(trace)
-    assert isinstance(why, str) and line in why and GRAPH in why
+    assert isinstance(why, Unavailable) and line in why.reason and GRAPH in why.reason
 
 
 def test_a_link_above_to_an_element_below_is_refused(genuine: Trace, tmp_path: Path) -> None:
@@ -552,7 +551,7 @@ def test_a_link_above_to_an_element_below_is_refused(genuine: Trace, tmp_path: P
 
     forged(trace, edit)
     why = open_index(trace)
-    assert isinstance(why, str) and "lead nowhere" in why
+    assert isinstance(why, Unavailable) and "lead nowhere" in why.reason
 
 
 def test_words_from_an_index_do_nothing_to_a_terminal(tmp_path: Path) -> None:
@@ -597,7 +596,7 @@ def test_a_killed_build_leaves_nothing_in_use(indexed: Trace, when: str, before:
     if when == "between" and not before:
         assert isinstance(found, Index) and found.facts.fold == 16
     elif old is None or when == "between":
-        assert found == ""
+        assert found == Unavailable("")
     else:
         assert isinstance(found, Index) and found.facts == old
     build_index(indexed, recall=0.5, fold=16)
@@ -637,7 +636,7 @@ def test_building_holds_a_part_of_the_gradients_at_a_time(tmp_path: Path) -> Non
     assert peak < 60 * 2**20
 
 
-@pytest.mark.parametrize("arguments", [("--fold", "many"), ("--dimensions", "half"), ("--recall", "2")])
+@pytest.mark.parametrize("arguments", [("--fold", "many"), ("--fold", "48"), ("--recall", "2")])
 def test_a_mistake_on_the_command_line_gives_one_line(indexed: Trace, arguments: tuple[str, ...]) -> None:
     ran = run([*CLI, "index", "trace.zarr", *arguments], indexed.path.parent, code=1)
     assert len(ran.stderr.strip().splitlines()) == 1 and arguments[1] in ran.stderr

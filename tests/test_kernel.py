@@ -1,4 +1,4 @@
-"""Kernel scores against dense linear algebra in float64, whatever the store's dtype, codec and rows are."""
+"""Deflated scores against dense linear algebra in float64, whatever the store's dtype, codec and rows are."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import zarr
 from test_index import clustered, like, signed
 from test_store import DTYPES, make_header, write_store
 
-from dmin_trace import kernel, query, score
+from dmin_trace import kernel, query
 from dmin_trace.cli import main
 from dmin_trace.errors import QueryError, SettingsError, TraceError
-from dmin_trace.index import build_index, index_beside, open_directions, read_facts, shown
-from dmin_trace.kernel import choose_directions, grams, principal_directions, ridge
-from dmin_trace.score import Score
+from dmin_trace.index import Facts, Unavailable, build_index, index_beside, open_directions, read_facts, shown
+from dmin_trace.kernel import choose_directions, principal_directions
 from dmin_trace.settings import Codec, Dtype
 from dmin_trace.store import Trace, open_trace
 
@@ -43,15 +42,6 @@ def slow_deflated(trace: Trace, queries: np.ndarray, count: int) -> np.ndarray:
 def slow_scores(trace: Trace, queries: np.ndarray) -> np.ndarray:
     """(Q, n) inner products, summed over timesteps."""
     return np.asarray(sum(queries[:, t] @ rows.T for t, rows in enumerate(stored_rows(trace))))
-
-
-def slow_ridge_scores(trace: Trace, queries: np.ndarray, strength: float) -> np.ndarray:
-    """(Q, n) the sum over timesteps of lambda (K + lambda I)^-1 G q."""
-    total = np.zeros((len(queries), int(trace.rankable.sum())))
-    for t, rows in enumerate(stored_rows(trace)):
-        damped = rows @ rows.T + strength * np.eye(len(rows))
-        total += (strength * np.linalg.inv(damped) @ (rows @ queries[:, t].T.astype(np.float64))).T
-    return total
 
 
 @pytest.fixture(scope="module", params=[*[(dtype, "none") for dtype in DTYPES], ("int8", "blosc")])
@@ -99,18 +89,6 @@ def test_passes_over_the_store_come_near_to_dense_algebra(
     assert np.corrcoef(ours.ravel(), true.ravel())[0, 1] > 0.99
 
 
-def test_ridge_scores_are_those_of_dense_algebra(stored: tuple[Trace, np.ndarray]) -> None:
-    trace, queries = stored
-    usable = np.flatnonzero(trace.rankable)
-    for strength in (0.01, 0.3, 10.0):
-        ranking = score.exact(trace, ridge(trace, queries, strength), len(usable))
-        truth = slow_ridge_scores(trace, queries, strength)
-        ours = np.take_along_axis(ranking.scores, np.argsort(ranking.slots, axis=1), 1)
-        assert np.array_equal(np.sort(ranking.slots, axis=1)[0], usable)
-        assert np.allclose(ours, truth, atol=2e-5)
-        assert np.array_equal(ridge(trace, queries, strength, kernels=grams(trace)), ridge(trace, queries, strength))
-
-
 def test_directions_that_all_samples_share_are_more_than_one_sample_alone_has(tmp_path: Path) -> None:
     """Three directions shared by all, and of each sample its own: exactly those three are taken out."""
     header = make_header(samples=60, timesteps=2, dimension=256, dtype="float32", rows=16)
@@ -142,30 +120,25 @@ def test_no_more_directions_are_taken_than_a_timestep_has(tmp_path: Path) -> Non
 
 def test_threads_and_blocks_change_nothing(stored: tuple[Trace, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     trace, queries = stored
-    monkeypatch.setattr(kernel, "DENSE", 0)
-    found = {}
-    for cores in (1, 5):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        found[cores] = principal_directions(trace, 10).deflate(queries), ridge(trace, queries)
-    assert all(np.array_equal(one, many) for one, many in zip(found[1], found[5], strict=True))
+    for dense in (0, 1024):
+        monkeypatch.setattr(kernel, "DENSE", dense)
+        found = {}
+        for cores in (1, 5):
+            monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+            found[cores] = principal_directions(trace, 10).deflate(queries)
+        assert np.array_equal(found[1], found[5])
 
 
 def test_what_cannot_be_asked(stored: tuple[Trace, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     trace, queries = stored
     wrong: Any = "cosine"
-    with pytest.raises(QueryError, match="score is 'cosine'; expected dmin, deflated or ridge"):
+    with pytest.raises(QueryError, match="score is 'cosine'; expected dmin or deflated"):
         query.answer(trace, queries, k=3, score=wrong)
     for count in (0, -1, 5000):
         with pytest.raises(SettingsError, match="expected 1 to 4096"):
             principal_directions(trace, count)
-    for strength in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(SettingsError, match="expected a number above 0"):
-            ridge(trace, queries, strength)
     with pytest.raises(QueryError, match="have shape"):
-        ridge(trace, queries[:, :1])
-    monkeypatch.setattr(kernel, "SOLVED", 200)
-    with pytest.raises(QueryError, match=r"up to 200 of them, and this trace has 295\. Ask for deflated"):
-        query.answer(trace, queries, k=3, score="ridge")
+        query.answer(trace, queries[:, :1], k=3, score="deflated")
     monkeypatch.setattr(kernel, "FOUND", 200)
     with pytest.raises(
         QueryError, match=r"here it has none; .* in up to 200 numbers, .* 113,280\. Make them with dmin-tr"
@@ -173,15 +146,16 @@ def test_what_cannot_be_asked(stored: tuple[Trace, np.ndarray], monkeypatch: pyt
         query.answer(trace, queries, k=3, score="deflated")
 
 
-def test_gradients_that_are_not_finite_are_damage(tmp_path: Path) -> None:
+def test_gradients_that_are_not_finite_are_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = make_header(samples=10, dtype="float32")
     rows = clustered(header, clusters=2)
     rows.grad[5, 1, 3] = np.nan
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     zarr.open_array(trace.path / "grad", mode="r+")[5, 1, 3] = np.nan
-    for ask in (principal_directions, grams):
+    for dense in (0, 1024):
+        monkeypatch.setattr(kernel, "DENSE", dense)
         with pytest.raises(TraceError, match="damaged"):
-            ask(open_trace(trace.path))
+            principal_directions(open_trace(trace.path))
 
 
 def test_a_few_samples_are_asked_without_an_index_and_with_what_it_keeps(tmp_path: Path) -> None:
@@ -189,32 +163,21 @@ def test_a_few_samples_are_asked_without_an_index_and_with_what_it_keeps(tmp_pat
     rows = clustered(header, clusters=4)
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     queries = like(rows, 3)
-    for kind, said in {
-        "deflated": "principal directions of each timestep, found for this query",
-        "ridge": "ridge of 0.3",
-    }.items():
-        asked: Score = "ridge" if kind == "ridge" else "deflated"
-        answer = query.answer(trace, queries, k=40, score=asked)
-        assert answer.taken_out.endswith(said) and answer.score == kind and answer.recall is None
-        truth = (
-            slow_ridge_scores(trace, queries, 0.3)
-            if kind == "ridge"
-            else slow_scores(trace, slow_deflated(trace, queries, int(answer.taken_out.split()[0])))
-        )
-        for hits, scores in zip(answer.hits, truth, strict=True):
-            slots = [trace.slot_of(hit.sample) for hit in hits]
-            assert np.allclose([hit.score for hit in hits], scores[slots], atol=2e-5)
-            assert np.allclose([sum(hit.shares) for hit in hits], scores[slots], atol=2e-5)
-    facts = build_index(trace, directions=5, ridge=0.25)
-    assert (facts.depths, facts.principal, facts.ridge) == ((), 5, 0.25)
+    answer = query.answer(trace, queries, k=40, score="deflated")
+    assert answer.taken_out.endswith("principal directions of each timestep, found for this query")
+    assert answer.score == "deflated" and answer.recall is None
+    truth = slow_scores(trace, slow_deflated(trace, queries, int(answer.taken_out.split()[0])))
+    for hits, scores in zip(answer.hits, truth, strict=True):
+        slots = [trace.slot_of(hit.sample) for hit in hits]
+        assert np.allclose([hit.score for hit in hits], scores[slots], atol=2e-5)
+        assert np.allclose([sum(hit.shares) for hit in hits], scores[slots], atol=2e-5)
+    facts = build_index(trace, directions=5)
+    assert (facts.depths, facts.principal) == ((), 5)
     told = query.answer(trace, queries, k=2, score="deflated").taken_out
     assert told == "5 principal directions of each timestep, kept by the index"
-    assert query.answer(trace, queries, k=2, score="ridge").taken_out == "ridge of 0.25"
     assert query.answer(trace, queries, k=2, score="dmin").taken_out == ""
     assert not build_index(trace, directions=0).files
     assert "found for this query" in query.answer(trace, queries, k=2, score="deflated").taken_out
-    with pytest.raises(SettingsError, match="ridge is 0"):
-        build_index(trace, ridge=0.0)
     with pytest.raises(SettingsError, match="directions is -1"):
         build_index(trace, directions=-1)
 
@@ -232,7 +195,7 @@ def indexed(tmp_path: Path) -> tuple[Trace, np.ndarray]:
 def test_the_index_answers_deflated_queries_with_the_scores_of_the_scan(indexed: tuple[Trace, np.ndarray]) -> None:
     trace, queries = indexed
     facts = read_facts(trace)
-    assert not isinstance(facts, str)
+    assert isinstance(facts, Facts)
     depth = facts.depth(10, "deflated")
     assert depth is not None and depth.recall >= 0.8 and "deflated queries for up to 10" in str(shown(facts, trace))
     ours = query.answer(trace, queries, k=10, score="deflated")
@@ -242,8 +205,9 @@ def test_the_index_answers_deflated_queries_with_the_scores_of_the_scan(indexed:
     both = [(some, all_) for some, all_ in zip(*scores, strict=True)]
     assert np.mean([len(some.keys() & all_.keys()) / 10 for some, all_ in both]) >= 0.7
     assert all(some[sample] == all_[sample] for some, all_ in both for sample in some.keys() & all_.keys())
-    scanned = query.answer(trace, queries, k=10, score="ridge")
-    assert scanned.said == "scanned all 160 samples: the index does not serve ridge scores"
+    build_index(trace, recall=0.8, directions=0)
+    scanned = query.answer(trace, queries, k=10, score="deflated")
+    assert scanned.said == "scanned all 160 samples: the index does not serve deflated scores"
 
 
 def damaged(file: Path) -> None:
@@ -287,15 +251,14 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "eigenvalues that are none": (lambda file: values(file, np.array([1.0, np.nan])), "eigenvalues.f64 holds none"),
     "endless eigenvalues": (lambda file: values(file, np.array([np.inf, 1.0])), "eigenvalues.f64 holds none"),
     "no eigenvalues": (lambda file: (file.parent / "eigenvalues.f64").unlink(), "is not of the size"),
-    "more than samples": (lambda file: edit(file, principal=161), "cannot be meant"),
-    "a part of one": (lambda file: edit(file, principal=1.5), "cannot be meant"),
-    "text": (lambda file: edit(file, principal="many"), "cannot be"),
-    "a huge number": (lambda file: edit(file, principal=10**400), "cannot be meant"),
-    "a ridge that is none": (lambda file: edit(file, ridge=-1.0), "cannot be meant"),
-    "another file": (lambda file: edit(file, files={"../x": {"bytes": 1, "sha256": ""}}), "cannot be meant"),
+    "more than samples": (lambda file: edit(file, principal=161), "out of range"),
+    "a part of one": (lambda file: edit(file, principal=1.5), "out of range"),
+    "text": (lambda file: edit(file, principal="many"), "out of range"),
+    "a huge number": (lambda file: edit(file, principal=10**400), "out of range"),
+    "another file": (lambda file: edit(file, files={"../x": {"bytes": 1, "sha256": ""}}), "out of range"),
     "a score that is none": (
         lambda file: edit(file, depths=[{"score": "x", "k": 1, "candidates": 1, "ef": 1, "recall": 1.0}]),
-        "cannot be meant",
+        "out of range",
     ),
     "another store": (
         lambda file: zarr.open_array(file.parent.parent / "trace.zarr" / "norm", mode="r+").__setitem__((5, 1), 2.0),
@@ -311,9 +274,9 @@ def test_directions_that_do_not_fit_are_not_used(
     spoil(index_beside(indexed[0].path) / "principal.f32")
     trace = open_trace(indexed[0].path)
     why = open_directions(trace)
-    assert isinstance(why, str) and line in why
+    assert isinstance(why, Unavailable) and line in why.reason
     answer = query.answer(trace, indexed[1], k=3, score="deflated", exact=True)
-    assert answer.taken_out.endswith(f"principal directions of each timestep, found for this query ({why})")
+    assert answer.taken_out.endswith(f"principal directions of each timestep, found for this query ({why.reason})")
     monkeypatch.setattr(kernel, "FOUND", 100)
     with pytest.raises(QueryError, match="Make them with dmin-trace index"):
         query.answer(trace, indexed[1], k=3, score="deflated")
@@ -325,14 +288,14 @@ def test_the_command_line_shows_which_score(
     path, sample = str(indexed[0].path), str(int(indexed[0].sample[3]))
     assert main(["index", path, "--directions", "4", "--recall", "0.8"]) == 0
     assert "by 4 principal directions of each timestep" in " ".join(capsys.readouterr().out.split())
-    for kind, words in {"deflated": "took out 4 principal directions", "ridge": "took out ridge of 0.3"}.items():
-        written = [tmp_path / f"{kind}.json", tmp_path / f"{kind}.csv"]
-        options = ["--json", str(written[0]), "--csv", str(written[1])]
-        assert main(["query", path, "--sample", sample, "--score", kind, *options]) == 0
-        shown = " ".join(capsys.readouterr().out.split())
-        assert f"{kind} score: inner product" in shown and words in shown and "perfect match" not in shown
-        read = json.loads(written[0].read_text())
-        assert read["scored_by"] == kind and words[9:] in read["trace"]["taken_out"]
-        assert f",{kind}," in written[1].read_text().splitlines()[1]
+    words = "took out 4 principal directions"
+    written = [tmp_path / "hits.json", tmp_path / "hits.csv"]
+    options = ["--json", str(written[0]), "--csv", str(written[1])]
+    assert main(["query", path, "--sample", sample, "--score", "deflated", *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "deflated score: inner product" in shown and words in shown and "perfect match" not in shown
+    read = json.loads(written[0].read_text())
+    assert read["scored_by"] == "deflated" and words[9:] in read["trace"]["taken_out"]
+    assert ",deflated," in written[1].read_text().splitlines()[1]
     assert main(["query", path, "--sample", sample, "--score", "best"]) == 1
     assert "score is 'best'" in capsys.readouterr().err

@@ -40,7 +40,7 @@ ALLOWED = {
         "integrations.diffusers": "",
         "integrations.lightning": "columns errors frozen plain report score settings store variables",
         "score": "errors store",
-        "kernel": "errors score store",
+        "kernel": "errors store",
         "hnsw": "",
         "index": "errors hnsw kernel score store untrusted",
         "verify": "errors header index store untrusted weights",

@@ -39,7 +39,7 @@ import dmin_trace
 from dmin_trace import cli, frozen, recorder, store
 from dmin_trace.compress import make_plan, project
 from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
-from dmin_trace.index import build_index, open_index, search
+from dmin_trace.index import Unavailable, build_index, open_index, search
 from dmin_trace.loop import LoopDriver
 from dmin_trace.recorder import Recorder
 from dmin_trace.score import exact, rerank
@@ -629,8 +629,8 @@ def _indexed(trace: Trace, queries: np.ndarray, ef_construction: int) -> tuple[f
     facts = build_index(trace, ef_construction=ef_construction)
     built = time.perf_counter() - start
     index = open_index(trace)
-    if isinstance(index, str):
-        return index, 0.0, built, facts.bytes / 1e6
+    if isinstance(index, Unavailable):
+        return index.reason, 0.0, built, facts.bytes / 1e6
     times, found = [], []
     for query in queries:
         start = time.perf_counter()
@@ -796,8 +796,8 @@ def index_command(
                 f"s, {facts.bytes / trace.bytes:.1%} of the store's bytes"
             ],
         )
-        if isinstance(index, str):
-            result.notes.append(index)
+        if isinstance(index, Unavailable):
+            result.notes.append(index.reason)
             result.show(path)
             return
         for depth in facts.depths:

@@ -135,8 +135,8 @@ def targets(folder: Path) -> dict[str, Target]:
     images = list(_images())
     linked = np.setdiff1d(np.flatnonzero(trace.rankable), np.empty(0, np.int64))
     facts_of = index.read_facts(trace)
-    if isinstance(facts_of, str):
-        raise ValueError(facts_of)
+    if isinstance(facts_of, index.Unavailable):
+        raise ValueError(facts_of.reason)
     harmed = folder / "harmed"
 
     def read_store(data: bytes) -> None:
@@ -154,7 +154,7 @@ def targets(folder: Path) -> dict[str, Target]:
         _put(harmed / "trace.index" / "index.json", json.dumps(edited))
         opened = open_trace(harmed / "trace.zarr")
         for what in (index.open_index(opened), index.open_directions(opened)):
-            if isinstance(what, str):
+            if isinstance(what, index.Unavailable):
                 raise RefusedError
 
     def read_facts(data: bytes) -> None:

@@ -52,7 +52,7 @@ def test_they_are_counted_each_with_its_own_line(odd: Trace) -> None:
 def test_no_score_ranks_them(odd: Trace) -> None:
     asked = odd.rows(np.array([0, 5]))
     most = int(odd.rankable.sum())
-    for name in ("dmin", "deflated", "ridge"):
+    for name in ("dmin", "deflated"):
         answer = query.answer(odd, asked, k=most, score=name)  # type: ignore[arg-type]
         assert all({hit.sample for hit in hits}.isdisjoint(ODD) and len(hits) == most for hits in answer.hits), name
     with pytest.raises(QueryError, match=f"only {most} samples of the trace have gradients to rank"):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from page import Page
 
 from dmin_trace import score
-from dmin_trace.index import Depth, Index, build_index, index_beside, open_index
+from dmin_trace.index import Depth, Index, Unavailable, build_index, index_beside, open_index
 from dmin_trace.store import Trace, open_trace
 
 DIMENSION = 2**14
@@ -47,8 +47,14 @@ def main(
             facts = build_index(trace, m=m, ef_construction=construction, directions=0)
             seconds = time.perf_counter() - start
             index = open_index(trace)
-            figures = ["none"] * len(EFS) if isinstance(index, str) else [_asked(index, asked, truth, ef) for ef in EFS]
-            built.append((transform, str(m), str(construction), f"{seconds:.0f}", f"{facts.bytes / 1e6:.0f}", *figures))
+            figures = (
+                ["none"] * len(EFS)
+                if isinstance(index, Unavailable)
+                else [_asked(index, asked, truth, ef) for ef in EFS]
+            )
+            built.append(
+                (transform, str(m), str(construction), f"{seconds:.0f}", f"{facts.bytes / 1e6:.0f}", *figures)
+            )
         shutil.rmtree(copy)
     page = Page(
         "The index's settings, and what is stored: MNIST",

@@ -32,7 +32,7 @@ from dmin_trace import kernel
 from dmin_trace.evaluate import RESAMPLES, Datamodeling, linear_datamodeling_score
 from dmin_trace.pack import pack
 from dmin_trace.settings import Transform
-from dmin_trace.store import Trace, open_trace
+from dmin_trace.store import open_trace
 
 Scores = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -47,6 +47,8 @@ KINDS = {
     "loss, cubic t": sketches.Kind(tuple(baselines.published_timesteps(10, list(range(ddpm.STEPS - 1, -1, -1))))),
 }
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
+DEFAULT_RIDGE = 0.3
+"""The strength of ridge scores that is chosen without the truth."""
 DAMPINGS = (0.1, 10.0, 1000.0, 100_000.0)
 DIRECTIONS = (8, 16, 32, 64, 128, 256)
 
@@ -95,9 +97,10 @@ def _of_store(folder: Path, kind: str, transform: Transform) -> Iterator[Way]:
     trace = open_trace(folder / f"{transform}.zarr")
     queries: NDArray[np.float32] = np.load(folder / f"{transform}.npy")
     rows, name = sketches.rows_of(trace), f"{kind}, {transform}"
-    products, grams = partial(_products, rows), kernel.grams(trace)
+    products = partial(_products, rows)
+    gram = products(rows)
     found = kernel.principal_directions(trace, DIRECTIONS[-1])
-    yield from _by_default("store", name, trace, products, queries, found, grams)
+    yield from _by_default("store", name, rows, queries, found)
     for count in DIRECTIONS:
         yield Way(
             "store",
@@ -109,14 +112,14 @@ def _of_store(folder: Path, kind: str, transform: Transform) -> Iterator[Way]:
             "store",
             f"{name}: deflated, timesteps together, best r",
             f"{count}",
-            lambda c=count: _deflated_together(grams.sum(0), products(queries), c),
+            lambda c=count: _deflated_together(gram, products(queries), c),
         )
     for ridge in RIDGES:
         yield Way(
             "store",
             f"{name}: ridge, best",
             f"{ridge:g}",
-            lambda s=ridge: products(kernel.ridge(trace, queries, s, kernels=grams)),
+            lambda s=ridge: _ridge(rows, queries, s),
         )
         yield Way(
             "store",
@@ -129,21 +132,31 @@ def _of_store(folder: Path, kind: str, transform: Transform) -> Iterator[Way]:
 def _by_default(
     group: str,
     name: str,
-    trace: Trace,
-    products: Callable[[Floats], Scores],
+    rows: Floats,
     queries: Floats,
     found: kernel.Directions,
-    grams: Scores,
 ) -> Iterator[Way]:
-    """What the command line has, with the strengths that it chooses from the store."""
+    """The two scores of the command line, and ridge scores, with strengths that are chosen without the truth."""
+    products = partial(_products, rows)
     chosen = kernel.choose_directions(found.eigenvalues)
     yield Way(group, f"{name}: dmin", "", lambda: products(queries))
     yield Way(group, f"{name}: deflated", f"r = {chosen}", lambda: products(found.largest(chosen).deflate(queries)))
-    yield Way(group, f"{name}: ridge", "default", lambda: products(kernel.ridge(trace, queries, kernels=grams)))
+    yield Way(group, f"{name}: ridge", "default", lambda: _ridge(rows, queries, DEFAULT_RIDGE))
 
 
 def _products(rows: Floats, asked: Floats) -> Scores:
     return np.asarray(asked.reshape(len(asked), -1) @ rows.reshape(len(rows), -1).T, np.float64)
+
+
+def _ridge(rows: Floats, queries: Floats, strength: float) -> Scores:
+    """Ridge scores (Q, N): deflation along all directions of each timestep, from rows (N, T, v) and queries (Q, T, v).
+
+    At a timestep lambda (G G' + lambda I)^-1 G q, which is lambda times TRAK's score.
+    """
+    total = np.zeros((len(queries), len(rows)))
+    for t in range(rows.shape[1]):
+        total += strength * baselines.trak(rows[:, t], queries[:, t], strength)
+    return total
 
 
 def of_smaller_stores(work: Path) -> Iterator[Way]:
@@ -158,11 +171,9 @@ def of_smaller_stores(work: Path) -> Iterator[Way]:
         yield from _by_default(
             f"v = 2^{dimension.bit_length() - 1}",
             f"loss, {transform}",
-            trace,
-            partial(_products, sketches.rows_of(trace)),
+            sketches.rows_of(trace),
             sketches.folded(np.load(whole / f"{transform}.npy"), dimension),
             kernel.principal_directions(trace, DIRECTIONS[-1]),
-            kernel.grams(trace),
         )
 
 

@@ -27,7 +27,7 @@ from rich.progress import track
 
 from dmin_trace import kernel, score
 from dmin_trace.evaluate import detection_rate
-from dmin_trace.index import build_index, open_index, search
+from dmin_trace.index import Unavailable, build_index, open_index, search
 from dmin_trace.pack import pack
 from dmin_trace.settings import Transform
 from dmin_trace.store import Trace, open_trace
@@ -208,11 +208,11 @@ def _indexed(
     trace: Trace, asked: NDArray[np.float32], name: str, most: int
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     index = open_index(trace)
-    if isinstance(index, str):
+    if isinstance(index, Unavailable):
         # What asks it here is not deflated.
         build_index(trace, directions=0)
         index = open_index(trace)
-    if isinstance(index, str):
+    if isinstance(index, Unavailable):
         return
     began = time.perf_counter()
     found = [search(index, one[None], most).slots[0] for one in asked]

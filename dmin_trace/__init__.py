@@ -1,15 +1,13 @@
 """dmin_trace: which training samples made the diffusion model make this image?
 
-The way in:
-
     dmin_trace.attach(accelerator, args)            in a training script, right after its Accelerator: captures the
                                                     run at its end
-    dmin_trace.attribute(trace, images, prompts)    the training samples that made a generated image, best first
     dmin_trace.recording(model, samples=N, out=path)
                                                     in a plain PyTorch loop, without accelerate
+    dmin_trace.attribute(trace, images, prompts)    the most influential training samples for an image
     dmin_trace.open_trace(path)                     what a store holds
 
-and `dmin-trace --help` for the same on the command line. The method is DMin, arXiv 2412.08637.
+`dmin-trace --help` lists the same for the command line. The method is DMin, arXiv 2412.08637.
 
 Names are resolved when they are first used, so that importing dmin_trace imports no torch.
 """
@@ -23,12 +21,12 @@ from dmin_trace.errors import DminTraceError
 from dmin_trace.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from dmin_trace.capture import attach
-    from dmin_trace.plain import recording
-    from dmin_trace.query import attribute
-    from dmin_trace.report import Hit
+    from dmin_trace.capture.accelerate.attach import attach
+    from dmin_trace.capture.recording import recording
+    from dmin_trace.query import Hit, attribute
     from dmin_trace.settings import Settings
-    from dmin_trace.store import Trace, open_trace
+    from dmin_trace.store import Store as Trace
+    from dmin_trace.store import open_store as open_trace
 
 __all__ = [
     "DminTraceError",
@@ -43,13 +41,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attach": "capture",
-    "attribute": "query",
-    "Hit": "report",
-    "Settings": "settings",
-    "Trace": "store",
-    "open_trace": "store",
-    "recording": "plain",
+    "attach": "capture.accelerate.attach:attach",
+    "attribute": "query.answer:attribute",
+    "Hit": "query.hits:Hit",
+    "Settings": "settings:Settings",
+    "Trace": "store.reader:Store",
+    "open_trace": "store.reader:open_store",
+    "recording": "capture.recording:recording",
 }
 
 
@@ -60,7 +58,8 @@ def __getattr__(name: str) -> Any:
         # Importing rich draws from python's generator, which a training script may have seeded before its line.
         state = random.getstate()
         try:
-            return getattr(import_module(f"dmin_trace.{_HOMES[name]}"), name)
+            module, _, attribute = _HOMES[name].partition(":")
+            return getattr(import_module(f"dmin_trace.{module}"), attribute)
         finally:
             random.setstate(state)
     raise AttributeError(f"module 'dmin_trace' has no attribute {name!r}")

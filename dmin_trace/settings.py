@@ -108,7 +108,7 @@ class Settings:
             raise SettingsError(f"timesteps is {brief(given)}; expected at most {MOST_TIMESTEPS} timesteps, each once.")
 
     @property
-    def slots(self) -> int:
+    def timestep_count(self) -> int:
         """T, the number of timesteps captured for each sample."""
         return self.timesteps if isinstance(self.timesteps, int) else len(self.timesteps)
 

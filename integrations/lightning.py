@@ -24,15 +24,15 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dmin_trace import store
-from dmin_trace.columns import Columns
+from dmin_trace.capture.accelerate.loop_variables import undo_of
+from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.encoder_cache import EncoderCache
+from dmin_trace.capture.recording import Recording
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
-from dmin_trace.frozen import FrozenModules
-from dmin_trace.plain import Recording
-from dmin_trace.report import Hit
-from dmin_trace.score import Score
+from dmin_trace.query import Hit
+from dmin_trace.search import Score
 from dmin_trace.settings import Settings, make_settings
-from dmin_trace.store import Trace, open_trace
-from dmin_trace.variables import undo_of
+from dmin_trace.store import Store, open_store
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -190,7 +190,7 @@ def capture(
 
 def attribute(
     module: Any,
-    trace: Trace | str | os.PathLike[str],
+    trace: Store | str | os.PathLike[str],
     items: Sequence[Any],
     *,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
@@ -215,7 +215,7 @@ def attribute(
         TraceError: there is no finished store.
     """
     _refuse_module(module)
-    trace = trace if isinstance(trace, Trace) else open_trace(Path(trace))
+    trace = trace if isinstance(trace, Store) else open_store(Path(trace))
     if not items:
         raise QueryError("No item was given. Give at least one.")
     recording = Recording(
@@ -268,7 +268,7 @@ def _record(
     precision = trainer.precision_plugin if trainer is not None else None
     scaler = getattr(precision, "scaler", None)
     takes_number = len(inspect.signature(module.training_step).parameters) > 1
-    with recording, _as_it_was(module), _silent(module, trainer), FrozenModules(_frozen_in(module), ()) as frozen:
+    with recording, _as_it_was(module), _silent(module, trainer), EncoderCache(_frozen_in(module), ()) as frozen:
         for i in recording.samples:
             frozen.forget()
             try:
@@ -280,10 +280,10 @@ def _record(
             batch = batch if precision is None else precision.convert_input(batch)
             batch = module._apply_batch_transfer_handler(module._on_before_batch_transfer(batch), module.device)
             recording.describe(i, given, batch)
-            for k in recording.slots:
+            for k in recording.timesteps:
                 # A step may change its batch in place; each gets its own.
                 own = apply_to_collection(batch, torch.Tensor, torch.clone)
-                with recording.body(i, k):
+                with recording.step(i, k):
                     with nullcontext() if precision is None else precision.train_step_context():
                         loss = _loss(module.training_step(own, 0) if takes_number else module.training_step(own))
                     (loss if scaler is None else scaler.scale(loss)).backward()

@@ -13,8 +13,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from dmin_trace.compress import compress, make_plan
-from dmin_trace.store import Trace
+from dmin_trace.project import compress_gradient, make_plan
+from dmin_trace.store import Store
 
 
 def digits_unet() -> UNet2DModel:
@@ -59,14 +59,14 @@ def digit_gradients(
         yield loss.item(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def unshuffled(trace: Trace, sample: int) -> np.ndarray:
+def unshuffled(trace: Store, sample: int) -> np.ndarray:
     """The captured gradients of a sample, (T, L), every element in its place.
 
     The sketch must be as long as the gradient and by OPORP's own permutation: then it is the gradient, shuffled.
     """
     facts = trace.header.projection
     plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform", facts.width)
-    numbers, _ = compress([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
+    numbers, _ = compress_gradient([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
     order = torch.argsort(numbers.abs())[-facts.length :].numpy()
     signs = np.sign(numbers.numpy())[order]
     gradients: np.ndarray = trace.rows(np.array([sample]))[0][:, order] * signs * trace.norm[sample][:, None]

@@ -12,16 +12,15 @@ import torch
 from diffusers import DDPMScheduler
 from oracle import digits_model, unshuffled
 from PIL import Image
-from test_store import change
+from stores import change
 from tiny import EXAMPLE, digit_folder, plain_script, run, without_the_line
 from tiny_pipelines import command_line
 
 import dmin_trace
+from dmin_trace.capture.randomness import pinned_timesteps
 from dmin_trace.errors import CaptureError, QueryError, SettingsError, TraceError
-from dmin_trace.pack import pack
-from dmin_trace.randomness import make_slots
 from dmin_trace.settings import Settings
-from dmin_trace.store import Trace, open_trace
+from dmin_trace.store import Store, open_store, pack_store
 
 TIMESTEPS = [0, 250, 999]
 WHOLE = ("--timesteps", "0,250,999", "--dimension", str(2**20), "--projection", "uniform", "--dtype", "float32")
@@ -70,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check_digits(trace: Trace, folder: Path) -> None:
+def check_digits(trace: Store, folder: Path) -> None:
     model = digits_model(folder / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     for sample, image in enumerate(sorted((folder / "digits").iterdir())):
@@ -101,7 +100,7 @@ def test_the_line_changes_nothing_but_the_trace(trained: Path) -> None:
 
 
 def test_gradients_are_those_of_an_independent_reference(trained: Path) -> None:
-    trace = open_trace(trained / "out" / "trace.zarr")
+    trace = open_store(trained / "out" / "trace.zarr")
     assert (trace.complete, trace.header.draws) == (True, 3)
     check_digits(trace, trained)
 
@@ -109,9 +108,9 @@ def test_gradients_are_those_of_an_independent_reference(trained: Path) -> None:
 def test_on_demand_gradients_are_those_of_the_reference_too(trained: Path) -> None:
     options = [*WHOLE, "--draws", 3, "--weights", "out/unet", "--out", "demand.zarr"]
     command_line(["capture", *options, "--", trained / "train.py", *SHORT, "--output_dir", "x"], trained)
-    trace = open_trace(trained / "demand.zarr")
+    trace = open_store(trained / "demand.zarr")
     assert trace.header.draws == 3
-    first, again = open_trace(trained / "out" / "trace.zarr").rows(np.arange(4)), trace.rows(np.arange(4))
+    first, again = open_store(trained / "out" / "trace.zarr").rows(np.arange(4)), trace.rows(np.arange(4))
     assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
 
 
@@ -168,8 +167,8 @@ def record(model: Any, step: Step | None = None, stop: int | None = None, **sett
         for i in recording.samples:
             if i == stop:
                 raise KeyboardInterrupt
-            for k in recording.slots:
-                with recording.body(i, k):
+            for k in recording.timesteps:
+                with recording.step(i, k):
                     noise, t = torch.randn(1, 16), torch.randint(0, 1000, (1,))
                     (step or usual)(POINTS[i : i + 1] + noise * t.reshape(-1, 1) / 1000, t, noise).backward()
     return recording
@@ -177,7 +176,7 @@ def record(model: Any, step: Step | None = None, stop: int | None = None, **sett
 
 def check_points(path: Path, model: torch.nn.Module) -> None:
     """The gradients in a store are the means that plain autograd gives."""
-    trace = open_trace(path)
+    trace = open_store(path)
     for sample in range(len(POINTS)):
         for slot, timestep in enumerate((100, 900)):
 
@@ -186,7 +185,7 @@ def check_points(path: Path, model: torch.nn.Module) -> None:
                 return (model(POINTS[sample : sample + 1] + noise * t.reshape(-1, 1) / 1000, t) - noise).square().mean()
 
             _, expected = mean_gradient(loss_of, list(model.parameters()), slot, trace.header.draws)
-            captured = torch.from_numpy(unshuffled(trace, trace.slot_of(sample)))[slot]
+            captured = torch.from_numpy(unshuffled(trace, trace.row_of(sample)))[slot]
             assert (captured - expected).norm() <= 1e-5 * expected.norm(), (sample, slot)
 
 
@@ -199,13 +198,13 @@ def test_two_processes_capture_what_one_does(tmp_path: Path) -> None:
     model = Denoiser().eval()
     saved = torch.load(tmp_path / "several" / "state.pt", weights_only=False)["model"]
     model.load_state_dict({name.removeprefix("module."): value for name, value in saved.items()})
-    trace = open_trace(tmp_path / "several" / "trace.zarr")
+    trace = open_store(tmp_path / "several" / "trace.zarr")
     assert sorted(trace.sample.tolist()) == list(range(5))
     check_points(trace.path, model)
 
 
 def test_the_first_draw_is_that_of_one_draw() -> None:
-    one, three = (make_slots(Settings(timesteps=4, seed=9, draws=draws)) for draws in (1, 3))
+    one, three = (pinned_timesteps(Settings(timesteps=4, seed=9, draws=draws)) for draws in (1, 3))
     assert three[::3] == one
     assert len({slot.seed for slot in three}) == 12
     assert [(slot.number, slot.draw) for slot in three] == [(k, d) for k in range(4) for d in range(3)]
@@ -232,7 +231,7 @@ def test_the_mean_comes_before_the_sign(tmp_path: Path) -> None:
         record(model, out=tmp_path / f"{name}.zarr", draws=3, transform=name)
     for sample in range(5):
         mean, signs = (
-            torch.from_numpy(unshuffled(open_trace(tmp_path / f"{name}.zarr"), sample)) for name in ("none", "sign")
+            torch.from_numpy(unshuffled(open_store(tmp_path / f"{name}.zarr"), sample)) for name in ("none", "sign")
         )
         assert (signs - mean.sign()).norm() <= 1e-4 * mean.sign().norm()
 
@@ -256,7 +255,7 @@ def interrupted(folder: Path, **settings: Any) -> Denoiser:
     """A store of which one chunk of three is done."""
     model = denoiser()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmin_trace.store.CHUNK_BYTES", 2 * 2 * 1024 * 4)
+        patch.setattr("dmin_trace.store.reader.CHUNK_BYTES", 2 * 2 * 1024 * 4)
         with pytest.raises(KeyboardInterrupt):
             record(model, stop=3, out=folder / "trace.zarr", **settings)
     return model
@@ -284,7 +283,7 @@ def test_a_header_of_other_draws_is_refused(tmp_path: Path) -> None:
     for value in (0, True, 10**9, None):
         change(path, lambda facts, value=value: facts["attributes"].update(draws=value))  # type: ignore[misc]
         with pytest.raises(TraceError, match="its attribute draws is"):
-            open_trace(path)
+            open_store(path)
         (path / "zarr.json").write_text(before)
     change(path, lambda facts: facts["attributes"].update(draws=2))
     with pytest.raises(QueryError, match="draws 1 and transform none, those of .* draws 2 and transform none"):
@@ -294,10 +293,10 @@ def test_a_header_of_other_draws_is_refused(tmp_path: Path) -> None:
 def test_the_width_of_a_store_is_gone_on_with_and_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"projection": "rotation", "dimension": 64}
     with monkeypatch.context() as patch:
-        patch.setattr("dmin_trace.compress.NARROW", 1024)
+        patch.setattr("dmin_trace.project.compress.NARROW", 1024)
         model = interrupted(tmp_path, **settings)
     # Rows of a new plan are of 256 now.
-    monkeypatch.setattr("dmin_trace.compress.NARROW", 256)
+    monkeypatch.setattr("dmin_trace.project.compress.NARROW", 256)
     path = tmp_path / "trace.zarr"
     for other, shown in (
         ({"dimension": 2048}, "its dimension is 64"),
@@ -307,9 +306,9 @@ def test_the_width_of_a_store_is_gone_on_with_and_folded(tmp_path: Path, monkeyp
             record(model, out=path, **settings | other)
     record(model, out=path, **settings)
     record(model, out=tmp_path / "new.zarr", **settings)
-    pack(open_trace(path), tmp_path / "folded.zarr", dimension=32)
+    pack_store(open_store(path), tmp_path / "folded.zarr", dimension=32)
     for name, width in (("trace", 1024), ("folded", 1024), ("new", 256)):
-        assert open_trace(tmp_path / f"{name}.zarr").header.projection.width == width
+        assert open_store(tmp_path / f"{name}.zarr").header.projection.width == width
         hits = record(model, like=tmp_path / f"{name}.zarr").hits(score="dmin", k=1)
         assert [row[0].sample for row in hits] == list(range(5))
         assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)

@@ -46,7 +46,7 @@ def test_what_cannot_be_meant_is_refused(given: dict[str, Any], message: str) ->
 def test_settings_survive_json_and_stay_as_they_are() -> None:
     settings = make_settings({"timesteps": [1, 2], "columns": ["label", "名"], "seed": None})
     assert settings == Settings(timesteps=(1, 2), columns=("label", "名"))
-    assert settings.slots == 2
+    assert settings.timestep_count == 2
     assert make_settings(dataclasses.asdict(settings)) == settings
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 1  # type: ignore[misc]

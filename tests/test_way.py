@@ -14,10 +14,10 @@ import torch
 from oracle import digit_gradients, digits_model
 from tiny import EXAMPLE, digit_folder, run, without_the_line
 
-from dmin_trace.compress import compress, make_plan
-from dmin_trace.store import Trace, open_trace
+from dmin_trace.project import compress_gradient, make_plan
+from dmin_trace.store import Store, open_store
 
-CLI = ("-m", "dmin_trace.cli")
+CLI = ("-m", "dmin_trace.cli.app")
 SHORT = ("--max_train_steps", "9", "--train_batch_size", "5", "--learning_rate", "3e-3")
 
 
@@ -40,7 +40,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def check_rows(trace: Trace, images: list[Path], weights: Path, every: int = 1) -> None:
+def check_rows(trace: Store, images: list[Path], weights: Path, every: int = 1) -> None:
     """Every row of the store is the gradient of the image under its index, by the oracle."""
     model = digits_model(weights)
     facts = trace.header.projection
@@ -48,10 +48,10 @@ def check_rows(trace: Trace, images: list[Path], weights: Path, every: int = 1) 
     assert trace.sample.tolist() == list(range(len(images)))
     timesteps = [int(t) for t in trace.header.timesteps]
     for sample in range(0, len(images), every):
-        row = trace.rows(np.array([trace.slot_of(sample)]))[0]
+        row = trace.rows(np.array([trace.row_of(sample)]))[0]
         for slot, (loss, gradients) in enumerate(digit_gradients(model, images[sample], timesteps)):
             assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-4)
-            expected, _ = compress(iter(gradients.values()), plan)
+            expected, _ = compress_gradient(iter(gradients.values()), plan)
             cosine = float(expected.numpy() @ row[slot]) / float(np.linalg.norm(expected) * np.linalg.norm(row[slot]))
             assert cosine > (0.999 if trace.header.dtype == "int8" else 0.99999), (sample, slot)
 
@@ -80,7 +80,7 @@ def test_the_line_changes_nothing_but_the_trace(tmp_path: Path) -> None:
     assert "checkpoint-9/random_states_0.pkl" in without
     assert list(with_line) == list(without)
     assert [name for name in without if with_line[name] != without[name]] == []
-    assert open_trace(tmp_path / "a" / "out" / "trace.zarr").complete
+    assert open_store(tmp_path / "a" / "out" / "trace.zarr").complete
 
 
 def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp_path: Path) -> None:
@@ -90,12 +90,12 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     script = with_settings(tmp_path / "train.py", settings)
     command = [script, "--train_data_dir", "digits", *SHORT]
     run([*command, "--output_dir", "out"], tmp_path)
-    trace = open_trace(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out" / "trace.zarr")
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     model = digits_model(weights)
     facts = trace.header.projection
     plan = make_plan(facts.length, trace.header.dimension, facts.seed, "uniform", facts.width)
-    ones, _ = compress([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
+    ones, _ = compress_gradient([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
     order = torch.argsort(ones.abs())[-facts.length :].numpy()
     signs = np.sign(ones.numpy())[order]
     for sample in range(4):
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
             [*CLI, "capture", "--weights", f"out/{saved}", "--out", out, "--", *command, "--output_dir", "x"], tmp_path
         )
         assert "Traceback" not in ran.stderr
-        again = open_trace(tmp_path / out)
+        again = open_store(tmp_path / out)
         rows, first = again.rows(np.arange(4)), trace.rows(np.arange(4))
         assert np.abs(rows - first).max() <= 1e-6
         assert np.linalg.norm(rows - first) <= 1e-6 * np.linalg.norm(first)
@@ -141,7 +141,7 @@ def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
     script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', transform='none'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, *arguments], tmp_path)
-    trace = open_trace(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out" / "trace.zarr")
     if "bf16" in arguments:
         # Rounded to 8 bits on the way, a gradient is still nearest to its own sample's.
         rows = trace.rows(np.arange(12)).reshape(12, -1)
@@ -154,7 +154,7 @@ def test_ema_weights_are_what_is_captured_when_they_are_what_is_saved(tmp_path: 
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
     script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', transform='none'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--use_ema"], tmp_path)
-    trace = open_trace(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out" / "trace.zarr")
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -165,7 +165,7 @@ def test_a_resumed_run_is_captured_as_an_unbroken_one(tmp_path: Path) -> None:
     run(command, tmp_path)
     shutil.move(tmp_path / "out" / "trace.zarr", tmp_path / "first.zarr")
     run([*command, "--resume_from_checkpoint", "checkpoint-4"], tmp_path)
-    trace = open_trace(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out" / "trace.zarr")
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -269,7 +269,7 @@ def test_run_attaches_to_a_script_without_the_line(tmp_path: Path) -> None:
         [*CLI, "run", "--timesteps", "100,900", "--dimension", "1024", "--transform", "none", "--", *command],
         tmp_path,
     )
-    trace = open_trace(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out" / "trace.zarr")
     assert trace.header.timesteps == (100.0, 900.0)
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     run([*CLI, "query", "--score", "dmin", "out/trace.zarr", images[3], "-k", "1", "--json", "hits.json"], tmp_path)

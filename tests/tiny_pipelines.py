@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dmin_trace.cli import main
+from dmin_trace.cli.app import main
 
 SHAPES = ("disc", "square", "cross", "stripes")
 

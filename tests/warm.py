@@ -22,7 +22,7 @@ from typing import Any
 _SERVER = """
 import json, os, runpy, select, signal, sys
 import numpy, torch, torch._dynamo, accelerate, zarr, safetensors.torch, rich.progress, filelock, tqdm.auto
-import dmin_trace.capture, dmin_trace.launch, dmin_trace.cli, dmin_trace.store, dmin_trace.query, dmin_trace.plain
+import dmin_trace.capture.launch, dmin_trace.capture.recording, dmin_trace.cli.app, dmin_trace.query
 
 def become(job):
     os.setpgid(0, 0)
@@ -37,7 +37,7 @@ def become(job):
     exec(compile(job["prelude"], "prelude", "exec"), {"__name__": "prelude"})
     sys.argv = [what, *rest]
     if what == "dmin-trace":
-        sys.exit(dmin_trace.cli.main(rest))
+        sys.exit(dmin_trace.cli.app.main(rest))
     sys.path[0] = os.path.dirname(what)
     runpy.run_path(what, run_name="__main__")
 

@@ -36,16 +36,17 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import dmin_trace
-from dmin_trace import cli, frozen, recorder, store
-from dmin_trace.compress import make_plan, project
-from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
-from dmin_trace.index import Unavailable, build_index, open_index, search
-from dmin_trace.loop import LoopDriver
-from dmin_trace.recorder import Recorder
-from dmin_trace.score import exact, rerank
+from dmin_trace import store
+from dmin_trace.audit import verify_store
+from dmin_trace.capture import encoder_cache as frozen
+from dmin_trace.capture import recorder
+from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.recorder import Recorder
+from dmin_trace.cli import app as cli
+from dmin_trace.project import make_plan, project
+from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, rerank, search
 from dmin_trace.settings import Dtype
-from dmin_trace.store import Trace, create, open_trace
-from dmin_trace.verify import verify
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, create, open_store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 console = Console()
@@ -295,8 +296,8 @@ def estimator_command(
     path: Json = None,
 ) -> None:
     """How far scores err when sketches are divided by the gradient's norm (the paper) or by their own (ours)."""
-    trace = open_trace(exact_store)
-    rows = trace.rows(trace.slots_done)
+    trace = open_store(exact_store)
+    rows = trace.rows(trace.rows_done)
     truth = np.einsum("itv,jtv->ij", rows, rows, optimize=True)
     others = ~np.eye(len(rows), dtype=bool)
     result = Result(
@@ -348,7 +349,7 @@ def make_header(samples: int, timesteps: int, dimension: int, dtype: Dtype, rows
     )
 
 
-def write_random(path: Path, header: Header) -> Trace:
+def write_random(path: Path, header: Header) -> Store:
     """A finished store of random sketches; every chunk holds the same numbers, turned by another shift."""
     generator = np.random.default_rng(0)
     shape = (header.chunk_rows, len(header.timesteps), header.dimension)
@@ -363,7 +364,7 @@ def write_random(path: Path, header: Header) -> Trace:
         number = np.arange(rows.start, rows.stop)
         writer.write_stored(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
     writer.finish()
-    return open_trace(path)
+    return open_store(path)
 
 
 def queries_for(header: Header, count: int) -> np.ndarray:
@@ -374,7 +375,7 @@ def queries_for(header: Header, count: int) -> np.ndarray:
     return drawn
 
 
-def clustered_store(path: Path, header: Header) -> Trace:
+def clustered_store(path: Path, header: Header) -> Store:
     """A finished store of rows that share a direction at each timestep and lie in clusters, as gradients do.
 
     Thirty samples to a cluster, so that a sample has neighbours however many there are.
@@ -393,10 +394,10 @@ def clustered_store(path: Path, header: Header) -> Trace:
         grad /= np.linalg.norm(grad, axis=2, keepdims=True)
         writer.write(chunk, grad, ones, ones, number, {"label": number.tolist()})
     writer.finish()
-    return open_trace(path)
+    return open_store(path)
 
 
-def mixed_queries(trace: Trace, count: int) -> np.ndarray:
+def mixed_queries(trace: Store, count: int) -> np.ndarray:
     """(Q, T, v) float32 of norm one: half a stored sample, half another, so near to the store, and not in it."""
     pairs = np.random.default_rng(1).integers(trace.header.samples, size=(count, 2))
     asked: np.ndarray = trace.rows(pairs[:, 0]) + 0.7 * trace.rows(pairs[:, 1])
@@ -415,7 +416,7 @@ def evict(path: Path) -> None:
                 os.close(handle)
 
 
-def read_all(trace: Trace) -> int:
+def read_all(trace: Store) -> int:
     """A plain read of the chunks, one after another, into the same memory."""
     memory = bytearray(2**20)
     total = 0
@@ -468,26 +469,26 @@ def score_command(
     result.show(path)
 
 
-def _scored(trace: Trace, in_memory: np.ndarray, threads: int) -> tuple[str | int | float, ...]:
+def _scored(trace: Store, in_memory: np.ndarray, threads: int) -> tuple[str | int | float, ...]:
     """A row of the table: a store against a BLAS product with an array in memory, in turn with it."""
     header = trace.header
     numbers = header.samples * len(header.timesteps) * header.dimension
     many = queries_for(header, 64)
     dense = np.random.default_rng(3).standard_normal((in_memory.shape[1], 64), np.float32)
     # A process that asks once: of a trace opened anew, whose norms have been looked at.
-    opened: Trace | None = open_trace(trace.path)
-    assert opened is not None and opened.rankable.any()
-    first = best_of(lambda: exact(opened, many[:1], 10, threads=threads), 1, warm=False)
+    opened: Store | None = open_store(trace.path)
+    assert opened is not None and opened.valid.any()
+    first = best_of(lambda: exact_top_k(opened, many[:1], 10, threads=threads), 1, warm=False)
     seconds = {}
     for count in (1, 64):
         asked, columns = many[:count], dense[:, :count].copy()
         works: dict[str, Callable[[], object]] = {
             "blas": lambda columns=columns: in_memory @ columns,  # type: ignore[misc]
-            "ours": lambda asked=asked: exact(opened, asked, 10, threads=threads),  # type: ignore[misc]
+            "ours": lambda asked=asked: exact_top_k(opened, asked, 10, threads=threads),  # type: ignore[misc]
         }
         seconds[count] = in_turn(works, 5 if count == 1 and numbers <= in_memory.size else 1)
     with peak_memory() as memory:
-        exact(opened, many, 10, threads=threads)
+        exact_top_k(opened, many, 10, threads=threads)
     # Its maps would hold the files in the system's cache.
     opened = None
     cold = _cold_seconds(trace, many[:1], threads)
@@ -500,18 +501,18 @@ def _scored(trace: Trace, in_memory: np.ndarray, threads: int) -> tuple[str | in
     )
 
 
-def _cold_seconds(trace: Trace, query: np.ndarray, threads: int) -> dict[str, float]:
+def _cold_seconds(trace: Store, query: np.ndarray, threads: int) -> dict[str, float]:
     """Seconds of a plain read and of a first query, each with the system's cache emptied before."""
     taken = {}
     for name in ("read", "ours"):
-        opened = open_trace(trace.path)
-        opened.rankable  # noqa: B018
+        opened = open_store(trace.path)
+        opened.valid  # noqa: B018
         evict(trace.path)
         start = time.perf_counter()
         if name == "read":
             read_all(opened)
         else:
-            exact(opened, query, 10, threads=threads)
+            exact_top_k(opened, query, 10, threads=threads)
         taken[name] = time.perf_counter() - start
     return taken
 
@@ -549,13 +550,13 @@ def check_command(
     result.show(path)
 
 
-def _checked(trace: Trace, turns: int, threads: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _checked(trace: Store, turns: int, threads: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Seconds, and those of the processor, without checksums and with them, of each way to read."""
     query = queries_for(trace.header, 1)
     candidates = [np.random.default_rng(4).choice(trace.header.samples, 50, replace=False)]
     known = np.array([store.row_checksum(trace.stored_row(slot)) for slot in range(trace.header.samples)], np.uint32)
     nothing = SimpleNamespace(value=lambda data: 0, extend=lambda crc, data: 0)
-    off = [(store, "google_crc32c", nothing), (Trace, "_check", lambda *given: None)]
+    off = [(store, "google_crc32c", nothing), (Store, "_check", lambda *given: None)]
     taken: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
 
     def timed(what: str, checks: bool, work: Callable[..., object], *given: Any, **named: Any) -> None:
@@ -564,27 +565,27 @@ def _checked(trace: Trace, turns: int, threads: int) -> dict[str, tuple[np.ndarr
         found = time.perf_counter() - start, time.process_time() - used
         taken.setdefault(what, ([], []))[checks].append(found)
 
-    def fresh() -> Trace:
-        opened = open_trace(trace.path)
-        assert opened.rankable.any() and len(opened.scale)
+    def fresh() -> Store:
+        opened = open_store(trace.path)
+        assert opened.valid.any() and len(opened.scale)
         return opened
 
     for turn in range(turns):
         for checks in (False, True):
             with replaced([] if checks else off):
                 opened = fresh()
-                timed("first", checks, exact, opened, query, 10, threads=threads)
-                exact(opened, query, 10, threads=threads)
-                timed("again", checks, exact, opened, query, 10, threads=threads)
+                timed("first", checks, exact_top_k, opened, query, 10, threads=threads)
+                exact_top_k(opened, query, 10, threads=threads)
+                timed("again", checks, exact_top_k, opened, query, 10, threads=threads)
                 checksums = known if checks else np.zeros_like(known)
                 timed("50 rows", checks, rerank, fresh(), query, candidates, 10, checksums=checksums)
                 if turn < 2:
                     opened = fresh()
                     evict(trace.path)
-                    timed("cold", checks, exact, opened, query, 10, threads=threads)
+                    timed("cold", checks, exact_top_k, opened, query, 10, threads=threads)
                     read_all(trace)
         timed("verify", False, read_all, trace)
-        timed("verify", True, verify, trace.path)
+        timed("verify", True, verify_store, trace.path)
     return {what: tuple(np.array(found).min(axis=0) for found in pair) for what, pair in taken.items()}  # type: ignore[misc]
 
 
@@ -612,7 +613,7 @@ def scale_command(
             trace = clustered_store(made / "trace.zarr", make_header(samples, timesteps, dimension, "int8"))
             queries = mixed_queries(trace, 50)
             with peak_memory() as grown:
-                scan = best_of(lambda trace=trace, q=queries[:1]: exact(trace, q, 10, threads=threads), 3)  # type: ignore[misc]
+                scan = best_of(lambda trace=trace, q=queries[:1]: exact_top_k(trace, q, 10, threads=threads), 3)  # type: ignore[misc]
             row: list[Any] = [samples, trace.bytes / 1e6, 1e3 * scan, grown[0] / 1e6]
             result.add(*row, *(_indexed(trace, queries, ef_construction) if samples <= indexed else (None,) * 4))
     result.show(path)
@@ -623,7 +624,7 @@ def scale_command(
 SCAN, SCAN_MEMORY, INDEX, INDEX_SIZE = "scan, ms", "scan: memory, MB", "index, ms", "index: size, MB"
 
 
-def _indexed(trace: Trace, queries: np.ndarray, ef_construction: int) -> tuple[float | str, ...]:
+def _indexed(trace: Store, queries: np.ndarray, ef_construction: int) -> tuple[float | str, ...]:
     """Of an index: median milliseconds a query, recall, seconds to build, MB. Why there is none, if there is none."""
     start = time.perf_counter()
     facts = build_index(trace, ef_construction=ef_construction)
@@ -634,9 +635,9 @@ def _indexed(trace: Trace, queries: np.ndarray, ef_construction: int) -> tuple[f
     times, found = [], []
     for query in queries:
         start = time.perf_counter()
-        found.append(search(index, query[None], 10).slots[0])
+        found.append(search(index, query[None], 10).rows[0])
         times.append(time.perf_counter() - start)
-    truth = exact(trace, queries, 10).slots
+    truth = exact_top_k(trace, queries, 10).rows
     reached = float(np.mean([np.isin(best, ours).mean() for ours, best in zip(found, truth, strict=True)]))
     return 1e3 * float(np.median(times)), reached, built, facts.bytes / 1e6
 
@@ -735,8 +736,8 @@ def start_command(
         "import typer, rich": ("-c", "import typer, rich.console, rich.text"),
         "import numpy": ("-c", "import numpy"),
         "import dmin_trace": ("-c", "import dmin_trace"),
-        "dmin-trace --help": ("-m", "dmin_trace.cli", "--help"),
-        "dmin-trace --version": ("-m", "dmin_trace.cli", "--version"),
+        "dmin-trace --help": ("-m", "dmin_trace.cli.app", "--help"),
+        "dmin-trace --version": ("-m", "dmin_trace.cli.app", "--version"),
     }
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(runs + 1):
@@ -775,7 +776,7 @@ def index_command(
         place = made / "trace.zarr"
         if store_path is not None:
             place.symlink_to(store_path.absolute())
-            trace = open_trace(place)
+            trace = open_store(place)
         else:
             trace = clustered_store(place, make_header(samples, timesteps, dimension, "int8"))
         header = trace.header
@@ -801,17 +802,17 @@ def index_command(
             result.show(path)
             return
         for depth in facts.depths:
-            truth = exact(trace, asked, depth.k).slots
+            truth = exact_top_k(trace, asked, depth.k).rows
             times, graph = np.empty((2, len(asked)))
             found = np.empty_like(truth)
             for q, query in enumerate(asked):
                 start = time.perf_counter()
-                found[q] = search(index, query[None], depth.k).slots[0]
+                found[q] = search(index, query[None], depth.k).rows[0]
                 times[q] = time.perf_counter() - start
                 start = time.perf_counter()
                 index.candidates(query[None], depth)
                 graph[q] = time.perf_counter() - start
-            scan = best_of(lambda depth=depth: exact(trace, asked[:1], depth.k), 5)  # type: ignore[misc]
+            scan = best_of(lambda depth=depth: exact_top_k(trace, asked[:1], depth.k), 5)  # type: ignore[misc]
             reached = float(np.mean([np.isin(best, ours).mean() for ours, best in zip(found, truth, strict=True)]))
             median, late = float(np.median(times)), float(np.percentile(times, 95))
             shown = [1e3 * seconds for seconds in (median, late, float(np.median(graph)), scan)]
@@ -982,7 +983,7 @@ def capture_command(
                 with replaced(places):
                     command = ["capture", "--weights", weights, "--timesteps", 10, "--out", out, "--", *lora]
                     taken[name].append(_captured(work, *command).whole)
-                rows[name] = open_trace(out).rows(np.arange(10))
+                rows[name] = open_store(out).rows(np.arange(10))
         best = {name: min(times) for name, times in taken.items()}
         for name, seconds in best.items():
             saved.add(name, seconds, seconds / best["free"])

@@ -353,7 +353,7 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
 
     demanded = here / "demand.zarr"
     settings = [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
-    given = ["-m", "dmin_trace.cli", "capture", "--weights", here / "without" / script.weights, *settings]
+    given = ["-m", "dmin_trace.cli.app", "capture", "--weights", here / "without" / script.weights, *settings]
     run([*given, "--out", demanded, "--", source, *command("demand")], work, here / "demand.log", "demand")
     outcome.on_demand = _apart(_rows(final), _rows(demanded), CLOSE, "the final")
     yield
@@ -374,7 +374,7 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
     at = files.index(work / "data" / "plain" / f"{ASKED:02d}.png") if alone else ASKED
     query = [
         "-m",
-        "dmin_trace.cli",
+        "dmin_trace.cli.app",
         "query",
         "--score",
         "dmin",

@@ -25,7 +25,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from dmin_trace import open_trace
-from dmin_trace.compress import compress, make_plan
+from dmin_trace.project import compress_gradient, make_plan
 
 
 class Done(Exception):  # noqa: N818
@@ -138,7 +138,7 @@ class Reference:
         """Takes the gradient."""
         taken = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         filled = [torch.zeros_like(p) if g is None else g for g, p in zip(taken, self.parameters, strict=True)]
-        sketch, _ = compress(filled, self.plan)
+        sketch, _ = compress_gradient(filled, self.plan)
         self.rows.append((sketch / sketch.norm()).numpy())
 
 

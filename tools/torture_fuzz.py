@@ -37,12 +37,19 @@ from rich.console import Console
 from rich.table import Table
 from torture_stores import CAPTIONS, make_store
 
-from dmin_trace import examine, hnsw, index, query, questions, report, store, untrusted, weights
+from dmin_trace import audit as examine
+from dmin_trace import query as questions
+from dmin_trace import search as hnsw
+from dmin_trace import search as index
+from dmin_trace import store
+from dmin_trace import store as untrusted
+from dmin_trace import views as report
+from dmin_trace.capture import weights
 from dmin_trace.errors import DminTraceError
-from dmin_trace.header import Header
-from dmin_trace.index import Facts
+from dmin_trace.query import answer as query
+from dmin_trace.search import Facts
 from dmin_trace.settings import make_settings
-from dmin_trace.store import Trace, chunk_file, facts, open_trace, weights_beside
+from dmin_trace.store import Header, Store, chunk_file, facts, open_store, weights_beside
 
 console = Console(width=120)
 SPARE = 2**31
@@ -133,7 +140,7 @@ def targets(folder: Path) -> dict[str, Target]:
     safetensors = weights_beside(trace.path).read_bytes()
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(CAPTIONS)]
     images = list(_images())
-    linked = np.setdiff1d(np.flatnonzero(trace.rankable), np.empty(0, np.int64))
+    linked = np.setdiff1d(np.flatnonzero(trace.valid), np.empty(0, np.int64))
     facts_of = index.read_facts(trace)
     if isinstance(facts_of, index.Unavailable):
         raise ValueError(facts_of.reason)
@@ -145,14 +152,14 @@ def targets(folder: Path) -> dict[str, Target]:
         of_array = _edited(array, data) if chosen.random() < 0.3 else array
         _put(harmed / "trace.zarr" / "zarr.json", json.dumps(_with_digests(of_group, of_array)))
         _put(harmed / "trace.zarr" / "grad" / "zarr.json", json.dumps(of_array))
-        _read_all(open_trace(harmed / "trace.zarr", unfinished=True))
+        _read_all(open_store(harmed / "trace.zarr", unfinished=True))
 
     def read_index(data: bytes) -> None:
         edited = _edited(kept, data)
         if isinstance(edited, dict):
             edited = _signed(edited)
         _put(harmed / "trace.index" / "index.json", json.dumps(edited))
-        opened = open_trace(harmed / "trace.zarr")
+        opened = open_store(harmed / "trace.zarr")
         for what in (index.open_index(opened), index.open_directions(opened)):
             if isinstance(what, index.Unavailable):
                 raise RefusedError
@@ -175,16 +182,16 @@ def targets(folder: Path) -> dict[str, Target]:
         except (hnsw.GraphError, RuntimeError):
             raise RefusedError from None
 
-    def read_chunk(data: bytes, name: str, axes: int, of: Trace, read: Callable[[Trace], object]) -> None:
+    def read_chunk(data: bytes, name: str, axes: int, of: Store, read: Callable[[Store], object]) -> None:
         place = chunk_file(harmed / of.path.parent.name / "trace.zarr", name, 1, axes)
         genuine = chunk_file(of.path, name, 1, axes).read_bytes()[:-4]
         frame = _spliced(genuine, data)
         _put(place, frame + google_crc32c.value(frame).to_bytes(4, "little"))
-        read(Trace(harmed / of.path.parent.name / "trace.zarr", of.header, True, of.done))
+        read(Store(harmed / of.path.parent.name / "trace.zarr", of.header, True, of.done))
 
     def read_list(data: bytes) -> None:
         _put(harmed / "list.jsonl", data)
-        for asked in questions.read_questions([harmed / "list.jsonl"]):
+        for asked in questions.read_inputs([harmed / "list.jsonl"]):
             try:
                 query._as_file(asked.image, harmed / "made.png")
             except DminTraceError:
@@ -275,18 +282,18 @@ def _read_header(attributes: Any) -> None:
         raise AssertionError("a header is not what it says")
 
 
-def _read_all(trace: Trace) -> None:
+def _read_all(trace: Store) -> None:
     for name in trace.header.columns:
         trace.column(name)
     facts(trace)
     rows = trace.rows(np.array([0, len(trace.sample) - 1]))
-    query.answer(trace, rows, k=3, score="dmin", exact=True)
+    query.answer_queries(trace, rows, k=3, score="dmin", exact=True)
 
 
 def _write_all(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     columns = {text or "x": text, "caption": text, "n": float("nan")}
-    hits = [report.Hit(rank=1, sample=3, score=0.5, shares=(0.5, -0.5), columns=columns)]
+    hits = [report.Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5, -0.5), columns=columns)]
     question = report.Question(name=text, prompt=text)
     written = report.to_json([question], [hits], (1.0, 2.0), {text: text})
     assert written.isascii()

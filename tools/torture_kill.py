@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
 from captures import Capture, check_same, content, done, kept, scribble, stamps, start_ranks  # noqa: E402
 from crashes import crashes, go_on, record, wrong  # noqa: E402
-from test_store import make_header  # noqa: E402
+from stores import make_header  # noqa: E402
 from warm import Running, Warm  # noqa: E402
 
 app = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)

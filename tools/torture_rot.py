@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.progress import track
 from torture_stores import make_store
 
-from dmin_trace import query, untrusted
+from dmin_trace import query
+from dmin_trace import store as untrusted
+from dmin_trace.audit import verify_store
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import Answer
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import open_trace
-from dmin_trace.verify import verify
+from dmin_trace.store import open_store
 
 console = Console()
 ASKED = np.array([3, 77, 159])
@@ -47,10 +48,12 @@ def attack(folder: Path, faults: int, seed: int, *, dtype: Dtype = "int8", codec
     What begins with WRONG must not be: damage that is not named, or an answer that is another than without it.
     """
     trace = make_store(folder, dtype=dtype, codec=codec, dimension=1024 if codec == "blosc" else 64)
-    if (found := verify(trace.path)).damages:
+    if (found := verify_store(trace.path)).damages:
         raise ValueError(f"a new store is damaged: {found.damages}")
     queries = trace.rows(ASKED) + np.float32(0.01)
-    before = {exact: _hits(query.answer(trace, queries, k=5, score="dmin", exact=exact)) for exact in (True, False)}
+    before = {
+        exact: _hits(query.answer_queries(trace, queries, k=5, score="dmin", exact=exact)) for exact in (True, False)
+    }
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
     sizes = np.array([file.stat().st_size for file in files], np.float64)
     generator = np.random.default_rng(seed)
@@ -62,7 +65,7 @@ def attack(folder: Path, faults: int, seed: int, *, dtype: Dtype = "int8", codec
         harmed = _harmed(whole, generator)
         file.write_bytes(harmed)
         name = file.relative_to(folder).as_posix()
-        named = [damage.file for damage in verify(trace.path).damages]
+        named = [damage.file for damage in verify_store(trace.path).damages]
         if name in named:
             counts["named" if len(named) == 1 else "named, and others with it"] += 1
         elif file.suffix == ".json" and _same(whole, harmed):
@@ -91,7 +94,7 @@ def _same(before: bytes, after: bytes) -> bool:
 
 def _asked(path: Path, queries: np.ndarray, exact: bool, before: list[tuple[int, float, str]]) -> str:
     try:
-        hits = _hits(query.answer(open_trace(path), queries, k=5, score="dmin", exact=exact))
+        hits = _hits(query.answer_queries(open_store(path), queries, k=5, score="dmin", exact=exact))
     except DminTraceError:
         return "queries refused"
     # The graph finds most of the best, the scan all of them: an index that is not used gives the scan's answer.

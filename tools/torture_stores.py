@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dmin_trace.header import ParameterFacts, ProjectionFacts
-from dmin_trace.index import build_index
+from dmin_trace.capture.weights import find_trainable
+from dmin_trace.search import build_index
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import Trace, create, open_trace, weights_beside
-from dmin_trace.weights import find_trainable
+from dmin_trace.store import ParameterFacts, ProjectionFacts, Store, create, open_store, weights_beside
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from test_store import make_header
+from stores import make_header
 
 CAPTIONS = ("a cat", "", "naïve 猫", "two\nlines", "\x1b[31mred", "[bold]markup[/]", "\u202ereversed", "x" * 300)
 
@@ -31,7 +30,7 @@ def make_store(
     dtype: Dtype = "int8",
     codec: Codec = "none",
     index: bool = True,
-) -> Trace:
+) -> Store:
     """A finished store at `folder`/trace.zarr of samples that form clusters, its weights, and an index that serves."""
     torch.manual_seed(0)
     model = torch.nn.Linear(7, 5)
@@ -67,7 +66,7 @@ def make_store(
             },
         )
     writer.finish()
-    trace = open_trace(path)
+    trace = open_store(path)
     if index:
         build_index(trace, recall=0.5)
     return trace

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from disk import Disk, Mode, build, recording
-from test_store import make_rows, write
+from stores import make_rows, write
 
-from dmin_trace import store
 from dmin_trace.errors import TraceError
-from dmin_trace.header import Header
-from dmin_trace.store import create, open_trace, resume
+from dmin_trace.store import Header, create, open_store, resume
+from dmin_trace.store import reader as store
 
 
 def record(folder: Path, header: Header) -> Disk:
@@ -52,7 +51,7 @@ def wrong(place: Path, expected: dict[str, bytes], promised: list[str]) -> str:
     if not path.exists():
         return "the store is gone, though its creation had returned" if "create" in promised else ""
     try:
-        trace = open_trace(path, unfinished=True)
+        trace = open_store(path, unfinished=True)
     except TraceError as error:
         return f"cannot be opened: {error}"
     found = set(trace.chunks_done)

@@ -8,9 +8,9 @@ import pytest
 from captures import content
 from crashes import crashes, go_on, record, wrong
 from disk import build
-from test_store import make_header
+from stores import make_header
 
-from dmin_trace import store
+from dmin_trace.store import reader as store
 
 HEADER = make_header(samples=6, dtype="float32", timesteps=2, columns={"caption": "string"})
 

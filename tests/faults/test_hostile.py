@@ -19,44 +19,43 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from test_store import change, make_header, make_rows, write, write_store
+from stores import change, make_header, make_rows, write, write_store
 from torture_stores import make_store
 
-from dmin_trace import query, report, untrusted
-from dmin_trace.cli import main
+from dmin_trace.audit import read_retrained, verify_store
+from dmin_trace.capture.weights import places, read, weight_files
+from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, EvaluationError, QueryError, TraceError, WeightsError
-from dmin_trace.examine import read_retrained
-from dmin_trace.index import Unavailable, open_index
-from dmin_trace.questions import read_questions
-from dmin_trace.report import Hit, Question
-from dmin_trace.store import DONE, Trace, chunk_file, create, open_trace, resume
-from dmin_trace.verify import verify
-from dmin_trace.weights import places, read, weight_files
+from dmin_trace.query import Hit, read_inputs
+from dmin_trace.query import answer as query
+from dmin_trace.search import Unavailable, open_index
+from dmin_trace.store import DONE, Store, chunk_file, create, open_store, resume, untrusted
+from dmin_trace.views import Question, report
 
 
 @pytest.fixture(scope="module")
-def genuine(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+def genuine(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with its index and weights, to be copied."""
     return make_store(tmp_path_factory.mktemp("genuine"))
 
 
 @pytest.fixture
-def trace(genuine: Trace, tmp_path: Path) -> Trace:
+def trace(genuine: Store, tmp_path: Path) -> Store:
     """A copy to do harm to."""
     shutil.copytree(genuine.path.parent, tmp_path / "copy")
-    return open_trace(tmp_path / "copy" / "trace.zarr")
+    return open_store(tmp_path / "copy" / "trace.zarr")
 
 
-def answers(trace: Trace) -> list[str]:
+def answers(trace: Store) -> list[str]:
     """What the ways of reading a store say that must not be led out of it; "" for one that answers."""
     said = []
     checksums = np.fromfile(trace.path.parent / "trace.index" / "rows.u32", "<u4")
     for look in (
-        lambda: open_trace(trace.path).grad_chunk(1),
-        lambda: open_trace(trace.path).stored_row(40, int(checksums[40])),
-        lambda: list(open_trace(trace.path).grad_parts(1, 32, np.empty(10**5, np.uint8))),
-        lambda: open_trace(trace.path).norm,
-        lambda: open_trace(trace.path).column("caption"),
+        lambda: open_store(trace.path).grad_chunk(1),
+        lambda: open_store(trace.path).stored_row(40, int(checksums[40])),
+        lambda: list(open_store(trace.path).grad_parts(1, 32, np.empty(10**5, np.uint8))),
+        lambda: open_store(trace.path).norm,
+        lambda: open_store(trace.path).column("caption"),
     ):
         try:
             look()
@@ -83,7 +82,7 @@ LINKED: dict[str, int] = {
 
 
 @pytest.mark.parametrize("name", LINKED)
-def test_a_link_in_a_store_is_not_followed(trace: Trace, tmp_path: Path, name: str) -> None:
+def test_a_link_in_a_store_is_not_followed(trace: Store, tmp_path: Path, name: str) -> None:
     """Whatever it leads to: here what was in its place, so that only the link can be what is refused."""
     place = trace.path / name
     outside = tmp_path / "outside"
@@ -92,7 +91,7 @@ def test_a_link_in_a_store_is_not_followed(trace: Trace, tmp_path: Path, name: s
     said = [line for line in answers(trace) if line]
     assert len(said) == LINKED[name]
     assert all("symbolic link" in line for line in said), said
-    assert name == "zarr.json" or verify(trace.path).damages
+    assert name == "zarr.json" or verify_store(trace.path).damages
 
 
 def test_nothing_is_written_where_a_link_leads(tmp_path: Path) -> None:
@@ -106,20 +105,20 @@ def test_nothing_is_written_where_a_link_leads(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="symbolic link"):
         write(resume(tmp_path / "trace.zarr", header), rows, 1)
     assert not list(outside.iterdir())
-    assert open_trace(tmp_path / "trace.zarr", unfinished=True).chunks_done == [0]
+    assert open_store(tmp_path / "trace.zarr", unfinished=True).chunks_done == [0]
 
 
-def test_a_link_to_a_store_is_the_users_word(trace: Trace, tmp_path: Path) -> None:
+def test_a_link_to_a_store_is_the_users_word(trace: Store, tmp_path: Path) -> None:
     (tmp_path / "link.zarr").symlink_to(trace.path)
-    assert np.array_equal(open_trace(tmp_path / "link.zarr").norm, trace.norm)
+    assert np.array_equal(open_store(tmp_path / "link.zarr").norm, trace.norm)
 
 
-def test_a_link_in_an_index_is_not_followed(trace: Trace, tmp_path: Path) -> None:
+def test_a_link_in_an_index_is_not_followed(trace: Store, tmp_path: Path) -> None:
     for name in ("graph.hnsw", "index.json", "rows.u32"):
         place = trace.path.parent / "trace.index" / name
         place.rename(tmp_path / name)
         place.symlink_to(tmp_path / name)
-        why = open_index(open_trace(trace.path))
+        why = open_index(open_store(trace.path))
         assert isinstance(why, Unavailable) and "symbolic link" in why.reason
         place.unlink()
         (tmp_path / name).rename(place)
@@ -131,7 +130,7 @@ def test_a_link_in_an_index_is_not_followed(trace: Trace, tmp_path: Path) -> Non
     + ["trace.zarr/meta/caption/c/1", "trace.zarr/done/c/1", "trace.index/index.json", "trace.index/graph.hnsw"]
     + ["trace.weights.safetensors"],
 )
-def test_a_pipe_in_place_of_a_file_blocks_nobody(trace: Trace, name: str) -> None:
+def test_a_pipe_in_place_of_a_file_blocks_nobody(trace: Store, name: str) -> None:
     """Whoever opens one waits for a writer, for ever."""
     place = trace.path.parent / name
     place.unlink()
@@ -140,13 +139,13 @@ def test_a_pipe_in_place_of_a_file_blocks_nobody(trace: Trace, name: str) -> Non
 
     def ask() -> None:
         try:
-            opened = open_trace(trace.path)
-            query.answer(opened, opened.rows(np.array([0])), k=3, score="dmin")
+            opened = open_store(trace.path)
+            query.answer_queries(opened, opened.rows(np.array([0])), k=3, score="dmin")
         except DminTraceError:
             pass
         try:
             answers(trace)
-            verify(trace.path)
+            verify_store(trace.path)
         except DminTraceError:
             pass
         finished.set()
@@ -176,30 +175,30 @@ METADATA = {
 
 @pytest.mark.parametrize("name", METADATA)
 @pytest.mark.parametrize("file", ["zarr.json", "grad/zarr.json"])
-def test_strange_json_is_one_line(trace: Trace, name: str, file: str) -> None:
+def test_strange_json_is_one_line(trace: Store, name: str, file: str) -> None:
     (trace.path / file).write_bytes(METADATA[name])
     with pytest.raises(TraceError, match="damaged") as caught:
-        open_trace(trace.path)
+        open_store(trace.path)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
-def test_metadata_that_is_huge_is_not_parsed(trace: Trace) -> None:
+def test_metadata_that_is_huge_is_not_parsed(trace: Store) -> None:
     with (trace.path / "zarr.json").open("ab") as file:
         file.truncate(untrusted.LARGEST_JSON + 1)
     tracemalloc.start()
     with pytest.raises(TraceError, match=f"expected at most {untrusted.LARGEST_JSON}"):
-        open_trace(trace.path)
+        open_store(trace.path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
 
-def test_deep_metadata_is_refused_where_it_would_be_walked(trace: Trace) -> None:
+def test_deep_metadata_is_refused_where_it_would_be_walked(trace: Store) -> None:
     deep: Any = 1
     for _ in range(40):
         deep = {"a": deep}
     change(trace.path, lambda metadata: metadata["attributes"]["settings"].update(deep=deep))
     with pytest.raises(TraceError, match="it is too deep"):
-        open_trace(trace.path)
+        open_store(trace.path)
 
 
 CLAIMS: dict[str, dict[str, Any]] = {
@@ -213,7 +212,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_memory_is_bounded_whatever_the_metadata_claims(trace: Trace, name: str) -> None:
+def test_memory_is_bounded_whatever_the_metadata_claims(trace: Store, name: str) -> None:
     """In a process that may have 2 GiB of addresses beyond those it starts with: a large allocation fails there."""
     change(trace.path, lambda metadata: metadata["attributes"].update(CLAIMS[name]))
 
@@ -231,16 +230,17 @@ def test_memory_is_bounded_whatever_the_metadata_claims(trace: Trace, name: str)
     code = """
 import resource, sys
 import numpy as np
-from dmin_trace.store import open_trace, facts
+from dmin_trace.store import open_store, facts
 from dmin_trace.errors import DminTraceError
-from dmin_trace import query, verify
+from dmin_trace.query import answer as query
+from dmin_trace.store import integrity as verify
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, now + 2**31))
-for read in (lambda t: t.norm, lambda t: t.rankable, lambda t: t.column("caption"), lambda t: t.rows(np.array([0])),
+for read in (lambda t: t.norm, lambda t: t.valid, lambda t: t.column("caption"), lambda t: t.rows(np.array([0])),
              lambda t: query.answer(t, np.ones((1, 3, 64), np.float32), k=3, score="dmin"), facts,
              lambda t: verify.verify(t.path)):
     try:
-        read(open_trace(sys.argv[1], unfinished=True))
+        read(open_store(sys.argv[1], unfinished=True))
     except DminTraceError as error:
         print(str(error)[:300])
 """
@@ -262,7 +262,7 @@ def test_a_few_rows_do_not_vouch_for_many(tmp_path: Path) -> None:
     (path / "done" / "c" / "0").write_bytes(DONE)
     tracemalloc.start()
     with pytest.raises(TraceError, match="too few to read"):
-        open_trace(path, unfinished=True).norm  # noqa: B018
+        open_store(path, unfinished=True).norm  # noqa: B018
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -339,17 +339,17 @@ def test_images_of_broken_bytes_are_one_line(tmp_path: Path) -> None:
 def test_lists_from_anybody_are_one_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "list.jsonl").write_text(line, encoding="utf-8")
     with pytest.raises(QueryError, match=r"Line 1 of .*; expected one such as"):
-        read_questions([tmp_path / "list.jsonl"])
+        read_inputs([tmp_path / "list.jsonl"])
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\x00b", "\ud800", "../" * 2000 + "etc/passwd"])
 def test_names_that_no_file_has_are_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "list.jsonl").write_text(json.dumps({"file_name": name}), encoding="utf-8")
-    [asked] = read_questions([tmp_path / "list.jsonl"])
+    [asked] = read_inputs([tmp_path / "list.jsonl"])
     with pytest.raises(QueryError, match="There is no image at|cannot be read as an image"):
         query._as_file(asked.image, tmp_path / "out.png")
     with pytest.raises(QueryError):
-        [query._as_file(asked.image, tmp_path / "out.png") for asked in read_questions([Path(name)])]
+        [query._as_file(asked.image, tmp_path / "out.png") for asked in read_inputs([Path(name)])]
 
 
 def test_a_list_that_is_huge_is_not_read(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_list_that_is_huge_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**30)
     tracemalloc.start()
     with pytest.raises(QueryError, match="expected a list of at most"):
-        read_questions([tmp_path / "list.jsonl"])
+        read_inputs([tmp_path / "list.jsonl"])
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
 
@@ -397,7 +397,7 @@ def test_a_pipe_of_weights_blocks_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     code = """
 import pathlib, sys
-from dmin_trace.weights import places, weight_files
+from dmin_trace.capture.weights import places, weight_files
 folder = pathlib.Path(sys.argv[1])
 places(weight_files(folder)[0], folder)
 """
@@ -407,7 +407,7 @@ places(weight_files(folder)[0], folder)
     assert "WeightsError" in ran.stderr and "it is no file" in ran.stderr
 
 
-def test_arrays_of_objects_are_refused(genuine: Trace, tmp_path: Path) -> None:
+def test_arrays_of_objects_are_refused(genuine: Store, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
 
     class Runs:
@@ -455,7 +455,9 @@ def shown(renderable: Any) -> str:
 @pytest.mark.parametrize("name", TEXTS)
 def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = TEXTS[name]
-    hits = [Hit(rank=1, sample=3, score=0.5, shares=(0.5,), columns={"caption": text, "file_name": text, "n": None})]
+    hits = [
+        Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5,), columns={"caption": text, "file_name": text, "n": None})
+    ]
     question = Question(name=text, prompt=text)
     tables = [
         shown(report.hits_table(question, hits, (1.0,))),

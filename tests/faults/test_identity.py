@@ -14,11 +14,12 @@ from PIL import Image
 from tiny import plain_script
 from warm import Running, Warm
 
-from dmin_trace.identity import Script, data_fingerprint, script_of
+from dmin_trace.capture.provenance import data_fingerprint
+from dmin_trace.command import Script, script_of
 
 STOP = """
 import os
-import dmin_trace.recorder as r
+import dmin_trace.capture.recorder as r
 sample = r.Recorder.sample
 def seen(self, number, *rest):
     if number == 7: os.kill(os.getpid(), 15)
@@ -27,7 +28,7 @@ r.Recorder.sample = seen
 """
 HELD = """
 import os, time
-import dmin_trace.recorder as r
+import dmin_trace.capture.recorder as r
 sample = r.Recorder.sample
 def held(self, number, *rest):
     while number == 7 and not os.path.exists("go on"): time.sleep(0.02)
@@ -114,7 +115,7 @@ def test_two_captures_of_one_store_are_one_too_many(capture: Capture, tmp_path: 
     first = capture.warm.start(capture.command(store), capture.folder, capture.prelude + HELD)
     wait_for(store, 3, first)
     weights = (store.parent / "trace.weights.safetensors").stat()
-    soon = "import dmin_trace.lock; dmin_trace.lock.WAIT = 0.3\n"
+    soon = "import dmin_trace.store.lock; dmin_trace.store.lock.WAIT = 0.3\n"
     said = capture.warm.run(capture.command(store), capture.folder, 1, capture.prelude + soon)
     assert f"Another capture is writing {store}" in said and len(said.splitlines()) == 1
     assert (store.parent / "trace.weights.safetensors").stat() == weights
@@ -164,7 +165,7 @@ def test_the_script_of_a_query_is_that_of_the_trace(warm: Warm, tmp_path: Path) 
     warm.run([trained, "--train_data_dir", images], tmp_path)
     store = tmp_path / "trace.zarr"
     command = ["dmin-trace", "capture", "--weights", "w.safetensors", *SETTINGS, "--out", store, "--", script]
-    rows = "import dmin_trace.store; dmin_trace.store.CHUNK_BYTES = 2 * 3 * 64\n"
+    rows = "import dmin_trace.store.reader; dmin_trace.store.reader.CHUNK_BYTES = 2 * 3 * 64\n"
     warm.run([*command, "--train_data_dir", images], tmp_path, 143, rows + STOP)
     ask = ["dmin-trace", "query", store, images / "03.png", "-k", "3", "--score", "dmin"]
     asked = warm.start(ask, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from captures import Capture, check_same, chunk_files, done, kept, scribble, stamps, start_ranks
 from warm import Running, Warm
 
-from dmin_trace.store import open_trace
+from dmin_trace.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def test_a_capture_that_is_killed_again_and_again_is_the_whole_one(capture: Capt
 @pytest.mark.parametrize(
     ("moment", "left"),
     [
-        ("dmin_trace.store.sync_tree = kill", ".trace.zarr.*.partial"),
+        ("dmin_trace.store.reader.sync_tree = kill", ".trace.zarr.*.partial"),
         ("save = w.save_file; w.save_file = lambda *a, **o: (save(*a, **o), kill())", ".trace.weights.*.partial"),
-        ("dmin_trace.store.Writer.finish = kill", "trace.zarr"),
+        ("dmin_trace.store.reader.Writer.finish = kill", "trace.zarr"),
     ],
 )
 def test_what_is_killed_where_it_leaves_something_is_swept(
@@ -63,7 +63,7 @@ def test_what_is_killed_where_it_leaves_something_is_swept(
 ) -> None:
     store = tmp_path / "out" / "trace.zarr"
     kill = (
-        "import os, signal, dmin_trace.weights as w\n"
+        "import os, signal, dmin_trace.capture.weights as w\n"
         f"kill = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n{moment}\n"
     )
     # What the store itself holds of such files, a killed write left in a chunk that is done later.
@@ -83,8 +83,8 @@ def test_a_signal_finishes_the_chunk_in_hand_and_says_how_to_go_on(
     store = tmp_path / "out" / "trace.zarr"
     # Chunks of 16, so that one is in hand; the first sample of the second asks for the signal itself.
     signals = (
-        "import os, signal, dmin_trace.recorder as r\n"
-        "dmin_trace.store.CHUNK_BYTES = 16 * 3 * 64\n"
+        "import os, signal, dmin_trace.capture.recorder as r\n"
+        "dmin_trace.store.reader.CHUNK_BYTES = 16 * 3 * 64\n"
         "sample = r.Recorder.sample\n"
         "def seen(self, number, *rest):\n"
         f"    if number == 19: os.kill(os.getpid(), {int(which)})\n"
@@ -99,15 +99,15 @@ def test_a_signal_finishes_the_chunk_in_hand_and_says_how_to_go_on(
     before = stamps(store)
     capture.warm.run(capture.command(store), capture.folder, prelude=capture.prelude)
     kept(before, stamps(store))
-    trace, whole = open_trace(store), open_trace(capture.folder / "whole" / "trace.zarr")
+    trace, whole = open_store(store), open_store(capture.folder / "whole" / "trace.zarr")
     assert trace.complete and (trace.norm == whole.norm).all()
 
 
 def test_a_second_signal_stops_at_once(capture: Capture, tmp_path: Path) -> None:
     store = tmp_path / "out" / "trace.zarr"
     slow = (
-        "import time, dmin_trace.recorder as r\n"
-        "dmin_trace.store.CHUNK_BYTES = 32 * 3 * 64\n"
+        "import time, dmin_trace.capture.recorder as r\n"
+        "dmin_trace.store.reader.CHUNK_BYTES = 32 * 3 * 64\n"
         "take = r.Recorder.take\n"
         "r.Recorder.take = lambda self, body: (time.sleep(0.1), take(self, body))\n"
     )
@@ -122,7 +122,7 @@ def test_a_second_signal_stops_at_once(capture: Capture, tmp_path: Path) -> None
     assert running.wait(20) == -signal.SIGTERM
     assert done(store) == set()
     capture.warm.run(capture.command(store), capture.folder, prelude=capture.prelude)
-    assert chunk_files(store)[0] and open_trace(store).complete
+    assert chunk_files(store)[0] and open_store(store).complete
 
 
 def test_when_one_of_two_processes_is_killed_the_other_ends_with_one_line(capture: Capture, tmp_path: Path) -> None:

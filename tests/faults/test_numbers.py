@@ -9,23 +9,26 @@ import numpy as np
 import pytest
 import torch
 from dmin_trace.integrations import lightning
-from test_lightning import SMALL, Points
-from test_lightning import Denoiser as Module
+from lightning_points import SMALL, Points
+from lightning_points import Denoiser as Module
+from stores import make_header, make_rows, write_store
 from test_plain import POINTS, denoiser, loss_of, record
-from test_store import make_header, make_rows, write_store
 
 import dmin_trace
-from dmin_trace import examine, kernel, query, store
+from dmin_trace.audit import on_trace as examine
 from dmin_trace.errors import CaptureError, EvaluationError, QueryError
-from dmin_trace.score import exact
-from dmin_trace.store import FAILED, Trace, open_trace
+from dmin_trace.query import answer as query
+from dmin_trace.search import deflation as kernel
+from dmin_trace.search import exact_top_k
+from dmin_trace.store import FAILED, Store, open_store
+from dmin_trace.store import reader as store
 
 ODD = {3: np.nan, 17: np.inf, 18: 0.0, 40: FAILED, 61: FAILED, 62: -np.inf}
 """Slots and the norms of their gradients."""
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """64 samples, six of which must never be ranked, though what is stored of them is as good as that of the others."""
     header = make_header(samples=64, dtype="float32", columns={"label": "integer"})
     rows = make_rows(header)
@@ -40,24 +43,24 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     return write_store(tmp_path_factory.mktemp("odd") / "trace.zarr", header, rows)
 
 
-def test_they_are_counted_each_with_its_own_line(odd: Trace) -> None:
+def test_they_are_counted_each_with_its_own_line(odd: Store) -> None:
     assert odd.numbers == store.Numbers(failed=(40, 61), infinite=3, zero=1)
     shown = dict(store.facts(odd))
     assert shown["failed to load"] == "2 samples: 40, 61; never ranked"
     assert shown["not finite"] == "3 samples have a gradient with NaN or infinity; never ranked"
     assert shown["zero"] == "1 samples have a gradient that is zero; never ranked"
-    assert odd.rankable.sum() == 64 - len(ODD)
+    assert odd.valid.sum() == 64 - len(ODD)
 
 
-def test_no_score_ranks_them(odd: Trace) -> None:
+def test_no_score_ranks_them(odd: Store) -> None:
     asked = odd.rows(np.array([0, 5]))
-    most = int(odd.rankable.sum())
+    most = int(odd.valid.sum())
     for name in ("dmin", "deflated"):
-        answer = query.answer(odd, asked, k=most, score=name)  # type: ignore[arg-type]
+        answer = query.answer_queries(odd, asked, k=most, score=name)  # type: ignore[arg-type]
         assert all({hit.sample for hit in hits}.isdisjoint(ODD) and len(hits) == most for hits in answer.hits), name
     with pytest.raises(QueryError, match=f"only {most} samples of the trace have gradients to rank"):
-        query.answer(odd, asked, k=most + 1, score="dmin")
-    assert set(exact(odd, asked, most).slots[0]) == set(range(64)) - set(ODD)
+        query.answer_queries(odd, asked, k=most + 1, score="dmin")
+    assert set(exact_top_k(odd, asked, most).rows[0]) == set(range(64)) - set(ODD)
     directions = kernel.principal_directions(odd, 4)
     kept = [slot for slot in range(64) if slot not in ODD]
     rows = odd.rows(np.array(kept))[:, 0].astype(np.float64)
@@ -66,7 +69,7 @@ def test_no_score_ranks_them(odd: Trace) -> None:
     assert np.allclose(directions.eigenvalues[0], expected, rtol=1e-3)
 
 
-def test_the_measures_leave_them_out(odd: Trace) -> None:
+def test_the_measures_leave_them_out(odd: Store) -> None:
     """Of the index see test_index.py."""
     measured = examine.detection(odd, "label", queries=64, ks=[5], exact=True)
     assert set(measured.facts["queries"]) == set(range(64)) - set(ODD)
@@ -78,7 +81,7 @@ def test_the_measures_leave_them_out(odd: Trace) -> None:
 
 
 def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
-    whole = open_trace(record(denoiser(), tmp_path / "whole.zarr"))
+    whole = open_store(record(denoiser(), tmp_path / "whole.zarr"))
     settings: dict[str, Any] = {"timesteps": 3, "dimension": 64, "dtype": "float32", "transform": "none"}
     captions = [f"point {k}" for k in range(12)]
     with dmin_trace.recording(
@@ -88,12 +91,12 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
             if i in (0, 1, 6, 11):
                 recording.missing(i, OSError("the file is torn"))
                 continue
-            for k in recording.slots:
-                with recording.body(i, k):
+            for k in recording.timesteps:
+                with recording.step(i, k):
                     loss_of(recording._models[0], POINTS[i : i + 1]).backward()
-    trace = open_trace(tmp_path / "trace.zarr")
+    trace = open_store(tmp_path / "trace.zarr")
     good = [2, 3, 4, 5, 7, 8, 9, 10]
-    assert trace.numbers.failed == (0, 1, 6, 11) and np.flatnonzero(trace.rankable).tolist() == good
+    assert trace.numbers.failed == (0, 1, 6, 11) and np.flatnonzero(trace.valid).tolist() == good
     assert np.array_equal(trace.rows(np.array(good)), whole.rows(np.array(good)))
     assert trace.column("caption") == [captions[k] if k in good else "" for k in range(12)]
 
@@ -109,10 +112,10 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
                 if i in torn:
                     recording.missing(i, OSError("the file is torn"))
                     continue
-                for k in recording.slots:
-                    with recording.body(i, k):
+                for k in recording.timesteps:
+                    with recording.step(i, k):
                         loss_of(recording._models[0], POINTS[i : i + 1]).backward()
-        mended, found = open_trace(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
+        mended, found = open_store(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
         assert again == list(tried) and mended.numbers.failed == tuple(torn)
         assert np.array_equal(mended.rows(np.array(found)), whole.rows(np.array(found)))
         assert mended.column("caption") == [captions[k] if k in found else "" for k in range(12)]
@@ -141,6 +144,6 @@ def test_lightning_goes_on_without_samples_that_fail(tmp_path: Path) -> None:
     module = Module()
     loader = torch.utils.data.DataLoader(Torn(), batch_size=4)
     lightning.capture(module, loader, out=tmp_path / "trace.zarr", settings=SMALL)
-    trace = open_trace(tmp_path / "trace.zarr")
+    trace = open_store(tmp_path / "trace.zarr")
     assert trace.complete and trace.numbers.failed == (0, 7) and len(trace.header.data_sha256) == 64
     assert trace.column("caption")[6:9] == ["point 6", "", "point 8"]

@@ -14,7 +14,7 @@ from test_several_processes import GATHER
 from tiny import plain_script, without_the_line
 from warm import Running, Warm
 
-from dmin_trace.store import open_trace
+from dmin_trace.store import open_store
 
 RANK_1 = "import os\nif os.environ['RANK'] == '1':\n    "
 
@@ -33,7 +33,7 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
     store = tmp_path / "out" / "trace.zarr"
     # Rank 1 has the chunks 1, 3, 5 and so on; its sample 6 is in chunk 3.
     told = (
-        "import dmin_trace.recorder as r; sample = r.Recorder.sample\n"
+        "import dmin_trace.capture.recorder as r; sample = r.Recorder.sample\n"
         "def seen(self, number, *rest):\n"
         "    if number == 6: os.kill(os.getpid(), 15)\n"
         "    sample(self, number, *rest)\n"
@@ -47,7 +47,7 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
     assert done(store) == {0, 1, 2, 3}
 
     # Pending are 4 to 9, so rank 1 has 5, 7 and 9.
-    broken = "import dmin_trace.store as s; write = s.Writer._write_chunks\n"
+    broken = "import dmin_trace.store.reader as s; write = s.Writer._write_chunks\n"
     broken += "def fail(self, chunk, *rest):\n    if chunk == 7: raise OSError(28, 'No space left on device')\n"
     broken += "    write(self, chunk, *rest)\ns.Writer._write_chunks = fail"
     group = start_ranks(capture, store, 2, RANK_1 + broken.replace("\n", "\n    ") + "\n")
@@ -88,7 +88,7 @@ def test_in_a_training_an_error_of_one_ends_the_capture_of_both_and_neither_trai
     bare = without_the_line(script, tmp_path / "bare.py")
     assert ended(start_scripts(warm, bare, tmp_path, "without")) == [0, 0]
     hook = (
-        "import dmin_trace.recorder as r; compress, n = r.compress, []\n"
+        "import dmin_trace.capture.recorder as r; compress, n = r.compress, []\n"
         "def fail(*a, **o):\n"
         "    n.append(1)\n"
         "    if len(n) == 4: raise RuntimeError('the hook is broken')\n"
@@ -110,7 +110,7 @@ def test_a_sample_that_one_cannot_load_keeps_nobody_waiting(warm: Warm, tmp_path
     line = "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, out='trace.zarr')"
     script = plain_script(tmp_path / "script.py", body=GATHER, attach=line)
     torn = (
-        "import dmin_trace.loop as l; fetch = l.LoopDriver.fetch\n"
+        "import dmin_trace.capture.accelerate.driver as l; fetch = l.LoopDriver.fetch\n"
         "def fail(self, sample):\n"
         "    if sample in (2, 7): raise OSError('torn')\n"
         "    return fetch(self, sample)\n"
@@ -118,7 +118,7 @@ def test_a_sample_that_one_cannot_load_keeps_nobody_waiting(warm: Warm, tmp_path
     )
     group = start_scripts(warm, script, tmp_path, "with", torn)
     assert ended(group) == [0, 0], [running.said() for running in group]
-    trace = open_trace(tmp_path / "trace.zarr")
+    trace = open_store(tmp_path / "trace.zarr")
     assert trace.numbers.failed == (2, 7)
-    assert np.flatnonzero(~trace.rankable).tolist() == [2, 7]
+    assert np.flatnonzero(~trace.valid).tolist() == [2, 7]
     assert len(json.loads((trace.path / "zarr.json").read_text())["attributes"]["data_sha256"]) == 64

@@ -10,22 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stores import content, make_header, make_rows, write, write_store
 from test_plain import denoiser, loss_of, record
-from test_store import content, make_header, make_rows, write, write_store
 from tiny import plain_script, run
 from torture_rot import attack
 from torture_stores import make_store
 
-from dmin_trace import query, score, store, untrusted
-from dmin_trace.cli import main
+from dmin_trace.audit import verify_store
+from dmin_trace.cli.app import main
 from dmin_trace.errors import TraceError
-from dmin_trace.index import Index, open_index, search
-from dmin_trace.pack import pack
+from dmin_trace.query import answer as query
+from dmin_trace.search import Index, open_index, search
+from dmin_trace.search import exact as score
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import Trace, chunk_file, create, open_trace, resume
-from dmin_trace.verify import verify
+from dmin_trace.store import Store, chunk_file, create, open_store, pack_store, resume, untrusted
+from dmin_trace.store import reader as store
 
-CLI = ("-m", "dmin_trace.cli")
+CLI = ("-m", "dmin_trace.cli.app")
 KINDS: list[tuple[Dtype, Codec]] = [("int8", "none"), ("float32", "blosc")]
 
 
@@ -37,7 +38,7 @@ def flip(file: Path, at: int = 100, bit: int = 1) -> None:
 
 
 @pytest.fixture
-def trace(tmp_path: Path) -> Trace:
+def trace(tmp_path: Path) -> Store:
     """A store of 160 samples in 5 chunks with an index, to do harm to."""
     return make_store(tmp_path)
 
@@ -49,7 +50,7 @@ def test_every_harm_is_named_and_no_answer_is_made_with_it(tmp_path: Path, dtype
     assert found["named"] > 90 and found["queries refused"] > 30 and found["queries answered as before"] > 30
 
 
-READS: dict[str, Callable[[Trace], object]] = {
+READS: dict[str, Callable[[Store], object]] = {
     "scale": lambda trace: trace.scale_chunk(3),
     "norm": lambda trace: trace.norm,
     "loss": lambda trace: trace.loss,
@@ -63,18 +64,18 @@ READS: dict[str, Callable[[Trace], object]] = {
 }
 
 
-def parts_of_plain(trace: Trace, chunk: int) -> list[np.ndarray]:
+def parts_of_plain(trace: Store, chunk: int) -> list[np.ndarray]:
     return [part.copy() for part in trace.grad_parts(chunk, 5, np.empty(5 * trace.header.sample_bytes, np.uint8))]
 
 
 @pytest.mark.parametrize("name", READS)
-def test_each_array_is_compared_with_its_checksum(trace: Trace, name: str) -> None:
+def test_each_array_is_compared_with_its_checksum(trace: Store, name: str) -> None:
     array, axes = name.split(",")[0], {"grad": 3, "scale": 2, "norm": 2, "loss": 2}.get(name.split(",")[0], 1)
-    READS[name](open_trace(trace.path))
+    READS[name](open_store(trace.path))
     for at in (0, -1, 40):
         flip(chunk_file(trace.path, array, 3, axes), at)
         with pytest.raises(TraceError, match=f"chunk 3 of {array} does not have the numbers of its checksum.*verify"):
-            READS[name](open_trace(trace.path))
+            READS[name](open_store(trace.path))
         flip(chunk_file(trace.path, array, 3, axes), at)
 
 
@@ -85,25 +86,25 @@ def test_what_the_last_chunk_is_padded_with_is_compared_too(tmp_path: Path) -> N
     flip(file, -20)
     for read in (lambda trace: trace.grad_chunk(2), lambda trace: list(parts_of_plain(trace, 2))):
         with pytest.raises(TraceError, match="chunk 2 of grad does not have the numbers of its checksum"):
-            read(open_trace(stored.path))
+            read(open_store(stored.path))
 
 
-def test_a_scan_stops_before_it_answers(trace: Trace) -> None:
+def test_a_scan_stops_before_it_answers(trace: Store) -> None:
     queries = trace.rows(np.array([5]))
     for chunk in range(5):
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)
-        for ask in (score.exact, lambda trace, queries, k: score.every(trace, queries)):
+        for ask in (score.exact_top_k, lambda trace, queries, k: score.all_scores(trace, queries)):
             with pytest.raises(TraceError, match=f"chunk {chunk} of grad"):
-                ask(open_trace(trace.path), queries, 3)
+                ask(open_store(trace.path), queries, 3)
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)
-    assert score.exact(open_trace(trace.path), queries, 1).slots.tolist() == [[5]]
+    assert score.exact_top_k(open_store(trace.path), queries, 1).rows.tolist() == [[5]]
 
 
-def test_an_index_checks_the_rows_that_it_ranks_and_reads_no_others(trace: Trace) -> None:
+def test_an_index_checks_the_rows_that_it_ranks_and_reads_no_others(trace: Store) -> None:
     queries = trace.rows(np.array([5]))
     row = trace.header.sample_bytes
     ranked = search(_opened(trace), queries, 3)
-    for slot in ranked.slots[0]:
+    for slot in ranked.rows[0]:
         chunk, place = divmod(int(slot), 32)
         flip(chunk_file(trace.path, "grad", chunk, 3), place * row + 9)
         with pytest.raises(TraceError, match=f"chunk {chunk} of grad .* in its row {place}"):
@@ -118,13 +119,13 @@ def test_an_index_checks_the_rows_that_it_ranks_and_reads_no_others(trace: Trace
     assert np.array_equal(search(_opened(trace), queries, 3).scores, ranked.scores)
 
 
-def _opened(trace: Trace) -> Index:
-    index = open_index(open_trace(trace.path))
+def _opened(trace: Store) -> Index:
+    index = open_index(open_store(trace.path))
     assert isinstance(index, Index), index
     return index
 
 
-def test_metadata_has_digests(trace: Trace) -> None:
+def test_metadata_has_digests(trace: Store) -> None:
     group = trace.path / "zarr.json"
     facts = json.loads(group.read_text())
     assert set(facts["attributes"]["checksums"]["arrays"]) >= {"grad", "norm", "done", "meta", "meta/caption"}
@@ -132,47 +133,47 @@ def test_metadata_has_digests(trace: Trace) -> None:
         changed = {**facts, "attributes": {**facts["attributes"], name: value}}
         group.write_text(json.dumps(changed))
         with pytest.raises(TraceError, match=r"zarr.json is not what was written, by its own digest"):
-            open_trace(trace.path)
+            open_store(trace.path)
     group.write_text(json.dumps(facts).replace('"checksums"', '"checksumS"'))
     with pytest.raises(TraceError, match="its attribute checksums is 'missing'; expected digests"):
-        open_trace(trace.path)
+        open_store(trace.path)
     group.write_text(json.dumps(facts))
     norm = trace.path / "norm" / "zarr.json"
     whole = norm.read_text()
     norm.write_text(whole.replace('"NaN"', '"NaM"'))
     with pytest.raises(TraceError, match="metadata of norm is not what was written"):
-        open_trace(trace.path)
+        open_store(trace.path)
     # Other white space and another order are the same metadata.
     norm.write_text(json.dumps(dict(reversed(json.loads(whole).items())), indent=1))
     group.write_text(json.dumps(facts, indent=7))
-    assert np.array_equal(open_trace(trace.path).norm, trace.norm)
+    assert np.array_equal(open_store(trace.path).norm, trace.norm)
     for digests in ({}, {"header": "a" * 64}, {"header": "a" * 64, "arrays": []}, None):
         changed = {**facts, "attributes": {**facts["attributes"], "checksums": digests}}
         group.write_text(json.dumps(changed))
         with pytest.raises(TraceError, match="its attribute checksums is .*; expected digests"):
-            open_trace(trace.path)
-        assert "checksums" in verify(trace.path).damages[0].what
+            open_store(trace.path)
+        assert "checksums" in verify_store(trace.path).damages[0].what
 
 
-def test_a_packed_store_has_digests_of_its_own(trace: Trace, tmp_path: Path) -> None:
-    packed = pack(trace, tmp_path / "packed.zarr", dtype="float16")
-    assert not verify(packed.path).damages
+def test_a_packed_store_has_digests_of_its_own(trace: Store, tmp_path: Path) -> None:
+    packed = pack_store(trace, tmp_path / "packed.zarr", dtype="float16")
+    assert not verify_store(packed.path).damages
     flip(packed.path / "grad" / "zarr.json", 30)
-    assert verify(packed.path).bad_arrays == ["grad"]
+    assert verify_store(packed.path).bad_arrays == ["grad"]
 
 
-def test_a_mark_that_rots_is_no_mark(trace: Trace) -> None:
+def test_a_mark_that_rots_is_no_mark(trace: Store) -> None:
     mark = chunk_file(trace.path, "done", 2, 1)
     whole = mark.read_bytes()
     for harmed in (b"", whole[:4], whole + b"x", bytes([0]) + whole[1:], whole[:4] + bytes([whole[4] ^ 8])):
         mark.write_bytes(harmed)
         with pytest.raises(TraceError, match="unfinished: 4 of 5 chunks are done; it was whole once, and marks were"):
-            open_trace(trace.path)
-        assert [(d.array, d.chunk) for d in verify(trace.path).damages] == [("done", 2)]
+            open_store(trace.path)
+        assert [(d.array, d.chunk) for d in verify_store(trace.path).damages] == [("done", 2)]
 
 
 def test_verify_names_all_damage(
-    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trace: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["verify", "trace.zarr"]) == 0
@@ -212,7 +213,7 @@ def test_what_is_not_damage_is_said(tmp_path: Path) -> None:
     header = make_header()
     writer = create(tmp_path / "trace.zarr", header)
     write(writer, make_rows(header), 1)
-    found = verify(tmp_path / "trace.zarr")
+    found = verify_store(tmp_path / "trace.zarr")
     assert (found.damages, found.complete, found.done, found.chunks) == ([], False, 1, 3)
     assert found.notes[0] == "The store is unfinished: 1 of 3 chunks are done."
     assert "There are no weights at" in found.notes[1]
@@ -245,7 +246,7 @@ def test_marks_go_before_anything_else_when_chunks_are_made_anew(
             resume(copied, header).undo([0, 2])
         steps = 99
         with pytest.raises(TraceError, match="is unfinished: 1 of 3"):
-            open_trace(copied)
+            open_store(copied)
         writer = resume(copied, header)
         assert writer.pending() == [0, 2]
         for chunk in writer.pending():
@@ -276,7 +277,7 @@ def test_repair_makes_the_damaged_chunks_anew_and_no_other(tmp_path: Path) -> No
     flip(chunk_file(path, "grad", 1, 3), 50)
     flip(tmp_path / "out" / "trace.weights.safetensors", -1)
     flip(path / "loss" / "zarr.json", 40)
-    assert [d.file for d in verify(path).damages] == [
+    assert [d.file for d in verify_store(path).damages] == [
         "trace.zarr/loss/zarr.json",
         "trace.zarr/grad/c/1/0/0",
         "trace.weights.safetensors",
@@ -295,7 +296,7 @@ def test_repair_makes_the_damaged_chunks_anew_and_no_other(tmp_path: Path) -> No
     after = content(tmp_path / "out")
     assert {name for name in before if after.get(name) != before[name]} == set()
     assert set(after) == set(before)
-    assert not verify(path).damages
+    assert not verify_store(path).damages
     new = {file for file, stamp in touched.items() if (file.stat().st_ino, file.stat().st_mtime_ns) != stamp}
     chunk = {chunk_file(path, "caption" if name == "x" else name, 1, axes) for name, axes in ARRAYS.items()}
     assert new == chunk | {path / "zarr.json", path / "loss" / "zarr.json"}
@@ -326,27 +327,27 @@ def test_a_loop_of_ones_own_repairs_its_trace(tmp_path: Path) -> None:
 ARRAYS = {"grad": 3, "norm": 2, "loss": 2, "sample": 1, "done": 1, "meta/caption": 1}
 
 
-def test_a_header_that_rots_cannot_be_repaired_and_says_so(trace: Trace) -> None:
+def test_a_header_that_rots_cannot_be_repaired_and_says_so(trace: Store) -> None:
     facts = json.loads((trace.path / "zarr.json").read_text())
     facts["attributes"]["weights"] = "e" * 64
     (trace.path / "zarr.json").write_text(json.dumps(facts))
-    from dmin_trace.verify import mendable
+    from dmin_trace.store import mendable
 
     with pytest.raises(TraceError, match="Restore the file from a copy"):
         mendable(trace.path)
 
 
-def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Trace) -> None:
+def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Store) -> None:
     queries = trace.rows(np.array([5]))
     for name in ("graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"):
         file = trace.path.parent / "trace.index" / name
         if file.stat().st_size == 0:
             continue
         flip(file, 60)
-        answer = query.answer(open_trace(trace.path), queries, k=3, score="dmin")
+        answer = query.answer_queries(open_store(trace.path), queries, k=3, score="dmin")
         assert answer.recall is None and answer.hits[0][0].sample == 5, name
         flip(file, 60)
-    assert query.answer(open_trace(trace.path), queries, k=3, score="dmin").recall is not None
+    assert query.answer_queries(open_store(trace.path), queries, k=3, score="dmin").recall is not None
 
 
 def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path: Path) -> None:

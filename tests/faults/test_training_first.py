@@ -11,8 +11,8 @@ from test_loop import BREAK
 from tiny import plain_script, without_the_line
 from warm import Warm
 
-from dmin_trace.cli import main
-from dmin_trace.store import open_trace
+from dmin_trace.cli.app import main
+from dmin_trace.store import open_store
 
 SETTINGS = "timesteps=3, dimension=64, transform='none'"
 # A loop that breaks, whose last step is deferred until the capture is over: the most that there is to put back.
@@ -31,7 +31,7 @@ DATA = 'return {{"point": self.points[index], "index": index}}'.replace("{{", "{
 
 # Whether a capture asks for the item, and not the training.
 FETCHED = (
-    "any(f.filename.endswith('dmin_trace/loop.py') and f.name == 'fetch' "
+    "any(f.filename.endswith('dmin_trace/capture/accelerate/driver.py') and f.name == 'fetch' "
     "for f in __import__('traceback').extract_stack())"
 )
 
@@ -77,7 +77,7 @@ def fsync(handle):
 os.fsync = fsync
 """
 LATER = """
-import dmin_trace.recorder as r
+import dmin_trace.capture.recorder as r
 compress, count = r.compress, []
 def fail(*given, **named):
     count.append(1)
@@ -86,19 +86,34 @@ def fail(*given, **named):
 r.compress = fail
 """
 STOPS = {
-    "raise in the hook": (raising("RuntimeError('the hook is broken')", "dmin_trace.recorder.compress"), "broken"),
-    "no memory in the hook": (raising("MemoryError('no memory')", "dmin_trace.recorder.gradients"), "no memory"),
+    "raise in the hook": (
+        raising("RuntimeError('the hook is broken')", "dmin_trace.capture.recorder.compress"),
+        "broken",
+    ),
+    "no memory in the hook": (
+        raising("MemoryError('no memory')", "dmin_trace.capture.recorder.gradients"),
+        "no memory",
+    ),
     "raise where the model is looked at": (
-        raising("TypeError('no such')", "dmin_trace.body.Body.see_timestep"),
+        raising("TypeError('no such')", "dmin_trace.capture.step.CaptureStep.see_timestep"),
         "no su",
     ),
-    "raise where a random call is seen": (raising("TypeError('odd')", "dmin_trace.randomness._schedule_length"), "odd"),
-    "raise where variables are kept": (raising("ValueError('f')", "dmin_trace.loop.LoopVariables"), "ValueError: f"),
+    "raise where a random call is seen": (
+        raising("TypeError('odd')", "dmin_trace.capture.randomness._schedule_length"),
+        "odd",
+    ),
+    "raise where variables are kept": (
+        raising("ValueError('f')", "dmin_trace.capture.accelerate.driver.LoopVariables"),
+        "ValueError: f",
+    ),
     "full disk for a chunk": (SYNC.format(part="/grad/c/2", number=28), "No space left on device"),
     "an error of the disk": (SYNC.format(part="/done/c/2", number=5), "Input/output error"),
     "full disk for the new store": (SYNC.format(part=".partial/", number=28), "No space left on device"),
     "full disk for the weights": (SYNC.format(part="safetensors.partial", number=28), "No space left on device"),
-    "no permission": (raising("PermissionError(13, 'Permission denied')", "dmin_trace.store._create_arrays"), "denied"),
+    "no permission": (
+        raising("PermissionError(13, 'Permission denied')", "dmin_trace.store.reader._create_arrays"),
+        "denied",
+    ),
     "raise after some samples": (LATER, "the hook is broken"),
 }
 
@@ -128,7 +143,7 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
 
 
 def check_rows(folder: Path, out: str) -> None:
-    found, whole = (open_trace(folder / name / "trace.zarr") for name in (out, "whole"))
+    found, whole = (open_store(folder / name / "trace.zarr") for name in (out, "whole"))
     assert np.array_equal(found.rows(np.arange(10)), whole.rows(np.arange(10)))
     assert np.array_equal(found.norm, whole.norm) and np.array_equal(found.loss, whole.loss)
 
@@ -180,8 +195,8 @@ def test_numbers_that_are_none_do_not_end_a_capture(
     said = warm.run([folder / "script.py", "--output_dir", "numbers"], folder, ON_CAPTURE=odd, prelude=small_chunks(2))
     assert said == ""
     check_files(folder, "numbers")
-    trace = open_trace(folder / "numbers" / "trace.zarr")
-    assert np.flatnonzero(~trace.rankable).tolist() == [1, 2, 3, 4]
+    trace = open_store(folder / "numbers" / "trace.zarr")
+    assert np.flatnonzero(~trace.valid).tolist() == [1, 2, 3, 4]
     assert main(["info", str(trace.path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "not finite 3 samples have a gradient with NaN or infinity; never ranked" in shown, shown
@@ -196,9 +211,9 @@ def test_samples_that_fail_to_load_are_listed_and_the_capture_goes_on(
     assert said.count("could not be loaded: OSError: the file is torn") == 3
     assert [f"Sample {number} could not be loaded" in said for number in (0, 6, 9)] == [True] * 3
     check_files(folder, "failed")
-    trace, whole = open_trace(folder / "failed" / "trace.zarr"), open_trace(folder / "whole" / "trace.zarr")
+    trace, whole = open_store(folder / "failed" / "trace.zarr"), open_store(folder / "whole" / "trace.zarr")
     good = [1, 2, 3, 4, 5, 7, 8]
-    assert trace.complete and np.flatnonzero(trace.rankable).tolist() == good and trace.numbers.failed == (0, 6, 9)
+    assert trace.complete and np.flatnonzero(trace.valid).tolist() == good and trace.numbers.failed == (0, 6, 9)
     assert np.array_equal(trace.rows(np.array(good)), whole.rows(np.array(good)))
     assert np.isnan(trace.loss[[0, 6, 9]]).all() and not trace.rows(np.array([0, 6, 9])).any()
     assert trace.column("caption")[5:8] == ["point 5", "", "point 7"]

@@ -18,9 +18,9 @@ import typer
 from numpy.typing import NDArray
 from page import Page
 
-from dmin_trace import score
-from dmin_trace.index import Depth, Index, Unavailable, build_index, index_beside, open_index
-from dmin_trace.store import Trace, open_trace
+from dmin_trace import search as score
+from dmin_trace.search import Depth, Index, Unavailable, build_index, index_beside, open_index
+from dmin_trace.store import Store, open_store
 
 DIMENSION = 2**14
 LINKS = (8, 16, 32)
@@ -41,7 +41,7 @@ def main(
     for transform in ("sign",):
         trace = _alone(work / f"v{DIMENSION}" / f"{transform}.zarr", copy)
         asked = mnist.asked_of(work, DIMENSION, transform)
-        truth = score.exact(trace, asked, 10).slots
+        truth = score.exact_top_k(trace, asked, 10).rows
         for m, construction in product(LINKS, CONSTRUCTION):
             start = time.perf_counter()
             facts = build_index(trace, m=m, ef_construction=construction, directions=0)
@@ -52,9 +52,7 @@ def main(
                 if isinstance(index, Unavailable)
                 else [_asked(index, asked, truth, ef) for ef in EFS]
             )
-            built.append(
-                (transform, str(m), str(construction), f"{seconds:.0f}", f"{facts.bytes / 1e6:.0f}", *figures)
-            )
+            built.append((transform, str(m), str(construction), f"{seconds:.0f}", f"{facts.bytes / 1e6:.0f}", *figures))
         shutil.rmtree(copy)
     page = Page(
         "The index's settings, and what is stored: MNIST",
@@ -71,7 +69,7 @@ def main(
     page.heading("Bytes (the paper's Table 3)")
     rows = []
     for dimension in sorted(int(folder.name[1:]) for folder in work.glob("v*")):
-        trace = open_trace(work / f"v{dimension}" / "none.zarr")
+        trace = open_store(work / f"v{dimension}" / "none.zarr")
         samples, timesteps, length = (
             trace.header.samples,
             len(trace.header.timesteps),
@@ -91,18 +89,18 @@ def main(
     page.write(out / "ablation.md")
 
 
-def _alone(path: Path, copy: Path) -> Trace:
+def _alone(path: Path, copy: Path) -> Store:
     """The same store in a folder of its own, whose index may be made anew."""
     copy.mkdir(exist_ok=True)
     (copy / path.name).symlink_to(path.resolve())
-    return open_trace(copy / path.name)
+    return open_store(copy / path.name)
 
 
 def _asked(index: Index, asked: NDArray[np.float32], truth: NDArray[np.int64], ef: int) -> str:
     depth = Depth(score="dmin", k=10, candidates=CANDIDATES, ef=ef, recall=0.0)
     began, found = time.perf_counter(), []
     for one in asked:
-        found.append(score.rerank(index.trace, one[None], index.candidates(one[None], depth), 10).slots[0])
+        found.append(score.rerank(index.trace, one[None], index.candidates(one[None], depth), 10).rows[0])
     each = (time.perf_counter() - began) / len(asked)
     recall = np.mean([np.isin(best, ours).mean() for ours, best in zip(found, truth, strict=True)])
     return f"{recall:.3f}, {1000 * each:.1f}"

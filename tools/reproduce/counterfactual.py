@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from page import Page
 from rich.progress import track
 
-from dmin_trace.evaluate import counterfactual
+from dmin_trace.audit import counterfactual
 
 REMOVED = 50
 """Of a thousand samples."""

@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import dmin_trace
-from dmin_trace.score import Score
+from dmin_trace.search import Score
 
 app = typer.Typer(add_completion=False)
 console = Console()
@@ -336,8 +336,8 @@ class Experiment:
             columns={"category": self.tuning.categories, "caption": self.tuning.captions},
         ) as recording:
             for i in _shown(recording.samples, f"capture {self.name}, {way}, {transform}"):
-                for k in recording.slots:
-                    with recording.body(i, k):
+                for k in recording.timesteps:
+                    with recording.step(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
 
     def ask(self, way: str, transform: str, *, swapped: bool) -> Path:
@@ -355,8 +355,8 @@ class Experiment:
         trace = self.capture(way, transform) / "trace.zarr"
         with dmin_trace.recording(denoiser, samples=len(latents), like=trace) as recording:
             for i in _shown(recording.samples, f"ask {self.name}, {way}, {transform}"):
-                for k in recording.slots:
-                    with recording.body(i, k):
+                for k in recording.timesteps:
+                    with recording.step(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
         for score in SCORES:
             found = recording.hits(score=score, k=min(max(KS), len(self.tuning.names)), exact=True)

@@ -28,11 +28,10 @@ import typer
 from numpy.typing import NDArray
 from page import Page
 
-from dmin_trace import kernel
-from dmin_trace.evaluate import RESAMPLES, Datamodeling, linear_datamodeling_score
-from dmin_trace.pack import pack
+from dmin_trace import search as kernel
+from dmin_trace.audit import RESAMPLES, Datamodeling, linear_datamodeling_score
 from dmin_trace.settings import Transform
-from dmin_trace.store import open_trace
+from dmin_trace.store import open_store, pack_store
 
 Scores = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -94,7 +93,7 @@ def of_stores(work: Path) -> Iterator[Way]:
 
 
 def _of_store(folder: Path, kind: str, transform: Transform) -> Iterator[Way]:
-    trace = open_trace(folder / f"{transform}.zarr")
+    trace = open_store(folder / f"{transform}.zarr")
     queries: NDArray[np.float32] = np.load(folder / f"{transform}.npy")
     rows, name = sketches.rows_of(trace), f"{kind}, {transform}"
     products = partial(_products, rows)
@@ -166,8 +165,8 @@ def of_smaller_stores(work: Path) -> Iterator[Way]:
         folder.mkdir(exist_ok=True)
         path = folder / f"{transform}.zarr"
         if not path.exists():
-            pack(open_trace(whole / path.name), path, dimension=dimension)
-        trace = open_trace(path)
+            pack_store(open_store(whole / path.name), path, dimension=dimension)
+        trace = open_store(path)
         yield from _by_default(
             f"v = 2^{dimension.bit_length() - 1}",
             f"loss, {transform}",

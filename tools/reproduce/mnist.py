@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from page import Page
 from rich.progress import track
 
-from dmin_trace import kernel, score
-from dmin_trace.evaluate import detection_rate
-from dmin_trace.index import Unavailable, build_index, open_index, search
-from dmin_trace.pack import pack
+from dmin_trace import search as kernel
+from dmin_trace import search as score
+from dmin_trace.audit import detection_rate
+from dmin_trace.search import Unavailable, build_index, open_index, search
 from dmin_trace.settings import Transform
-from dmin_trace.store import Trace, open_trace
+from dmin_trace.store import Store, open_store, pack_store
 
 COSINE = ddpm.Recipe(size=16, channels=(24, 48, 48), attention=False, steps=2000, batch=64, rate=2e-3)
 RECIPES = {"cosine": COSINE, "linear": replace(COSINE, schedule="linear")}
@@ -132,7 +132,7 @@ def captured(work: Path, digits: Digits, dimensions: Sequence[int]) -> None:
         folder.mkdir(exist_ok=True)
         for name in TRANSFORMS:
             if not (folder / f"{name}.zarr").exists():
-                pack(open_trace(whole / f"{name}.zarr"), folder / f"{name}.zarr", dimension=dimension)
+                pack_store(open_store(whole / f"{name}.zarr"), folder / f"{name}.zarr", dimension=dimension)
 
 
 def asked_of(work: Path, dimension: int, name: str) -> NDArray[np.float32]:
@@ -156,11 +156,11 @@ def rankings(
     yield "cosine of pixels, less the mean", _best((unit[0] @ unit[1].T).numpy(), most), _each(began, images)
     for dimension in dimensions:
         for name in TRANSFORMS:
-            trace = open_trace(work / f"v{dimension}" / f"{name}.zarr")
+            trace = open_store(work / f"v{dimension}" / f"{name}.zarr")
             asked = asked_of(work, dimension, name)
             shown = f"{name}, v = 2^{dimension.bit_length() - 1}"
             began = time.perf_counter()
-            yield f"dmin {shown}, exact", score.exact(trace, asked, most).slots, _each(began, images)
+            yield f"dmin {shown}, exact", score.exact_top_k(trace, asked, most).rows, _each(began, images)
             yield from _indexed(trace, asked, f"dmin {shown}, index", most)
             if dimension == 2**14:
                 directions = kernel.principal_directions(trace, 256)
@@ -171,7 +171,7 @@ def rankings(
                     began = time.perf_counter()
                     yield (
                         f"deflated {shown}, r = {count}{mark}",
-                        score.exact(trace, freed, most).slots,
+                        score.exact_top_k(trace, freed, most).rows,
                         _each(began, images),
                     )
                 rows = sketches.rows_of(trace).mean(1)
@@ -205,7 +205,7 @@ def _whole(
 
 
 def _indexed(
-    trace: Trace, asked: NDArray[np.float32], name: str, most: int
+    trace: Store, asked: NDArray[np.float32], name: str, most: int
 ) -> Iterator[tuple[str, NDArray[np.int64], float]]:
     index = open_index(trace)
     if isinstance(index, Unavailable):
@@ -215,7 +215,7 @@ def _indexed(
     if isinstance(index, Unavailable):
         return
     began = time.perf_counter()
-    found = [search(index, one[None], most).slots[0] for one in asked]
+    found = [search(index, one[None], most).rows[0] for one in asked]
     yield name, np.stack(found), _each(began, asked)
 
 

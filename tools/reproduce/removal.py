@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from page import Page
 from scipy.ndimage import distance_transform_edt
 
-from dmin_trace import kernel
-from dmin_trace.store import open_trace
+from dmin_trace import search as kernel
+from dmin_trace.store import open_store
 
 THICK = 16
 """Queries: those of the generated ones with the thickest strokes."""
@@ -70,7 +70,7 @@ def main(
     asked = np.argsort(-widths, kind="stable")[:THICK]
     removed = {"random": np.random.default_rng(3).permutation(len(digits.images))[:REMOVED]}
     for name, (transform, deflated) in WAYS.items():
-        trace = open_trace(work / f"v{2**14}" / f"{transform}.zarr")
+        trace = open_store(work / f"v{2**14}" / f"{transform}.zarr")
         rows = mnist.asked_of(work, 2**14, transform)[asked]
         if deflated:
             rows = kernel.principal_directions(trace).deflate(rows)

@@ -20,10 +20,19 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch.func import functional_call, grad, vmap
 
-from dmin_trace.compress import Plan, compress, make_plan
-from dmin_trace.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
+from dmin_trace.project import Plan, compress_gradient, make_plan
 from dmin_trace.settings import Transform
-from dmin_trace.store import Trace, choose_chunk_rows, create, open_trace, resume
+from dmin_trace.store import (
+    Header,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    Store,
+    choose_chunk_rows,
+    create,
+    open_store,
+    resume,
+)
 
 Objective = Literal["loss", "squared_output"]
 Gradients = dict[str, torch.Tensor]
@@ -117,7 +126,7 @@ def capture(
     writers = {}
     for name in transforms:
         path = folder / f"{name}.zarr"
-        if not (path.exists() and open_trace(path, unfinished=True).complete):
+        if not (path.exists() and open_store(path, unfinished=True).complete):
             header = _header(path, parameters, plan, kind, name, len(images))
             writers[name] = resume(path, header) if path.exists() else create(path, header)
     missing = {name: set(writer.pending()) for name, writer in writers.items()}
@@ -144,7 +153,7 @@ def _rows(
     for name in transforms:
         of_slots = [transformed(of_t, name) for of_t in batch]
         count = len(next(iter(batch[0].values())))
-        pairs = [[compress([g[n] for g in of_t.values()], plan) for of_t in of_slots] for n in range(count)]
+        pairs = [[compress_gradient([g[n] for g in of_t.values()], plan) for of_t in of_slots] for n in range(count)]
         found[name] = (
             torch.stack([torch.stack([sketch for sketch, _ in row]) for row in pairs]).numpy(),
             torch.tensor([[float(norm) for _, norm in row] for row in pairs]).numpy(),
@@ -189,6 +198,6 @@ def folded(rows: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
     return sums / np.linalg.norm(sums, axis=2, keepdims=True)
 
 
-def rows_of(trace: Trace) -> NDArray[np.float32]:
+def rows_of(trace: Store) -> NDArray[np.float32]:
     """(N, T, v) float32: everything in a store, for scores that want it in memory."""
     return trace.rows(np.arange(trace.header.samples))

@@ -1,0 +1,131 @@
+"""Puts a loop's own variables back.
+
+Capture batches run through the script's own loop body, so they leave their traces in its variables: `loss` is the last
+capture's, `train_loss` has captures added to it, a list of losses has grown. What the script does next (its log line,
+its last checkpoint, its final print) must see the values that the last training batch left. A frame's variables are
+therefore remembered before the first capture batch and put back after the last.
+
+Remembered are the bindings of every frame from the loop outwards, the items of their lists, dicts and sets, and the
+values of small tensors: what a loop body changes in place when it keeps its own records. Objects with a state of their
+own (a meter class, say) are not looked into.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+LARGEST_TENSOR = 4096
+_HERE = str(Path(__file__).parents[2])
+
+
+class LoopVariables:
+    """The variables of the script's loop, as they were when this was made."""
+
+    def __init__(self, frame: FrameType) -> None:
+        """Remembers the variables of the frames from `frame` outwards, those of this package left out."""
+        self._frames = [(f, dict(f.f_locals)) for f in _script_frames(frame)]
+        self._undo: dict[int, Callable[[], None]] = {}
+        for value in self.values():
+            if id(value) not in self._undo and (undo := undo_of(value)) is not None:
+                self._undo[id(value)] = undo
+
+    def values(self) -> Iterator[Any]:
+        """Every remembered value, the loop's own first."""
+        for _, variables in self._frames:
+            yield from variables.values()
+
+    def named(self) -> dict[str, Any]:
+        """The remembered values by name; of the same names those of the innermost frame."""
+        return {name: value for _, variables in reversed(self._frames) for name, value in variables.items()}
+
+    def globals(self) -> list[dict[str, Any]]:
+        """The module variables of the script's frames, each module once."""
+        found: dict[int, dict[str, Any]] = {id(frame.f_globals): frame.f_globals for frame, _ in self._frames}
+        return list(found.values())
+
+    def restore(self) -> None:
+        """Puts bindings and in-place changes back. Variables born since then are left."""
+        for frame, variables in self._frames:
+            current = frame.f_locals
+            changed = {name: old for name, old in variables.items() if current.get(name, self) is not old}
+            if changed:
+                current.update(changed)
+                if sys.version_info < (3, 13) and current is not frame.f_globals:
+                    # Before PEP 667 a function's f_locals is a copy, and this call is what writes it back.
+                    ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+        for undo in self._undo.values():
+            undo()
+
+
+def script_frame() -> FrameType:
+    """The innermost frame on the stack that belongs to the script rather than to this package or to a generator."""
+    return next(_script_frames(sys._getframe(1)))
+
+
+def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """The loop's frame and those outside it that run the same file: its function, the module around it."""
+    script: str | None = None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        # Generators in between (a tqdm around the loader), contextlib and this package are not the loop.
+        is_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+        ours = name.startswith(_HERE) and not name.startswith(f"{_HERE}/examples")
+        if not is_generator and not ours and frame.f_globals.get("__name__") != "contextlib":
+            script = script or name
+            if name == script:
+                yield frame
+        frame = frame.f_back
+
+
+def undo_of(value: Any) -> Callable[[], None] | None:
+    """What puts `value` back in place, for the kinds of value that a loop body changes in place."""
+    if type(value) is list:
+        return partial(_restore_list, value, list(value))
+    if type(value) is dict:
+        return partial(_restore_dict, value, dict(value))
+    if type(value) is set:
+        return partial(_restore_set, value, set(value))
+    if isinstance(value, LRScheduler):
+        return partial(_restore_scheduler, value, value.state_dict(), [g["lr"] for g in value.optimizer.param_groups])
+    if type(value) is torch.Tensor and not value.requires_grad and value.numel() <= LARGEST_TENSOR:
+        return partial(_restore_tensor, value, value.clone())
+    return None
+
+
+# Containers are touched only if they changed: an outer loop may be iterating over them.
+def _restore_list(value: list[Any], old: list[Any]) -> None:
+    if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
+        value[:] = old
+
+
+def _restore_dict(value: dict[Any, Any], old: dict[Any, Any]) -> None:
+    if value.keys() != old.keys() or any(value[key] is not old[key] for key in old):
+        value.clear()
+        value.update(old)
+
+
+def _restore_set(value: set[Any], old: set[Any]) -> None:
+    if value != old:
+        value.clear()
+        value.update(old)
+
+
+def _restore_scheduler(value: LRScheduler, state: dict[str, Any], rates: list[Any]) -> None:
+    value.load_state_dict(state)
+    for group, rate in zip(value.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _restore_tensor(value: torch.Tensor, old: torch.Tensor) -> None:
+    with torch.no_grad():
+        value.copy_(old)

@@ -1,0 +1,109 @@
+"""Runs a training script for a capture: at the end of its training, on demand, or for a query.
+
+The script is run as `python script.py ARGS` would run it; the job attaches when the script makes its Accelerator, so no
+line in the script is needed, and a line that is there joins the same capture.
+
+`python -m dmin_trace.capture.launch JOB.json` runs a job in a process of its own, which is how queries are captured: a
+script may change any global state of its process, and may end it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from dmin_trace.capture.accelerate.attach import Capture, attach_job
+from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.command import Command, Job
+from dmin_trace.errors import DminTraceError, ScriptError
+
+
+def run_script(job: Job) -> Capture:
+    """Runs the job's script in this process, attached.
+
+    Returns:
+        The capture of the script's last Accelerator.
+
+    Raises:
+        ScriptError: there is no such script, it failed, or it ended without an Accelerator or without a capture.
+        DminTraceError: the capture was refused or failed.
+    """
+    command = job.command
+    if not Path(command.script).is_file():
+        raise ScriptError(f"There is no script at {command.script}. Give the training script's path after `--`.")
+    captures: list[Capture] = []
+    with _as_main(command), _attaching(lambda accelerator: captures.append(attach_job(accelerator, job))):
+        try:
+            runpy.run_path(command.script, run_name="__main__")
+        except CaptureFinished:
+            return captures[-1]
+        except DminTraceError:
+            raise
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
+        except Exception as error:
+            if job.mode == "final":
+                # The user's training failed by itself: its traceback is what they need.
+                raise
+            raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
+    if not captures:
+        raise ScriptError(
+            f"{command.script} ended without making an accelerate.Accelerator, so nothing could be captured. "
+            "The script must train with accelerate."
+        )
+    captures[-1].report_end()
+    return captures[-1]
+
+
+@contextmanager
+def _as_main(command: Command) -> Iterator[None]:
+    """Arguments, import path and working folder as `python script.py` has them."""
+    before = sys.argv, sys.path[:], Path.cwd()
+    sys.argv = [command.script, *command.arguments]
+    sys.path.insert(0, str(Path(command.script).parent))
+    os.chdir(command.folder)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = before[0], before[1]
+        os.chdir(before[2])
+
+
+@contextmanager
+def _attaching(attach: Callable[[Accelerator], None]) -> Iterator[None]:
+    """While entered, every new Accelerator is attached to as soon as it is made."""
+    make = Accelerator.__init__
+
+    def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        attach(self)
+
+    Accelerator.__init__ = make_and_attach
+    try:
+        yield
+    finally:
+        Accelerator.__init__ = make
+
+
+def main() -> int:
+    """Runs the job in the file named by the first argument; a refusal goes to standard error as one JSON line."""
+    job = Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    try:
+        run_script(job)
+    except DminTraceError as error:
+        print(json.dumps({"error": type(error).__name__, "message": str(error)}), file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The gradient of a loss with respect to the trained parameters, one tensor after another.
+
+Paper, equation 3: the gradient is taken at the final parameters. `torch.autograd.grad` leaves `.grad`, the GradScaler,
+the division for gradient accumulation and DDP's synchronisation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+LOSS_SCALE = 1024.0
+"""Under float16 autocast the loss is scaled by this constant, so that small gradients do not vanish; a GradScaler's own
+scale moves during training, and would round the gradients of a query otherwise than those of the trace."""
+
+
+def take_gradient(
+    loss: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float = 1.0
+) -> tuple[Iterator[torch.Tensor], list[bool]]:
+    """Takes the gradient of a scalar.
+
+    The tensors are handed out one at a time and let go, so that compressing them needs no second copy.
+
+    Args:
+        loss: the script's loss; a scalar.
+        parameters: the trained parameters.
+        scale: multiplies the loss before the backward pass and is divided out again.
+
+    Returns:
+        An iterator over the gradients, each of its parameter's shape, zeros where the loss does not depend on the
+        parameter; and for each parameter whether the loss reached it.
+    """
+    taken: list[torch.Tensor | None] = list(
+        torch.autograd.grad(loss * scale if scale != 1.0 else loss, parameters, allow_unused=True)
+    )
+    reached = [gradient is not None for gradient in taken]
+    taken.reverse()
+
+    def hand_out() -> Iterator[torch.Tensor]:
+        for parameter in parameters:
+            gradient = taken.pop()
+            if gradient is None:
+                # One zero seen at every place: no memory.
+                gradient = torch.zeros((), device=parameter.device).expand(parameter.shape)
+            elif scale != 1.0:
+                gradient = gradient.float() / scale
+            yield gradient
+            # Without this it would live on while the next is made.
+            del gradient
+
+    return hand_out(), reached
+
+
+class Mean:
+    """The mean of several gradients, which are added one tensor at a time: one gradient in float32 is kept."""
+
+    def __init__(self, count: int) -> None:
+        """The mean of so many."""
+        self._count = count
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, taken: Iterator[torch.Tensor]) -> None:
+        """Adds a gradient, its tensors in the order of those before."""
+        if self._sums:
+            for total, gradient in zip(self._sums, taken, strict=True):
+                total.add_(gradient)
+        else:
+            # Copies of their own: autograd may give one tensor for two parameters, or a number seen at every place.
+            self._sums = [
+                gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for gradient in taken
+            ]
+
+    def hand_out(self) -> Iterator[torch.Tensor]:
+        """The mean, one tensor after another, each let go before the next is asked for."""
+        sums, self._sums = self._sums[::-1], []
+        while sums:
+            yield sums.pop().div_(self._count)

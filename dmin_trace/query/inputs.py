@@ -1,0 +1,126 @@
+"""What is asked: images with their prompts, given one by one, as a folder, or as a list in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dmin_trace import store as untrusted
+from dmin_trace.errors import QueryError
+
+T = TypeVar("T")
+
+IMAGE_KEYS = ("file_name", "image")
+PROMPT_KEYS = ("text", "prompt", "caption")
+CONDITIONING_KEYS = ("conditioning_image", "conditioning")
+LARGEST_LIST = 2**26
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+@dataclass(frozen=True)
+class QueryInput:
+    """One image to ask about.
+
+    image: its file.
+    prompt: what it was made from, or None if that was not said.
+    conditioning: the image that it was made from (a ControlNet's, or the one that was edited), or None.
+    """
+
+    image: Path
+    prompt: str | None
+    conditioning: Path | None = None
+
+
+def read_inputs(
+    given: Sequence[Path], prompts: Sequence[str] = (), conditioning: Sequence[Path] = ()
+) -> list[QueryInput]:
+    """Reads what a person asks about.
+
+    Args:
+        given: each an image; a folder of images, with prompts in its `metadata.jsonl` if it has one; or a JSON-lines
+            file of {"file_name" or "image": FILE, "text" or "prompt": PROMPT, "conditioning_image": FILE}, its paths
+            relative to the file.
+        prompts: one for each image in order, or one for all of them; none where the files say them.
+        conditioning: images that the images were made from, likewise.
+
+    Raises QueryError if there is nothing to ask, a line cannot be read, or the prompts do not fit the images.
+    """
+    asked = [question for path in given for question in _expand(path)]
+    if conditioning:
+        asked = [
+            replace(question, conditioning=file)
+            for question, file in zip(asked, _each(conditioning, len(asked), "conditioning images"), strict=True)
+        ]
+    if not prompts:
+        return asked
+    if said := next((question for question in asked if question.prompt is not None), None):
+        raise QueryError(
+            f"A prompt was given, but the list that names {said.image} has one for it already. Leave --prompt out."
+        )
+    every = _each(prompts, len(asked), "prompts")
+    return [replace(question, prompt=prompt) for question, prompt in zip(asked, every, strict=True)]
+
+
+def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
+    """One for each image, where one may stand for all."""
+    if len(given) not in (1, count):
+        raise QueryError(
+            f"{count} images were given and {len(given)} {what}. Give one for each image, in their order, or one for "
+            "all."
+        )
+    return list(given) * count if len(given) == 1 else given
+
+
+def _expand(path: Path) -> Iterator[QueryInput]:
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise QueryError(f"There is no image at {str(path)[:200]!r}: {error}.") from None
+    if is_folder:
+        metadata = path / "metadata.jsonl"
+        if metadata.is_file():
+            yield from _read_list(metadata)
+            return
+        images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise QueryError(f"The folder {path} holds no images. Give images, or a folder with PNG or JPEG files.")
+        yield from (QueryInput(image, None) for image in images)
+    elif path.suffix.lower() in (".jsonl", ".json") and is_file:
+        yield from _read_list(path)
+    else:
+        yield QueryInput(path, None)
+
+
+def _read_list(path: Path) -> Iterator[QueryInput]:
+    expected = 'expected one such as {"file_name": "a.png", "text": "a prompt"}'
+    try:
+        if (size := path.stat().st_size) > LARGEST_LIST:
+            raise QueryError(f"{path} has {size} bytes; expected a list of at most {LARGEST_LIST}.")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise QueryError(f"{path} cannot be read: {error}.") from None
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise QueryError(f"{path} has no lines; {expected}.")
+    for number, line in numbered:
+        try:
+            row: Any = untrusted.parse(line)
+        except ValueError:
+            row = None
+        image = _text(row, IMAGE_KEYS)
+        if image is None:
+            raise QueryError(f"Line {number} of {path} is {line.strip()[:60]!r}; {expected}.")
+        conditioning = _text(row, CONDITIONING_KEYS)
+        yield QueryInput(
+            path.parent / image,
+            _text(row, PROMPT_KEYS),
+            None if conditioning is None else path.parent / conditioning,
+        )
+
+
+def _text(row: Any, keys: Sequence[str]) -> str | None:
+    if not isinstance(row, dict):
+        return None
+    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)

@@ -1,0 +1,52 @@
+"""Rows in, ranked samples out.
+
+`exact` scores every row, `deflation` takes out of queries what all samples share, and `index` proposes candidates.
+"""
+
+from dmin_trace.search.deflation import FOUND, Directions, choose_directions, principal_directions
+from dmin_trace.search.exact import Ranking, Score, all_scores, check_k, check_queries, exact_top_k, rerank
+from dmin_trace.search.graph import GraphError, load_graph
+from dmin_trace.search.index import (
+    Depth,
+    Facts,
+    Index,
+    Unavailable,
+    build_index,
+    damage,
+    index_beside,
+    open_directions,
+    open_index,
+    read_facts,
+    search,
+    shown,
+    summary,
+)
+
+__all__ = [
+    "Depth",
+    "Directions",
+    "FOUND",
+    "Facts",
+    "GraphError",
+    "Index",
+    "Ranking",
+    "Score",
+    "Unavailable",
+    "all_scores",
+    "build_index",
+    "check_k",
+    "check_queries",
+    "choose_directions",
+    "damage",
+    "exact_top_k",
+    "index_beside",
+    "load_graph",
+    "open_directions",
+    "open_index",
+    "principal_directions",
+    "read_facts",
+    "rerank",
+    "search",
+    "shown",
+    "summary",
+]

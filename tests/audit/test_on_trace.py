@@ -1,0 +1,526 @@
+"""Measures of a real trace: of the right samples, by index and by scan, and the same through the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clusters import clustered
+from stores import Rows, make_header, make_rows, write_store
+from tiny import EXAMPLE, digit_folder, run, without_the_line
+from torch.nn.functional import mse_loss
+
+import dmin_trace
+from dmin_trace.audit import on_trace as examine
+from dmin_trace.audit.on_trace import read_retrained, stored_gradients
+from dmin_trace.cli.app import main
+from dmin_trace.errors import EvaluationError, QueryError, TraceError
+from dmin_trace.search import build_index
+from dmin_trace.search import exact as score
+from dmin_trace.store import Store, open_store
+
+CLI = ("-m", "dmin_trace.cli.app")
+CLASSES = np.arange(160) % 5
+
+# The paper's score, whose values can be told in advance; what makes the others is tested in test_kernel.
+copies = partial(examine.copies, kind="dmin")
+datamodeling = partial(examine.datamodeling, kind="dmin")
+detection = partial(examine.detection, kind="dmin")
+
+
+def labelled(path: Path, **changes: Any) -> tuple[Store, Rows]:
+    """A store of 160 samples of five classes, in another order than the dataset, some of them without a label or a
+    direction; every tenth of the dataset has the gradient of the one before, but for a little, and its caption."""
+    header = make_header(samples=160, timesteps=2, dimension=64, rows=64)
+    generator = np.random.default_rng(3)
+    order = generator.permutation(160)
+    centres = generator.standard_normal((5, 2, 64))
+    grad = centres[CLASSES] + 1.5 * generator.standard_normal((160, 2, 64))
+    grad[9::10] = grad[8::10] + 1e-3 * grad[9::10]
+    grad /= np.linalg.norm(grad, axis=2, keepdims=True)
+    rows = make_rows(header)
+    rows.norm[5] = 0
+    label = np.where(np.arange(160) % 7 == 6, -1, CLASSES)
+    caption = [f"of {k - (k % 10 == 9)}" for k in range(160)]
+    columns: dict[str, list[Any]] = {
+        "caption": [caption[k] for k in order],
+        "label": label[order].tolist(),
+        "weight": [1.0] * 160,
+    }
+    rows = rows._replace(grad=grad[order].astype(np.float32), sample=order.astype(np.int64), columns=columns)
+    rows = rows._replace(**changes)
+    return write_store(path, header, rows), rows
+
+
+def by_hand(trace: Store, rows: Rows, asking: int) -> list[int]:
+    """The other samples that are ranked, best first for a sample that asks, by plain numpy on what is stored."""
+    stored = trace.rows(np.arange(160)).astype(np.float64)
+    slot = rows.sample.tolist().index(asking)
+    scores = (stored * stored[slot]).sum(axis=(1, 2))
+    order = sorted(range(160), key=lambda other: (-scores[other], other))
+    return [int(rows.sample[other]) for other in order if other != slot and rows.norm[other, 0] > 0]
+
+
+def test_detection_is_that_of_the_samples_that_ask(tmp_path: Path) -> None:
+    trace, rows = labelled(tmp_path / "trace.zarr")
+    found = detection(trace, "label", ks=[1, 7, 50], queries=31)
+    labels = dict(zip(rows.sample.tolist(), rows.columns["label"], strict=True))
+    asked = found.facts["queries"]
+    assert len(set(asked)) == 31 == len(asked) and asked == sorted(asked)
+    # From the first to the last of those that have a label and a direction.
+    without = int(rows.sample[5])
+    usable = [k for k in range(160) if labels[k] != -1 and k != without]
+    assert (asked[0], asked[-1]) == (usable[0], usable[-1])
+    assert set(asked) <= set(usable)
+    for of in found.facts["rates"]:
+        expected = [np.mean([labels[hit] == labels[q] for hit in by_hand(trace, rows, q)[: of["k"]]]) for q in asked]
+        assert np.allclose(of["each"], expected)
+        assert of["value"] == pytest.approx(np.mean(expected))
+        assert of["low"] < of["value"] < of["high"]
+        # 158 other samples have a direction.
+        alike = [sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in asked]
+        assert of["chance"] == pytest.approx(np.mean(alike) / 158)
+    assert found.facts["rates"][0]["value"] > 0.5
+    assert found.title == "Detection rate by label, dmin scores, 31 samples asking"
+    assert "Scanned all 160 samples." in found.meaning
+
+
+def test_all_that_have_a_label_ask_if_they_are_few(tmp_path: Path) -> None:
+    trace, rows = labelled(tmp_path / "trace.zarr")
+    found = detection(trace, "label", queries=1000)
+    assert len(found.facts["queries"]) == sum(value != -1 for value in np.delete(rows.columns["label"], 5))
+    assert [of["k"] for of in found.facts["rates"]] == [5, 10, 50, 100]
+
+
+def test_queries_asked_in_parts_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, _ = labelled(tmp_path / "trace.zarr")
+    seen: list[tuple[int, int]] = []
+    whole = detection(trace, "label", ks=[5], queries=20)
+    monkeypatch.setattr(examine, "TOGETHER", 7 * 2 * 64)
+    parts = detection(trace, "label", ks=[5], queries=20, progress=lambda done, of: seen.append((done, of)))
+    assert parts.facts == whole.facts
+    assert seen == [(7, 20), (14, 20), (20, 20)]
+
+
+def test_copies_are_found_and_the_sample_itself_is_none(tmp_path: Path) -> None:
+    trace, rows = labelled(tmp_path / "trace.zarr")
+    found = copies(trace, "caption", ks=[1, 3])
+    without = int(rows.sample[5])
+    pairs = [(k, k + 1) for k in range(8, 160, 10) if without not in (k, k + 1)]
+    assert found.facts["queries"] == [k for pair in pairs for k in pair]
+    assert found.facts["rates"][0]["value"] == found.facts["rates"][1]["value"] == 1
+    assert found.facts["rates"][1]["chance"] == pytest.approx(3 / 158)
+    # By label, copies are what bears the same label: all are asked for at once.
+    by_label = copies(trace, "label", ks=[1, 158], queries=10)
+    assert by_label.facts["rates"][1]["value"] == 1
+    labels = dict(zip(rows.sample.tolist(), rows.columns["label"], strict=True))
+    others = [
+        sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in by_label.facts["queries"]
+    ]
+    assert by_label.facts["rates"][0]["best"] == pytest.approx(np.mean(1 / np.array(others)))
+
+
+def test_more_copies_than_are_looked_at_do_not_hide_the_sample(tmp_path: Path) -> None:
+    """Twenty equal gradients: the one that asks may not be among the first of them."""
+    grad = labelled(tmp_path / "first.zarr")[1].grad.copy()
+    grad[20:40] = grad[20]
+    trace, rows = labelled(tmp_path / "trace.zarr", grad=grad)
+    caption = [f"{k}" for k in range(160)]
+    caption[20:40] = ["same"] * 20
+    columns = rows.columns | {"caption": caption}
+    trace, _ = labelled(tmp_path / "again.zarr", grad=grad, columns=columns)
+    found = copies(trace, "caption", ks=[5, 19])
+    assert len(found.facts["queries"]) == 20
+    assert [of["value"] for of in found.facts["rates"]] == pytest.approx([5 / 19, 1])
+
+
+def test_the_index_answers_where_it_serves(tmp_path: Path) -> None:
+    header = make_header(samples=1200, timesteps=3, dimension=512, rows=256)
+    rows = clustered(header)
+    rows.columns["label"] = [k % 3 for k in range(1200)]
+    trace = write_store(tmp_path / "trace.zarr", header, rows)
+    served = build_index(trace).depths[-1].k
+    by_index = detection(trace, "label", ks=[5, served - 1], queries=30)
+    by_scan = detection(trace, "label", ks=[5, served - 1], queries=30, exact=True)
+    assert (by_index.facts["answered_by"], by_scan.facts["answered_by"]) == ("index", "scan")
+    assert "Answered by the index" in by_index.meaning and by_index.facts["index_recall"][1] > 0.9
+    assert np.allclose(by_index.facts["rates"][0]["each"], by_scan.facts["rates"][0]["each"], atol=0.21)
+    more = detection(trace, "label", ks=[served], queries=5)
+    assert more.facts["answered_by"] == "scan" and "the index serves up to" in more.meaning
+
+
+def test_every_score_is_that_of_the_ranking(tmp_path: Path) -> None:
+    trace, rows = labelled(tmp_path / "trace.zarr")
+    queries = trace.rows(np.array([0, 3, 9]))
+    counted: list[int] = []
+    scores = score.all_scores(trace, queries, threads=2, progress=counted.append)
+    assert (scores.shape, scores.dtype, counted) == ((3, 160), np.float32, [64, 64, 32])
+    assert np.flatnonzero(np.isnan(scores).any(axis=0)).tolist() == [5]
+    ranking = score.exact_top_k(trace, queries, 159)
+    assert np.allclose(np.take_along_axis(scores, ranking.rows, 1), ranking.scores, atol=1e-6)
+    expected = np.einsum("ntv,qtv->qn", trace.rows(np.arange(160)).astype(np.float64), queries)
+    assert np.allclose(np.delete(scores, 5, 1), np.delete(expected, 5, 1), atol=1e-5)
+    with pytest.raises(QueryError, match="threads is 0"):
+        score.all_scores(trace, queries, threads=0)
+    with pytest.raises(QueryError, match="The queries have shape"):
+        score.all_scores(trace, queries[0])
+
+
+def save(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def test_subsets_are_by_number_of_sample(tmp_path: Path) -> None:
+    """Losses that are minus the sums of the scores of the dataset's samples, whose slots are in another order."""
+    trace, rows = labelled(tmp_path / "trace.zarr")
+    asked = [3, 50, 99]
+    gradients = stored_gradients(trace, asked)
+    scores = np.zeros((3, 160))
+    for slot, sample in enumerate(rows.sample):
+        if slot != 5:
+            scores[:, sample] = (gradients * trace.rows(np.array([slot]))).sum(axis=(1, 2))
+    subsets = np.random.default_rng(0).random((30, 160)) < 0.5
+    read = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=-(subsets @ scores.T)), trace, 3)
+    found = datamodeling(trace, gradients, read, asked)
+    assert np.allclose(found.facts["each"], 1)
+    assert found.facts["queries"] == asked and found.facts["models"] == 30
+    assert found.facts["samples_without_score"] == 1 and "1 samples have no gradient to rank" in found.meaning
+    assert found.rows == (("3", "30", "1.000", "1.000 to 1.000", "0.000"),)
+    worse = examine.Retrained(read.subsets, read.losses[::-1])
+    assert datamodeling(trace, gradients, worse, asked).facts["value"] < 0.6
+
+
+class Denoiser(torch.nn.Module):
+    """Guesses the noise in 8 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(9, 32)
+        self.outer = torch.nn.Linear(32, 8)
+
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        hidden = torch.cat([noisy, timestep.reshape(-1, 1).float() / 1000], 1)
+        return self.outer(torch.nn.functional.silu(self.inner(hidden)))  # type: ignore[no-any-return]
+
+
+def loss_of(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
+    noise = torch.randn_like(clean)
+    t = torch.randint(0, 1000, (len(clean),))
+    part = t.reshape(-1, 1) / 1000
+    return mse_loss(model((1 - part) * clean + part * noise, t), noise)
+
+
+def trained_on(points: torch.Tensor, seed: int) -> Denoiser:
+    torch.manual_seed(seed)
+    model = Denoiser()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss_of(model, points[torch.randint(len(points), (32,))]).backward()
+        optimizer.step()
+    return model
+
+
+def test_scores_foretell_what_retraining_does(tmp_path: Path) -> None:
+    """A trace of a real model, and models that were really trained again on random halves of its samples."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(6, 8, generator=generator)
+    points = centres[torch.arange(48) % 6] + 0.3 * torch.randn(48, 8, generator=generator)
+    model = trained_on(points, 0)
+    making = dmin_trace.recording(model, samples=48, out=tmp_path / "trace.zarr", timesteps=5, dimension=256)
+    with making as recording:
+        for i in recording.samples:
+            for k in recording.timesteps:
+                with recording.step(i, k):
+                    loss_of(model, points[i : i + 1]).backward()
+    trace = open_store(tmp_path / "trace.zarr")
+    subsets = np.random.default_rng(1).random((24, 48)) < 0.5
+    asked = list(range(0, 48, 2))
+    losses = np.zeros((24, len(asked)))
+    for m, subset in enumerate(subsets):
+        again = trained_on(points[torch.from_numpy(subset)], 1)
+        for q, sample in enumerate(asked):
+            torch.manual_seed(7)
+            with torch.no_grad():
+                losses[m, q] = loss_of(again, points[sample].expand(500, -1))
+    models = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=losses), trace, len(asked))
+    gradients = stored_gradients(trace, asked)
+    found = datamodeling(trace, gradients, models, asked).facts
+    assert found["low"] > 0
+    # What another cluster's queries are scored by foretells less.
+    other = datamodeling(trace, np.roll(gradients, 1, axis=0), models, asked).facts
+    assert other["value"] < found["low"]
+
+
+FILES: dict[str, tuple[dict[str, Any], str]] = {
+    "no losses": ({"subsets": np.ones((4, 160), bool)}, "There is no item named 'losses.npy'"),
+    "other samples": (
+        {"subsets": np.ones((4, 159), bool), "losses": np.ones((4, 3))},
+        r"subsets, bool \(4, 159\), .*expected .* bool \(models, 160\), and losses \(models, 3\)",
+    ),
+    "losses turned": ({"subsets": np.ones((4, 160), bool), "losses": np.ones((3, 4))}, r"losses, float64 \(3, 4\)"),
+    "subsets of numbers": ({"subsets": np.ones((4, 160)), "losses": np.ones((4, 3))}, r"subsets, float64 \(4, 160\)"),
+    "subsets of one model": ({"subsets": np.ones(160, bool), "losses": np.ones((1, 3))}, r"subsets, bool \(160,\)"),
+    "losses that are objects": (
+        {"subsets": np.ones((4, 160), bool), "losses": np.array([[None] * 3] * 4)},
+        r"losses, object \(4, 3\)",
+    ),
+    "too many models": (
+        {"subsets": np.ones((10_001, 160), bool), "losses": np.ones((10_001, 3))},
+        "is of 10001 models; expected 10000 or fewer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrays", "message"), FILES.values(), ids=FILES.keys())
+def test_a_file_of_other_shapes_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    trace, _ = labelled(tmp_path / "trace.zarr")
+    with pytest.raises(EvaluationError, match=message):
+        read_retrained(save(tmp_path / "models.npz", **arrays), trace, 3)
+
+
+def test_a_file_is_not_believed_nor_executed(tmp_path: Path) -> None:
+    trace, _ = labelled(tmp_path / "trace.zarr")
+    path = save(tmp_path / "models.npz", subsets=np.ones((4, 160), bool), losses=np.ones((4, 3)))
+    whole = path.read_bytes()
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_retrained(tmp_path / "gone.npz", trace, 3)
+    # Cut short, or with a byte changed: the end, a header, the numbers.
+    for spoiled in (whole[:-30], whole[: len(whole) // 2], b"", whole.replace(b"NUMPY", b"NUMPX")):
+        path.write_bytes(spoiled)
+        with pytest.raises(EvaluationError, match="cannot be read"):
+            read_retrained(path, trace, 3)
+    np.save(tmp_path / "one.npy", np.ones((4, 160), bool))
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_retrained(tmp_path / "one.npy", trace, 3)
+
+    # A header that claims 9,000 models of a file that is empty behind it.
+    def claiming(shape: tuple[int, ...], descr: str) -> bytes:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"shape": shape, "fortran_order": False, "descr": descr})
+        return header.getvalue()
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("subsets.npy", claiming((9000, 160), "|b1"))
+        archive.writestr("losses.npy", claiming((9000, 3), "<f8"))
+    with pytest.raises(EvaluationError, match="claims more numbers than it can hold"):
+        read_retrained(path, trace, 3)
+
+
+def without_labels(rows: Rows) -> dict[str, Any]:
+    return {"columns": rows.columns | {"label": [-1] * 160}}
+
+
+def of_one_label(rows: Rows) -> dict[str, Any]:
+    return {"columns": rows.columns | {"label": [3] * 160}}
+
+
+def twice(rows: Rows) -> dict[str, Any]:
+    return {"sample": np.concatenate([rows.sample[:159], rows.sample[:1]])}
+
+
+def each_its_own(rows: Rows) -> dict[str, Any]:
+    return {"columns": rows.columns | {"label": list(range(160))}}
+
+
+STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Store], object], type[Exception], str]] = {
+    "no such column": (dict, lambda trace: detection(trace, "colour"), TraceError, "no column colour; it has caption"),
+    "labels all equal": (of_one_label, lambda t: detection(t, "label"), EvaluationError, "1 different values in the"),
+    "no labels": (without_labels, lambda trace: detection(trace, "label"), EvaluationError, "0 different values"),
+    "k too large": (
+        dict,
+        lambda trace: detection(trace, "label", ks=[5, 159]),
+        EvaluationError,
+        "k is 5, 159; expected numbers from 1 to 158",
+    ),
+    "k of nothing": (dict, lambda trace: copies(trace, "caption", ks=[0]), EvaluationError, "k is 0; expected"),
+    "no k": (dict, lambda trace: copies(trace, "caption", ks=[]), EvaluationError, "expected numbers from 1"),
+    "no queries": (dict, lambda t: detection(t, "label", queries=0), EvaluationError, "0 queries were asked for"),
+    "each its own label": (
+        each_its_own,
+        lambda t: detection(t, "label"),
+        EvaluationError,
+        "every ranking would be wrong",
+    ),
+    "no copies": (each_its_own, lambda t: copies(t, "label"), EvaluationError, "No two samples have the same value"),
+    "all are copies": (of_one_label, lambda t: copies(t, "label"), EvaluationError, "All samples have the same value"),
+    "a sample twice": (twice, lambda t: detection(t, "label"), EvaluationError, "holds samples more than once"),
+    "asked by one without a direction": (
+        dict,
+        lambda trace: stored_gradients(trace, [1, int(trace.sample[5])]),
+        EvaluationError,
+        "is zero or not finite, so it cannot ask",
+    ),
+    "asked by none": (dict, lambda trace: stored_gradients(trace, [160]), TraceError, "holds no sample 160"),
+    "samples of other numbers": (
+        lambda rows: {"sample": rows.sample + 1},
+        lambda trace: datamodeling(
+            trace, trace.rows(np.array([0])), examine.Retrained(np.ones((2, 160), bool), np.ones((2, 1))), ["a"]
+        ),
+        EvaluationError,
+        "does not hold each of the samples 0 to 159 once",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "measure", "kind", "message"), STORES.values(), ids=STORES.keys())
+def test_a_measure_that_cannot_be_taken_is_refused(
+    tmp_path: Path,
+    change: Callable[[Rows], dict[str, Any]],
+    measure: Callable[[Store], object],
+    kind: type[Exception],
+    message: str,
+) -> None:
+    changes = change(labelled(tmp_path / "first.zarr")[1]) if change is not dict else {}
+    trace, _ = labelled(tmp_path / "trace.zarr", **changes)
+    with pytest.raises(kind, match=message):
+        measure(trace)
+
+
+def test_a_store_of_few_samples_says_so(tmp_path: Path) -> None:
+    header = make_header(samples=5)
+    rows = make_rows(header)
+    rows.columns["label"] = [1, 2, 1, 2, 1]
+    trace = write_store(tmp_path / "trace.zarr", header, rows)
+    with pytest.raises(EvaluationError, match="A sample has 4 others to be ranked with; expected 5 or more"):
+        detection(trace, "label")
+    assert [of["k"] for of in detection(trace, "label", ks=[2, 4]).facts["rates"]] == [2, 4]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 digits, of which the last two are copies, a model trained on them, and its trace."""
+    folder = tmp_path_factory.mktemp("made")
+    images = sorted(digit_folder(folder / "digits", 24).iterdir())
+    for n in (1, 2):
+        images[-n].write_bytes(images[n].read_bytes())
+    script = without_the_line(EXAMPLE, folder / "train.py")
+    # Their labels, and what tells copies, as a dataset of a user's would have them.
+    text = script.read_text().replace(
+        "self.file_name =",
+        "self.label = [k % 10 for k in range(22)] + [2, 1]; self.original = list(range(22)) + [2, 1]\n"
+        "            self.file_name =",
+    )
+    script.write_text(text)
+    options = ["--timesteps", "2", "--dimension", "1024", "--column", "label", "--column", "original"]
+    command = [script, "--train_data_dir", "digits", "--output_dir", "out", "--max_train_steps", "4"]
+    run([*CLI, "run", *options, "--", *command], folder)
+    return folder
+
+
+def test_a_users_own_trace_is_measured(made: Path) -> None:
+    options = ["--label", "label", "--duplicates", "original", "--k", "1,5", "--json", "found.json"]
+    ran = run([*CLI, "evaluate", "--score", "dmin", "out/trace.zarr", *options], made)
+    for words in ("Detection rate by label, dmin scores, 24", "Recall of copies by original, dmin scores, 4", "95 %"):
+        assert words in ran.stdout
+    assert "not whether it is a cause" in " ".join(ran.stdout.split())
+    found = json.loads((made / "found.json").read_text())
+    assert (found["format"], found["version"]) == ("dmin_trace.measures", 1)
+    rates, recalls = found["measures"]
+    assert (rates["measure"], recalls["measure"]) == ("detection_rate", "duplicate_recall")
+    # A copy has its original's gradient, all but for rounding.
+    assert recalls["queries"] == [1, 2, 22, 23]
+    assert [of["value"] for of in recalls["rates"]] == [1, 1]
+    assert rates == detection(open_store(made / "out" / "trace.zarr"), "label", ks=[1, 5]).facts
+    assert ran.stderr == ""
+
+
+def test_a_user_who_trained_again_gets_the_datamodeling_score(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images ask through the script itself; the losses are minus the sums of the scores that their samples have."""
+    trace = open_store(made / "out" / "trace.zarr")
+    asked = [4, 11, 7]
+    slots = np.array([trace.row_of(sample) for sample in asked])
+    scores = np.empty((3, 24))
+    scores[:, trace.sample] = score.all_scores(trace, trace.rows(slots))
+    subsets = np.random.default_rng(0).random((12, 24)) < 0.5
+    save(made / "models.npz", subsets=subsets, losses=-(subsets @ scores.T))
+    images = [f"digits/{sample:04d}.png" for sample in asked]
+    ran = run(
+        [
+            *CLI,
+            "evaluate",
+            "--score",
+            "dmin",
+            "out/trace.zarr",
+            *images,
+            "--lds",
+            "models.npz",
+            "--json",
+            "images.json",
+        ],
+        made,
+    )
+    assert "Linear datamodeling score" in ran.stdout and "foretell" in ran.stdout
+    by_images = json.loads((made / "images.json").read_text())["measures"][0]
+    assert by_images["queries"] == ["0004.png", "0011.png", "0007.png"]
+    # What is captured anew is what is stored, but for int8.
+    assert min(by_images["each"]) > 0.98
+    monkeypatch.chdir(made)
+    assert (
+        main(
+            [
+                "evaluate",
+                "--score",
+                "dmin",
+                "out/trace.zarr",
+                "--samples",
+                "4,11,7",
+                "--lds",
+                "models.npz",
+                "--json",
+                "samples.json",
+            ]
+        )
+        == 0
+    )
+    by_samples = json.loads((made / "samples.json").read_text())["measures"][0]
+    assert by_samples["queries"] == asked and by_samples["each"] == pytest.approx([1, 1, 1])
+    capsys.readouterr()
+    # Before the script is run.
+    assert main(["evaluate", "--score", "dmin", "out/trace.zarr", *images[:2], "--lds", "models.npz"]) == 1
+    said = capsys.readouterr().err
+    assert "losses (models, 2)" in said and len(said.strip().splitlines()) == 1
+
+
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing asked": ((), "Give one of --label, --duplicates and --lds"),
+    "no such column": (("--label", "colour"), "has no column colour; it has label, original"),
+    "no queries for lds": (("--lds", "models.npz"), "--lds needs its queries"),
+    "two kinds of queries": (("digits/0001.png", "--lds", "m.npz", "--samples", "3"), "and not both"),
+    "images without lds": (("digits/0001.png", "--label", "label"), "images is for --lds"),
+    "a prompt without images": (("--lds", "m.npz", "--samples", "3", "--prompt", "x"), "--prompt is for the images"),
+    "k for lds": (("--lds", "m.npz", "--samples", "3", "--k", "3"), "--k is for --label and --duplicates"),
+    "k that is none": (("--label", "label", "--k", "five"), "--k is 'five'; expected whole numbers such as 5,10,50"),
+    "k too large": (("--label", "label", "--k", "5,24"), "k is 5, 24; expected numbers from 1 to 23"),
+    "samples that are none": (("--lds", "m.npz", "--samples", "a"), "--samples is 'a'"),
+    "no queries": (("--label", "label", "--queries", "0"), "0 queries were asked for"),
+    "a seed below 0": (("--label", "label", "--seed", "-1"), "--seed is -1"),
+    "no such folder": (("--label", "label", "--json", "gone/m.json"), "There is no folder gone"),
+    "no such file": (("--lds", "gone.npz", "--samples", "3"), "gone.npz cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_gives_one_clear_line(
+    made: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(made)
+    assert main(["evaluate", "--score", "dmin", "out/trace.zarr", *arguments]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.strip().splitlines()) == 1
+    assert message in said.err

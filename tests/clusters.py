@@ -1,0 +1,37 @@
+"""Stores whose rows lie in clusters, for tests of search."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from stores import Rows, make_rows
+
+from dmin_trace.store import Header, untrusted
+
+
+def clustered(header: Header, seed: int = 0, clusters: int = 30) -> Rows:
+    """Rows that share a direction at each timestep and lie in clusters, as gradients do; of norm one."""
+    generator = np.random.default_rng(seed)
+    shape = (len(header.timesteps), header.dimension)
+    shared = generator.standard_normal((1, *shape)) * 1.5
+    centres = generator.standard_normal((clusters, *shape))
+    own = generator.standard_normal((header.samples, *shape)) * 0.8
+    grad = shared + centres[generator.integers(clusters, size=header.samples)] + own
+    grad /= np.linalg.norm(grad, axis=2, keepdims=True)
+    return make_rows(header, seed)._replace(grad=grad.astype(np.float32))
+
+
+def like(rows: Rows, count: int, seed: int = 9) -> np.ndarray:
+    """Queries near to rows, and none of them."""
+    generator = np.random.default_rng(seed)
+    near = rows.grad[generator.integers(len(rows.grad), size=count)]
+    queries: np.ndarray = near + generator.standard_normal(near.shape) * 0.7 / near.shape[2] ** 0.5
+    return (queries / np.linalg.norm(queries, axis=2, keepdims=True)).astype(np.float32)
+
+
+def signed(facts: dict[str, Any]) -> str:
+    """index.json with its digest, as whoever changes it can make it."""
+    facts.pop("digest", None)
+    return json.dumps({**facts, "digest": untrusted.digest(facts)})

@@ -1,0 +1,98 @@
+"""A command line with one prompt for all images: a query's prompt takes its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import digit_folder, run
+from tiny_pipelines import command_line
+
+import dmin_trace
+from dmin_trace.query import capture_queries
+from dmin_trace.store import open_store
+
+SCRIPT = """
+import argparse
+import zlib
+from pathlib import Path
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--instance_data_dir")
+parser.add_argument("--instance_prompt")
+parser.add_argument("--repeats", type=int, default=1)
+parser.add_argument("--train_batch_size", type=int, default=2)
+parser.add_argument("--output_dir")
+parser.add_argument("--max_train_steps", type=int)
+args = parser.parse_args()
+
+class Denoiser(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(64 + 8 + 1, 32), torch.nn.Linear(32, 64)
+    def forward(self, sample, timestep, words):
+        seen = torch.cat([sample, words, timestep[:, None] / 1000], 1)
+        return self.outer(torch.tanh(self.inner(seen)))
+
+class Digits(torch.utils.data.Dataset):
+    def __init__(self, folder):
+        self.files = sorted(Path(folder).glob("*.png")) * args.repeats
+    def __len__(self):
+        return len(self.files)
+    def __getitem__(self, k):
+        return {"image": torch.from_numpy(np.asarray(Image.open(self.files[k])) / np.float32(127.5) - 1)[None]}
+
+accelerator = Accelerator()
+torch.manual_seed(0)
+model = Denoiser()
+words = torch.randn(1, 8, generator=torch.Generator().manual_seed(zlib.crc32(args.instance_prompt.encode())))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+loader = torch.utils.data.DataLoader(Digits(args.instance_data_dir), batch_size=args.train_batch_size, drop_last=True)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+step = 0
+while step < args.max_train_steps:
+    for batch in loader:
+        with accelerator.accumulate(model):
+            clean = batch["image"].flatten(1)
+            noise = torch.randn_like(clean)
+            t = torch.randint(0, 1000, (len(clean),))
+            loss = (model(clean + noise * t[:, None] / 1000, t, words.expand(len(clean), 8)) - noise).pow(2).mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        step += accelerator.sync_gradients
+        if step >= args.max_train_steps:
+            break
+"""
+
+
+def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = sorted(digit_folder(tmp_path / "digits", 4).iterdir())
+    (tmp_path / "train.py").write_text(SCRIPT)
+    arguments = ["--instance_data_dir", "digits", "--instance_prompt", "a sks digit", "--output_dir", "out"]
+    settings = ["--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--transform", "none"]
+    # Each image twice in the training set: a query is of one image all the same.
+    command = [tmp_path / "train.py", *arguments, "--max_train_steps", "5", "--repeats", "2"]
+    run(["-m", "dmin_trace.cli.app", "run", *settings, "--", *command], tmp_path)
+    path = tmp_path / "out" / "trace.zarr"
+    trace = open_store(path)
+    assert trace.header.samples == 8
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with pytest.raises(dmin_trace.DminTraceError, match="came without its prompt"):
+        dmin_trace.attribute(path, [images[2]], k=1)
+    asked = [(images[2], "a sks digit"), (images[2], "-- a cat"), (images[1], "a sks digit")]
+    found = capture_queries(trace, [image for image, _ in asked], [prompt for _, prompt in asked])
+    for query, sample in ((0, 2), (2, 1)):
+        assert np.allclose(found[query], trace.rows(np.array([sample]))[0], atol=1e-6), query
+    assert not np.allclose(found[1], found[0], atol=1e-2)
+
+
+def test_the_command_line_shows_how_to_give_prompts(tmp_path: Path) -> None:
+    said, _ = command_line(["query", "--help"], tmp_path)
+    for words in ("--prompt", "metadata.jsonl", "--num", "--seed"):
+        assert words in said

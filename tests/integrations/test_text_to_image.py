@@ -1,0 +1,202 @@
+"""Stable Diffusion with captions for real: train the LoRA example, capture, load saved weights, ask with prompts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import Encoder
+from oracle import slot_seed, unshuffled
+from PIL import Image
+from rich.filesize import decimal
+from safetensors.torch import load_file
+from tiny import run, without_the_line
+from tiny_pipelines import caption, captioned_images, command_line, picture, tiny_pipeline
+from transformers import CLIPTextModel
+
+from dmin_trace.capture import encoder_cache as frozen
+from dmin_trace.store import open_store
+from dmin_trace.store import reader as store
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text_to_image_lora.py"
+COUNT = 8
+LINE = "dmin_trace.attach(accelerator, args"
+# As long as the gradient, and by OPORP's own permutation: a sketch is the gradient itself, shuffled.
+SETTINGS = "timesteps=[100, 500, 900], dimension=2**13, projection='uniform', dtype='float32', transform='none'"
+COMMAND = (
+    *("--pretrained_model_name_or_path", "../sd", "--train_data_dir", "../images", "--output_dir", "out"),
+    *("--resolution", "32", "--rank", "4", "--train_batch_size", "3", "--gradient_accumulation_steps", "2"),
+    *("--max_train_steps", "12", "--learning_rate", "1e-2", "--caption_column", "words"),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pipeline, captioned images and, below `with`, a LoRA trained by the example, and its trace."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny_pipeline(folder / "sd")
+    captioned_images(folder / "images", COUNT, column="words")
+    text = EXAMPLE.read_text()
+    if text.count(LINE + ")") != 1:
+        raise ValueError("the example has no such line")
+    (folder / "train.py").write_text(text.replace(LINE + ")", f"{LINE}, {SETTINGS})"))
+    (folder / "with").mkdir()
+    run([folder / "train.py", *COMMAND, "--checkpointing_steps", "12"], folder / "with")
+    return folder
+
+
+def ask(made: Path, *arguments: object, code: int = 0) -> tuple[list[list[int]], str]:
+    """The samples that a query finds, and what it says."""
+    path = made / "with" / "hits.json"
+    path.unlink(missing_ok=True)
+    arguments = ("query", "--score", "dmin", "out/trace.zarr", *arguments, "--json", path)
+    said, complaints = command_line(arguments if "-k" in arguments else (*arguments, "-k", 3), made / "with", code)
+    if code:
+        return [], complaints
+    found = json.loads(path.read_text())["queries"]
+    return [[hit["sample"] for hit in query["hits"]] for query in found], said
+
+
+def reference(made: Path, sample: int, timesteps: list[int]) -> list[dict[str, torch.Tensor]]:
+    """The slow, obvious way: the saved LoRA loaded by diffusers, and plain autograd."""
+    pipeline = StableDiffusionPipeline.from_pretrained(made / "sd", safety_checker=None)
+    pipeline.load_lora_weights(made / "with" / "out", adapter_name="default")
+    unet = pipeline.unet.eval()
+    parameters = {name: p.requires_grad_("lora" in name) for name, p in unet.named_parameters()}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    pixels = torch.from_numpy(np.asarray(picture(sample)) / np.float32(127.5) - 1).permute(2, 0, 1)[None]
+    tokens = pipeline.tokenizer(caption(sample), padding="max_length", return_tensors="pt").input_ids
+    scheduler = DDPMScheduler.from_pretrained(made / "sd", subfolder="scheduler")
+    found = []
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels).latent_dist
+        words = pipeline.text_encoder(tokens)[0]
+    for slot, timestep in enumerate(timesteps):
+        generator = torch.Generator().manual_seed(slot_seed(0, slot))
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        latents = latents * pipeline.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        kept = scheduler.alphas_cumprod[timestep]
+        noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+        loss = (unet(noisy, torch.tensor([timestep]), words).sample - noise).square().mean()
+        taken = torch.autograd.grad(loss, list(parameters.values()))
+        found.append(dict(zip(parameters, taken, strict=True)))
+    return found
+
+
+def test_the_line_changes_nothing(made: Path) -> None:
+    bare = without_the_line(made / "train.py", made / "bare.py")
+    (made / "without").mkdir()
+    run([bare, *COMMAND, "--checkpointing_steps", "12"], made / "without")
+    names = ("pytorch_lora_weights", "checkpoint-12/model")
+    for name in names:
+        paths = [made / way / "out" / f"{name}.safetensors" for way in ("with", "without")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    trained = load_file(made / "without" / "out" / "pytorch_lora_weights.safetensors")
+    assert all(tensor.abs().max() > 0 for tensor in trained.values())
+
+
+def test_gradients_are_those_of_an_independent_reference(made: Path) -> None:
+    trace = open_store(made / "with" / "out" / "trace.zarr")
+    assert trace.complete and trace.header.timesteps == (100.0, 500.0, 900.0)
+    assert list(trace.column("text")) == [caption(k) for k in range(COUNT)]
+    for sample in range(COUNT):
+        captured = unshuffled(trace, sample)
+        for slot, gradients in enumerate(reference(made, sample, [100, 500, 900])):
+            assert list(gradients) == list(trace.header.parameters.names)
+            expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).numpy()
+            assert np.linalg.norm(captured[slot] - expected) <= 1e-5 * np.linalg.norm(expected), (sample, slot)
+
+
+def test_on_demand_from_the_saved_lora_is_the_same(made: Path) -> None:
+    (made / "saved").mkdir()
+    shutil.copy(made / "with" / "out" / "pytorch_lora_weights.safetensors", made / "saved")
+    command = [made / "train.py", *COMMAND]
+    options = ["--weights", made / "saved", "--out", made / "now.zarr"]
+    command_line(["capture", *options, "--", *command], made / "with")
+    every = np.arange(COUNT)
+    first, again = (open_store(p).rows(every) for p in (made / "with" / "out" / "trace.zarr", made / "now.zarr"))
+    assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
+
+
+def test_remembered_encoders_change_no_bit(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = {"vae": 0, "text": 0}
+
+    def counted(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **named: Any) -> Any:
+            ran[name] += 1
+            return forward(*args, **named)
+
+        return count
+
+    monkeypatch.setattr(Encoder, "forward", counted("vae", Encoder.forward))
+    monkeypatch.setattr(CLIPTextModel, "forward", counted("text", CLIPTextModel.forward))
+    weights = made / "with" / "out" / "pytorch_lora_weights.safetensors"
+    rows = []
+    for remembers in (True, False):
+        ran.update(vae=0, text=0)
+        if not remembers:
+            monkeypatch.setattr(frozen, "_is_frozen", lambda module: False)
+        out = made / f"remembers-{remembers}.zarr"
+        command_line(["capture", "--weights", weights, "--out", out, "--", made / "train.py", *COMMAND], made / "with")
+        rows.append(open_store(out).rows(np.arange(COUNT)))
+        assert ran == dict.fromkeys(ran, COUNT if remembers else COUNT * 3)
+    assert np.array_equal(*rows)
+
+
+def test_an_estimate_says_what_a_capture_takes_and_leaves_nothing(made: Path) -> None:
+    before = sorted(made.rglob("*"))
+    said, _ = command_line(["estimate", "--", made / "train.py", *COMMAND], made / "with")
+    assert sorted(made.rglob("*")) == before
+    trace = open_store(made / "with" / "out" / "trace.zarr")
+    assert f"{COUNT} x 3" in said and f"{trace.header.projection.length:,}" in said
+    # All but the texts and the metadata.
+    numbers = sum(f.stat().st_size for f in trace.path.rglob("*") if f.is_file() and "meta" not in f.parts)
+    metadata = sum(f.stat().st_size for f in trace.path.rglob("zarr.json") if "meta" not in f.parts)
+    assert store.bytes_of(trace.header) == numbers - metadata
+    assert decimal(store.bytes_of(trace.header)) in said
+
+
+def test_images_with_their_captions_find_themselves_first(made: Path) -> None:
+    (made / "asked").mkdir()
+    lines = []
+    for n, k in enumerate((5, 2, 6)):
+        picture(k).save(made / "asked" / f"a{n}.png")
+        lines.append(json.dumps({"image": f"a{n}.png", "prompt": caption(k)}))
+    # The last one's caption is another sample's.
+    lines.append(json.dumps({"image": "a2.png", "prompt": caption(1)}))
+    (made / "asked" / "list.jsonl").write_text("\n".join(lines) + "\n")
+    found, said = ask(made, made / "asked" / "list.jsonl", "-k", COUNT)
+    assert [ranking[0] for ranking in found[:3]] == [5, 2, 6]
+    assert found[3] != found[2]
+    assert caption(1) in said
+
+
+def test_a_prompt_is_asked_for(made: Path) -> None:
+    _, said = ask(made, made / "images" / "0001.png", code=1)
+    assert "0001.png came without its prompt" in said and "--prompt" in said
+    _, said = ask(made, made / "images", "--prompt", "a", "--prompt", "b", code=1)
+    assert f"{COUNT} images were given and 2 prompts" in said
+
+
+def test_a_prompt_alone_makes_an_image(made: Path) -> None:
+    found, said = ask(made, "--prompt", caption(3), "--num", "2", "--seed", "7", "-k", "2")
+    assert len(found) == 2
+    folder = made / "with" / "out" / "generated"
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["stripes-3-7.png", "stripes-3-8.png"]
+    pixels = [np.asarray(Image.open(file)).astype(int) for file in files]
+    assert pixels[0].shape == (32, 32, 3) and not np.array_equal(*pixels)
+    assert "stripes-3-8.png" in said
+    pipeline = StableDiffusionPipeline.from_pretrained(made / "sd", safety_checker=None)
+    pipeline.load_lora_weights(made / "with" / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    again = pipeline(caption(3), height=32, width=32, generator=torch.Generator().manual_seed(7)).images[0]
+    assert abs(np.asarray(again).astype(int) - pixels[0]).max() <= 1

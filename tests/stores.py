@@ -1,0 +1,141 @@
+"""Stores of made-up rows, for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import zarr
+
+from dmin_trace.settings import Dtype
+from dmin_trace.store import (
+    Header,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    Store,
+    Writer,
+    create,
+    keep_digests,
+    open_store,
+)
+
+DTYPES: tuple[Dtype, ...] = ("int8", "float16", "float32")
+
+
+CAPTIONS = [
+    "a cat",
+    "",
+    "naïve 猫 🐈‍⬛",
+    "two\nlines\ttab",
+    '"quoted", \\ back',
+    "\x00nul",
+    "x" * 5000,
+    "é\u0301",
+    " ",
+    "ok",
+]
+
+
+class Rows(NamedTuple):
+    """What a capture hands to a writer, for all N slots."""
+
+    grad: np.ndarray
+    norm: np.ndarray
+    loss: np.ndarray
+    sample: np.ndarray
+    columns: dict[str, list[Any]]
+
+
+def make_header(
+    samples: int = 10, timesteps: int = 3, dimension: int = 32, dtype: Dtype = "int8", rows: int = 4, **changes: Any
+) -> Header:
+    """A header as a capture makes it."""
+    header = Header(
+        id="0123456789abcdef" * 2,
+        samples=samples,
+        timesteps=tuple(100.0 * t + 0.5 for t in range(timesteps)),
+        dimension=dimension,
+        dtype=dtype,
+        chunk_rows=rows,
+        projection=ProjectionFacts(kind="rotation", seed=3, length=5000, width=8192, fingerprint="a" * 64),
+        parameters=ParameterFacts(names=("w", "b"), shapes=((70, 70), (100,)), fingerprint="b" * 64),
+        weights="c" * 64,
+        noise=NoiseFacts(seed=3, draws=((("randn", (1, 3, 8, 8)), ("randint", (1,))),) * timesteps),
+        transform="none",
+        batch={"pixel_values": (1, 3, 8, 8)},
+        columns={"caption": "string", "label": "integer", "weight": "number"},
+        settings={"timesteps": timesteps, "columns": None},
+        writers={"dmin_trace": "0.1"},
+        codec="none",
+        draws=1,
+        script="",
+        script_sha256="",
+        data_sha256="",
+        unreached=(),
+    )
+    return dataclasses.replace(header, **changes)
+
+
+def make_rows(header: Header, seed: int = 0) -> Rows:
+    """Sketches of norm one or so, and samples that are not in the order of their slots."""
+    generator = np.random.default_rng(seed)
+    shape = (header.samples, len(header.timesteps))
+    grad = generator.standard_normal((*shape, header.dimension)).astype(np.float32) / header.dimension**0.5
+    kinds: dict[str, list[Any]] = {
+        "string": [CAPTIONS[k % len(CAPTIONS)] for k in range(header.samples)],
+        "integer": [k * 7 - 1 for k in range(header.samples)],
+        "number": [k / 3 for k in range(header.samples)],
+    }
+    return Rows(
+        grad,
+        generator.uniform(0.1, 9, shape).astype(np.float32),
+        generator.uniform(0, 1, shape).astype(np.float32),
+        generator.permutation(header.samples).astype(np.int64) + 100,
+        {name: kinds[kind] for name, kind in header.columns.items()},
+    )
+
+
+def write(writer: Writer, rows: Rows, chunk: int) -> None:
+    """Writes one chunk of these rows."""
+    here = slice(writer.rows(chunk).start, writer.rows(chunk).stop)
+    columns = {name: values[here] for name, values in rows.columns.items()}
+    writer.write(chunk, rows.grad[here], rows.norm[here], rows.loss[here], rows.sample[here], columns)
+
+
+def write_store(path: Path, header: Header, rows: Rows) -> Store:
+    """A finished store of these rows."""
+    writer = create(path, header)
+    for chunk in writer.pending():
+        write(writer, rows, chunk)
+    writer.finish()
+    return open_store(path)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, and its bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edits the metadata of a store or of an array in it, and writes the digests anew, as a forger would."""
+    metadata = json.loads((path / "zarr.json").read_text())
+    edit(metadata)
+    (path / "zarr.json").write_text(json.dumps(metadata))
+    keep_digests([folder for folder in (path, *path.parents) if (folder / "zarr.json").is_file()][-1])
+
+
+def dequantised(path: Path) -> np.ndarray:
+    """All rows in float64, read by plain Zarr."""
+    group = zarr.open_group(path, mode="r")
+    grad = np.asarray(group["grad"][:]).astype(np.float64)  # type: ignore[index]
+    return grad * np.asarray(group["scale"][:])[:, :, None] if "scale" in group else grad  # type: ignore[index]
+
+
+def with_checksum(frame: bytes) -> bytes:
+    return frame + google_crc32c.value(frame).to_bytes(4, "little")

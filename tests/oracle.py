@@ -69,5 +69,5 @@ def unshuffled(trace: Store, sample: int) -> np.ndarray:
     numbers, _ = compress_gradient([torch.arange(1, facts.length + 1, dtype=torch.float64).float()], plan)
     order = torch.argsort(numbers.abs())[-facts.length :].numpy()
     signs = np.sign(numbers.numpy())[order]
-    gradients: np.ndarray = trace.rows(np.array([sample]))[0][:, order] * signs * trace.norm[sample][:, None]
+    gradients: np.ndarray = trace.gradients(np.array([sample]))[0][:, order] * signs * trace.norm[sample][:, None]
     return gradients

@@ -110,7 +110,7 @@ def test_on_demand_gradients_are_those_of_the_reference_too(trained: Path) -> No
     command_line(["capture", *options, "--", trained / "train.py", *SHORT, "--output_dir", "x"], trained)
     trace = open_store(trained / "demand.zarr")
     assert trace.header.draws == 3
-    first, again = open_store(trained / "out" / "trace.zarr").rows(np.arange(4)), trace.rows(np.arange(4))
+    first, again = open_store(trained / "out" / "trace.zarr").gradients(np.arange(4)), trace.gradients(np.arange(4))
     assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
 
 

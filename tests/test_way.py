@@ -48,7 +48,7 @@ def check_rows(trace: Store, images: list[Path], weights: Path, every: int = 1) 
     assert trace.sample.tolist() == list(range(len(images)))
     timesteps = [int(t) for t in trace.header.timesteps]
     for sample in range(0, len(images), every):
-        row = trace.rows(np.array([trace.row_of(sample)]))[0]
+        row = trace.gradients(np.array([trace.row_of(sample)]))[0]
         for slot, (loss, gradients) in enumerate(digit_gradients(model, images[sample], timesteps)):
             assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-4)
             expected, _ = compress_gradient(iter(gradients.values()), plan)
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     order = torch.argsort(ones.abs())[-facts.length :].numpy()
     signs = np.sign(ones.numpy())[order]
     for sample in range(4):
-        row = trace.rows(np.array([sample]))[0]
+        row = trace.gradients(np.array([sample]))[0]
         for slot, (loss, expected) in enumerate(digit_gradients(model, images[sample], [0, 250, 999])):
             gradient = row[slot][order] * signs * trace.norm[sample, slot]
             assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-5)
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
         )
         assert "Traceback" not in ran.stderr
         again = open_store(tmp_path / out)
-        rows, first = again.rows(np.arange(4)), trace.rows(np.arange(4))
+        rows, first = again.gradients(np.arange(4)), trace.gradients(np.arange(4))
         assert np.abs(rows - first).max() <= 1e-6
         assert np.linalg.norm(rows - first) <= 1e-6 * np.linalg.norm(first)
     assert not (tmp_path / "x").exists() or not files_of(tmp_path / "x")
@@ -144,7 +144,7 @@ def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments
     trace = open_store(tmp_path / "out" / "trace.zarr")
     if "bf16" in arguments:
         # Rounded to 8 bits on the way, a gradient is still nearest to its own sample's.
-        rows = trace.rows(np.arange(12)).reshape(12, -1)
+        rows = trace.gradients(np.arange(12)).reshape(12, -1)
         assert trace.complete and np.isfinite(rows).all()
         return
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")

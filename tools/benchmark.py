@@ -297,7 +297,7 @@ def estimator_command(
 ) -> None:
     """How far scores err when sketches are divided by the gradient's norm (the paper) or by their own (ours)."""
     trace = open_store(exact_store)
-    rows = trace.rows(trace.rows_done)
+    rows = trace.gradients(trace.rows_done)
     truth = np.einsum("itv,jtv->ij", rows, rows, optimize=True)
     others = ~np.eye(len(rows), dtype=bool)
     result = Result(
@@ -400,7 +400,7 @@ def clustered_store(path: Path, header: Header) -> Store:
 def mixed_queries(trace: Store, count: int) -> np.ndarray:
     """(Q, T, v) float32 of norm one: half a stored sample, half another, so near to the store, and not in it."""
     pairs = np.random.default_rng(1).integers(trace.header.samples, size=(count, 2))
-    asked: np.ndarray = trace.rows(pairs[:, 0]) + 0.7 * trace.rows(pairs[:, 1])
+    asked: np.ndarray = trace.gradients(pairs[:, 0]) + 0.7 * trace.gradients(pairs[:, 1])
     return asked / np.linalg.norm(asked, axis=2, keepdims=True)
 
 
@@ -983,7 +983,7 @@ def capture_command(
                 with replaced(places):
                     command = ["capture", "--weights", weights, "--timesteps", 10, "--out", out, "--", *lora]
                     taken[name].append(_captured(work, *command).whole)
-                rows[name] = open_store(out).rows(np.arange(10))
+                rows[name] = open_store(out).gradients(np.arange(10))
         best = {name: min(times) for name, times in taken.items()}
         for name, seconds in best.items():
             saved.add(name, seconds, seconds / best["free"])

@@ -417,7 +417,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _rows(path: Path) -> np.ndarray:
     trace = open_trace(path)
-    return trace.rows(np.arange(trace.header.samples))
+    return trace.gradients(np.arange(trace.header.samples))
 
 
 def _apart(expected: np.ndarray, found: np.ndarray, most: float, whose: str) -> str:

@@ -286,7 +286,7 @@ def _read_all(trace: Store) -> None:
     for name in trace.header.columns:
         trace.column(name)
     facts(trace)
-    rows = trace.rows(np.array([0, len(trace.sample) - 1]))
+    rows = trace.gradients(np.array([0, len(trace.sample) - 1]))
     query.answer_queries(trace, rows, k=3, score="dmin", exact=True)
 
 

@@ -50,7 +50,7 @@ def attack(folder: Path, faults: int, seed: int, *, dtype: Dtype = "int8", codec
     trace = make_store(folder, dtype=dtype, codec=codec, dimension=1024 if codec == "blosc" else 64)
     if (found := verify_store(trace.path)).damages:
         raise ValueError(f"a new store is damaged: {found.damages}")
-    queries = trace.rows(ASKED) + np.float32(0.01)
+    queries = trace.gradients(ASKED) + np.float32(0.01)
     before = {
         exact: _hits(query.answer_queries(trace, queries, k=5, score="dmin", exact=exact)) for exact in (True, False)
     }

@@ -350,7 +350,7 @@ def _ask(
     for first in range(0, len(asking), together):
         here = asking[first : first + together]
         # One more than is looked at, for the one that asks. Another may be before it, if it is a copy.
-        answer = query.answer_queries(trace, trace.rows(ranked[here]), k=k + 1, score=made, exact=exact)
+        answer = query.answer_queries(trace, trace.gradients(ranked[here]), k=k + 1, score=made, exact=exact)
         hits = np.array([[hit.sample for hit in hits] for hits in answer.hits])
         found[first : first + together] = evaluate.without_self(np.searchsorted(samples, hits), here)
         if progress is not None:

@@ -264,7 +264,7 @@ def sample_gradients(trace: Store, samples: Sequence[int]) -> np.ndarray:
                 f"Sample {sample} has no gradient to ask with: it could not be loaded, or its gradient is zero or not "
                 "finite. Ask with another."
             )
-    return trace.rows(slots)
+    return trace.gradients(slots)
 
 
 def capture_queries(
@@ -435,7 +435,7 @@ def query_rows(captured: Store, names: Sequence[str]) -> np.ndarray:
     bad = np.flatnonzero(~captured.valid)
     if bad.size:
         raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
-    return captured.rows(np.arange(len(names)))
+    return captured.gradients(np.arange(len(names)))
 
 
 def _captured(path: Path, files: Sequence[Path]) -> np.ndarray:

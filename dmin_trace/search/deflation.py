@@ -184,7 +184,7 @@ def _grams(trace: Store, slots: NDArray[np.int64], pool: ThreadPoolExecutor, pro
     kernels = np.empty((len(trace.header.timesteps), len(slots), len(slots)))
     size = 4 * _block_rows(trace)
     for start in range(0, len(slots), size):
-        some = trace.rows(slots[start : start + size]).transpose(1, 0, 2)
+        some = trace.gradients(slots[start : start + size]).transpose(1, 0, 2)
         end, at = start + some.shape[1], start
         for rows in _blocks(trace, slots[start:]):
             here = slice(at, at + len(rows))
@@ -273,7 +273,7 @@ def _blocks(
     """The samples' gradients in order, in blocks (n, T, v) that are few enough to be held as float32."""
     size = _block_rows(trace)
     for start in range(0, len(slots), size):
-        yield trace.rows(slots[start : start + size])
+        yield trace.gradients(slots[start : start + size])
         if progress is not None:
             progress("looking for what samples share", turn * len(slots) + start + size, turns * len(slots))
 

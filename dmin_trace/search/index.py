@@ -643,7 +643,7 @@ def _questions(trace: Store, held: NDArray[np.int64]) -> NDArray[np.float32]:
     A generated image is no copy of a sample: it lies between many, none of which stands out. It takes more candidates
     than a sample does, and mixtures come closest to it (docs/performance.md).
     """
-    rows = trace.rows(held)
+    rows = trace.gradients(held)
     mixed = rows + np.roll(rows, len(rows) // 2, axis=0)
     norm = np.linalg.norm(mixed, axis=2, keepdims=True)
     return np.concatenate([rows, mixed / np.where(norm > 0, norm, 1)])
@@ -696,7 +696,7 @@ def _add(graph: hnswlib.Index, trace: Store, split: Split, slots: NDArray[np.int
     """Links the vectors of these slots."""
     done = 0
     for part in _parts(trace, slots):
-        graph.add_items(split.vectors(trace.rows(part)), part)
+        graph.add_items(split.vectors(trace.gradients(part)), part)
         done += len(part)
         progress(f"linking vectors of {split.length:,} numbers", done, len(slots))
 

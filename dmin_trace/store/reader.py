@@ -611,7 +611,7 @@ class Store:
             raise self._damaged("grad", chunk, f"does not have the numbers of its checksum, in its row {place}")
         return np.frombuffer(numbers, dtype.newbyteorder("<")).reshape(shape)
 
-    def rows(self, slots: Array) -> NDArray[np.float32]:
+    def gradients(self, slots: Array) -> NDArray[np.float32]:
         """The compressed gradients of these slots, (n, T, v) float32.
 
         Raises TraceError for a slot that the store does not have, or in a chunk that is not done.

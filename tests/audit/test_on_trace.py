@@ -62,7 +62,7 @@ def labelled(path: Path, **changes: Any) -> tuple[Store, Rows]:
 
 def by_hand(trace: Store, rows: Rows, asking: int) -> list[int]:
     """The other samples that are ranked, best first for a sample that asks, by plain numpy on what is stored."""
-    stored = trace.rows(np.arange(160)).astype(np.float64)
+    stored = trace.gradients(np.arange(160)).astype(np.float64)
     slot = rows.sample.tolist().index(asking)
     scores = (stored * stored[slot]).sum(axis=(1, 2))
     order = sorted(range(160), key=lambda other: (-scores[other], other))
@@ -159,14 +159,14 @@ def test_the_index_answers_where_it_serves(tmp_path: Path) -> None:
 
 def test_every_score_is_that_of_the_ranking(tmp_path: Path) -> None:
     trace, rows = labelled(tmp_path / "trace.zarr")
-    queries = trace.rows(np.array([0, 3, 9]))
+    queries = trace.gradients(np.array([0, 3, 9]))
     counted: list[int] = []
     scores = score.all_scores(trace, queries, threads=2, progress=counted.append)
     assert (scores.shape, scores.dtype, counted) == ((3, 160), np.float32, [64, 64, 32])
     assert np.flatnonzero(np.isnan(scores).any(axis=0)).tolist() == [5]
     ranking = score.exact_top_k(trace, queries, 159)
     assert np.allclose(np.take_along_axis(scores, ranking.rows, 1), ranking.scores, atol=1e-6)
-    expected = np.einsum("ntv,qtv->qn", trace.rows(np.arange(160)).astype(np.float64), queries)
+    expected = np.einsum("ntv,qtv->qn", trace.gradients(np.arange(160)).astype(np.float64), queries)
     assert np.allclose(np.delete(scores, 5, 1), np.delete(expected, 5, 1), atol=1e-5)
     with pytest.raises(QueryError, match="threads is 0"):
         score.all_scores(trace, queries, threads=0)
@@ -187,7 +187,7 @@ def test_subsets_are_by_number_of_sample(tmp_path: Path) -> None:
     scores = np.zeros((3, 160))
     for slot, sample in enumerate(rows.sample):
         if slot != 5:
-            scores[:, sample] = (gradients * trace.rows(np.array([slot]))).sum(axis=(1, 2))
+            scores[:, sample] = (gradients * trace.gradients(np.array([slot]))).sum(axis=(1, 2))
     subsets = np.random.default_rng(0).random((30, 160)) < 0.5
     read = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=-(subsets @ scores.T)), trace, 3)
     found = datamodeling(trace, gradients, read, asked)
@@ -364,7 +364,7 @@ STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Store], obje
     "samples of other numbers": (
         lambda rows: {"sample": rows.sample + 1},
         lambda trace: datamodeling(
-            trace, trace.rows(np.array([0])), examine.Retrained(np.ones((2, 160), bool), np.ones((2, 1))), ["a"]
+            trace, trace.gradients(np.array([0])), examine.Retrained(np.ones((2, 160), bool), np.ones((2, 1))), ["a"]
         ),
         EvaluationError,
         "does not hold each of the samples 0 to 159 once",
@@ -442,7 +442,7 @@ def test_a_user_who_trained_again_gets_the_datamodeling_score(
     asked = [4, 11, 7]
     slots = np.array([trace.row_of(sample) for sample in asked])
     scores = np.empty((3, 24))
-    scores[:, trace.sample] = score.all_scores(trace, trace.rows(slots))
+    scores[:, trace.sample] = score.all_scores(trace, trace.gradients(slots))
     subsets = np.random.default_rng(0).random((12, 24)) < 0.5
     save(made / "models.npz", subsets=subsets, losses=-(subsets @ scores.T))
     images = [f"digits/{sample:04d}.png" for sample in asked]

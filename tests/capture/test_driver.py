@@ -95,7 +95,7 @@ def check_against_plain_autograd(path: Path, state: Path) -> None:
     points = torch.randn(10, 16, generator=torch.Generator().manual_seed(5))
     facts = trace.header.projection
     plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation", facts.width)
-    rows = trace.rows(np.arange(10))
+    rows = trace.gradients(np.arange(10))
     for slot in pinned_timesteps(make_settings(trace.header.settings)):
         t = torch.tensor([slot.index_in(1000)])
         assert trace.header.timesteps[slot.number] == t.item()

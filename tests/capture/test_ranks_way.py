@@ -26,7 +26,7 @@ def check_same_rows(several: Path, one: Path, samples: int) -> None:
     assert found.complete and found.header.weights == expected.header.weights
     order = np.argsort(found.sample)
     assert found.sample[order].tolist() == list(range(samples)) == expected.sample.tolist()
-    a, b = found.rows(order), expected.rows(np.arange(samples))
+    a, b = found.gradients(order), expected.gradients(np.arange(samples))
     assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b)
     assert np.allclose(found.norm[order], expected.norm, rtol=1e-5)
     for name in expected.header.columns:

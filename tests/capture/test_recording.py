@@ -190,7 +190,7 @@ def test_after_a_kill_only_what_is_missing_is_recorded(tmp_path: Path) -> None:
     assert (tmp_path / "trace.zarr" / "grad" / "c" / "0" / "0" / "0").stat().st_mtime_ns == first.st_mtime_ns
     trace, whole = open_store(tmp_path / "trace.zarr"), open_store(record(denoiser(), tmp_path / "whole.zarr"))
     assert trace.sample.tolist() == list(range(12))
-    assert np.array_equal(trace.rows(np.arange(12)), whole.rows(np.arange(12)))
+    assert np.array_equal(trace.gradients(np.arange(12)), whole.gradients(np.arange(12)))
     ran = run([script, -1], tmp_path, code=1)
     assert "exists already and is complete" in ran.stderr
 
@@ -243,7 +243,7 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
 
     given = asked(model, tmp_path / "asked.zarr", lambda place: place.timestep(1000))
     assert given.header.timesteps == drawn.header.timesteps == (166, 500, 833)
-    assert np.array_equal(given.rows(np.arange(12)), drawn.rows(np.arange(12)))
+    assert np.array_equal(given.gradients(np.arange(12)), drawn.gradients(np.arange(12)))
 
     class Inner(torch.nn.Module):
         """A model whose timestep has a name that is not looked for."""
@@ -268,7 +268,7 @@ def test_a_grad_scaler_and_an_outer_module_change_nothing(tmp_path: Path) -> Non
     assert open_store(scaled).header.parameters.names[0] == "denoiser.inner.weight"
     assert np.allclose(open_store(scaled).norm, plain.norm, rtol=1e-6)
     assert scaler.scale(torch.ones(())).item() == 3.0
-    assert np.allclose(open_store(scaled).rows(np.arange(12)), plain.rows(np.arange(12)), atol=1e-6)
+    assert np.allclose(open_store(scaled).gradients(np.arange(12)), plain.gradients(np.arange(12)), atol=1e-6)
 
 
 def test_a_backward_inside_autocast_is_in_the_precision_of_its_forward(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_backward_inside_autocast_is_in_the_precision_of_its_forward(tmp_path:
                         with torch.autocast("cpu", enabled=False):
                             loss = loss_of(model, POINTS[i : i + 1])
                         loss.backward()
-        rows.append(open_store(out).rows(np.arange(2)))
+        rows.append(open_store(out).gradients(np.arange(2)))
     assert np.array_equal(rows[0], rows[1])
 
 

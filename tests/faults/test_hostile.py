@@ -140,7 +140,7 @@ def test_a_pipe_in_place_of_a_file_blocks_nobody(trace: Store, name: str) -> Non
     def ask() -> None:
         try:
             opened = open_store(trace.path)
-            query.answer_queries(opened, opened.rows(np.array([0])), k=3, score="dmin")
+            query.answer_queries(opened, opened.gradients(np.array([0])), k=3, score="dmin")
         except DminTraceError:
             pass
         try:
@@ -236,7 +236,7 @@ from dmin_trace.query import answer as query
 from dmin_trace.store import integrity as verify
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, now + 2**31))
-for read in (lambda t: t.norm, lambda t: t.valid, lambda t: t.column("caption"), lambda t: t.rows(np.array([0])),
+for read in (lambda t: t.norm, lambda t: t.valid, lambda t: t.column("caption"), lambda t: t.gradients(np.array([0])),
              lambda t: query.answer(t, np.ones((1, 3, 64), np.float32), k=3, score="dmin"), facts,
              lambda t: verify.verify(t.path)):
     try:

@@ -53,7 +53,7 @@ def test_they_are_counted_each_with_its_own_line(odd: Store) -> None:
 
 
 def test_no_score_ranks_them(odd: Store) -> None:
-    asked = odd.rows(np.array([0, 5]))
+    asked = odd.gradients(np.array([0, 5]))
     most = int(odd.valid.sum())
     for name in ("dmin", "deflated"):
         answer = query.answer_queries(odd, asked, k=most, score=name)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_no_score_ranks_them(odd: Store) -> None:
     assert set(exact_top_k(odd, asked, most).rows[0]) == set(range(64)) - set(ODD)
     directions = kernel.principal_directions(odd, 4)
     kept = [slot for slot in range(64) if slot not in ODD]
-    rows = odd.rows(np.array(kept))[:, 0].astype(np.float64)
+    rows = odd.gradients(np.array(kept))[:, 0].astype(np.float64)
     # As of the good ones alone.
     expected = np.linalg.eigvalsh(rows @ rows.T)[::-1][:4]
     assert np.allclose(directions.eigenvalues[0], expected, rtol=1e-3)
@@ -97,7 +97,7 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
     trace = open_store(tmp_path / "trace.zarr")
     good = [2, 3, 4, 5, 7, 8, 9, 10]
     assert trace.numbers.failed == (0, 1, 6, 11) and np.flatnonzero(trace.valid).tolist() == good
-    assert np.array_equal(trace.rows(np.array(good)), whole.rows(np.array(good)))
+    assert np.array_equal(trace.gradients(np.array(good)), whole.gradients(np.array(good)))
     assert trace.column("caption") == [captions[k] if k in good else "" for k in range(12)]
 
     # They can be loaded now, at first but for one: a repair tries them again, with what else is in their chunks.
@@ -117,7 +117,7 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
                         loss_of(recording._models[0], POINTS[i : i + 1]).backward()
         mended, found = open_store(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
         assert again == list(tried) and mended.numbers.failed == tuple(torn)
-        assert np.array_equal(mended.rows(np.array(found)), whole.rows(np.array(found)))
+        assert np.array_equal(mended.gradients(np.array(found)), whole.gradients(np.array(found)))
         assert mended.column("caption") == [captions[k] if k in found else "" for k in range(12)]
         anew = [chunk.stat().st_ino != inode for chunk, inode in zip(chunks, before, strict=True)]
         assert anew == [True, len(tried) == 12]

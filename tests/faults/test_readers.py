@@ -24,7 +24,7 @@ from dmin_trace.store import open_store
 for _ in range(int(sys.argv[2])):
     trace = open_store(sys.argv[1])
     for exact in (True, False):
-        answer = query.answer(trace, trace.rows(np.array([3, 77])), k=4, score="dmin", exact=exact)
+        answer = query.answer(trace, trace.gradients(np.array([3, 77])), k=4, score="dmin", exact=exact)
         print([(hit.sample, hit.score) for hits in answer.hits for hit in hits])
 """
 

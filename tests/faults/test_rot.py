@@ -59,7 +59,7 @@ READS: dict[str, Callable[[Store], object]] = {
     "meta/label": lambda trace: trace.column("label"),
     "grad": lambda trace: trace.grad_chunk(3),
     "grad, in parts": lambda trace: list(parts_of_plain(trace, 3)),
-    "grad, some rows": lambda trace: trace.rows(np.array([100])),
+    "grad, some rows": lambda trace: trace.gradients(np.array([100])),
     "grad, a row": lambda trace: trace.stored_row(127),
 }
 
@@ -90,7 +90,7 @@ def test_what_the_last_chunk_is_padded_with_is_compared_too(tmp_path: Path) -> N
 
 
 def test_a_scan_stops_before_it_answers(trace: Store) -> None:
-    queries = trace.rows(np.array([5]))
+    queries = trace.gradients(np.array([5]))
     for chunk in range(5):
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)
         for ask in (score.exact_top_k, lambda trace, queries, k: score.all_scores(trace, queries)):
@@ -101,7 +101,7 @@ def test_a_scan_stops_before_it_answers(trace: Store) -> None:
 
 
 def test_an_index_checks_the_rows_that_it_ranks_and_reads_no_others(trace: Store) -> None:
-    queries = trace.rows(np.array([5]))
+    queries = trace.gradients(np.array([5]))
     row = trace.header.sample_bytes
     ranked = search(_opened(trace), queries, 3)
     for slot in ranked.rows[0]:
@@ -338,7 +338,7 @@ def test_a_header_that_rots_cannot_be_repaired_and_says_so(trace: Store) -> None
 
 
 def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Store) -> None:
-    queries = trace.rows(np.array([5]))
+    queries = trace.gradients(np.array([5]))
     for name in ("graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"):
         file = trace.path.parent / "trace.index" / name
         if file.stat().st_size == 0:

@@ -144,7 +144,7 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
 
 def check_rows(folder: Path, out: str) -> None:
     found, whole = (open_store(folder / name / "trace.zarr") for name in (out, "whole"))
-    assert np.array_equal(found.rows(np.arange(10)), whole.rows(np.arange(10)))
+    assert np.array_equal(found.gradients(np.arange(10)), whole.gradients(np.arange(10)))
     assert np.array_equal(found.norm, whole.norm) and np.array_equal(found.loss, whole.loss)
 
 
@@ -214,8 +214,8 @@ def test_samples_that_fail_to_load_are_listed_and_the_capture_goes_on(
     trace, whole = open_store(folder / "failed" / "trace.zarr"), open_store(folder / "whole" / "trace.zarr")
     good = [1, 2, 3, 4, 5, 7, 8]
     assert trace.complete and np.flatnonzero(trace.valid).tolist() == good and trace.numbers.failed == (0, 6, 9)
-    assert np.array_equal(trace.rows(np.array(good)), whole.rows(np.array(good)))
-    assert np.isnan(trace.loss[[0, 6, 9]]).all() and not trace.rows(np.array([0, 6, 9])).any()
+    assert np.array_equal(trace.gradients(np.array(good)), whole.gradients(np.array(good)))
+    assert np.isnan(trace.loss[[0, 6, 9]]).all() and not trace.gradients(np.array([0, 6, 9])).any()
     assert trace.column("caption")[5:8] == ["point 5", "", "point 7"]
     assert main(["info", str(trace.path)]) == 0
     assert "failed to load 3 samples: 0, 6, 9; never ranked" in " ".join(capsys.readouterr().out.split())

@@ -88,7 +88,7 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     asked = [(images[2], "a sks digit"), (images[2], "-- a cat"), (images[1], "a sks digit")]
     found = capture_queries(trace, [image for image, _ in asked], [prompt for _, prompt in asked])
     for query, sample in ((0, 2), (2, 1)):
-        assert np.allclose(found[query], trace.rows(np.array([sample]))[0], atol=1e-6), query
+        assert np.allclose(found[query], trace.gradients(np.array([sample]))[0], atol=1e-6), query
     assert not np.allclose(found[1], found[0], atol=1e-2)
 
 

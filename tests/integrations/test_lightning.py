@@ -75,7 +75,7 @@ def test_on_the_page_a_copied_training_image_finds_itself_first(
     assert [(hit.sample, hit.columns["label"]) for hit in names["hits"][0][:1]] == [(7, 7)]
     first, again = open_store(tmp_path / "out" / "trace.zarr"), open_store(tmp_path / "out" / "again.zarr")
     assert first.complete and first.header.timesteps == (100, 300, 500, 700, 900)
-    assert np.array_equal(first.rows(np.arange(48)), again.rows(np.arange(48)))
+    assert np.array_equal(first.gradients(np.arange(48)), again.gradients(np.arange(48)))
 
 
 def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_mean_over_draws(tmp_path: Path) -> None:
             assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, slot)
     capture(module, loader(), out=tmp_path / "again.zarr", settings=Settings(**asked | {"timesteps": (100, 900)}))
     again = open_store(tmp_path / "again.zarr")
-    assert np.array_equal(again.rows(np.arange(12)), trace.rows(np.arange(12)))
+    assert np.array_equal(again.gradients(np.arange(12)), trace.gradients(np.arange(12)))
     hits = attribute(module, trace, [points[4]], k=2, score="dmin")
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(2, abs=1e-5)
 
@@ -244,7 +244,7 @@ def test_a_frozen_encoder_is_asked_once_for_each_sample(tmp_path: Path) -> None:
             for k in recording.timesteps:
                 with recording.step(i, k):
                     module.training_step({"point": points[i]["point"][None]}, 0)["loss"].backward()
-    rows = [open_store(tmp_path / name).rows(np.arange(12)) for name in ("a.zarr", "b.zarr")]
+    rows = [open_store(tmp_path / name).gradients(np.arange(12)) for name in ("a.zarr", "b.zarr")]
     assert np.array_equal(rows[0], rows[1])
 
 
@@ -309,7 +309,7 @@ def test_on_demand_goes_on_where_it_stopped(trained: tuple[Denoiser, Path], tmp_
     Stops.stop = -1
     capture(module, data, out=again, settings=SMALL)
     assert seen[0] == 8 and seen[-3:] == [9, 10, 11] and 1 not in seen
-    assert np.array_equal(open_store(again).rows(np.arange(12)), open_store(out).rows(np.arange(12)))
+    assert np.array_equal(open_store(again).gradients(np.arange(12)), open_store(out).gradients(np.arange(12)))
     with pytest.raises(TraceError, match="is complete"):
         capture(module, data, out=again, settings=SMALL)
 

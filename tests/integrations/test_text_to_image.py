@@ -122,7 +122,7 @@ def test_on_demand_from_the_saved_lora_is_the_same(made: Path) -> None:
     options = ["--weights", made / "saved", "--out", made / "now.zarr"]
     command_line(["capture", *options, "--", *command], made / "with")
     every = np.arange(COUNT)
-    first, again = (open_store(p).rows(every) for p in (made / "with" / "out" / "trace.zarr", made / "now.zarr"))
+    first, again = (open_store(p).gradients(every) for p in (made / "with" / "out" / "trace.zarr", made / "now.zarr"))
     assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
 
 
@@ -146,7 +146,7 @@ def test_remembered_encoders_change_no_bit(made: Path, monkeypatch: pytest.Monke
             monkeypatch.setattr(frozen, "_is_frozen", lambda module: False)
         out = made / f"remembers-{remembers}.zarr"
         command_line(["capture", "--weights", weights, "--out", out, "--", made / "train.py", *COMMAND], made / "with")
-        rows.append(open_store(out).rows(np.arange(COUNT)))
+        rows.append(open_store(out).gradients(np.arange(COUNT)))
         assert ran == dict.fromkeys(ran, COUNT if remembers else COUNT * 3)
     assert np.array_equal(*rows)
 

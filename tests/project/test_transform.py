@@ -83,7 +83,7 @@ def test_on_demand_is_as_at_the_end(trained: Path) -> None:
     again = open_store(trained / "demand.zarr")
     assert again.header.transform == "sign"
     for sample in range(4):
-        a, b = first.rows(np.array([sample])), again.rows(np.array([sample]))
+        a, b = first.gradients(np.array([sample])), again.gradients(np.array([sample]))
         assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a), sample
     assert np.allclose(first.norm, again.norm, rtol=1e-6)
 
@@ -207,7 +207,7 @@ def test_a_recording_goes_on_with_the_same_transform_alone(tmp_path: Path) -> No
     record(model, out=tmp_path / "trace.zarr", transform="none")
     whole, resumed = open_store(tmp_path / "whole.zarr"), open_store(tmp_path / "trace.zarr")
     assert resumed.header.chunks == 3
-    assert np.array_equal(resumed.rows(np.arange(6)), whole.rows(np.arange(6)))
+    assert np.array_equal(resumed.gradients(np.arange(6)), whole.gradients(np.arange(6)))
 
 
 def test_a_header_that_contradicts_itself_is_damaged(tmp_path: Path) -> None:

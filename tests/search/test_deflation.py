@@ -26,7 +26,7 @@ from dmin_trace.store import Store, open_store
 
 def stored_rows(trace: Store) -> np.ndarray:
     """(T, n, v) what can be ranked, in float64."""
-    return trace.rows(np.flatnonzero(trace.valid)).transpose(1, 0, 2).astype(np.float64)
+    return trace.gradients(np.flatnonzero(trace.valid)).transpose(1, 0, 2).astype(np.float64)
 
 
 def slow_deflated(trace: Store, queries: np.ndarray, count: int) -> np.ndarray:

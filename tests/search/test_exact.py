@@ -129,9 +129,9 @@ def test_the_number_of_threads_changes_nothing(stored: Store) -> None:
 
 def test_a_row_finds_itself_first(stored: Store) -> None:
     slots = np.array([0, 17, 202])
-    ranking = exact_top_k(stored, stored.rows(slots), 2)
+    ranking = exact_top_k(stored, stored.gradients(slots), 2)
     assert ranking.rows[:, 0].tolist() == slots.tolist()
-    assert np.allclose(ranking.scores[:, 0], (stored.rows(slots) ** 2).sum(axis=(1, 2)), rtol=1e-5)
+    assert np.allclose(ranking.scores[:, 0], (stored.gradients(slots) ** 2).sum(axis=(1, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,7 +184,7 @@ def test_rows_without_a_direction_are_never_ranked(tmp_path: Path) -> None:
     rows.grad[9, 0, 0] = np.nan
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     left = sorted(set(range(40)) - set(bad) - set(range(24, 32)))
-    queries = np.concatenate([make_queries(trace, 3), trace.rows(np.array([2, 16]))])
+    queries = np.concatenate([make_queries(trace, 3), trace.gradients(np.array([2, 16]))])
     ranking = exact_top_k(trace, queries, len(left))
     assert [sorted(row) for row in ranking.rows.tolist()] == [left] * 5
     # In their place a bad row's huge scores would come first, and every score below would be lost.

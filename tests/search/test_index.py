@@ -210,7 +210,7 @@ def test_more_hits_than_were_calibrated_are_scanned_for(stored: tuple[Store, Row
 
 def test_questions_that_cannot_be_asked(indexed: Store) -> None:
     found = opened(indexed)
-    queries = indexed.rows(np.array([1, 2]))
+    queries = indexed.gradients(np.array([1, 2]))
     for wrong, k, line in [(queries, 0, "k is 0"), (queries, 161, "k is 161"), (queries[:, :1], 1, "have shape")]:
         with pytest.raises(QueryError, match=line):
             search(found, wrong, k)
@@ -244,14 +244,16 @@ def test_a_few_samples_are_scanned(tmp_path: Path) -> None:
     header = make_header(samples=10)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     assert not build_index(trace).depths
-    said = query.answer_queries(trace, trace.rows(np.array([1])), k=2, score="dmin").said
+    said = query.answer_queries(trace, trace.gradients(np.array([1])), k=2, score="dmin").said
     assert said == "scanned all 10 samples: the index does not serve (10 samples are few enough to scan)"
 
 
 def test_no_index_is_nothing_to_talk_about(tmp_path: Path) -> None:
     header = make_header(samples=10)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
-    assert query.answer_queries(trace, trace.rows(np.array([1])), k=2, score="dmin").said == "scanned all 10 samples"
+    assert (
+        query.answer_queries(trace, trace.gradients(np.array([1])), k=2, score="dmin").said == "scanned all 10 samples"
+    )
 
 
 def test_an_index_that_folds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +407,7 @@ def test_an_index_that_does_not_fit_is_not_used(indexed: Store, spoil: Callable[
     trace = open_store(indexed.path)
     why = open_index(trace)
     assert isinstance(why, Unavailable) and line in why.reason
-    queries = trace.rows(np.array([17]))
+    queries = trace.gradients(np.array([17]))
     answer = query.answer_queries(trace, queries, k=5, score="dmin")
     assert answer.said == f"scanned all 160 samples: {why.reason}"
     assert [hit.score for hit in answer.hits[0]] == score.exact_top_k(trace, queries, 5).scores[0].tolist()

@@ -87,7 +87,7 @@ def test_another_codec_holds_the_same_numbers_to_the_bit(tmp_path: Path, dtype: 
         ours, theirs = (zarr.open_group(t.path, mode="r") for t in (old, trace))
         for name in ("grad", "scale") if dtype == "int8" else ("grad",):
             assert np.array_equal(ours[name][:], theirs[name][:])  # type: ignore[index]
-        assert np.array_equal(trace.rows(np.arange(37)), old.rows(np.arange(37)))
+        assert np.array_equal(trace.gradients(np.arange(37)), old.gradients(np.arange(37)))
     assert len({old.header.id, packed.header.id, back.header.id}) == 3
 
 
@@ -125,23 +125,27 @@ def test_a_folded_store_is_the_capture_of_fewer_dimensions(
     expected = np.array([[compress_gradient([g], plan)[0].numpy() for g in row] for row in gradients])
     # int8 before the fold: each of the v / dimension numbers that are added is off by half a step at most.
     steps = {"float32": 1e-5, "float16": 1e-3, "int8": 0.02}
-    assert np.abs(new.rows(np.arange(23)) - expected).max() < steps[old_dtype] + steps[new_dtype]
-    norms = np.linalg.norm(new.rows(np.arange(23)), axis=2)
+    assert np.abs(new.gradients(np.arange(23)) - expected).max() < steps[old_dtype] + steps[new_dtype]
+    norms = np.linalg.norm(new.gradients(np.arange(23)), axis=2)
     assert np.allclose(norms, 1, atol=0.02)
 
 
 def test_what_has_no_direction_stays_so(tmp_path: Path) -> None:
     old, _ = projected(tmp_path, dtype="float32")
     rows = Rows(
-        old.rows(np.arange(23)), old.norm.copy(), old.loss, old.sample, {n: old.column(n) for n in old.header.columns}
+        old.gradients(np.arange(23)),
+        old.norm.copy(),
+        old.loss,
+        old.sample,
+        {n: old.column(n) for n in old.header.columns},
     )
     rows.grad[7, 1], rows.norm[7, 1] = 0, 0
     rows.grad[20], rows.norm[20] = np.nan, np.nan
     broken = write_store(tmp_path / "broken.zarr", old.header, rows)
     new = pack_store(broken, tmp_path / "new.zarr", dimension=64)
     same_facts(broken, new)
-    assert not new.rows(np.array([20])).any() and not new.rows(np.array([7]))[0, 1].any()
-    assert new.rows(np.array([7]))[0, 0].any()
+    assert not new.gradients(np.array([20])).any() and not new.gradients(np.array([7]))[0, 1].any()
+    assert new.gradients(np.array([7]))[0, 0].any()
     assert np.flatnonzero(~new.valid).tolist() == [7, 20]
 
 
@@ -169,11 +173,11 @@ def test_what_does_not_fold_is_refused_with_the_reason(tmp_path: Path) -> None:
 
 def test_answers_are_those_of_the_original(tmp_path: Path) -> None:
     old, _ = projected(tmp_path, dimension=4096, length=50_000)
-    queries = old.rows(np.array([3, 11]))
+    queries = old.gradients(np.array([3, 11]))
     whole = exact_top_k(old, queries, 10)
     for number, wanted in enumerate(({"codec": "blosc"}, {"dtype": "float32"}, {"dimension": 2048, "codec": "blosc"})):
         new = pack_store(old, tmp_path / f"{number}.zarr", **wanted)  # type: ignore[arg-type]
-        again = exact_top_k(new, new.rows(np.array([3, 11])), 10)
+        again = exact_top_k(new, new.gradients(np.array([3, 11])), 10)
         assert again.rows[:, 0].tolist() == [3, 11]
         if "dimension" not in wanted:
             assert np.array_equal(again.rows, whole.rows)

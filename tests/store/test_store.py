@@ -70,9 +70,9 @@ def test_what_is_written_comes_back_and_is_ordinary_zarr(tmp_path: Path, dtype: 
 
     expected = dequantised(tmp_path / "trace.zarr")
     order = np.array([9, 0, 3, 4, 0])
-    assert np.allclose(trace.rows(order), expected[order], rtol=1e-6, atol=0)
+    assert np.allclose(trace.gradients(order), expected[order], rtol=1e-6, atol=0)
     if dtype == "float32":
-        assert np.array_equal(trace.rows(np.arange(10)), rows.grad)
+        assert np.array_equal(trace.gradients(np.arange(10)), rows.grad)
     half = np.abs(rows.grad).max(axis=2, keepdims=True) / 254
     # Of int8 half a step, and what the norm is corrected by.
     bound = {"int8": half + 0.01 * np.abs(rows.grad), "float16": 2**-11 * np.abs(rows.grad) + 2**-25}
@@ -98,7 +98,7 @@ def test_a_packed_store_is_ordinary_zarr_too(tmp_path: Path, dtype: Dtype) -> No
     # Rows of zeros, which are not random.
     assert len(chunk_file(packed.path, "grad", 1, 3).read_bytes()) < 200
     order = np.array([9, 0, 3, 4, 0])
-    assert np.array_equal(packed.rows(order), plain.rows(order))
+    assert np.array_equal(packed.gradients(order), plain.gradients(order))
     shown = dict(facts(packed))
     size = sum(chunk_file(packed.path, "grad", chunk, 3).stat().st_size for chunk in range(3))
     assert shown["the store"] == f"{packed.bytes:,} bytes, codec blosc"
@@ -199,7 +199,7 @@ def test_rows_of_zeros_or_without_a_number_are_stored_as_zeros(tmp_path: Path) -
         rows.grad[2, 0, 5], rows.norm[2, 0] = np.nan, np.nan
         rows.grad[3, 1, 0], rows.norm[3, 1] = -np.inf, np.inf
         trace = write_store(tmp_path / dtype, header, rows)
-        back = trace.rows(np.arange(10))
+        back = trace.gradients(np.arange(10))
         for slot, timestep in ((1, 2), (2, 0), (3, 1)):
             assert not back[slot, timestep].any()
         assert back[2, 1].any()
@@ -220,7 +220,7 @@ def test_a_chunk_of_nothing_but_fill_values_is_written_too(tmp_path: Path) -> No
         {"caption": [None] * 10, "label": [None] * 10, "weight": [None] * 10},
     )
     trace = write_store(tmp_path / "trace.zarr", header, nothing)
-    assert trace.complete and not trace.valid.any() and not trace.rows(np.arange(10)).any()
+    assert trace.complete and not trace.valid.any() and not trace.gradients(np.arange(10)).any()
     assert trace.column("caption") == [""] * 10 and trace.column("label") == [-1] * 10
     assert np.isnan(trace.column("weight")).all()
 
@@ -575,7 +575,7 @@ def test_an_unfinished_store_is_opened_only_when_asked(tmp_path: Path) -> None:
         with pytest.raises(TraceError, match=f"chunk {chunk} is not done"):
             trace.grad_chunk(chunk)
     with pytest.raises(TraceError, match="chunk 2 is not done"):
-        trace.rows(np.array([4, 9]))
+        trace.gradients(np.array([4, 9]))
     # Complete means that every chunk is done, whatever the attribute says.
     change(path, lambda metadata: metadata["attributes"].update(complete=True))
     with pytest.raises(TraceError, match="is unfinished"):
@@ -595,7 +595,7 @@ def test_a_capture_that_has_only_begun_can_be_looked_at(tmp_path: Path) -> None:
             held.norm  # noqa: B018
     again = open_store(trace.path, unfinished=True)
     assert again.chunks_done == [5]
-    assert np.allclose(again.rows(np.array([5 * 2**10 + 3])), few.grad[3:4], atol=0.01)
+    assert np.allclose(again.gradients(np.array([5 * 2**10 + 3])), few.grad[3:4], atol=0.01)
 
 
 def test_slots_and_chunks_that_are_not_there_are_named(finished: Path) -> None:
@@ -605,18 +605,18 @@ def test_slots_and_chunks_that_are_not_there_are_named(finished: Path) -> None:
         trace.row_of(7)
     for wrong in ([-1], [10], [0, 2**40]):
         with pytest.raises(TraceError, match="has the slots 0 to 9"):
-            trace.rows(np.array(wrong))
+            trace.gradients(np.array(wrong))
     for chunk in (-1, 3):
         with pytest.raises(TraceError, match="has the chunks 0 to 2"):
             trace.grad_chunk(chunk)
     with pytest.raises(TraceError, match="has no column colour; it has caption, label, weight"):
         trace.column("colour")
-    assert trace.rows(np.array([], np.int64)).shape == (0, 3, 32)
+    assert trace.gradients(np.array([], np.int64)).shape == (0, 3, 32)
 
 
 READS: dict[str, tuple[int, Callable[[Store], object]]] = {
-    "grad": (3, lambda trace: trace.rows(np.arange(10))),
-    "scale": (2, lambda trace: trace.rows(np.arange(10))),
+    "grad": (3, lambda trace: trace.gradients(np.arange(10))),
+    "scale": (2, lambda trace: trace.gradients(np.arange(10))),
     "norm": (2, lambda trace: trace.norm),
     "loss": (2, lambda trace: trace.loss),
     "sample": (1, lambda trace: trace.sample),
@@ -794,9 +794,9 @@ def test_a_frame_that_lies_is_refused_before_anything_is_allocated(packed: Path,
     file = chunk_file(trace.path, "grad", 1, 3)
     forge, message = FRAMES[name]
     file.write_bytes(with_checksum(forge(file.read_bytes()[:-4])))
-    trace.rows(np.array([0]))
+    trace.gradients(np.array([0]))
     tracemalloc.start()
-    for read in (lambda: trace.grad_chunk(1), lambda: trace.rows(np.array([5])), lambda: list(parts_of(trace, 1))):
+    for read in (lambda: trace.grad_chunk(1), lambda: trace.gradients(np.array([5])), lambda: list(parts_of(trace, 1))):
         with pytest.raises(TraceError, match=f"is damaged: chunk 1 of grad .*{message}"):
             read()
     peak = tracemalloc.get_traced_memory()[1]
@@ -898,7 +898,7 @@ def test_attributes_from_anybody_give_an_error_or_a_store(finished: Path, tmp_pa
     try:
         trace = open_store(path, unfinished=True)
         assert trace.norm.shape == (10, 3)
-        assert trace.rows(np.arange(10)).shape == (10, 3, 32)
+        assert trace.gradients(np.arange(10)).shape == (10, 3, 32)
         assert all(len(trace.column(name)) == 10 for name in trace.header.columns)
         assert facts(trace)
     except TraceError as error:

@@ -76,7 +76,7 @@ def main(
             rows = kernel.principal_directions(trace).deflate(rows)
         stored = np.concatenate(
             [
-                trace.rows(np.arange(a, min(a + 500, len(digits.images)))).reshape(-1, rows[0].size)
+                trace.gradients(np.arange(a, min(a + 500, len(digits.images)))).reshape(-1, rows[0].size)
                 @ rows.sum(0).reshape(-1)
                 for a in range(0, len(digits.images), 500)
             ]

@@ -132,7 +132,7 @@ def capture(
     missing = {name: set(writer.pending()) for name, writer in writers.items()}
     pending = sorted(set().union(*missing.values()))
     for chunk in track(pending, "chunks"):
-        rows_of = next(iter(writers.values())).rows(chunk)
+        rows_of = next(iter(writers.values())).gradients(chunk)
         here = slice(rows_of.start, rows_of.stop)
         done = [_rows(batch, transforms, plan) for batch in batches(model, images[here], kind)]
         for name, writer in writers.items():
@@ -200,4 +200,4 @@ def folded(rows: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
 
 def rows_of(trace: Store) -> NDArray[np.float32]:
     """(N, T, v) float32: everything in a store, for scores that want it in memory."""
-    return trace.rows(np.arange(trace.header.samples))
+    return trace.gradients(np.arange(trace.header.samples))

@@ -1,27 +1,30 @@
-"""What to capture and how: frozen, checked at birth.
+"""What a capture takes from each training sample: the settings, checked when they are made.
 
-Everything here changes the numbers in a store, so everything here is kept in the store and met again by a query.
-Where the store lies and when the training run ends are arguments of `attach`, not settings.
+Every setting changes the numbers in a store, so all of them are kept in its header, and a query uses them again. Where
+the store is written and when the training ends are arguments of `attach`, not settings.
+
+The settings are listed here and nowhere else. `SettingsOverrides` types them as keyword arguments of functions, and
+the command line makes an option of each field that has a `help` text.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, TypedDict, get_args
 
 from dmin_trace.errors import SettingsError, brief
 
 Dtype = Literal["int8", "float16", "float32"]
 Projection = Literal["rotation", "uniform"]
-Transform = Literal["none", "sign"]
+Transform = Literal["sign", "none"]
 Codec = Literal["none", "blosc"]
 
-SMALLEST_DIMENSION = 2**4
-LARGEST_DIMENSION = 2**24
-MOST_TIMESTEPS = 1000
-MOST_DRAWS = 1000
+MIN_DIMENSION = 2**4
+MAX_DIMENSION = 2**24
+MAX_TIMESTEPS = 1000
+MAX_DRAWS = 1000
 COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 """A column is kept in a folder of its name."""
 
@@ -30,55 +33,56 @@ COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 class Settings:
     """What a capture takes from each training sample.
 
-    timesteps: a count T, spread evenly over the schedule (slot k at the fraction (k + 1/2) / T of it), or the
-        timesteps themselves, as the script's own timestep draw would give them.
-    dimension: v, the length of a compressed gradient; a power of two.
-    dtype: how a compressed gradient is stored; int8 carries one float32 scale for each (sample, timestep).
-    projection: "rotation" (matrix-free, the default) or "uniform" (OPORP to the letter, paper section 3.2:
-        one permutation and one sign for each parameter, kept in memory).
-    seed: of the projection and of the noise that all samples share at a timestep.
-    draws: D, how many noises are drawn at each timestep, the same for all samples. A gradient is then the mean of D, at
+    timesteps: the number T of timesteps, spread evenly over the schedule (timestep k at the fraction (k + 1/2) / T of
+        it), or the timesteps themselves, as the script draws them.
+    dimension: v, the length of a projected gradient; a power of two.
+    dtype: how a projected gradient is stored. int8 has one float32 scale for each (sample, timestep).
+    projection: the random projection. "rotation" needs little memory; "uniform" is OPORP as in the paper (section
+        3.2): a permutation and a sign for each parameter, kept in memory.
+    transform: what is done to each element of a gradient before the projection. "sign" takes its sign, which finds
+        both similar samples and influential ones better than "none", the paper's (docs/quality.md). The norms in the
+        store are those of the transformed gradient.
+    draws: D, the number of noises drawn at each timestep, the same for all samples. The gradient is the mean of D, at
         the cost of D passes and of one more gradient in memory. The first draw is that of draws=1.
-    transform: what is done to each element of a gradient before it is compressed and normalised; the norms in the
-        store are of the transformed gradient. "sign" (the default) takes the sign of each element, "none" leaves the
-        gradient as it is (the paper). Measurements of both are in docs/quality.md.
-    codec: how the file of a chunk is packed: "none" (the default) is read as it lies; "blosc" (Zstandard after a bit
-        shuffle) is smaller by a few per cent and slower, for archives where bytes cost more than time.
-    columns: dataset columns kept for people to read; None keeps those of the usual names (caption, label, file_name
-        and the like) that the dataset has.
+    seed: the seed of the projection, and of the noise that all samples share at a timestep.
+    codec: how chunks of gradients are compressed on disk. "none" is read by memory map; "blosc" (Zstandard after a bit
+        shuffle) is a few per cent smaller and slower to read, for archives.
+    columns: the dataset columns kept for people to read. None keeps those with usual names (caption, label, file_name
+        and the like).
 
-    Raises SettingsError for a value that cannot be meant.
+    Raises SettingsError for a value that is out of range or of the wrong type.
     """
 
-    timesteps: int | tuple[int, ...] = 10
-    dimension: int = 2**14
-    dtype: Dtype = "int8"
-    projection: Projection = "rotation"
-    seed: int = 0
-    draws: int = 1
-    transform: Transform = "sign"
-    codec: Codec = "none"
-    columns: tuple[str, ...] | None = None
+    timesteps: int | tuple[int, ...] = field(
+        default=10, metadata={"help": "A number of timesteps, or a list such as 100,500,900."}
+    )
+    dimension: int = field(default=2**14, metadata={"help": "Length of a projected gradient, a power of two."})
+    dtype: Dtype = field(default="int8", metadata={"help": "How projected gradients are stored."})
+    projection: Projection = field(default="rotation", metadata={"help": "The random projection."})
+    transform: Transform = field(
+        default="sign", metadata={"help": "What is done to each gradient element first. none is the paper's."}
+    )
+    draws: int = field(default=1, metadata={"help": "Noises drawn at each timestep; gradients are averaged."})
+    seed: int = field(default=0, metadata={"help": "Seed of the projection and of the shared noise."})
+    codec: Codec = field(default="none", metadata={"help": "Compression on disk. blosc is smaller and slower."})
+    columns: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "A dataset column to keep. May be repeated."}
+    )
 
     def __post_init__(self) -> None:
         self._check_timesteps()
         if not _is_integer(self.dimension) or not (
-            SMALLEST_DIMENSION <= self.dimension <= LARGEST_DIMENSION and self.dimension & (self.dimension - 1) == 0
+            MIN_DIMENSION <= self.dimension <= MAX_DIMENSION and self.dimension & (self.dimension - 1) == 0
         ):
             raise SettingsError(
-                f"dimension is {brief(self.dimension)}; expected a power of two from {SMALLEST_DIMENSION} to "
-                f"{LARGEST_DIMENSION}, such as 16384."
+                f"dimension is {brief(self.dimension)}; expected a power of two from {MIN_DIMENSION} to "
+                f"{MAX_DIMENSION}, such as 16384."
             )
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:
             raise SettingsError(f"seed is {brief(self.seed)}; expected an integer from 0 to 2**32 - 1.")
-        if not _is_integer(self.draws) or not 1 <= self.draws <= MOST_DRAWS:
-            raise SettingsError(f"draws is {brief(self.draws)}; expected a count from 1 to {MOST_DRAWS}.")
-        choices = {
-            "dtype": Dtype,
-            "projection": Projection,
-            "transform": Transform,
-            "codec": Codec,
-        }
+        if not _is_integer(self.draws) or not 1 <= self.draws <= MAX_DRAWS:
+            raise SettingsError(f"draws is {brief(self.draws)}; expected a number from 1 to {MAX_DRAWS}.")
+        choices = {"dtype": Dtype, "projection": Projection, "transform": Transform, "codec": Codec}
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind):
@@ -94,18 +98,18 @@ class Settings:
 
     def _check_timesteps(self) -> None:
         if _is_integer(self.timesteps):
-            if not 1 <= self.timesteps <= MOST_TIMESTEPS:  # type: ignore[operator]
+            if not 1 <= self.timesteps <= MAX_TIMESTEPS:  # type: ignore[operator]
                 raise SettingsError(
-                    f"timesteps is {brief(self.timesteps)}; expected a count from 1 to {MOST_TIMESTEPS}."
+                    f"timesteps is {brief(self.timesteps)}; expected a number from 1 to {MAX_TIMESTEPS}."
                 )
             return
         given = self.timesteps
         if not isinstance(given, tuple) or not given or not all(_is_integer(t) and t >= 0 for t in given):
             raise SettingsError(
-                f"timesteps is {brief(given)}; expected a count, or a list of integers that are not negative."
+                f"timesteps is {brief(given)}; expected a number, or a list of integers that are not negative."
             )
-        if len(set(given)) != len(given) or len(given) > MOST_TIMESTEPS:
-            raise SettingsError(f"timesteps is {brief(given)}; expected at most {MOST_TIMESTEPS} timesteps, each once.")
+        if len(set(given)) != len(given) or len(given) > MAX_TIMESTEPS:
+            raise SettingsError(f"timesteps is {brief(given)}; expected at most {MAX_TIMESTEPS} timesteps, each once.")
 
     @property
     def timestep_count(self) -> int:
@@ -113,21 +117,48 @@ class Settings:
         return self.timesteps if isinstance(self.timesteps, int) else len(self.timesteps)
 
 
-def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings from keywords or from JSON: lists become tuples, what is None or absent keeps its default.
+class SettingsOverrides(TypedDict, total=False):
+    """The settings as keyword arguments: each has the meaning of the field of `Settings` with its name."""
 
-    Raises SettingsError for a name that is no setting or a value that cannot be meant.
+    timesteps: int | tuple[int, ...] | list[int]
+    dimension: int
+    dtype: Dtype
+    projection: Projection
+    transform: Transform
+    draws: int
+    seed: int
+    codec: Codec
+    columns: tuple[str, ...] | list[str] | None
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """Settings from keywords or from JSON: lists become tuples; what is None or absent keeps its default.
+
+    Raises SettingsError for a name that is not a setting, or a value that is out of range or of the wrong type.
     """
     known = {field.name for field in fields(Settings)}
     if unknown := set(given) - known:
         names = ", ".join(sorted(unknown))
-        raise SettingsError(f"{names[:120]} is no setting; expected {', '.join(sorted(known))}.")
+        raise SettingsError(f"{names[:120]} is not a setting; expected {', '.join(sorted(known))}.")
     kept: dict[str, Any] = {
         name: tuple(value) if isinstance(value, (list, tuple)) else value
         for name, value in given.items()
         if value is not None
     }
     return Settings(**kept)
+
+
+def given_settings(settings: Settings | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a caller gave, by name: those of `settings`, replaced by the overrides; {} for none.
+
+    Raises SettingsError as `make_settings` does.
+    """
+    if settings is not None and not isinstance(settings, Settings):
+        raise SettingsError(f"settings is a {type(settings).__name__}; expected dmin_trace.Settings(...).")
+    given = {} if settings is None else asdict(settings)
+    given |= {name: value for name, value in overrides.items() if value is not None}
+    make_settings(given)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _is_integer(value: object) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from dmin_trace.errors import SettingsError
-from dmin_trace.settings import Settings, make_settings
+from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ from dmin_trace.settings import Settings, make_settings
         ({"dimension": 8}, "power of two"),
         ({"dimension": True}, "power of two"),
         ({"dimension": 2**14 + 0.0}, "power of two"),
-        ({"timesteps": 0}, "count from 1"),
+        ({"timesteps": 0}, "number from 1"),
         ({"timesteps": []}, "not negative"),
         ({"timesteps": [-1]}, "not negative"),
         ({"timesteps": [1.5]}, "not negative"),
@@ -28,17 +29,17 @@ from dmin_trace.settings import Settings, make_settings
         ({"seed": 2**32}, "2\\*\\*32"),
         ({"dtype": "bfloat16"}, "int8, float16, float32"),
         ({"projection": "dense"}, "rotation, uniform"),
-        ({"transform": "adam"}, "none, sign"),
+        ({"transform": "adam"}, "sign, none"),
         ({"codec": "zstd"}, "none, blosc"),
-        ({"draws": 0}, "count from 1 to 1000"),
-        ({"draws": True}, "count from 1 to 1000"),
-        ({"draws": 2.0}, "count from 1 to 1000"),
+        ({"draws": 0}, "number from 1 to 1000"),
+        ({"draws": True}, "number from 1 to 1000"),
+        ({"draws": 2.0}, "number from 1 to 1000"),
         ({"columns": "label"}, "names of dataset columns"),
         ({"columns": ["../label"]}, "names of dataset columns"),
-        ({"size": 3}, "size is no setting"),
+        ({"size": 3}, "size is not a setting"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(given: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_settings(given)
 
@@ -50,3 +51,16 @@ def test_settings_survive_json_and_stay_as_they_are() -> None:
     assert make_settings(dataclasses.asdict(settings)) == settings
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 1  # type: ignore[misc]
+
+
+def test_the_keyword_overrides_are_the_settings() -> None:
+    assert set(SettingsOverrides.__annotations__) == {field.name for field in fields(Settings)}
+
+
+def test_overrides_replace_settings_that_were_given() -> None:
+    assert given_settings(None, {}) == {}
+    assert given_settings(None, {"timesteps": [1, 5]}) == {"timesteps": [1, 5]}
+    given = given_settings(Settings(timesteps=3, seed=7), {"seed": 8, "dtype": None})
+    assert (given["timesteps"], given["seed"], given["dtype"]) == (3, 8, "int8")
+    with pytest.raises(SettingsError, match="settings is a dict; expected dmin_trace.Settings"):
+        given_settings({"timesteps": 3}, {})  # type: ignore[arg-type]

@@ -18,9 +18,9 @@ import numpy as np
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.settings import (
     COLUMN_NAME,
-    LARGEST_DIMENSION,
-    MOST_DRAWS,
-    MOST_TIMESTEPS,
+    MAX_DIMENSION,
+    MAX_DRAWS,
+    MAX_TIMESTEPS,
     Codec,
     Dtype,
     Projection,
@@ -140,8 +140,8 @@ class Header:
         header = cls(
             id=reader.text("id", r"[0-9a-f]{32}"),
             samples=reader.number("samples", 1, MOST_SAMPLES),
-            timesteps=reader.numbers("timesteps", MOST_TIMESTEPS),
-            dimension=reader.number("dimension", 1, LARGEST_DIMENSION),
+            timesteps=reader.numbers("timesteps", MAX_TIMESTEPS),
+            dimension=reader.number("dimension", 1, MAX_DIMENSION),
             dtype=reader.choice("dtype", get_args(Dtype)),
             chunk_rows=reader.number("chunk_rows", 1, MOST_SAMPLES),
             projection=ProjectionFacts(
@@ -161,7 +161,7 @@ class Header:
             weights=reader.text("weights", r"[0-9a-f]{64}"),
             noise=NoiseFacts(
                 seed=noise.number("seed", 0, 2**32 - 1),
-                draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MOST_TIMESTEPS)),
+                draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MAX_TIMESTEPS)),
             ),
             transform=reader.choice("transform", get_args(Transform)),
             batch={name: reader.shape("batch", shape) for name, shape in reader.mapping("batch", list).items()},
@@ -169,7 +169,7 @@ class Header:
             settings=reader.mapping("settings", object),
             writers=reader.mapping("writers", str),
             codec=reader.choice("codec", get_args(Codec)),
-            draws=reader.number("draws", 1, MOST_DRAWS),
+            draws=reader.number("draws", 1, MAX_DRAWS),
             script=reader.text("script", r"[^/\\]{0,255}"),
             script_sha256=reader.text("script_sha256", r"|[0-9a-f]{64}"),
             data_sha256=reader.text("data_sha256", r"|[0-9a-f]{64}"),

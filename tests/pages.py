@@ -1,25 +1,44 @@
-"""Runs the code on the pages of `docs/`, so that they cannot rot."""
+"""Runs the code on the pages of `docs/`, so that the pages stay right."""
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", flags=re.M | re.S)
 
 
-def blocks_of(page: str) -> list[str]:
-    """The Python blocks of a page, in order."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), flags=re.M | re.S)
-    if not blocks:
-        raise ValueError(f"{page} has no Python on it")
-    return blocks
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """The code blocks of a page's text, in order: `python`, statements, or `pycon`, a session with its output."""
+    return BLOCK.findall(text)
 
 
 def run_page(page: str) -> dict[str, Any]:
-    """Runs a page's blocks one after another, where the process stands; gives the names that they leave."""
+    """Runs a page's blocks one after another in the current folder; gives the names that they leave.
+
+    In the output of a session, `...` stands for any text. Raises AssertionError for output that is not as the page has
+    it, and what a `python` block raises.
+    """
+    blocks = blocks_of((DOCS / page).read_text())
+    if not blocks:
+        raise ValueError(f"{page} has no code blocks")
     names: dict[str, Any] = {"__name__": "page"}
-    for n, block in enumerate(blocks_of(page)):
-        exec(compile(block, f"{page}, block {n}", "exec"), names)
+    for n, (kind, block) in enumerate(blocks):
+        if kind == "python":
+            exec(compile(block, f"{page}, block {n}", "exec"), names)
+        else:
+            _run_session(block, f"{page}, block {n}", names)
     return names
+
+
+def _run_session(block: str, name: str, names: dict[str, Any]) -> None:
+    session = doctest.DocTestParser().get_doctest(block, names, name, name, 0)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    runner.run(session, out=report.append, clear_globs=False)
+    if report:
+        raise AssertionError("".join(report))
+    names.update(session.globs)

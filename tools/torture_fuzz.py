@@ -49,7 +49,8 @@ from dmin_trace.errors import DminTraceError
 from dmin_trace.query import answer as query
 from dmin_trace.search import Facts
 from dmin_trace.settings import make_settings
-from dmin_trace.store import Header, Store, chunk_file, facts, open_store, weights_beside
+from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
+from dmin_trace.views.describe import index_summary, store_facts
 
 console = Console(width=120)
 SPARE = 2**31
@@ -169,7 +170,7 @@ def targets(folder: Path) -> dict[str, Target]:
         if isinstance(edited, dict):
             edited = _signed(edited)
         try:
-            index.summary(Facts.from_json(json.dumps(edited)))
+            index_summary(Facts.from_json(json.dumps(edited)))
         except hnsw.GraphError:
             raise RefusedError from None
 
@@ -285,7 +286,7 @@ def _read_header(attributes: Any) -> None:
 def _read_all(trace: Store) -> None:
     for name in trace.header.columns:
         trace.column(name)
-    facts(trace)
+    store_facts(trace)
     rows = trace.gradients(np.array([0, len(trace.sample) - 1]))
     query.answer_queries(trace, rows, k=3, score="dmin", exact=True)
 

@@ -306,6 +306,7 @@ def index_command(
     from dmin_trace import search as index
     from dmin_trace import store
     from dmin_trace import views as report
+    from dmin_trace.views import describe
 
     _log(verbose)
     if fold != "auto" and not fold.isdecimal():
@@ -330,7 +331,7 @@ def index_command(
             progress=show,
         )
     title = str(index.index_beside(trace))
-    console.print(report.facts_table(index.shown(facts, opened), title, ascii_only=console.options.ascii_only))
+    console.print(report.facts_table(describe.index_facts(facts, opened), title, ascii_only=console.options.ascii_only))
 
 
 @app.command("info")
@@ -339,10 +340,11 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
     from dmin_trace import search as index
     from dmin_trace import store
     from dmin_trace import views as report
+    from dmin_trace.views import describe
 
     opened = store.open_store(trace, unfinished=True)
     console = Console()
-    facts = [*store.facts(opened), ("index", index.summary(index.read_facts(opened)))]
+    facts = [*describe.store_facts(opened), ("index", describe.index_summary(index.read_facts(opened)))]
     table = report.facts_table(facts, str(trace), ascii_only=console.options.ascii_only)
     console.print(table)
 

@@ -7,19 +7,19 @@ from dmin_trace.search.deflation import FOUND, Directions, choose_directions, pr
 from dmin_trace.search.exact import Ranking, Score, all_scores, check_k, check_queries, exact_top_k, rerank
 from dmin_trace.search.graph import GraphError, load_graph
 from dmin_trace.search.index import (
+    DIRECTIONS,
     Depth,
     Facts,
     Index,
     Unavailable,
     build_index,
     damage,
+    graph_memory,
     index_beside,
     open_directions,
     open_index,
     read_facts,
     search,
-    shown,
-    summary,
 )
 
 __all__ = [
@@ -33,7 +33,9 @@ __all__ = [
     "Score",
     "Unavailable",
     "all_scores",
+    "DIRECTIONS",
     "build_index",
+    "graph_memory",
     "check_k",
     "check_queries",
     "choose_directions",
@@ -47,6 +49,4 @@ __all__ = [
     "read_facts",
     "rerank",
     "search",
-    "shown",
-    "summary",
 ]

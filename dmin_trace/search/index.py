@@ -526,45 +526,7 @@ def fingerprint(trace: Store) -> str:
     return digest.hexdigest()
 
 
-def shown(facts: Facts, trace: Store) -> list[tuple[str, str]]:
-    """What `dmin-trace index` shows of what it built: names and values."""
-    told = [
-        (
-            "vectors",
-            f"{facts.vectors:,} of {facts.length:,} numbers: {facts.fold:,} bins and {facts.directions} directions for "
-            "each timestep",
-        ),
-        *(
-            (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
-            for depth in facts.depths
-        ),
-        ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
-        ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
-        ("serves", _served(facts)),
-    ]
-    if facts.principal:
-        told.append(("deflated scores", f"by {facts.principal} principal directions of each timestep"))
-    return [*told, ("short of", facts.short)] if facts.short else told
-
-
-def _served(facts: Facts) -> str:
-    most = {depth.score: depth.k for depth in facts.depths}
-    served = [f"{kind} queries for up to {k} hits" for kind, k in most.items()]
-    return "; ".join(served) if served else "nothing: queries scan"
-
-
-def summary(facts: Facts | Unavailable) -> str:
-    """What `dmin-trace info` says of an index, from `read_facts`."""
-    if isinstance(facts, Unavailable):
-        return facts.reason or "none; dmin-trace index makes one"
-    kept = f"; {facts.principal} principal directions of each timestep" if facts.principal else ""
-    if not facts.depths:
-        return f"serves nothing, queries scan: {facts.short}{kept}"
-    recalls = ", ".join(f"{depth.name} {depth.recall:.3f}" for depth in facts.depths)
-    return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{kept}"
-
-
-def _memory(trace: Store, fold: int, m: int) -> int:
+def graph_memory(trace: Store, fold: int, m: int) -> int:
     """Bytes of a graph of this fold."""
     return graph_bytes(len(trace.header.timesteps) * (fold + DIRECTIONS), trace.header.samples, m)
 
@@ -591,7 +553,7 @@ def _folds(trace: Store, fold: int | None, m: int) -> list[int]:
 
 def _check_memory(trace: Store, fold: int, m: int) -> None:
     """Raises SettingsError if the graph would not fit into memory."""
-    needed, free = _memory(trace, fold, m), _free_memory()
+    needed, free = graph_memory(trace, fold, m), _free_memory()
     if free is not None and needed > free:
         header = trace.header
         raise SettingsError(

@@ -371,7 +371,7 @@ class Writer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
+class UnrankedSamples:
     """Samples that are stored and are never ranked, each counted once.
 
     failed: the dataset indices of those that could not be loaded.
@@ -443,12 +443,12 @@ class Store:
         return failed
 
     @cached_property
-    def numbers(self) -> Numbers:
+    def unranked(self) -> UnrankedSamples:
         """What is unusual about the gradients of the slots that are done."""
         norm = self.norm[self._row_done]
         failed = self._row_failed[self._row_done]
         infinite = ~np.isfinite(norm).all(axis=1)
-        return Numbers(
+        return UnrankedSamples(
             failed=tuple(self.sample[self._row_done][failed].tolist()),
             infinite=int((infinite & ~failed).sum()),
             zero=int(((norm == 0).any(axis=1) & ~infinite & ~failed).sum()),
@@ -829,72 +829,6 @@ def weights_beside(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")
 
 
-def facts(trace: Store) -> list[tuple[str, str]]:
-    """What `dmin-trace info` shows of a store: names and values."""
-    header = trace.header
-    rows = sum(len(header.rows(chunk)) for chunk in trace.chunks_done)
-    sketch: float = header.sample_bytes
-    if header.codec != "none" and rows:
-        files = [chunk_file(trace.path, "grad", chunk, 3) for chunk in trace.chunks_done]
-        sketch = sum(file.stat().st_size for file in files if file.is_file()) / rows or sketch
-    whole = len(header.timesteps) * header.projection.length * 4
-    state = "complete" if trace.complete else f"unfinished: {int(trace.done.sum())} of {header.chunks} chunks are done"
-    unusual = [("draws", f"{header.draws} at each timestep, whose mean a gradient is")] if header.draws != 1 else []
-    shown = [
-        ("samples", f"{rows:,} of {header.samples:,}; {state}"),
-        ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
-        ("gradient", f"{header.projection.length:,} numbers in {len(header.parameters.names):,} tensors"),
-        ("compressed", f"to {header.dimension:,} numbers of {header.dtype}, projection {header.projection.kind}"),
-        (
-            "a sample",
-            f"{sketch:,.0f} bytes; its gradients in float32 have {whole:,}, {whole / sketch:,.4g} times as many",
-        ),
-        ("the store", f"{trace.bytes:,} bytes, codec {header.codec}"),
-        (
-            "chunks",
-            f"{header.chunks:,} of {header.chunk_rows:,} samples, {header.chunk_rows * header.sample_bytes:,} bytes",
-        ),
-        *unusual,
-        ("transform", header.transform),
-        ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
-        ("the script draws", _calls(header.noise.draws[0])),
-        ("columns", ", ".join(header.columns) or "none"),
-        ("weights", header.weights[:16]),
-        ("script", " ".join((header.script, header.script_sha256[:16])).strip() or "not known"),
-        ("data set", header.data_sha256[:16] or "not known"),
-        ("id", header.id),
-        ("written by", ", ".join(f"{name} {version}" for name, version in header.writers.items())),
-    ]
-    # A capture that has only begun has no rows to look at.
-    shown[1:1] = _never_ranked(trace.numbers) if rows else []
-    if header.unreached:
-        names = _listed(header.unreached, 3)
-        shown.insert(
-            [name for name, _ in shown].index("gradient") + 1,
-            ("never reached", f"{len(header.unreached):,} tensors, among them {names}; their gradients are zero"),
-        )
-    return shown
-
-
-def _never_ranked(numbers: Numbers) -> list[tuple[str, str]]:
-    """A line for each reason that samples are never ranked."""
-    return [
-        (name, f"{count:,} samples{more}; never ranked")
-        for name, count, more in (
-            ("failed to load", len(numbers.failed), f": {_listed(numbers.failed, 20)}"),
-            ("not finite", numbers.infinite, " have a gradient with NaN or infinity"),
-            ("zero", numbers.zero, " have a gradient that is zero"),
-        )
-        if count
-    ]
-
-
-def _listed(values: Sequence[object], most: int) -> str:
-    """The first of some values."""
-    shown = ", ".join(str(value)[:80] for value in values[:most])
-    return shown + (f" and {len(values) - most:,} more" if len(values) > most else "")
-
-
 class _Array(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
@@ -1220,7 +1154,3 @@ def sync_tree(path: Path) -> None:
 def _reason(error: Exception) -> str:
     """What went wrong with a file, in a few words and on one line."""
     return brief(getattr(error, "strerror", None) or str(error))[1:-1]
-
-
-def _calls(calls: Sequence[tuple[str, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls)

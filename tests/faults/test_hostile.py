@@ -230,7 +230,8 @@ def test_memory_is_bounded_whatever_the_metadata_claims(trace: Store, name: str)
     code = """
 import resource, sys
 import numpy as np
-from dmin_trace.store import open_store, facts
+from dmin_trace.store import open_store
+from dmin_trace.views.describe import store_facts
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import answer as query
 from dmin_trace.store import integrity as verify

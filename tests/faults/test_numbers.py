@@ -22,6 +22,7 @@ from dmin_trace.search import deflation as kernel
 from dmin_trace.search import exact_top_k
 from dmin_trace.store import FAILED, Store, open_store
 from dmin_trace.store import reader as store
+from dmin_trace.views.describe import store_facts
 
 ODD = {3: np.nan, 17: np.inf, 18: 0.0, 40: FAILED, 61: FAILED, 62: -np.inf}
 """Slots and the norms of their gradients."""
@@ -44,8 +45,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_they_are_counted_each_with_its_own_line(odd: Store) -> None:
-    assert odd.numbers == store.Numbers(failed=(40, 61), infinite=3, zero=1)
-    shown = dict(store.facts(odd))
+    assert odd.unranked == store.Numbers(failed=(40, 61), infinite=3, zero=1)
+    shown = dict(store_facts(odd))
     assert shown["failed to load"] == "2 samples: 40, 61; never ranked"
     assert shown["not finite"] == "3 samples have a gradient with NaN or infinity; never ranked"
     assert shown["zero"] == "1 samples have a gradient that is zero; never ranked"
@@ -96,7 +97,7 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
                     loss_of(recording._models[0], POINTS[i : i + 1]).backward()
     trace = open_store(tmp_path / "trace.zarr")
     good = [2, 3, 4, 5, 7, 8, 9, 10]
-    assert trace.numbers.failed == (0, 1, 6, 11) and np.flatnonzero(trace.valid).tolist() == good
+    assert trace.unranked.failed == (0, 1, 6, 11) and np.flatnonzero(trace.valid).tolist() == good
     assert np.array_equal(trace.gradients(np.array(good)), whole.gradients(np.array(good)))
     assert trace.column("caption") == [captions[k] if k in good else "" for k in range(12)]
 
@@ -116,7 +117,7 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
                     with recording.step(i, k):
                         loss_of(recording._models[0], POINTS[i : i + 1]).backward()
         mended, found = open_store(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
-        assert again == list(tried) and mended.numbers.failed == tuple(torn)
+        assert again == list(tried) and mended.unranked.failed == tuple(torn)
         assert np.array_equal(mended.gradients(np.array(found)), whole.gradients(np.array(found)))
         assert mended.column("caption") == [captions[k] if k in found else "" for k in range(12)]
         anew = [chunk.stat().st_ino != inode for chunk, inode in zip(chunks, before, strict=True)]
@@ -145,5 +146,5 @@ def test_lightning_goes_on_without_samples_that_fail(tmp_path: Path) -> None:
     loader = torch.utils.data.DataLoader(Torn(), batch_size=4)
     lightning.capture(module, loader, out=tmp_path / "trace.zarr", settings=SMALL)
     trace = open_store(tmp_path / "trace.zarr")
-    assert trace.complete and trace.numbers.failed == (0, 7) and len(trace.header.data_sha256) == 64
+    assert trace.complete and trace.unranked.failed == (0, 7) and len(trace.header.data_sha256) == 64
     assert trace.column("caption")[6:9] == ["point 6", "", "point 8"]

@@ -119,6 +119,6 @@ def test_a_sample_that_one_cannot_load_keeps_nobody_waiting(warm: Warm, tmp_path
     group = start_scripts(warm, script, tmp_path, "with", torn)
     assert ended(group) == [0, 0], [running.said() for running in group]
     trace = open_store(tmp_path / "trace.zarr")
-    assert trace.numbers.failed == (2, 7)
+    assert trace.unranked.failed == (2, 7)
     assert np.flatnonzero(~trace.valid).tolist() == [2, 7]
     assert len(json.loads((trace.path / "zarr.json").read_text())["attributes"]["data_sha256"]) == 64

@@ -213,7 +213,7 @@ def test_samples_that_fail_to_load_are_listed_and_the_capture_goes_on(
     check_files(folder, "failed")
     trace, whole = open_store(folder / "failed" / "trace.zarr"), open_store(folder / "whole" / "trace.zarr")
     good = [1, 2, 3, 4, 5, 7, 8]
-    assert trace.complete and np.flatnonzero(trace.valid).tolist() == good and trace.numbers.failed == (0, 6, 9)
+    assert trace.complete and np.flatnonzero(trace.valid).tolist() == good and trace.unranked.failed == (0, 6, 9)
     assert np.array_equal(trace.gradients(np.array(good)), whole.gradients(np.array(good)))
     assert np.isnan(trace.loss[[0, 6, 9]]).all() and not trace.gradients(np.array([0, 6, 9])).any()
     assert trace.column("caption")[5:8] == ["point 5", "", "point 7"]

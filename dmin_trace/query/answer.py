@@ -238,16 +238,16 @@ def _check_script(trace: Store, run: Command) -> None:
 def _check_few(trace: Store, why: str) -> None:
     """Raises QueryError where no directions are kept, for this reason, and there are too many samples to find them."""
     numbers = int(trace.valid.sum()) * len(trace.header.timesteps) * trace.header.dimension
-    if numbers > kernel.FOUND:
+    if numbers > kernel.MAX_QUERY_NUMBERS:
         if not trace.complete:
             raise QueryError(
                 f"Deflated scores need the principal directions of the samples, which the index keeps once the capture "
-                f"is finished; a query finds them in up to {kernel.FOUND:,} numbers, and what is done has {numbers:,}. "
+                f"is finished; a query finds them in up to {kernel.MAX_QUERY_NUMBERS:,} numbers, and what is done has {numbers:,}. "
                 "Ask with --score dmin."
             )
         raise QueryError(
             "Deflated scores need the principal directions of the samples. The store's index keeps them, and here "
-            f"{why or 'it has none'}; a query finds them in up to {kernel.FOUND:,} numbers, and this trace has "
+            f"{why or 'it has none'}; a query finds them in up to {kernel.MAX_QUERY_NUMBERS:,} numbers, and this trace has "
             f"{numbers:,}. Make them with dmin-trace index {trace.path}, or ask with --score dmin."
         )
 

@@ -145,7 +145,7 @@ class Trace:
 
         NaN for a sample without a usable gradient. Raises TraceError for a sample that the trace does not hold.
         """
-        rows = self.store.rows_of(samples)
+        rows = self.store.rows_of(np.asarray(samples).tolist())
         gradients = self.store.gradients(rows)
         gradients[~has_direction(self.store.numbers(rows).norm)] = np.nan
         return gradients

@@ -141,7 +141,5 @@ def _scanned(store: Store, reason: str) -> AnsweredBy:
     """A scan, and why the index did not answer."""
     searched = len(store.rows_done)
     if not store.complete:
-        return AnsweredBy(
-            None, f"searched {searched:,} of {store.header.samples:,} samples; the capture is unfinished"
-        )
+        return AnsweredBy(None, f"searched {searched:,} of {store.header.samples:,} samples; the capture is unfinished")
     return AnsweredBy(None, f"scanned all {searched:,} samples" + (f": {reason}" if reason else ""))

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError, brief
 from dmin_trace.query.answer import FittedScore, answer_queries, check_score, fitted_score
+from dmin_trace.query.by_sample import rows_by_sample, scores_by_sample, self_influence
 from dmin_trace.query.capture import capture_queries, sample_queries
 from dmin_trace.query.columns import Columns
 from dmin_trace.query.hits import Hit
 from dmin_trace.query.images import ImageInput
-from dmin_trace.query.by_sample import rows_by_sample, scores_by_sample, self_influence
 from dmin_trace.query.topk import TopK, top_k_of
 from dmin_trace.search import Score, check_k, has_direction
 from dmin_trace.store import Queries, Store, open_store
@@ -212,7 +212,7 @@ class Trace:
         self,
         model: torch.nn.Module | Sequence[torch.nn.Module],
         items: Sequence[Any],
-        loss: Callable[[Any, Any], torch.Tensor],
+        loss: Callable[[Any, Any], Any],
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 

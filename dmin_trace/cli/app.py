@@ -232,7 +232,7 @@ def query_command(
     console = Console()
     if sample:
         shown = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
-        gradients = query.sample_gradients(opened, sample)
+        gradients = query.sample_queries(opened, sample).gradients
     else:
         with Console(stderr=True).status("Reading the questions") as status:
             if images:
@@ -254,22 +254,23 @@ def query_command(
                 weights=weights,
                 command=context.obj,
                 edited_script=edited_script,
-            )
+            ).gradients
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     with Console(stderr=True).status("Scoring"):
         answer = query.answer_queries(opened, gradients, k=k, score=scored, exact=exact)
-    hits, timesteps = answer.hits, opened.header.timesteps
+    hits, timesteps = query.hits_of(opened, answer.ranking), opened.header.timesteps
     for question, found in zip(shown, hits, strict=True):
         table = report.hits_table(question, found, timesteps, score=scored, ascii_only=console.options.ascii_only)
         console.print(table)
         console.print()
-    console.print(Text(report.harmless(answer.said, 400), style="dim"))
-    if answer.taken_out:
-        console.print(Text(report.harmless(f"{scored} scores: took out {answer.taken_out}", 400), style="dim"))
+    console.print(Text(report.harmless(answer.answered_by.description, 400), style="dim"))
+    if answer.deflation:
+        console.print(Text(report.harmless(f"{scored} scores: took out {answer.deflation}", 400), style="dim"))
     if json_path is not None:
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
-        facts |= {"answered_by": "scan" if answer.recall is None else "index", "index_recall": answer.recall}
-        facts["taken_out"] = answer.taken_out
+        facts |= {"answered_by": "scan" if answer.answered_by.recall is None else "index"}
+        facts["index_recall"] = answer.answered_by.recall
+        facts["taken_out"] = answer.deflation
         facts |= {"complete": opened.complete, "samples_searched": len(opened.rows_done)}
         json_path.write_text(report.to_json(shown, hits, timesteps, facts, score=scored), encoding="utf-8")
     if csv_path is not None:
@@ -504,7 +505,7 @@ def evaluate_command(
                     weights=weights,
                     command=context.obj,
                     edited_script=edited_script,
-                )
+                ).gradients
     bars = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
     with Progress(*bars, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
 

@@ -43,8 +43,8 @@ from dmin_trace.capture.weights import Trainable
 from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, StoppedError, TraceError, WeightsError
 from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
-from dmin_trace.settings import Settings
-from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, StoreLock, Writer, mendable
+from dmin_trace.settings import Dtype, Settings
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, StoreLock, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ class _Chunk:
 
     number: int
     slots: range
-    grad: np.ndarray
+    values: np.ndarray
+    scale: np.ndarray
     norm: np.ndarray
     loss: np.ndarray
     columns: dict[str, list[Any]]
@@ -119,7 +120,6 @@ class Recorder:
         identity: Identity | None = None,
         reserve: int | None = None,
         trial: bool = False,
-        repairing: bool = False,
     ) -> None:
         """Fixes what is recorded. The trainables must hold the weights that the capture is of.
 
@@ -138,7 +138,6 @@ class Recorder:
             identity: what else the capture is known by.
             reserve: bytes that must stay free on the disk for what the script has yet to save; None for nothing.
             trial: record two samples, check them, and write nothing.
-            repairing: record the damaged chunks of the store at `out` anew, which may be complete.
 
         Raises:
             QueryError: the trainables or the projection are not those of `like`.
@@ -153,8 +152,6 @@ class Recorder:
         self.trial = trial
         self.weights_saved = False
         self._resuming = resuming
-        self._repairing = repairing
-        self._damaged: list[int] = []
         self._trained = trained
         self._created = created
         self._processes = processes or Processes()
@@ -204,7 +201,7 @@ class Recorder:
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
         settings, world = self.settings, self._processes.count
-        self._dtype = "float32" if self.like is not None else settings.dtype
+        self._dtype: Dtype = "float32" if self.like is not None else settings.dtype
         self._chunk_rows = store.choose_chunk_rows(
             self.samples, settings.timestep_count, settings.dimension, self._dtype, world
         )
@@ -366,8 +363,8 @@ class Recorder:
         self._meet()
         if self._missing:
             logger.warning(
-                "%d samples could not be loaded; dmin-trace info lists them, and a repair tries them again (--repair, "
-                "repair=True).",
+                "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify "
+                "--drop-failed, and the capture once more.",
                 len(self._missing),
             )
 
@@ -395,10 +392,6 @@ class Recorder:
             self._lock = lock
         self._existing = self.out.exists()
         if self._existing and self._resuming:
-            if self._repairing:
-                if self._processes.count > 1:
-                    raise CaptureError(f"{self.out} is repaired by one process; {self._processes.count} were started.")
-                self._damaged = mendable(self.out)
             earlier = store.open_store(self.out, unfinished=True)
             self._refuse_another(earlier)
             theirs = earlier.header
@@ -406,7 +399,7 @@ class Recorder:
             if (theirs.projection.kind, theirs.dimension, theirs.projection.length) == ours:
                 self._make_plan(theirs.projection.width)
             self._chunk_rows = earlier.header.chunk_rows
-            self._pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
+            self._pending = [c for c, done in enumerate(earlier.done) if not done]
         elif self._existing:
             store.check_free(self.out)
 
@@ -421,7 +414,7 @@ class Recorder:
 
     def _refuse_another(self, earlier: Store) -> None:
         """Raises TraceError for a store that cannot be gone on with, before what lies beside it is written over."""
-        if earlier.complete and not self._repairing:
+        if earlier.complete:
             raise TraceError(
                 f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
             )
@@ -630,7 +623,8 @@ class Recorder:
             self._chunk = _Chunk(
                 number,
                 slots,
-                np.zeros((*shape, self.settings.dimension), np.float32),
+                np.zeros((*shape, self.settings.dimension), self._dtype),
+                np.ones(shape, np.float32),
                 np.full(shape, store.FAILED, np.float32),
                 np.full(shape, np.nan, np.float32),
                 {name: [] for name in self.columns.kinds},
@@ -638,7 +632,9 @@ class Recorder:
         chunk = self._chunk
         at = chunk.filled
         if row is not None:
-            chunk.grad[at], chunk.norm[at], chunk.loss[at] = row
+            # Quantised now, so that a chunk that waits takes its stored size.
+            quantised, scale = store.quantise(row[0][None], self._dtype)
+            chunk.values[at], chunk.scale[at], chunk.norm[at], chunk.loss[at] = quantised[0], scale[0], *row[1:]
         for name, values in chunk.columns.items():
             values.append(None if row is None else self._row_columns[name])
         chunk.filled += 1
@@ -648,7 +644,8 @@ class Recorder:
             self._writing = self._pool.submit(
                 self._writer.write,
                 chunk.number,
-                chunk.grad,
+                chunk.values,
+                chunk.scale,
                 chunk.norm,
                 chunk.loss,
                 np.arange(chunk.slots.start, chunk.slots.stop, dtype=np.int64),
@@ -670,16 +667,11 @@ class Recorder:
                 if not self._existing:
                     self._check_room(header)
                 self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
-                if self._damaged:
-                    # Not before it is known that this run is the one that can make them anew.
-                    self._writer.undo(self._damaged)
                 self._created(self._writer.header)
         self._meet()
         with self._holding():
             if self._processes.number != 0:
                 self._writer = store.resume(self.out, header)
-            if self._writer is not None:
-                self._writer.prepare()
         self._meet()
 
     def _check_room(self, header: Header) -> None:

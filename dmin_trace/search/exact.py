@@ -62,7 +62,7 @@ def check_k(trace: Store, k: int) -> None:
         raise QueryError(f"k is {k}; expected 1 or more.")
     if k > trace.header.samples:
         raise QueryError(f"k is {k}, but the trace holds {trace.header.samples} samples. Ask for fewer.")
-    usable = int(trace.valid.sum())
+    usable = trace.valid_count
     if k > usable and not trace.complete:
         raise QueryError(
             f"k is {k}, but the capture is unfinished: {usable} of {trace.header.samples} samples are done and have "

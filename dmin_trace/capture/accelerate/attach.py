@@ -191,7 +191,6 @@ class Capture:
             max_train_steps=own.max_train_steps or line.max_train_steps,
             num_epochs=own.num_epochs or line.num_epochs,
             strict=own.strict or line.strict,
-            repair=own.repair,
             edited_script=own.edited_script,
         )
         if self.like is None:
@@ -285,7 +284,6 @@ class Capture:
             reserve=self._to_save() if self.job.mode == "final" else None,
             identity=Identity(self._script(), self.job.edited_script, self._batch_of),
             trial=trial,
-            repairing=self.job.repair,
         )
         samples = self._recorder.begin()
         self._frozen = self._entered.enter_context(EncoderCache(variables.values(), self._models))

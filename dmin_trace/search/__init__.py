@@ -10,7 +10,7 @@ from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk, se
 from dmin_trace.search.graph import GraphError, load_graph
 from dmin_trace.search.index import Index, open_directions, open_index, search
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, damage, index_beside, read_facts
-from dmin_trace.search.ranking import Ranking, check_k, check_queries, rerank
+from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
 from dmin_trace.search.scores import MAX_QUERY_NUMBERS, DeflatedScore, DminScore, ScoreMethod, score_method
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "choose_directions",
     "damage",
     "exact_top_k",
+    "has_direction",
     "index_beside",
     "load_graph",
     "open_directions",

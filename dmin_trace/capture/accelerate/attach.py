@@ -27,13 +27,14 @@ from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import Ending, LoopDriver
 from dmin_trace.capture.columns import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
+from dmin_trace.capture.host import script_host
 from dmin_trace.capture.randomness import PinnedTimestep, pinned_timesteps, seed_of
-from dmin_trace.capture.recorder import Identity, Processes, Recorder
+from dmin_trace.capture.ranks import Ranks
+from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
-from dmin_trace.integrations import diffusers
 from dmin_trace.project import LOSS_SCALE
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store
@@ -158,6 +159,7 @@ class Capture:
         self.settings = make_settings(self.like.header.settings if self.like else job.settings)
         self.slots: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
         self.error: Exception | None = None
+        self._host = script_host()
         self._launched = launched
         self._joined = False
         self._entered = ExitStack()
@@ -191,7 +193,6 @@ class Capture:
             max_train_steps=own.max_train_steps or line.max_train_steps,
             num_epochs=own.num_epochs or line.num_epochs,
             strict=own.strict or line.strict,
-            repair=own.repair,
             edited_script=own.edited_script,
         )
         if self.like is None:
@@ -250,15 +251,15 @@ class Capture:
         variables = driver.variables
         if variables is None:
             raise CaptureError("The loop's variables were not remembered. This is an error of dmin_trace; report it.")
-        if (why := diffusers.refusal(self.args, variables.named())) is not None:
+        if (why := self._host.refusal(self.args, variables.named())) is not None:
             raise CaptureError(why)
-        self._schedule_length = diffusers.schedule_length(variables.values())
-        self._entered.enter_context(diffusers.pinned_density(variables.globals(), self._pin_density))
+        self._schedule_length = self._host.schedule_length(variables.values())
+        self._entered.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
         if self.job.mode == "final":
-            for ema in diffusers.averaged_models(variables.values()):
+            for ema in self._host.averaged_models(variables.values()):
                 self._enter_average(ema, step_first=driver.step_pending)
         if self.job.weights is not None:
-            trainable.load(Path(self.job.weights), diffusers.parameter_key)
+            trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
         out = Path("trace.zarr") if trial else self.out
         if out is None:
@@ -266,27 +267,27 @@ class Capture:
         accelerator = driver.accelerator
         dataset = driver.loader.dataset
         self._scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
-        self._recorder = Recorder(
-            self.settings,
-            trainable,
-            # Queries have no labels; a column that was asked for of the training set is not asked for of them.
-            Columns(dataset, self.settings.columns if self.like is None else None),
-            out=out,
+        source = CaptureSource(
             samples=len(dataset),
-            resuming=self.job.mode == "now",
+            # Queries have no labels: columns that were asked for by name need not be there.
+            columns=Columns(dataset, self.settings.columns if self.like is None else None),
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
             trained=lambda tensor: any(tensor in optimizer.state for optimizer in driver.optimizers),
-            created=self._remember,
-            like=self.like,
-            processes=Processes(
-                accelerator.process_index, accelerator.num_processes, lambda words: gather_object([words])
-            ),
-            writers=("accelerate",),
-            reserve=self._to_save() if self.job.mode == "final" else None,
-            identity=Identity(self._script(), self.job.edited_script, self._batch_of),
-            trial=trial,
-            repairing=self.job.repair,
+            fetch=self._batch_of,
+            script=self._script(),
+            edited_script=self.job.edited_script,
+            packages=("accelerate",),
         )
+        target = CaptureTarget(
+            out=out,
+            resume=self.job.mode == "now",
+            like=self.like,
+            reserve=self._to_save() if self.job.mode == "final" else None,
+            trial=trial,
+            created=self._remember,
+        )
+        ranks = Ranks(accelerator.process_index, accelerator.num_processes, lambda words: gather_object([words]))
+        self._recorder = Recorder(self.settings, trainable, source, target, ranks)
         samples = self._recorder.begin()
         self._frozen = self._entered.enter_context(EncoderCache(variables.values(), self._models))
         return samples
@@ -414,7 +415,7 @@ class Capture:
             parameters = list(model.parameters())
             shapes = [tuple(shadow.shape) for shadow in ema.shadow_params]
             if [tuple(p.shape) for p in parameters] == shapes:
-                self._entered.enter_context(diffusers.averaged_weights(ema, parameters, step_first))
+                self._entered.enter_context(self._host.averaged_weights(ema, parameters, step_first))
                 logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
                 return
         raise CaptureError(

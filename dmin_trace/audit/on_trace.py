@@ -338,10 +338,13 @@ def _ask(
     together = max(1, TOGETHER // (len(trace.header.timesteps) * trace.header.dimension))
     found = np.empty((len(asking), k), np.int64)
     made = query.fitted_score(trace, kind)
+    index = None if exact else score.open_index(trace)
     for first in range(0, len(asking), together):
         here = asking[first : first + together]
         # One more than is looked at, for the one that asks. Another may be before it, if it is a copy.
-        answer = query.answer_queries(trace, trace.gradients(ranked[here]), k=k + 1, score=made, exact=exact)
+        answer = query.answer_queries(
+            trace, trace.gradients(ranked[here]), k=k + 1, score=made, exact=exact, index=index
+        )
         places = np.searchsorted(samples, trace.sample[answer.ranking.rows])
         found[first : first + together] = evaluate.without_self(places, here)
         if progress is not None:

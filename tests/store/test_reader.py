@@ -16,6 +16,7 @@ from stores import (
     make_header,
     make_rows,
     write,
+    write_store,
 )
 
 from dmin_trace.errors import TraceError

@@ -271,7 +271,7 @@ def test_a_loop_of_ones_own_makes_its_damaged_chunks_anew(tmp_path: Path) -> Non
 
 def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Store) -> None:
     queries = trace.gradients(np.array([5]))
-    for name in ("graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"):
+    for name in ("graph.hnsw", "common.f32", "copies.i64", "rows.u32", "index.json"):
         file = trace.path.parent / "trace.index" / name
         if file.stat().st_size == 0:
             continue

@@ -362,7 +362,7 @@ def write_random(path: Path, header: Header) -> Store:
         n = len(rows)
         turned = np.roll(values[:n], int(generator.integers(header.dimension)), axis=2)
         number = np.arange(rows.start, rows.stop)
-        writer.write_stored(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
+        writer.write(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
     writer.finish()
     return open_store(path)
 
@@ -392,7 +392,7 @@ def clustered_store(path: Path, header: Header) -> Store:
         grad = shared + centres[generator.integers(len(centres), size=len(rows))]
         grad += 0.8 * generator.standard_normal(grad.shape, np.float32)
         grad /= np.linalg.norm(grad, axis=2, keepdims=True)
-        writer.write(chunk, grad, ones, ones, number, {"label": number.tolist()})
+        writer.write(chunk, *store.quantise(grad, header.dtype), ones, ones, number, {"label": number.tolist()})
     writer.finish()
     return open_store(path)
 
@@ -708,9 +708,9 @@ def _written(made: Path, header: Header, dtype: Dtype) -> tuple[str | int | floa
                     os.fsync(file.fileno())
                 store.sync(made)
             elif name == "stored":
-                writers[0].write_stored(chunk, values, scale, ones, ones, number, label)
+                writers[0].write(chunk, values, scale, ones, ones, number, label)
             else:
-                writers[1].write(chunk, sketches, ones, ones, number, label)
+                writers[1].write(chunk, *store.quantise(sketches, dtype), ones, ones, number, label)
             seconds[name] += time.perf_counter() - start
     rate = {name: whole * len(data) / 1e6 / taken for name, taken in seconds.items()}
     return (

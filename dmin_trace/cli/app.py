@@ -345,10 +345,16 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
 def verify_command(
     trace: Annotated[Path, typer.Argument(help="The store.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write what was found as JSON.")] = None,
+    drop_damaged: Annotated[
+        bool, typer.Option("--drop-damaged", help="Mark damaged chunks as not done: a capture makes them anew.")
+    ] = False,
+    drop_failed: Annotated[
+        bool, typer.Option("--drop-failed", help="Likewise the chunks with samples that could not be loaded.")
+    ] = False,
 ) -> None:
     """Read all of a store, its index and the weights beside it, and name every chunk and file that is damaged.
 
-    Exit code 0 where all is whole, 1 where something is damaged. dmin-trace capture --repair makes damaged chunks anew.
+    Exit code 0 if nothing is damaged, 1 otherwise. To repair a store: verify --drop-damaged, then dmin-trace capture.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -373,6 +379,12 @@ def verify_command(
     console.print(Text(report.harmless(f"{trace}: {said}; {checked}.", 400), style=style))
     if json_path is not None:
         json_path.write_text(report.verified_json(found), encoding="utf-8")
+    from dmin_trace import store
+
+    for wanted, drop in ((drop_damaged, store.drop_damaged), (drop_failed, store.drop_failed)):
+        if wanted:
+            chunks = drop(trace)
+            console.print(Text(f"{len(chunks)} chunks are no longer done. Run dmin-trace capture to make them anew."))
     if found.damages:
         raise typer.Exit(1)
 

@@ -11,8 +11,8 @@ import torch
 from dmin_trace.integrations import lightning
 from lightning_points import SMALL, Points
 from lightning_points import Denoiser as Module
-from stores import make_header, make_rows, write_store
 from points import POINTS, denoiser, loss_of, record
+from stores import make_header, make_rows, write_store
 
 import dmin_trace
 from dmin_trace import query

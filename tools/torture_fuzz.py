@@ -140,7 +140,6 @@ def targets(folder: Path) -> dict[str, Target]:
     safetensors = weights_beside(trace.path).read_bytes()
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(CAPTIONS)]
     images = list(_images())
-    linked = np.setdiff1d(np.flatnonzero(trace.valid), np.empty(0, np.int64))
     facts_of = index.read_facts(trace)
     if isinstance(facts_of, index.Unavailable):
         raise ValueError(facts_of.reason)
@@ -176,7 +175,8 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_graph(data: bytes) -> None:
         _put(harmed / "graph.hnsw", _spliced(graph, data))
         try:
-            loaded = hnsw.load_graph(harmed / "graph.hnsw", facts_of.length, linked, facts_of.m)
+            shape = (facts_of.length, facts_of.vectors, facts_of.samples)
+            loaded, _ = hnsw.load_graph(harmed / "graph.hnsw", *shape, facts_of.m)
             loaded.set_ef(40)
             loaded.knn_query(np.ones((1, facts_of.length), np.float32), k=20)
         except (hnsw.GraphError, RuntimeError):

@@ -285,9 +285,7 @@ def test_image_bombs_are_refused_before_they_are_unpacked(tmp_path: Path, side: 
     assert file.stat().st_size < 2**17
     for write_to in ("given0.png", "source0.png"):
         tracemalloc.start()
-        with pytest.raises(
-            QueryError, match=r"bomb.png is too large for a query: .* Give a smaller image\."
-        ):
+        with pytest.raises(QueryError, match=r"bomb.png is too large for a query: .* Give a smaller image\."):
             image_file(file, tmp_path / write_to)
         assert tracemalloc.get_traced_memory()[1] < 2**20
         tracemalloc.stop()

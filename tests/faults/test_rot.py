@@ -339,7 +339,7 @@ def test_a_header_that_rots_cannot_be_repaired_and_says_so(trace: Store) -> None
 
 def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Store) -> None:
     queries = trace.gradients(np.array([5]))
-    for name in ("graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"):
+    for name in ("graph.hnsw", "common.f32", "copies.i64", "rows.u32", "index.json"):
         file = trace.path.parent / "trace.index" / name
         if file.stat().st_size == 0:
             continue

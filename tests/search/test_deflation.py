@@ -14,9 +14,9 @@ import zarr
 from clusters import clustered, like, signed
 from stores import DTYPES, make_header, write_store
 
-from dmin_trace import query
 from dmin_trace.cli.app import main
 from dmin_trace.errors import QueryError, SettingsError, TraceError
+from dmin_trace.query import answer as query
 from dmin_trace.search import deflation as kernel
 from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import choose_directions, principal_directions
@@ -168,20 +168,20 @@ def test_a_few_samples_are_asked_without_an_index_and_with_what_it_keeps(tmp_pat
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     queries = like(rows, 3)
     answer = query.answer_queries(trace, queries, k=40, score="deflated")
-    assert answer.deflation.endswith("principal directions of each timestep, found for this query")
-    assert answer.score == "deflated" and answer.answered_by.recall is None
-    truth = slow_scores(trace, slow_deflated(trace, queries, int(answer.deflation.split()[0])))
+    assert answer.taken_out.endswith("principal directions of each timestep, found for this query")
+    assert answer.score == "deflated" and answer.recall is None
+    truth = slow_scores(trace, slow_deflated(trace, queries, int(answer.taken_out.split()[0])))
     for hits, scores in zip(answer.hits, truth, strict=True):
         slots = [trace.row_of(hit.sample) for hit in hits]
         assert np.allclose([hit.score for hit in hits], scores[slots], atol=2e-5)
         assert np.allclose([sum(hit.per_timestep) for hit in hits], scores[slots], atol=2e-5)
     facts = build_index(trace, directions=5)
     assert (facts.depths, facts.principal) == ((), 5)
-    told = query.answer_queries(trace, queries, k=2, score="deflated").deflation
+    told = query.answer_queries(trace, queries, k=2, score="deflated").taken_out
     assert told == "5 principal directions of each timestep, kept by the index"
-    assert query.answer_queries(trace, queries, k=2, score="dmin").deflation == ""
+    assert query.answer_queries(trace, queries, k=2, score="dmin").taken_out == ""
     assert not build_index(trace, directions=0).files
-    assert "found for this query" in query.answer_queries(trace, queries, k=2, score="deflated").deflation
+    assert "found for this query" in query.answer_queries(trace, queries, k=2, score="deflated").taken_out
     with pytest.raises(SettingsError, match="directions is -1"):
         build_index(trace, directions=-1)
 
@@ -206,14 +206,14 @@ def test_the_index_answers_deflated_queries_with_the_scores_of_the_scan(indexed:
     )
     ours = query.answer_queries(trace, queries, k=10, score="deflated")
     true = query.answer_queries(trace, queries, k=10, score="deflated", exact=True)
-    assert ours.answered_by.recall == (10, depth.recall) and true.answered_by.recall is None
+    assert ours.recall == (10, depth.recall) and true.recall is None
     scores = [[{hit.sample: hit.score for hit in hits} for hits in answer.hits] for answer in (ours, true)]
     both = [(some, all_) for some, all_ in zip(*scores, strict=True)]
     assert np.mean([len(some.keys() & all_.keys()) / 10 for some, all_ in both]) >= 0.7
     assert all(some[sample] == all_[sample] for some, all_ in both for sample in some.keys() & all_.keys())
     build_index(trace, recall=0.8, directions=0)
     scanned = query.answer_queries(trace, queries, k=10, score="deflated")
-    assert scanned.answered_by.description == "scanned all 160 samples: the index does not serve deflated scores"
+    assert scanned.said == "scanned all 160 samples: the index does not serve deflated scores"
 
 
 def damaged(file: Path) -> None:
@@ -291,13 +291,8 @@ def test_directions_that_do_not_fit_are_not_used(
     why = open_directions(trace)
     assert isinstance(why, Unavailable) and line in why.reason
     answer = query.answer_queries(trace, indexed[1], k=3, score="deflated", exact=True)
-<<<<<<< HEAD
-    assert answer.deflation.endswith(f"principal directions of each timestep, found for this query ({why.reason})")
-    monkeypatch.setattr(kernel, "FOUND", 100)
-=======
-    assert answer.deflation.endswith(f"principal directions of each timestep, found for this query ({why.reason})")
+    assert answer.taken_out.endswith(f"principal directions of each timestep, found for this query ({why.reason})")
     monkeypatch.setattr("dmin_trace.search.MAX_QUERY_NUMBERS", 100)
->>>>>>> o-search
     with pytest.raises(QueryError, match="Make them with dmin-trace index"):
         query.answer_queries(trace, indexed[1], k=3, score="deflated")
 

@@ -22,8 +22,8 @@ from stores import DTYPES, Rows, change, make_header, make_rows, write_store
 from test_way import with_settings
 from tiny import digit_folder, run
 
-from dmin_trace import query
 from dmin_trace.errors import QueryError, SettingsError, TraceError
+from dmin_trace.query import answer as query
 from dmin_trace.search import build
 from dmin_trace.search import exact as score
 from dmin_trace.search.build import build_index
@@ -202,10 +202,10 @@ def test_rows_without_a_direction_are_never_candidates(tmp_path: Path) -> None:
 def test_more_hits_than_were_calibrated_are_scanned_for(stored: tuple[Store, Rows]) -> None:
     trace, rows = stored
     queries = like(rows, 2)
-    assert "index (recall@100" in query.answer_queries(trace, queries, k=100, score="dmin").answered_by.description
+    assert "index (recall@100" in query.answer_queries(trace, queries, k=100, score="dmin").said
     deep = query.answer_queries(trace, queries, k=101, score="dmin")
-    assert deep.answered_by.description == "scanned all 1,200 samples: the index serves up to 100 hits"
-    assert deep.answered_by.recall is None
+    assert deep.said == "scanned all 1,200 samples: the index serves up to 100 hits"
+    assert deep.recall is None
     truth = score.exact_top_k(trace, queries, 101)
     assert [hit.score for hit in deep.hits[0]] == truth.scores[0].tolist()
     with pytest.raises(QueryError, match="k is 101, more than the index was calibrated for"):
@@ -240,8 +240,7 @@ def test_a_store_that_cannot_be_served_is_scanned_and_told_of(tmp_path: Path, fo
     ]
     queries = like(rows, 2)
     answer = query.answer_queries(trace, queries, k=10, score="dmin")
-    said = answer.answered_by.description
-    assert said.startswith("scanned all 1,000 samples: the index does not serve (recall@10 is 0.")
+    assert answer.said.startswith("scanned all 1,000 samples: the index does not serve (recall@10 is 0.")
     assert [hit.score for hit in answer.hits[1]] == score.exact_top_k(trace, queries, 10).scores[1].tolist()
 
 
@@ -249,7 +248,7 @@ def test_a_few_samples_are_scanned(tmp_path: Path) -> None:
     header = make_header(samples=10)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     assert not build_index(trace).depths
-    said = query.answer_queries(trace, trace.gradients(np.array([1])), k=2, score="dmin").answered_by.description
+    said = query.answer_queries(trace, trace.gradients(np.array([1])), k=2, score="dmin").said
     assert said == "scanned all 10 samples: the index does not serve (10 samples are few enough to scan)"
 
 
@@ -257,8 +256,7 @@ def test_no_index_is_nothing_to_talk_about(tmp_path: Path) -> None:
     header = make_header(samples=10)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     assert (
-        query.answer_queries(trace, trace.gradients(np.array([1])), k=2, score="dmin").answered_by.description
-        == "scanned all 10 samples"
+        query.answer_queries(trace, trace.gradients(np.array([1])), k=2, score="dmin").said == "scanned all 10 samples"
     )
 
 
@@ -417,7 +415,7 @@ def test_an_index_that_does_not_fit_is_not_used(indexed: Store, spoil: Callable[
     assert isinstance(why, Unavailable) and line in why.reason
     queries = trace.gradients(np.array([17]))
     answer = query.answer_queries(trace, queries, k=5, score="dmin")
-    assert answer.answered_by.description == f"scanned all 160 samples: {why.reason}"
+    assert answer.said == f"scanned all 160 samples: {why.reason}"
     assert [hit.score for hit in answer.hits[0]] == score.exact_top_k(trace, queries, 5).scores[0].tolist()
     # And it is mended by building it.
     build_index(trace, recall=0.9)

@@ -15,9 +15,9 @@ from points import POINTS, denoiser, loss_of, record
 from stores import make_header, make_rows, write_store
 
 import dmin_trace
+from dmin_trace import query
 from dmin_trace.audit import on_trace as examine
 from dmin_trace.errors import CaptureError, EvaluationError, QueryError
-from dmin_trace.query import answer as query
 from dmin_trace.search import deflation as kernel
 from dmin_trace.search import exact_top_k
 from dmin_trace.store import FAILED, Store, UnrankedSamples, drop_failed, open_store
@@ -76,8 +76,8 @@ def test_the_measures_leave_them_out(odd: Store) -> None:
     for slot in ODD:
         with pytest.raises(EvaluationError, match="cannot ask"):
             examine.stored_gradients(odd, [slot])
-        with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to ask with"):
-            query.sample_gradients(odd, [5, slot])
+        with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to use as a query"):
+            query.sample_queries(odd, [5, slot])
 
 
 def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from tiny import plain_script, run
 from torture_rot import attack
 from torture_stores import make_store
 
+from dmin_trace import query
 from dmin_trace.audit import verify_store
 from dmin_trace.cli.app import main
 from dmin_trace.errors import TraceError
-from dmin_trace.query import answer as query
 from dmin_trace.search import Index, open_index, search
 from dmin_trace.search import exact as score
 from dmin_trace.settings import Codec, Dtype
@@ -277,9 +277,9 @@ def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Store
             continue
         flip(file, 60)
         answer = query.answer_queries(open_store(trace.path), queries, k=3, score="dmin")
-        assert answer.recall is None and answer.hits[0][0].sample == 5, name
+        assert answer.answered_by.recall is None and answer.hits[0][0].sample == 5, name
         flip(file, 60)
-    assert query.answer_queries(open_store(trace.path), queries, k=3, score="dmin").recall is not None
+    assert query.answer_queries(open_store(trace.path), queries, k=3, score="dmin").answered_by.recall is not None
 
 
 def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path: Path) -> None:

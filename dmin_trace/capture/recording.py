@@ -321,8 +321,7 @@ class Recording:
                 "recording(model, like='...', samples=...), and for hits when its loop is over."
             )
         check_k(self._like, k)
-        answer = query.answer_queries(self._like, self._asked, k=k, score=score, exact=exact)
-        return query.hits_of(self._like, answer.ranking)
+        return query.answer_queries(self._like, self._asked, k=k, score=score, exact=exact).hits
 
     @property
     def queries(self) -> Queries:

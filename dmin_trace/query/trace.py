@@ -302,7 +302,7 @@ class Trace:
         answer = answer_queries(
             self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact, index=index
         )
-        return top_k_of(self.store, queries, answer)
+        return top_k_of(queries, answer)
 
     # -- within ----------------------------------------------------------------------------------------------------
 

@@ -160,7 +160,7 @@ KILLED = """
 import os, sys, time, torch
 sys.path.insert(0, {tests!r})
 import dmin_trace
-from test_plain import POINTS, denoiser, loss_of
+from points import POINTS, denoiser, loss_of
 model, stop, seen = denoiser(), int(sys.argv[1]), []
 settings = dict(timesteps=3, dimension=64, dtype="float32", transform="none")
 with dmin_trace.recording(model, samples=12, out="trace.zarr", **settings) as recording:

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from clusters import clustered, opened_index, signed
 from stores import make_header, write_store

@@ -24,13 +24,13 @@ def stored_rows(trace: Store) -> np.ndarray:
 
 def slow_deflated(trace: Store, queries: np.ndarray, count: int) -> np.ndarray:
     """Deflation as its formula says, from the singular vectors of all rows of a timestep."""
-    freed = np.empty(queries.shape)
+    deflated = np.empty(queries.shape)
     for t, rows in enumerate(stored_rows(trace)):
         _, singular, vectors = np.linalg.svd(rows, full_matrices=False)
         d, v = singular[:count] ** 2, vectors[:count]
         of_t = queries[:, t].astype(np.float64)
-        freed[:, t] = of_t - (of_t @ v.T * (d / (d + d[-1]))) @ v
-    return freed
+        deflated[:, t] = of_t - (of_t @ v.T * (d / (d + d[-1]))) @ v
+    return deflated
 
 
 def slow_scores(trace: Store, queries: np.ndarray) -> np.ndarray:
@@ -47,8 +47,8 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     header = make_header(samples=300, timesteps=3, dimension=128, dtype=dtype, rows=64, codec=codec)
     rows = clustered(header, clusters=12)
     queries = like(rows, 12)
-    for slot, norm in {2: 0.0, 9: np.nan, 16: np.inf, 130: 0.0, 299: -1.0}.items():
-        rows.norm[slot, 1] = norm
+    for row, norm in {2: 0.0, 9: np.nan, 16: np.inf, 130: 0.0, 299: -1.0}.items():
+        rows.norm[row, 1] = norm
     rows.grad[[9, 16]] = np.nan
     rows.grad[[2, 130]] = 0
     return write_store(tmp_path_factory.mktemp("kernel") / "trace.zarr", header, rows), queries
@@ -108,8 +108,8 @@ def test_principal_directions_are_no_more_than_a_timestep_has(tmp_path: Path) ->
     assert found.vectors.shape == (2, 6, 16)
     assert np.count_nonzero(found.eigenvalues[1]) == 1 and not found.vectors[1, 1:].any()
     # Along a timestep's only direction lambda is its eigenvalue: half is taken out.
-    freed = found.deflate(queries)
-    assert np.allclose(freed[:, 1] @ rows.grad[0, 1], queries[:, 1] @ rows.grad[0, 1] / 2, atol=1e-5)
+    deflated = found.deflate(queries)
+    assert np.allclose(deflated[:, 1] @ rows.grad[0, 1], queries[:, 1] @ rows.grad[0, 1] / 2, atol=1e-5)
 
 
 def test_principal_directions_do_not_depend_on_threads(

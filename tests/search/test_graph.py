@@ -88,7 +88,7 @@ FORGERIES: dict[str, tuple[Callable[[bytearray], object], str]] = {
         lambda data: struct.pack_into("<q", data, HEADER.size + ELEMENT - 8, 100),
         "does not name 160 rows",
     ),
-    "a label of no slot": (
+    "a label of no row": (
         lambda data: struct.pack_into("<q", data, HEADER.size + ELEMENT - 8, 2**40),
         "does not name 160 rows",
     ),

@@ -62,7 +62,7 @@ def test_candidates_are_few(stored: tuple[Store, Rows]) -> None:
 
 
 def test_search_ranks_copies_as_the_scan_does(tmp_path: Path) -> None:
-    """One image many times over: more often than it has links, and more often than is asked for."""
+    """One image many times over: more often than it has links, and more often than hits are wanted."""
     header = make_header(samples=300, timesteps=2, dimension=128, rows=64)
     rows = clustered(header)
     same, pair = list(range(7, 300, 5)), [3, 250]
@@ -83,8 +83,8 @@ def test_search_ranks_no_row_without_a_direction(tmp_path: Path) -> None:
     header = make_header(samples=200, timesteps=2, dimension=64, rows=64)
     rows = clustered(header, clusters=8)
     bad = {2: 0.0, 9: np.nan, 16: np.inf, 199: -1.0}
-    for slot, norm in bad.items():
-        rows.norm[slot, 1] = norm
+    for row, norm in bad.items():
+        rows.norm[row, 1] = norm
     rows.grad[9] = np.nan
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     facts = build_index(trace, recall=0.9)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from dmin_trace import errors
 from dmin_trace import search as kernel
+from dmin_trace.capture.host import script_host
 from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
 from dmin_trace.query.hits import Hit
@@ -294,12 +295,10 @@ def capture_queries(
     run = _command(trace, command)
     if not edited_script:
         _check_script(trace, run)
-    # The integration imports torch, which the command line needs for nothing else.
-    from dmin_trace.integrations import diffusers
-
-    columns = diffusers.query_columns(run.arguments, trace.header.batch)
-    own_words = diffusers.words_its_own_prompts(run.arguments)
-    with_words = not own_words and (trained_with_words(trace) or diffusers.takes_prompts(run.arguments))
+    host = script_host()
+    columns = host.query_columns(run.arguments, trace.header.batch)
+    own_words = host.words_its_own_prompts(run.arguments)
+    with_words = not own_words and (trained_with_words(trace) or host.takes_prompts(run.arguments))
     for k, (image, prompt, source) in enumerate(zip(images, prompts, sources, strict=True)):
         _check_whole(_name(image, k), prompt, source, with_words, own_words, columns.conditioning)
     loaded = Path(weights) if weights is not None else weights_beside(trace.path)
@@ -308,10 +307,10 @@ def capture_queries(
     gradients = np.zeros((len(images), len(trace.header.timesteps), trace.header.dimension), np.float32)
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as name:
         folder = Path(name)
-        videos = diffusers.takes_videos(run.arguments)
+        videos = host.takes_videos(run.arguments)
         files = [_as_file(image, folder / f"given{k}.png", video=videos) for k, image in enumerate(images)]
         behind = [None if s is None else _as_file(s, folder / f"source{k}.png") for k, s in enumerate(sources)]
-        runs = diffusers.prepare_queries(run.arguments, columns, files, prompts, behind, folder)
+        runs = host.prepare_queries(run.arguments, columns, files, prompts, behind, folder)
         for n, query_run in enumerate(runs):
             part = folder / f"part{n}"
             part.mkdir()
@@ -350,14 +349,12 @@ def generate_images(
 
     Raises QueryError where the run saved nothing that images can be made with.
     """
-    from dmin_trace.integrations import diffusers
-
     run = _command(trace, command)
     if num < 1:
         raise QueryError(f"{num} images were asked for. Give --num 1 or more.")
     wanted = [(prompt, seed + k) for prompt in prompts for k in range(num)]
     try:
-        images = diffusers.generate(run.arguments, Path(run.folder), wanted)
+        images = script_host().generate(run.arguments, Path(run.folder), wanted)
     except (ValueError, OSError) as error:
         raise QueryError(
             f"No image could be made from the prompt: {error} Make it yourself, and give it before --prompt."

@@ -9,6 +9,7 @@ from dmin_trace.store.header import Header, NoiseFacts, ParameterFacts, Projecti
 from dmin_trace.store.integrity import Damage, Progress, Verified, mendable, size_of, verify_chunks
 from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.pack import pack_store
+from dmin_trace.store.queries import Queries
 from dmin_trace.store.reader import (
     CHECKSUMS,
     DONE,
@@ -38,8 +39,10 @@ from dmin_trace.store.reader import (
     weights_beside,
 )
 from dmin_trace.store.untrusted import digest, parse, size_within
+from dmin_trace.store.untrusted_npz import ArrayHeader, read_arrays
 
 __all__ = [
+    "ArrayHeader",
     "CHECKSUMS",
     "DONE",
     "Damage",
@@ -49,6 +52,7 @@ __all__ = [
     "ParameterFacts",
     "Progress",
     "ProjectionFacts",
+    "Queries",
     "Store",
     "StoreLock",
     "Verified",
@@ -71,6 +75,7 @@ __all__ = [
     "pack_store",
     "parse",
     "quantise",
+    "read_arrays",
     "read_header",
     "resume",
     "row_checksum",

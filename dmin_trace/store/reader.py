@@ -25,6 +25,7 @@ has SHA-256 digests in the group's attributes. They find damage, not a forger, w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -384,6 +385,15 @@ class UnrankedSamples:
     zero: int
 
 
+class RowNumbers(NamedTuple):
+    """Numbers of n rows: sample (n,), norm, loss and scale (n, T)."""
+
+    sample: NDArray[np.int64]
+    norm: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    scale: NDArray[np.float32]
+
+
 class Store:
     """A store opened for reading."""
 
@@ -496,6 +506,32 @@ class Store:
                 return opened.read(TRAILER)
         except OSError as error:
             raise self._damaged(name, chunk, f"cannot be read ({error.strerror})") from None
+
+    @cached_property
+    def valid_count(self) -> int:
+        """How many rows can be ranked."""
+        return int(self.valid.sum())
+
+    @cached_property
+    def state(self) -> str:
+        """SHA-256 over what the store is and the checksums of its chunks."""
+        facts = self.header.to_attributes()
+        # A folder that moved with the data set moves no gradient.
+        facts.pop("settings")
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for chunk in self.chunks_done:
+            for name, axes in [("grad", 3), ("norm", 2), *([("scale", 2)] if self.header.dtype == "int8" else [])]:
+                digest.update(bytes(self.trailer(name, chunk, axes)))
+        return digest.hexdigest()
+
+    def numbers(self, rows: NDArray[np.int64]) -> RowNumbers:
+        """What is known of these rows."""
+        return RowNumbers(self.sample[rows], self.norm[rows], self.loss[rows], self.scale[rows])
+
+    def column_at(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
+        """The values of a readable column for these rows."""
+        column = self.column(name)
+        return [column[row] for row in rows]
 
     def row_of(self, sample: int) -> int:
         """The slot of a dataset index. Raises TraceError if the store does not hold it."""

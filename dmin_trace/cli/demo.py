@@ -21,7 +21,7 @@ from rich.progress import track
 from dmin_trace.errors import QueryError, ScriptError
 from dmin_trace.query import Hit, attribute
 from dmin_trace.store import open_store
-from dmin_trace.views import Question, hits_table
+from dmin_trace.views import QueryLabel, hits_table
 
 GENERATED = 40
 QUERIES = 5
@@ -78,7 +78,7 @@ def run_demo(folder: Path, console: Console) -> float:
             hits = attribute(trace, paths, k=TOP, score="deflated")
 
     for path, digit, answer in zip(paths, digits, hits, strict=True):
-        question = Question(name=f"{path.name} (a {digit})", prompt=None)
+        question = QueryLabel(name=f"{path.name} (a {digit})", prompt=None)
         ascii_only = console.options.ascii_only
         console.print(hits_table(question, answer, trace.header.timesteps, score="deflated", ascii_only=ascii_only))
         console.print()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from dmin_trace.cli.console import progress_bar
+from dmin_trace.cli.console import counted_progress
 from dmin_trace.cli.options import (
     Conditioning,
     EditedScript,
@@ -20,6 +20,7 @@ from dmin_trace.cli.options import (
     TracePath,
     trace_facts,
 )
+from dmin_trace.cli.query import capture_images
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
@@ -32,85 +33,48 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Counts = Annotated[
-    list[int] | None,
-    typer.Option("-k", help="Number of best samples to look at. May be repeated. Default: 5, 10, 50 and 100."),
-]
-QueryCount = Annotated[
-    int, typer.Option("--queries", help="Number of stored samples used as queries, spread evenly.")
-]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
 
-@app.command("labels")
-def labels(
-    *,
-    trace: TracePath,
-    column: Annotated[str, typer.Argument(help="A column of labels.")],
-    k: Counts = None,
-    queries: QueryCount = 100,
-    seed: Seed = 0,
-    score: ScoreName = "deflated",
-    exact: Exact = False,
-    json_path: JsonPath = None,
-) -> None:
-    """Detection rate: the part of the k best samples that have the label of the query.
+def _add_column_command(name: str, description: str) -> None:
+    @app.command(name, help=description)
+    def evaluate_column(
+        *,
+        trace: TracePath,
+        column: Annotated[str, typer.Argument(help="The column of labels, or of values that duplicates share.")],
+        k: Annotated[
+            list[int] | None,
+            typer.Option("-k", help="Number of best samples to look at. May be repeated. Default: 5, 10, 50 and 100."),
+        ] = None,
+        queries: Annotated[int, typer.Option(help="Number of stored samples used as queries, spread evenly.")] = 100,
+        seed: Seed = 0,
+        score: ScoreName = "deflated",
+        exact: Exact = False,
+        json_path: JsonPath = None,
+    ) -> None:
+        from dmin_trace.audit import measure_duplicates, measure_labels
+        from dmin_trace.store import open_store
 
-    Stored samples are the queries, so no model is needed. The rate measures likeness, not influence.
-    """
-    from dmin_trace.audit import measure_labels
-    from dmin_trace.store import open_store
-
-    store = open_store(trace)
-    with progress_bar() as progress:
-        task = progress.add_task("Scoring the queries")
-        found = measure_labels(
-            store,
-            column,
-            ks=k,
-            queries=queries,
-            score=score,
-            exact=exact,
-            seed=seed,
-            progress=lambda done, of: progress.update(task, completed=done, total=of),
-        )
-    _show(found, store, json_path)
+        measure = measure_labels if name == "labels" else measure_duplicates
+        store = open_store(trace)
+        with counted_progress("Scoring the queries") as progress:
+            found = measure(
+                store, column, ks=k, queries=queries, score=score, exact=exact, seed=seed, progress=progress
+            )
+        _show(found, store, json_path)
 
 
-@app.command("duplicates")
-def duplicates(
-    *,
-    trace: TracePath,
-    column: Annotated[str, typer.Argument(help="A column in which duplicates have the same value.")],
-    k: Counts = None,
-    queries: QueryCount = 100,
-    seed: Seed = 0,
-    score: ScoreName = "deflated",
-    exact: Exact = False,
-    json_path: JsonPath = None,
-) -> None:
-    """Recall of duplicates: the part of the duplicates of a query that is among the k best samples.
-
-    Stored samples are the queries, so no model is needed. A score that misses duplicates is broken; one that finds
-    them may still rank the rest badly.
-    """
-    from dmin_trace.audit import measure_duplicates
-    from dmin_trace.store import open_store
-
-    store = open_store(trace)
-    with progress_bar() as progress:
-        task = progress.add_task("Scoring the queries")
-        found = measure_duplicates(
-            store,
-            column,
-            ks=k,
-            queries=queries,
-            score=score,
-            exact=exact,
-            seed=seed,
-            progress=lambda done, of: progress.update(task, completed=done, total=of),
-        )
-    _show(found, store, json_path)
+_add_column_command(
+    "labels",
+    "Detection rate: the fraction of the k best samples that have the label of the query. Stored samples are the "
+    "queries, so no model is needed. It measures likeness, not influence.",
+)
+_add_column_command(
+    "duplicates",
+    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. Stored samples are "
+    "the queries, so no model is needed. A score that misses duplicates is broken; one that finds them may still rank "
+    "the rest badly.",
+)
 
 
 @app.command("lds")
@@ -118,12 +82,11 @@ def lds(
     *,
     context: typer.Context,
     trace: TracePath,
-    retrained: Annotated[
+    models: Annotated[
         Path,
         typer.Argument(
-            metavar="MODELS",
-            help="A file of numpy.savez with subsets, bool (models, samples), and losses (models, queries), of models "
-            "that were trained again on subsets of the samples.",
+            help="A file of numpy.savez about models that you trained again on subsets of the samples: subsets, bool "
+            "(models, samples), and losses (models, queries).",
         ),
     ],
     images: ImagePaths = None,
@@ -138,13 +101,13 @@ def lds(
     json_path: JsonPath = None,
     edited_script: EditedScript = False,
 ) -> None:
-    """Linear datamodeling score: whether the scores predict which retrained model has the lower loss on a query.
+    """Linear datamodeling score: how well scores predict which retrained model has the lower loss on a query.
 
-    The queries are images, or stored samples, in the order of the losses. The score measures the influence of many
-    samples together.
+    The queries are images or stored samples, in the order of the losses. It measures the influence of many samples
+    together.
     """
     from dmin_trace.audit import measure_datamodeling, read_retrained
-    from dmin_trace.query import capture_queries, read_inputs, sample_gradients
+    from dmin_trace.query import read_inputs, sample_gradients
     from dmin_trace.store import open_store
 
     if bool(images) == bool(sample):
@@ -155,31 +118,14 @@ def lds(
     inputs = read_inputs(images or [], prompt or [], conditioning or [])
     names: list[str | int] = [*(sample or []), *(given.image.name for given in inputs)]
     # Read before the queries are captured, which takes long.
-    models = read_retrained(retrained, store, len(names))
+    retrained = read_retrained(models, store, len(names))
     if sample:
         gradients = sample_gradients(store, sample)
     else:
         with Console(stderr=True).status("Capturing the gradients of the queries"):
-            gradients = capture_queries(
-                store,
-                [given.image for given in inputs],
-                [given.prompt for given in inputs],
-                conditioning=[given.conditioning for given in inputs],
-                weights=weights,
-                command=context.obj,
-                edited_script=edited_script,
-            )
-    with progress_bar() as progress:
-        task = progress.add_task("Scoring every sample")
-        found = measure_datamodeling(
-            store,
-            gradients,
-            models,
-            names,
-            score=score,
-            seed=seed,
-            progress=lambda done, of: progress.update(task, completed=done, total=of),
-        )
+            gradients = capture_images(store, inputs, weights, context.obj, edited_script)
+    with counted_progress("Scoring every sample") as progress:
+        found = measure_datamodeling(store, gradients, retrained, names, score=score, seed=seed, progress=progress)
     _show(found, store, json_path)
 
 
@@ -190,4 +136,4 @@ def _show(found: Measurement, store: Store, json_path: Path | None) -> None:
     ascii_only = console.options.ascii_only
     console.print(measure_table(found.title, found.headings, found.rows, found.meaning, ascii_only=ascii_only))
     if json_path is not None:
-        json_path.write_text(measures_json([found.values], trace_facts(store.header)), encoding="utf-8")
+        json_path.write_text(measures_json([found.values], trace_facts(store)), encoding="utf-8")

@@ -6,17 +6,20 @@ The options for settings are derived from the fields of `Settings`, so a new set
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from dmin_trace.command import Command
 from dmin_trace.errors import QueryError, ScriptError, SettingsError
 from dmin_trace.settings import Settings, make_settings
+
+if TYPE_CHECKING:
+    from dmin_trace.store import Store
 
 
 def _check_folder(path: Path | None) -> Path | None:
@@ -42,13 +45,9 @@ Conditioning = Annotated[
         "for all."
     ),
 ]
-TracedWeights = Annotated[
-    Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")
-]
+TracedWeights = Annotated[Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")]
 Out = Annotated[Path | None, typer.Option(help="The store. Default: trace.zarr in the script's output_dir.")]
-JsonPath = Annotated[
-    Path | None, typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.")
-]
+JsonPath = Annotated[Path | None, typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.")]
 CsvPath = Annotated[Path | None, typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.")]
 ScoreName = Annotated[
     Literal["deflated", "dmin"],
@@ -129,11 +128,9 @@ def parse_timesteps(text: str) -> int | list[int]:
     try:
         return [int(t) for t in text.split(",")] if "," in text else int(text)
     except ValueError:
-        raise SettingsError(
-            f"--timesteps is {text!r}; expected a number, or a list such as 100,500,900."
-        ) from None
+        raise SettingsError(f"--timesteps is {text!r}; expected a number, or a list such as 100,500,900.") from None
 
 
-def trace_facts(header: Any) -> Mapping[str, object]:
+def trace_facts(store: Store) -> dict[str, object]:
     """What a JSON file says of the trace that it is about."""
-    return {"id": header.id, "samples": header.samples, "weights": header.weights}
+    return {"id": store.header.id, "samples": store.header.samples, "weights": store.header.weights}

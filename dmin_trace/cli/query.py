@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,10 @@ from dmin_trace.cli.options import (
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
-    from dmin_trace.query import Answer
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dmin_trace.query import Answer, QueryInput
     from dmin_trace.store import Store
     from dmin_trace.views import QueryLabel
 
@@ -68,8 +72,13 @@ def query(
 
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
-    from dmin_trace.query import answer_queries, capture_queries, check_score, generate_images, read_inputs
-    from dmin_trace.query import sample_gradients
+    from dmin_trace.query import (
+        answer_queries,
+        check_score,
+        generate_images,
+        read_inputs,
+        sample_gradients,
+    )
     from dmin_trace.search import check_k
     from dmin_trace.store import open_store
     from dmin_trace.views import QueryLabel
@@ -99,20 +108,29 @@ def query(
                     store, prompt or [], folder, num=1 if num is None else num, seed=seed or 0, command=context.obj
                 )
             status.update("Capturing the gradients of the queries")
-            gradients = capture_queries(
-                store,
-                [given.image for given in inputs],
-                [given.prompt for given in inputs],
-                conditioning=[given.conditioning for given in inputs],
-                weights=weights,
-                command=context.obj,
-                edited_script=edited_script,
-            )
+            gradients = capture_images(store, inputs, weights, context.obj, edited_script)
         labels = [QueryLabel(name=given.image.name, prompt=given.prompt) for given in inputs]
     with Console(stderr=True).status("Scoring"):
         answer = answer_queries(store, gradients, k=k, score=score, exact=exact)
     _print_answer(store, labels, answer)
     _write_answer(store, labels, answer, json_path, csv_path)
+
+
+def capture_images(
+    store: Store, inputs: Sequence[QueryInput], weights: Path | None, command: Sequence[str], edited_script: bool
+) -> NDArray[np.float32]:
+    """The gradients of images, (Q, T, v); `command` is the script's command line, or empty for the remembered one."""
+    from dmin_trace.query import capture_queries
+
+    return capture_queries(
+        store,
+        [given.image for given in inputs],
+        [given.prompt for given in inputs],
+        conditioning=[given.conditioning for given in inputs],
+        weights=weights,
+        command=command,
+        edited_script=edited_script,
+    )
 
 
 def _print_answer(store: Store, labels: list[QueryLabel], answer: Answer) -> None:
@@ -136,7 +154,7 @@ def _write_answer(
     timesteps, score = store.header.timesteps, answer.score
     if json_path is not None:
         facts = {
-            **trace_facts(store.header),
+            **trace_facts(store),
             "answered_by": "scan" if answer.recall is None else "index",
             "index_recall": answer.recall,
             "taken_out": answer.taken_out,

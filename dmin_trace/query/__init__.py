@@ -12,11 +12,12 @@ from dmin_trace.query.answer import (
     sample_gradients,
 )
 from dmin_trace.query.hits import Hit
-from dmin_trace.query.inputs import read_inputs
+from dmin_trace.query.inputs import QueryInput, read_inputs
 
 __all__ = [
     "Answer",
     "Hit",
+    "QueryInput",
     "answer_queries",
     "attribute",
     "capture_queries",

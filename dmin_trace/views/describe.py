@@ -77,7 +77,10 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
         *draws,
         ("transform", header.transform),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
-        ("the script draws", ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in header.noise.draws[0])),
+        (
+            "the script draws",
+            ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in header.noise.draws[0]),
+        ),
         ("columns", ", ".join(header.columns) or "none"),
         ("weights", header.weights[:16]),
         ("script", " ".join((header.script, header.script_sha256[:16])).strip() or "not known"),
@@ -134,6 +137,10 @@ def _describe_unranked(unranked: UnrankedSamples) -> list[tuple[str, str]]:
         )
         if count
     ]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"({', '.join(map(str, shape))})"
 
 
 def _first_values(values: Sequence[object], count: int) -> str:

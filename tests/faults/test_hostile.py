@@ -22,6 +22,7 @@ from rich.console import Console
 from stores import change, make_header, make_rows, write, write_store
 from torture_stores import make_store
 
+from dmin_trace import views
 from dmin_trace.audit import read_retrained, verify_store
 from dmin_trace.capture.weights import places, read, weight_files
 from dmin_trace.cli.app import main
@@ -30,7 +31,7 @@ from dmin_trace.query import Hit, read_inputs
 from dmin_trace.query import answer as query
 from dmin_trace.search import Unavailable, open_index
 from dmin_trace.store import DONE, Store, chunk_file, create, open_store, resume, untrusted
-from dmin_trace.views import Question, report
+from dmin_trace.views import QueryLabel
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_memory_is_bounded_whatever_the_metadata_claims(trace: Store, name: str)
 import resource, sys
 import numpy as np
 from dmin_trace.store import open_store
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import answer as query
 from dmin_trace.store import integrity as verify
@@ -459,12 +460,12 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
     hits = [
         Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5,), columns={"caption": text, "file_name": text, "n": None})
     ]
-    question = Question(name=text, prompt=text)
+    question = QueryLabel(name=text, prompt=text)
     tables = [
-        shown(report.hits_table(question, hits, (1.0,))),
-        shown(report.hits_table(question, hits, (1.0,), ascii_only=True)),
-        shown(report.facts_table([(text, text)], text)),
-        shown(report.measure_table(text, [text], [[text]], text)),
+        shown(views.hits_table(question, hits, (1.0,))),
+        shown(views.hits_table(question, hits, (1.0,), ascii_only=True)),
+        shown(views.facts_table([(text, text)], text)),
+        shown(views.measure_table(text, [text], [[text]], text)),
     ]
     for table in tables:
         assert not (set(table) & ACTS - {"\n", "\x1b"}), name
@@ -472,9 +473,9 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
             part.startswith(("[0m", "[1m", "[2m", "[3m", "[1;", "[2;", "[3;")) for part in table.split("\x1b")[1:]
         )
         assert len(table) < 20_000
-    written = report.to_json([question], [hits], (1.0,), {})
+    written = views.hits_json([question], [hits], (1.0,), {})
     assert written.isascii() and json.loads(written)["queries"][0]["hits"][0]["columns"]["caption"] == text
-    table = report.to_csv([question], [hits], (1.0,))
+    table = views.hits_csv([question], [hits], (1.0,))
     table.encode("utf-8")
     assert not set(table) & {"\x1b", "\r", "\x9b", "\x85", "\u2028", "\x07", "\ud800"}
     # A message of an error.

@@ -34,7 +34,7 @@ from dmin_trace.store.reader import (
     quantise,
     resume,
 )
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 
 
 def crc32c(data: bytes) -> bytes:
@@ -99,7 +99,7 @@ def test_a_packed_store_is_ordinary_zarr_too(tmp_path: Path, dtype: Dtype) -> No
     assert len(chunk_file(packed.path, "grad", 1, 3).read_bytes()) < 200
     order = np.array([9, 0, 3, 4, 0])
     assert np.array_equal(packed.gradients(order), plain.gradients(order))
-    shown = dict(store_facts(packed))
+    shown = dict(describe_store(packed))
     size = sum(chunk_file(packed.path, "grad", chunk, 3).stat().st_size for chunk in range(3))
     assert shown["the store"] == f"{packed.bytes:,} bytes, codec blosc"
     assert shown["a sample"].startswith(f"{size / 10:,.0f} bytes; its gradients in float32 have 60,000, ")
@@ -587,7 +587,7 @@ def test_a_capture_that_has_only_begun_can_be_looked_at(tmp_path: Path) -> None:
     header = make_header(samples=10**8, rows=2**10)
     create(tmp_path / "trace.zarr", header)
     trace = open_store(tmp_path / "trace.zarr", unfinished=True)
-    assert dict(store_facts(trace))["samples"] == "0 of 100,000,000; unfinished: 0 of 97657 chunks are done"
+    assert dict(describe_store(trace))["samples"] == "0 of 100,000,000; unfinished: 0 of 97657 chunks are done"
     few = make_rows(make_header(samples=2**10))
     Writer(trace.path, header).write(5, few.grad, few.norm, few.loss, few.sample, few.columns)
     for held in (trace, open_store(trace.path, unfinished=True)):
@@ -900,7 +900,7 @@ def test_attributes_from_anybody_give_an_error_or_a_store(finished: Path, tmp_pa
         assert trace.norm.shape == (10, 3)
         assert trace.gradients(np.arange(10)).shape == (10, 3, 32)
         assert all(len(trace.column(name)) == 10 for name in trace.header.columns)
-        assert store_facts(trace)
+        assert describe_store(trace)
     except TraceError as error:
         assert len(str(error)) < 2000
     finally:
@@ -915,9 +915,9 @@ def test_reading_needs_no_zarr(finished: Path, packed: Path) -> None:
     import sys
 
     code = (
-        "import sys; from dmin_trace.store import open_store; from dmin_trace.views.describe import store_facts; "
-        "trace = open_store(sys.argv[1]); "
-        "trace.norm; trace.column('caption'); trace.grad_chunk(0); store_facts(trace); sys.exit('zarr' in sys.modules)"
+        "import sys; from dmin_trace.store import open_store; from dmin_trace.views import describe_store; "
+        "trace = open_store(sys.argv[1]); trace.norm; trace.column('caption'); trace.grad_chunk(0); "
+        "describe_store(trace); sys.exit('zarr' in sys.modules)"
     )
     for path in (finished, packed):
         assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0

@@ -20,22 +20,14 @@ from rich.table import Table
 
 from dmin_trace.query import Hit
 from dmin_trace.search import Score
-from dmin_trace.views.report import (
-    BARS,
-    MOST_BARS,
-    Question,
-    facts_table,
-    harmless,
-    hits_table,
-    measure_table,
-    measures_json,
-    to_csv,
-    to_json,
-)
+from dmin_trace.views.describe import QueryLabel
+from dmin_trace.views.export import hits_csv, hits_json, measures_json
+from dmin_trace.views.table import BARS, MAX_BARS, facts_table, hits_table, measure_table
+from dmin_trace.views.text import harmless
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 TIMESTEPS = tuple(50.0 + 100 * k for k in range(10))
-QUESTION = Question(name="fox.png", prompt="a red fox in the snow")
+QUERY = QueryLabel(name="fox.png", prompt="a red fox in the snow")
 UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 # All of Unicode with surrogates, and the characters that matter much more often than chance would have it.
@@ -84,7 +76,7 @@ def rows(table: Table) -> list[list[str]]:
 def bars_of(shares: list[tuple[float, ...]]) -> list[str]:
     """The bars that the table really shows, one text a hit."""
     hits = [hit(rank, row) for rank, row in enumerate(shares, 1)]
-    table = hits_table(QUESTION, hits, tuple(map(float, range(len(shares[0])))))
+    table = hits_table(QUERY, hits, tuple(map(float, range(len(shares[0])))))
     return [row[2] for row in rows(table)]
 
 
@@ -95,7 +87,7 @@ def bars_of(shares: list[tuple[float, ...]]) -> list[str]:
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_row_keeps_rank_score_bars_and_sample_on_one_line(width: int, terminal: bool) -> None:
     hits = [hit(k, caption="a long caption " * 20, file_name=f"deep/folder/of/files/{k:08d}.png") for k in range(1, 11)]
-    shown = SGR.sub("", render(hits_table(QUESTION, hits, TIMESTEPS), width, terminal))
+    shown = SGR.sub("", render(hits_table(QUERY, hits, TIMESTEPS), width, terminal))
     lines = shown.splitlines()
     assert max(map(len, lines)) <= width
     for one in hits:
@@ -104,14 +96,14 @@ def test_a_row_keeps_rank_score_bars_and_sample_on_one_line(width: int, terminal
 
 
 def test_the_table_says_what_was_asked_and_what_a_score_is() -> None:
-    shown = " ".join(render(hits_table(QUESTION, [hit(label=3)], TIMESTEPS), 120).split())
-    assert "Causes of fox.png a red fox in the snow" in shown
+    shown = " ".join(render(hits_table(QUERY, [hit(label=3)], TIMESTEPS), 120).split())
+    assert "Most influential training samples for fox.png a red fox in the snow" in shown
     assert (
         "inner product of normalised compressed gradients, summed over 10 timesteps; 10 would be a perfect match"
         in shown
     )
-    alone = render(hits_table(Question(name="sample 17", prompt=None), [hit(1, (0.5,))], (500.0,)), 120)
-    assert "Causes of sample 17" in alone
+    alone = render(hits_table(QueryLabel(name="sample 17", prompt=None), [hit(1, (0.5,))], (500.0,)), 120)
+    assert "Most influential training samples for sample 17" in alone
     assert "summed over 1 timestep;" in " ".join(alone.split())
     assert "None" not in alone
 
@@ -119,18 +111,18 @@ def test_the_table_says_what_was_asked_and_what_a_score_is() -> None:
 def test_a_score_without_a_largest_value_claims_none() -> None:
     kind: Score = "deflated"
     hits = [hit(1, (0.02, -0.01))]
-    shown = " ".join(render(hits_table(QUESTION, hits, (50.0, 950.0), score=kind), 120).split())
+    shown = " ".join(render(hits_table(QUERY, hits, (50.0, 950.0), score=kind), 120).split())
     assert f"{kind} score: inner product of compressed gradients, the query's without what all samples share" in shown
     assert "summed over 2 timesteps; above 0 helps, below 0 hinders; compare within a query only" in shown
     assert "perfect" not in shown and "0.01000" in shown
-    read = strict(to_json([QUESTION], [hits], (50.0, 950.0), {}, score=kind))
+    read = strict(hits_json([QUERY], [hits], (50.0, 950.0), {}, score=kind))
     assert read["scored_by"] == kind and read["score"].startswith(f"{kind} score")
-    heading, row = read_csv(to_csv([QUESTION], [hits], (50.0, 950.0), score=kind))
+    heading, row = read_csv(hits_csv([QUERY], [hits], (50.0, 950.0), score=kind))
     assert dict(zip(heading, row, strict=True))["scored_by"] == kind
 
 
 def test_the_heading_puts_the_first_and_last_timestep_over_their_bars() -> None:
-    lines = render(hits_table(QUESTION, [hit()], TIMESTEPS)).splitlines()
+    lines = render(hits_table(QUERY, [hit()], TIMESTEPS)).splitlines()
     heading = next(line for line in lines if "score" in line)
     row = next(line for line in lines if "50001" in line)
     bars = re.search(f"[{BARS}]+", row)
@@ -155,19 +147,19 @@ def test_the_heading_puts_the_first_and_last_timestep_over_their_bars() -> None:
 def test_which_text_and_file_column_is_shown(
     columns: dict[str, str | int | float | None], shown: list[str], hidden: list[str]
 ) -> None:
-    text = render(hits_table(QUESTION, [hit(1, None, **columns)], TIMESTEPS), 120)
+    text = render(hits_table(QUERY, [hit(1, None, **columns)], TIMESTEPS), 120)
     assert [word for word in shown if word not in text] == []
     assert [word for word in hidden if word in text] == []
 
 
 def test_a_long_path_keeps_its_end() -> None:
-    text = render(hits_table(QUESTION, [hit(file_name="/data/" + "x" * 1000 + "/image_0042.png")], TIMESTEPS))
+    text = render(hits_table(QUERY, [hit(file_name="/data/" + "x" * 1000 + "/image_0042.png")], TIMESTEPS))
     assert "/image_0042.png" in text
     assert "/data" not in text
 
 
 def test_no_hits_is_a_table_still() -> None:
-    assert "Causes of fox.png" in render(hits_table(QUESTION, [], TIMESTEPS))
+    assert "Most influential training samples for fox.png" in render(hits_table(QUERY, [], TIMESTEPS))
 
 
 # --- the bars
@@ -204,9 +196,9 @@ def test_odd_shares_are_drawn_and_break_nothing() -> None:
 
 def test_many_timesteps_are_averaged_into_few_bars() -> None:
     shares = tuple(float(k >= 500) for k in range(1000))
-    assert bars_of([shares]) == ["▁" * (MOST_BARS // 2) + "█" * (MOST_BARS // 2)]
-    exact = tuple(float(k == 0) for k in range(MOST_BARS))
-    assert bars_of([exact]) == ["█" + "▁" * (MOST_BARS - 1)]
+    assert bars_of([shares]) == ["▁" * (MAX_BARS // 2) + "█" * (MAX_BARS // 2)]
+    exact = tuple(float(k == 0) for k in range(MAX_BARS))
+    assert bars_of([exact]) == ["█" + "▁" * (MAX_BARS - 1)]
 
 
 @pytest.mark.parametrize(
@@ -221,9 +213,9 @@ def test_many_timesteps_are_averaged_into_few_bars() -> None:
         ((0.0,), ["0.00"]),
     ],
 )
-def test_scores_share_their_decimals(scores: tuple[float, ...], shown: list[str]) -> None:
+def test_scores_per_timestep_heir_decimals(scores: tuple[float, ...], shown: list[str]) -> None:
     hits = [Hit(rank=k, sample=k, score=score, per_timestep=(0.1,), columns={}) for k, score in enumerate(scores, 1)]
-    assert [row[1] for row in rows(hits_table(QUESTION, hits, (1.0,)))] == shown
+    assert [row[1] for row in rows(hits_table(QUERY, hits, (1.0,)))] == shown
 
 
 # --- hostile text
@@ -280,14 +272,14 @@ def tables(text: str) -> list[Table]:
     ]
     other = Hit(rank=1, sample=1, score=1.0, per_timestep=(0.1,) * 10, columns={text: text})
     return [
-        hits_table(Question(name=text, prompt=text), hits, TIMESTEPS),
-        hits_table(QUESTION, [other], TIMESTEPS),
+        hits_table(QueryLabel(name=text, prompt=text), hits, TIMESTEPS),
+        hits_table(QUERY, [other], TIMESTEPS),
         facts_table([(text, text)], text),
     ]
 
 
 def test_a_terminal_gets_colour_and_a_pipe_none() -> None:
-    table = hits_table(QUESTION, [hit()], TIMESTEPS)
+    table = hits_table(QUERY, [hit()], TIMESTEPS)
     assert SGR.search(render(table, terminal=True))
     assert "\x1b" not in render(table, terminal=False)
 
@@ -317,7 +309,7 @@ def test_a_terminal_without_unicode_gets_ascii_alone() -> None:
     ascii_only = console.options.ascii_only
     assert ascii_only
     hits = [hit(1, (1.0, 0.0, -1.0), caption="café " * 40, file_name="x" * 50 + "狐.png")]
-    console.print(hits_table(Question(name="狐.png", prompt="é"), hits, (1.0, 2.0, 3.0), ascii_only=ascii_only))
+    console.print(hits_table(QueryLabel(name="狐.png", prompt="é"), hits, (1.0, 2.0, 3.0), ascii_only=ascii_only))
     console.print(facts_table([("wo", "狐")], "où", ascii_only=ascii_only))
     console.file.flush()
     shown = SGR.sub("", raw.getvalue().decode("ascii"))
@@ -343,8 +335,8 @@ def test_facts_are_shown_whole() -> None:
 def test_json_has_the_documented_shape_and_the_original_text() -> None:
     text = 'a "fox"\n\x1b[31m\x7f\x9b\u202e狐\ud800'
     hits = [[hit(1, (0.5, 0.25), caption=text, label=3)], []]
-    questions = [QUESTION, Question(name="sample 17", prompt=None)]
-    written = to_json(questions, hits, (50.0, 950.0), {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
+    questions = [QUERY, QueryLabel(name="sample 17", prompt=None)]
+    written = hits_json(questions, hits, (50.0, 950.0), {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
     assert all(" " <= character <= "~" or character == "\n" for character in written)
     read = strict(written)
     assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "trace", "queries"]
@@ -357,25 +349,25 @@ def test_json_has_the_documented_shape_and_the_original_text() -> None:
         "rank": 1,
         "sample": 50_001,
         "score": 0.75,
-        "shares": [0.5, 0.25],
+        "per_timestep": [0.5, 0.25],
         "columns": {"caption": text, "label": 3},
     }
     assert read["queries"] == [
         {"name": "fox.png", "prompt": "a red fox in the snow", "hits": [cause]},
         {"name": "sample 17", "prompt": None, "hits": []},
     ]
-    assert list(read["queries"][0]["hits"][0]) == ["rank", "sample", "score", "shares", "columns"]
+    assert list(read["queries"][0]["hits"][0]) == ["rank", "sample", "score", "per_timestep", "columns"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
 def test_a_number_that_json_has_not_is_null(bad: float) -> None:
     one = Hit(rank=1, sample=2, score=bad, per_timestep=(bad, 1.0), columns={"depth": bad})
-    read = strict(to_json([QUESTION], [[one]], (1.0, bad), {"loss": bad, "deep": {"er": [bad]}}))
+    read = strict(hits_json([QUERY], [[one]], (1.0, bad), {"loss": bad, "deep": {"er": [bad]}}))
     assert read["queries"][0]["hits"][0] == {
         "rank": 1,
         "sample": 2,
         "score": None,
-        "shares": [None, 1.0],
+        "per_timestep": [None, 1.0],
         "columns": {"depth": None},
     }
     assert read["trace"] == {"loss": None, "deep": {"er": [None]}}
@@ -387,7 +379,7 @@ def test_json_takes_numpy_numbers() -> None:
     number: Any = np.float32(0.5)
     whole: Any = np.int64(3)
     one = Hit(rank=1, sample=whole, score=number, per_timestep=(number,), columns={"n": whole})
-    read = strict(to_json([QUESTION], [[one]], (1.0,), {"samples": np.int64(9)}))
+    read = strict(hits_json([QUERY], [[one]], (1.0,), {"samples": np.int64(9)}))
     assert read["trace"] == {"samples": 9}
     assert read["queries"][0]["hits"][0]["score"] == 0.5
     assert read["queries"][0]["hits"][0]["columns"] == {"n": 3}
@@ -405,11 +397,22 @@ def test_csv_has_one_row_a_hit_and_one_column_a_value() -> None:
         [hit(1, (0.5, -0.25), caption='red, "fox"; quick'), hit(2, (0.25, float("nan")), label=7)],
         [hit(1, (1e-9, 1.0), caption=None)],
     ]
-    questions = [QUESTION, Question(name="sample 17", prompt=None)]
-    written = to_csv(questions, hits, (50.0, 950.5))
+    questions = [QUERY, QueryLabel(name="sample 17", prompt=None)]
+    written = hits_csv(questions, hits, (50.0, 950.5))
     assert "\r" not in written
     assert read_csv(written) == [
-        ["query", "prompt", "rank", "sample", "score", "scored_by", "caption", "label", "share_t50", "share_t950.5"],
+        [
+            "query",
+            "prompt",
+            "rank",
+            "sample",
+            "score",
+            "scored_by",
+            "caption",
+            "label",
+            "per_timestep_50",
+            "per_timestep_950.5",
+        ],
         ["fox.png", "a red fox in the snow", "1", "50001", "0.25", "dmin", 'red, "fox"; quick', "", "0.5", "-0.25"],
         ["fox.png", "a red fox in the snow", "2", "50002", "", "dmin", "", "7", "0.25", ""],
         ["sample 17", "", "1", "50001", "1.000000001", "dmin", "", "", "1e-09", "1.0"],
@@ -419,7 +422,7 @@ def test_csv_has_one_row_a_hit_and_one_column_a_value() -> None:
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"])
 def test_csv_text_is_never_a_formula(text: str) -> None:
     one = hit(1, (-0.5,), caption=text, **{text: "x"}, number=-3)
-    heading, row = read_csv(to_csv([Question(name=text, prompt=text)], [[one]], (1.0,)))
+    heading, row = read_csv(hits_csv([QueryLabel(name=text, prompt=text)], [[one]], (1.0,)))
     guarded = "'" + text.replace("\t", "\\t").replace("\r", "\\r").replace("\n", "\\n")
     assert row[:2] == [guarded, guarded]
     assert row[6] == guarded
@@ -430,8 +433,8 @@ def test_csv_text_is_never_a_formula(text: str) -> None:
 
 
 def test_csv_columns_never_share_a_name() -> None:
-    one = hit(1, (0.5,), prompt="mine", meta_prompt="too", share_t1="odd")
-    heading, row = read_csv(to_csv([QUESTION], [[one]], (1.0,)))
+    one = hit(1, (0.5,), prompt="mine", meta_prompt="too", per_timestep_1="odd")
+    heading, row = read_csv(hits_csv([QUERY], [[one]], (1.0,)))
     assert len(set(heading)) == len(heading)
     assert dict(zip(heading, row, strict=True)) == {
         "query": "fox.png",
@@ -442,8 +445,8 @@ def test_csv_columns_never_share_a_name() -> None:
         "scored_by": "dmin",
         "meta_prompt": "mine",
         "meta_meta_prompt": "too",
-        "meta_share_t1": "odd",
-        "share_t1": "0.5",
+        "meta_per_timestep_1": "odd",
+        "per_timestep_1": "0.5",
     }
 
 
@@ -451,7 +454,7 @@ def test_csv_columns_never_share_a_name() -> None:
 @settings(max_examples=50)
 def test_csv_of_any_text_is_read_back(text: str) -> None:
     one = hit(1, None, **{"caption": text, text: "x"})
-    written = to_csv([Question(name=text, prompt=text)], [[one]], TIMESTEPS)
+    written = hits_csv([QueryLabel(name=text, prompt=text)], [[one]], TIMESTEPS)
     written.encode()
     heading, row = read_csv(written)
     assert len(heading) == len(row)
@@ -464,9 +467,9 @@ def test_csv_of_any_text_is_read_back(text: str) -> None:
 
 def test_lists_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
-        to_json([QUESTION], [], TIMESTEPS, {})
+        hits_json([QUERY], [], TIMESTEPS, {})
     with pytest.raises(ValueError, match="3 shares for 10 timesteps"):
-        to_csv([QUESTION], [[hit(1, (1.0, 2.0, 3.0))]], TIMESTEPS)
+        hits_csv([QUERY], [[hit(1, (1.0, 2.0, 3.0))]], TIMESTEPS)
 
 
 def test_a_hit_is_frozen() -> None:

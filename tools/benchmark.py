@@ -958,7 +958,7 @@ def capture_command(
         weights = next((work / "tiny-SD-LoRA").glob("*lora*.safetensors"))
         saved = Result(
             "encoders",
-            f"tiny SD LoRA, T = 10, {threads} thread(s): a capture whose autoencoder and text encoder are remembered",
+            f"tiny SD LoRA, T = 10, {threads} thread(s): a capture whose autoencoder and text encoder are cached",
             ("encoders", "s", "x free encoders"),
         )
         forget = [(frozen, "_is_frozen", lambda module: False)]
@@ -973,7 +973,7 @@ def capture_command(
             return answer
 
         always = [(kind, "forward", free(kind.forward)) for kind in (Encoder, CLIPTextModel)]
-        ways = {"asked every time": forget, "remembered": [], "free": [*forget, *always]}
+        ways = {"run every time": forget, "cached": [], "free": [*forget, *always]}
         taken: dict[str, list[float]] = {name: [] for name in ways}
         rows = {}
         for turn in range(4):
@@ -987,8 +987,8 @@ def capture_command(
         best = {name: min(times) for name, times in taken.items()}
         for name, seconds in best.items():
             saved.add(name, seconds, seconds / best["free"])
-        same = np.array_equal(rows["asked every time"], rows["remembered"])
-        saved.notes.append(f"stored gradients, asked every time and remembered: {'equal' if same else 'DIFFERENT'}")
+        same = np.array_equal(rows["run every time"], rows["cached"])
+        saved.notes.append(f"stored gradients, run every time and cached: {'equal' if same else 'DIFFERENT'}")
         saved.show(path)
 
 

@@ -46,7 +46,7 @@ from dmin_trace import store as untrusted
 from dmin_trace import views as report
 from dmin_trace.capture import weights
 from dmin_trace.errors import DminTraceError
-from dmin_trace.query import Hit
+from dmin_trace.query import AnsweredBy, Hit, TopK
 from dmin_trace.query import answer as query
 from dmin_trace.search import Facts
 from dmin_trace.settings import make_settings
@@ -207,7 +207,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_arrays(data: bytes) -> None:
         _put(harmed / "retrained.npz", data)
-        examine.read_retrained(harmed / "retrained.npz", trace, 2)
+        examine.read_retrained(harmed / "retrained.npz", trace.header.samples, 2)
 
     def read_image(data: bytes) -> None:
         _put(harmed / "image.png", data)
@@ -296,15 +296,17 @@ def _write_all(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     columns = {text or "x": text, "caption": text, "n": float("nan")}
     hits = [Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5, -0.5), columns=columns)]
-    question = report.QueryLabel(name=text, prompt=text)
-    written = report.hits_json([question], [hits], (1.0, 2.0), {text: text})
+    none = np.empty((1, 0))
+    by = AnsweredBy(None, text)
+    top = TopK(none, none, none, [hits], (text,), (text,), (1.0, 2.0), "dmin", "", by)
+    written = report.hits_json(top, {text: text})
     assert written.isascii()
     assert json.loads(written)["queries"][0]["prompt"] == text
-    report.hits_csv([question], [hits], (1.0, 2.0)).encode("utf-8")
+    report.hits_csv(top).encode("utf-8")
     shown = report.harmless(text, 80)
     assert len(shown) <= 80 and shown.isprintable()
     paper = Console(file=io.StringIO(), width=90, force_terminal=False)
-    paper.print(report.hits_table(question, hits, (1.0, 2.0)))
+    paper.print(report.hits_table(top, 0))
     said = paper.file.getvalue()  # type: ignore[attr-defined]
     assert said.replace("\n", "").isprintable()
 

@@ -1,14 +1,14 @@
-"""How good the scores of a store are, and whether its files are whole.
+"""How good the scores of a trace are, and whether its files are whole.
 
 `detection`, `datamodeling` and `counterfactuals` measure plain arrays, each value with a 95 % interval (`intervals`).
-`on_store` measures the scores of a store, and `verify` compares its files with their checksums.
+`on_trace` measures the scores of a trace, and `verify` compares its files with their checksums.
 """
 
 from dmin_trace.audit.counterfactuals import Counterfactual, counterfactual
 from dmin_trace.audit.datamodeling import Datamodeling, linear_datamodeling_score
 from dmin_trace.audit.detection import TopRate, detection_rate, duplicate_recall
 from dmin_trace.audit.intervals import RESAMPLES, Estimate
-from dmin_trace.audit.on_store import (
+from dmin_trace.audit.on_trace import (
     DEFAULT_QUERIES,
     Measurement,
     Retrained,

@@ -20,12 +20,12 @@ from dmin_trace.cli.options import (
     TracePath,
     trace_facts,
 )
-from dmin_trace.cli.query import capture_images
+from dmin_trace.cli.query import query_inputs
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
     from dmin_trace.audit import Measurement
-    from dmin_trace.store import Store
+    from dmin_trace.query import Trace
 
 app = typer.Typer(
     help="Measure how good the scores of a trace are. Likeness and influence are different things; measure both.",
@@ -53,15 +53,15 @@ def _add_column_command(name: str, description: str) -> None:
         json_path: JsonPath = None,
     ) -> None:
         from dmin_trace.audit import measure_duplicates, measure_labels
-        from dmin_trace.store import open_store
+        from dmin_trace.query import open_trace
 
         measure = measure_labels if name == "labels" else measure_duplicates
-        store = open_store(trace)
+        opened = open_trace(trace)
         with counted_progress("Scoring the queries") as progress:
             found = measure(
-                store, column, ks=k, queries=queries, score=score, exact=exact, seed=seed, progress=progress
+                opened, column, ks=k, queries=queries, score=score, exact=exact, seed=seed, progress=progress
             )
-        _show(found, store, json_path)
+        _show(found, opened, json_path)
 
 
 _add_column_command(
@@ -107,33 +107,31 @@ def lds(
     together.
     """
     from dmin_trace.audit import measure_datamodeling, read_retrained
-    from dmin_trace.query import read_inputs, sample_gradients
-    from dmin_trace.store import open_store
+    from dmin_trace.query import open_trace, read_inputs
 
     if bool(images) == bool(sample):
         raise QueryError("Give the queries: images, or stored samples with --sample, and not both.")
     if not images and (prompt or conditioning or weights):
         raise QueryError("--prompt, --conditioning and --weights are for images. Give images, or leave them out.")
-    store = open_store(trace)
+    opened = open_trace(trace)
     inputs = read_inputs(images or [], prompt or [], conditioning or [])
-    names: list[str | int] = [*(sample or []), *(given.image.name for given in inputs)]
     # Read before the queries are captured, which takes long.
-    retrained = read_retrained(models, store, len(names))
-    if sample:
-        gradients = sample_gradients(store, sample)
-    else:
-        with Console(stderr=True).status("Capturing the gradients of the queries"):
-            gradients = capture_images(store, inputs, weights, context.obj, edited_script)
-    with counted_progress("Scoring every sample") as progress:
-        found = measure_datamodeling(store, gradients, retrained, names, score=score, seed=seed, progress=progress)
-    _show(found, store, json_path)
+    retrained = read_retrained(models, len(opened), len(sample or inputs))
+    with Console(stderr=True).status("Capturing the gradients of the queries") as status:
+        if sample:
+            queries = opened.query_samples(sample)
+        else:
+            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
+        status.update("Scoring every sample")
+        found = measure_datamodeling(opened, queries, retrained, score=score, seed=seed)
+    _show(found, opened, json_path)
 
 
-def _show(found: Measurement, store: Store, json_path: Path | None) -> None:
+def _show(found: Measurement, trace: Trace, json_path: Path | None) -> None:
     from dmin_trace.views import measure_table, measures_json
 
     console = Console()
     ascii_only = console.options.ascii_only
     console.print(measure_table(found.title, found.headings, found.rows, found.meaning, ascii_only=ascii_only))
     if json_path is not None:
-        json_path.write_text(measures_json([found.values], trace_facts(store)), encoding="utf-8")
+        json_path.write_text(measures_json([found.values], trace_facts(trace)), encoding="utf-8")

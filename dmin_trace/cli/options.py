@@ -19,7 +19,7 @@ from dmin_trace.errors import QueryError, ScriptError, SettingsError
 from dmin_trace.settings import Settings, make_settings
 
 if TYPE_CHECKING:
-    from dmin_trace.store import Store
+    from dmin_trace.query import Trace
 
 
 def _check_folder(path: Path | None) -> Path | None:
@@ -131,6 +131,7 @@ def parse_timesteps(text: str) -> int | list[int]:
         raise SettingsError(f"--timesteps is {text!r}; expected a number, or a list such as 100,500,900.") from None
 
 
-def trace_facts(store: Store) -> dict[str, object]:
+def trace_facts(trace: Trace) -> dict[str, object]:
     """What a JSON file says of the trace that it is about."""
-    return {"id": store.header.id, "samples": store.header.samples, "weights": store.header.weights}
+    header = trace.store.header
+    return {"id": header.id, "samples": header.samples, "weights": header.weights}

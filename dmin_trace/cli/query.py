@@ -25,12 +25,8 @@ from dmin_trace.cli.options import (
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from dmin_trace.query import Answer, QueryInput
-    from dmin_trace.store import Store
-    from dmin_trace.views import QueryLabel
+    from dmin_trace.query import QueryInput, Trace
+    from dmin_trace.store import Queries
 
 
 def query(
@@ -72,16 +68,9 @@ def query(
 
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
-    from dmin_trace.query import (
-        answer_queries,
-        check_score,
-        generate_images,
-        read_inputs,
-        sample_gradients,
-    )
+    from dmin_trace.query import check_score, generate_images, open_trace, read_inputs
     from dmin_trace.search import check_k
-    from dmin_trace.store import open_store
-    from dmin_trace.views import QueryLabel
+    from dmin_trace.views import hits_csv, hits_json, hits_table
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts as queries, or training samples with --sample, and not both.")
@@ -91,12 +80,11 @@ def query(
     if (unused := [name for name, value in for_prompts.items() if value is not None]) and (images or sample):
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
     # A capture that still runs can be queried for the samples that are done; the answer says how many.
-    store = open_store(trace, unfinished=True)
-    check_score(store, score)
-    check_k(store, k)
+    opened = open_trace(trace, unfinished=True)
+    check_score(opened.store, score)
+    check_k(opened.store, k)
     if sample:
-        labels = [QueryLabel(name=f"sample {number}", prompt=None) for number in sample]
-        gradients = sample_gradients(store, sample)
+        queries = opened.query_samples(sample)
     else:
         with Console(stderr=True).status("Reading the queries") as status:
             if images:
@@ -104,26 +92,41 @@ def query(
             else:
                 status.update("Making images")
                 folder = made or trace.absolute().parent / "generated"
+                count = 1 if num is None else num
                 inputs = generate_images(
-                    store, prompt or [], folder, num=1 if num is None else num, seed=seed or 0, command=context.obj
+                    opened.store, prompt or [], folder, num=count, seed=seed or 0, command=context.obj
                 )
             status.update("Capturing the gradients of the queries")
-            gradients = capture_images(store, inputs, weights, context.obj, edited_script)
-        labels = [QueryLabel(name=given.image.name, prompt=given.prompt) for given in inputs]
+            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
     with Console(stderr=True).status("Scoring"):
-        answer = answer_queries(store, gradients, k=k, score=score, exact=exact)
-    _print_answer(store, labels, answer)
-    _write_answer(store, labels, answer, json_path, csv_path)
+        top = opened.top_k(queries, k, score, exact=exact)
+
+    console = Console()
+    for number in range(len(top)):
+        console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
+        console.print()
+    print_note(console, top.answered_by.description)
+    if top.deflation:
+        print_note(console, f"{top.score} scores: took out {top.deflation}")
+    if json_path is not None:
+        facts = {
+            **trace_facts(opened),
+            "answered_by": "scan" if top.answered_by.recall is None else "index",
+            "index_recall": top.answered_by.recall,
+            "taken_out": top.deflation,
+            "complete": opened.complete,
+            "samples_searched": len(opened.store.rows_done),
+        }
+        json_path.write_text(hits_json(top, facts), encoding="utf-8")
+    if csv_path is not None:
+        csv_path.write_text(hits_csv(top), encoding="utf-8", newline="")
 
 
-def capture_images(
-    store: Store, inputs: Sequence[QueryInput], weights: Path | None, command: Sequence[str], edited_script: bool
-) -> NDArray[np.float32]:
-    """The gradients of images, (Q, T, v); `command` is the script's command line, or empty for the remembered one."""
-    from dmin_trace.query import capture_queries
-
-    return capture_queries(
-        store,
+def query_inputs(
+    trace: Trace, inputs: Sequence[QueryInput], weights: Path | None, command: Sequence[str], edited_script: bool
+) -> Queries:
+    """The queries for images; `command` is the script's command line, or empty for the remembered one."""
+    return trace.query_images(
         [given.image for given in inputs],
         [given.prompt for given in inputs],
         conditioning=[given.conditioning for given in inputs],
@@ -131,37 +134,3 @@ def capture_images(
         command=command,
         edited_script=edited_script,
     )
-
-
-def _print_answer(store: Store, labels: list[QueryLabel], answer: Answer) -> None:
-    from dmin_trace.views import hits_table
-
-    console = Console()
-    for label, hits in zip(labels, answer.hits, strict=True):
-        ascii_only = console.options.ascii_only
-        console.print(hits_table(label, hits, store.header.timesteps, score=answer.score, ascii_only=ascii_only))
-        console.print()
-    print_note(console, answer.said)
-    if answer.taken_out:
-        print_note(console, f"{answer.score} scores: took out {answer.taken_out}")
-
-
-def _write_answer(
-    store: Store, labels: list[QueryLabel], answer: Answer, json_path: Path | None, csv_path: Path | None
-) -> None:
-    from dmin_trace.views import hits_csv, hits_json
-
-    timesteps, score = store.header.timesteps, answer.score
-    if json_path is not None:
-        facts = {
-            **trace_facts(store),
-            "answered_by": "scan" if answer.recall is None else "index",
-            "index_recall": answer.recall,
-            "taken_out": answer.taken_out,
-            "complete": store.complete,
-            "samples_searched": len(store.rows_done),
-        }
-        json_path.write_text(hits_json(labels, answer.hits, timesteps, facts, score=score), encoding="utf-8")
-    if csv_path is not None:
-        text = hits_csv(labels, answer.hits, timesteps, score=score)
-        csv_path.write_text(text, encoding="utf-8", newline="")

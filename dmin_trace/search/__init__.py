@@ -21,7 +21,7 @@ from dmin_trace.search.index import (
     read_facts,
     search,
 )
-from dmin_trace.search.ranking import Ranking, check_k, check_queries, rerank
+from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
 from dmin_trace.search.scores import DeflatedScore, DminScore, ScoreMethod, score_method
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "choose_directions",
     "damage",
     "exact_top_k",
+    "has_direction",
     "index_beside",
     "load_graph",
     "open_directions",

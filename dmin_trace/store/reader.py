@@ -544,6 +544,10 @@ class Store:
             )
         return int(found[0])
 
+    def rows_of(self, samples: Sequence[int]) -> NDArray[np.int64]:
+        """The rows of these data set indices. Raises TraceError if the store does not hold one."""
+        return np.array([self.row_of(int(sample)) for sample in samples], np.int64)
+
     def grad_chunk(self, chunk: int) -> Array:
         """The stored numbers of a chunk that is done, (n, T, v): mapped from its file, or unpacked.
 

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dmin_trace.search import Facts, Score, Unavailable
+    from dmin_trace.search import Facts, Unavailable
     from dmin_trace.store import Store, UnrankedSamples
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueryLabel:
-    """How a query is named in an answer.
-
-    name: the file name of an image, or "sample 17" for a training sample.
-    prompt: the prompt of the image, if it has one.
-    """
-
-    name: str
-    prompt: str | None
-
-
-def describe_score(score: Score, timesteps: int) -> str:
-    """What a score of this kind is, summed over this number of timesteps."""
+def describe_score(score: str, timesteps: int) -> str:
+    """What a score with this name is, summed over this number of timesteps."""
     count = "1 timestep" if timesteps == 1 else f"{timesteps} timesteps"
     if score == "dmin":
         return (
             f"score: inner product of normalised compressed gradients, summed over {count}; "
             f"{timesteps} would be a perfect match"
         )
+    if score != "deflated":
+        return f"{score} score, summed over {count}; compare within a query only"
     return (
         f"{score} score: inner product of compressed gradients, the query's without what all samples share, summed "
         f"over {count}; above 0 helps, below 0 hinders; compare within a query only"

@@ -13,31 +13,23 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-from dmin_trace.views.describe import QueryLabel, describe_score
+from dmin_trace.views.describe import describe_score
 from dmin_trace.views.text import spreadsheet_safe
 
 if TYPE_CHECKING:
-    from dmin_trace.query import Hit
-    from dmin_trace.search import Score
+    from dmin_trace.query import TopK
     from dmin_trace.store import Verified
 
 VERSION = 1
 """The version of each JSON format."""
 
 
-def hits_json(
-    queries: Sequence[QueryLabel],
-    hits: Sequence[Sequence[Hit]],
-    timesteps: tuple[float, ...],
-    trace_facts: Mapping[str, object],
-    *,
-    score: Score = "dmin",
-) -> str:
+def hits_json(top: TopK, trace_facts: Mapping[str, object]) -> str:
     """The hits of all queries as strict JSON in plain ASCII, keys always in this order:
 
         format      "dmin_trace.hits"
         version     1; a reader should refuse any other
-        scored_by   "dmin" or "deflated"
+        scored_by   the name of the score, such as "deflated"
         score       what such a score is, in words
         timesteps   [t, ...]
         trace       the facts of the trace, as given
@@ -46,41 +38,27 @@ def hits_json(
     `per_timestep` has one number for each of `timesteps`; `columns` are those of the store, in its order.
     A number that is NaN or infinite is null.
     """
-    answers = [
-        {
-            "name": query.name,
-            "prompt": query.prompt,
-            "hits": [
-                {name: getattr(hit, name) for name in ("rank", "sample", "score", "per_timestep", "columns")}
-                for hit in its_hits
-            ],
-        }
-        for query, its_hits in zip(queries, hits, strict=True)
+    keys = ("rank", "sample", "score", "per_timestep", "columns")
+    queries = [
+        {"name": name, "prompt": prompt, "hits": [{key: getattr(hit, key) for key in keys} for hit in hits]}
+        for name, prompt, hits in zip(top.names, top.prompts, top.hits, strict=True)
     ]
-    words = describe_score(score, len(timesteps))
-    return _json(
-        "hits", {"scored_by": score, "score": words, "timesteps": timesteps, "trace": trace_facts, "queries": answers}
-    )
+    meaning = {"scored_by": top.score, "score": describe_score(top.score, len(top.timesteps))}
+    return _json("hits", {**meaning, "timesteps": top.timesteps, "trace": trace_facts, "queries": queries})
 
 
-def hits_csv(
-    queries: Sequence[QueryLabel],
-    hits: Sequence[Sequence[Hit]],
-    timesteps: tuple[float, ...],
-    *,
-    score: Score = "dmin",
-) -> str:
+def hits_csv(top: TopK) -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
-    Columns: query, prompt, rank, sample, score, scored_by ("dmin" or "deflated"), the columns of the store, then
+    Columns: query, prompt, rank, sample, score, scored_by (the name of the score), the columns of the store, then
     per_timestep_<timestep> for each timestep. A store column whose name is taken gets "meta_" before its name. Control
     characters in text are escaped, and text that a spreadsheet would take for a formula gets a leading "'". A missing
     value, NaN or infinity is an empty cell. Lines end in a newline alone.
     """
     fixed = ["query", "prompt", "rank", "sample", "score", "scored_by"]
-    per_timestep = [f"per_timestep_{_timestep(t)}" for t in timesteps]
+    per_timestep = [f"per_timestep_{_timestep(t)}" for t in top.timesteps]
     # A dict keeps the order in which the names first appear.
-    names = dict.fromkeys(name for its_hits in hits for hit in its_hits for name in hit.columns)
+    names = dict.fromkeys(name for hits in top.hits for hit in hits for name in hit.columns)
     taken = {*fixed, *per_timestep}
     headings = []
     for name in names:
@@ -93,14 +71,9 @@ def hits_csv(
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*fixed, *headings, *per_timestep])
-    for query, its_hits in zip(queries, hits, strict=True):
-        for hit in its_hits:
-            if len(hit.per_timestep) != len(timesteps):
-                raise ValueError(
-                    f"sample {hit.sample} has scores at {len(hit.per_timestep)} timesteps; expected {len(timesteps)}"
-                )
-            values = [query.name, query.prompt, hit.rank, hit.sample, hit.score, score]
-            values += [hit.columns.get(name) for name in names]
+    for query, prompt, hits in zip(top.names, top.prompts, top.hits, strict=True):
+        for hit in hits:
+            values = [query, prompt, hit.rank, hit.sample, hit.score, top.score, *map(hit.columns.get, names)]
             writer.writerow([_cell(value) for value in [*values, *hit.per_timestep]])
     return out.getvalue()
 

@@ -15,12 +15,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dmin_trace.views.describe import QueryLabel, describe_score
+from dmin_trace.views.describe import describe_score
 from dmin_trace.views.text import harmless
 
 if TYPE_CHECKING:
-    from dmin_trace.query import Hit
-    from dmin_trace.search import Score
+    from dmin_trace.query import Hit, TopK
     from dmin_trace.store import Verified
 
 # The column shown is the first of these names, whatever their case, that has a value in some hit.
@@ -36,28 +35,22 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "12345678"
 
 
-def hits_table(
-    query: QueryLabel,
-    hits: Sequence[Hit],
-    timesteps: tuple[float, ...],
-    *,
-    score: Score = "dmin",
-    ascii_only: bool = False,
-) -> Table:
-    """The most influential training samples for one query, one row for each, and below them what the score means.
+def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Table:
+    """The most influential training samples for query number `query` of an answer, and what their score means.
 
     The scores at the timesteps are drawn as one bar each. All bars of a table have one scale; a negative score is a
     dot. Above 20 timesteps, neighbours are averaged into 20 bars. With `ascii_only` the bars are the digits 1 to 8,
     and a negative score is "-".
     """
+    hits, prompt = top.hits[query], top.prompts[query]
     title = Text("Most influential training samples for ")
-    title.append(harmless(query.name, ascii_only=ascii_only), style="bold")
-    if query.prompt is not None:
-        title.append("\n").append(harmless(query.prompt, ascii_only=ascii_only), style="italic")
-    table = _table(title, caption=describe_score(score, len(timesteps)), ascii_only=ascii_only)
+    title.append(harmless(top.names[query], ascii_only=ascii_only), style="bold")
+    if prompt is not None:
+        title.append("\n").append(harmless(prompt, ascii_only=ascii_only), style="italic")
+    table = _table(title, caption=describe_score(top.score, len(top.timesteps)), ascii_only=ascii_only)
     table.add_column(Text("#"), justify="right", no_wrap=True)
     table.add_column(Text("score"), justify="right", no_wrap=True)
-    table.add_column(Text(_timestep_heading(timesteps)), no_wrap=True)
+    table.add_column(Text(_timestep_heading(top.timesteps)), no_wrap=True)
     table.add_column(Text("sample"), justify="right", no_wrap=True)
     text_column = _choose_column(hits, TEXT_COLUMNS, FILE_COLUMNS)
     file_column = _choose_column(hits, FILE_COLUMNS, None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answers import answer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -31,7 +32,6 @@ from dmin_trace.query import Hit, read_inputs
 from dmin_trace.query import answer as query
 from dmin_trace.search import Unavailable, open_index
 from dmin_trace.store import DONE, Store, chunk_file, create, open_store, resume, untrusted
-from dmin_trace.views import QueryLabel
 
 
 @pytest.fixture(scope="module")
@@ -418,17 +418,17 @@ def test_arrays_of_objects_are_refused(genuine: Store, tmp_path: Path) -> None:
 
     np.savez(tmp_path / "a.npz", subsets=np.array([[Runs()]], object), losses=np.ones((1, 1)), allow_pickle=True)
     with pytest.raises(EvaluationError, match="holds subsets, object"):
-        read_retrained(tmp_path / "a.npz", genuine, 1)
+        read_retrained(tmp_path / "a.npz", genuine.header.samples, 1)
     subsets = np.ones((3, genuine.header.samples), np.bool_)
     np.savez(tmp_path / "b.npz", subsets=subsets, losses=np.array([[Runs()]] * 3, object), allow_pickle=True)
     with pytest.raises(EvaluationError, match="and losses, object"):
-        read_retrained(tmp_path / "b.npz", genuine, 1)
+        read_retrained(tmp_path / "b.npz", genuine.header.samples, 1)
     assert not ran.exists()
     with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
         for name in ("subsets", "losses"):
             archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + b"\xff\xff" + b"(" * 65535)
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_retrained(tmp_path / "c.npz", genuine, 1)
+        read_retrained(tmp_path / "c.npz", genuine.header.samples, 1)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -460,10 +460,10 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
     hits = [
         Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5,), columns={"caption": text, "file_name": text, "n": None})
     ]
-    question = QueryLabel(name=text, prompt=text)
+    top = answer([hits], (1.0,), names=(text,), prompts=(text,))
     tables = [
-        shown(views.hits_table(question, hits, (1.0,))),
-        shown(views.hits_table(question, hits, (1.0,), ascii_only=True)),
+        shown(views.hits_table(top, 0)),
+        shown(views.hits_table(top, 0, ascii_only=True)),
         shown(views.facts_table([(text, text)], text)),
         shown(views.measure_table(text, [text], [[text]], text)),
     ]
@@ -473,9 +473,9 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
             part.startswith(("[0m", "[1m", "[2m", "[3m", "[1;", "[2;", "[3;")) for part in table.split("\x1b")[1:]
         )
         assert len(table) < 20_000
-    written = views.hits_json([question], [hits], (1.0,), {})
+    written = views.hits_json(top, {})
     assert written.isascii() and json.loads(written)["queries"][0]["hits"][0]["columns"]["caption"] == text
-    table = views.hits_csv([question], [hits], (1.0,))
+    table = views.hits_csv(top)
     table.encode("utf-8")
     assert not set(table) & {"\x1b", "\r", "\x9b", "\x85", "\u2028", "\x07", "\ud800"}
     # A message of an error.

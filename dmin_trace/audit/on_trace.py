@@ -1,6 +1,6 @@
-"""Measures the scores of a store: by a column of labels, by a column that tells duplicates, and by retrained models.
+"""Measures the scores of a trace: by a column of labels, by a column that tells duplicates, and by retrained models.
 
-For the first two, stored samples are the queries, so no model is needed. A query is left out of its own hits.
+For the first two, training samples are the queries, so no model is needed. A query is left out of its own hits.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from dmin_trace.audit.datamodeling import linear_datamodeling_score
 from dmin_trace.audit.detection import TopRate, detection_rate, duplicate_recall, without_query
 from dmin_trace.audit.intervals import Estimate
 from dmin_trace.errors import EvaluationError
-from dmin_trace.query import Answer, answer_queries, query_transform
-from dmin_trace.search import Score, all_scores, check_queries, score_method
-from dmin_trace.store import ArrayHeader, Store, read_arrays
+from dmin_trace.query import TopK, Trace
+from dmin_trace.search import Score
+from dmin_trace.store import ArrayHeader, Queries, read_arrays
 
 DEFAULT_KS = (5, 10, 50, 100)
-"""The numbers of best samples to look at, as far as the store has other samples for them."""
+"""The numbers of best samples to look at, as far as the trace has other samples for them."""
 DEFAULT_QUERIES = 100
 BATCH_NUMBERS = 2**26
 """Numbers in the gradients of queries that are scored at a time."""
 MAX_MODELS = 10_000
 
 Progress = Callable[[int, int], None]
-"""Called with how many queries or samples are done, and of how many."""
+"""Called with how many queries are done, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The result of one measure of a store, for a person and for a program.
+    """The result of one measure of a trace, for a person and for a program.
 
-    title: what was measured, on one line; it may hold text of the store or the user.
+    title: what was measured, on one line; it may hold text of the trace or the user.
     headings, rows: the figures, as a table.
     meaning: what the figures say, and what they do not say.
     values: all of it for JSON; a number may be NaN.
@@ -63,7 +63,7 @@ class Retrained:
 
 
 def measure_labels(
-    store: Store,
+    trace: Trace,
     column: str,
     *,
     ks: Sequence[int] | None = None,
@@ -76,7 +76,7 @@ def measure_labels(
     """The fraction of a sample's best hits that have its label (`detection_rate`).
 
     Args:
-        store: the store.
+        trace: the trace.
         column: a column of labels; an empty text, the integer -1 and NaN mean no label, as in the store.
         ks: the numbers of best samples; `DEFAULT_KS` if not given.
         queries: the number of samples used as queries, spread evenly over the dataset.
@@ -86,10 +86,12 @@ def measure_labels(
         progress: called with the number of queries that are done.
 
     Raises:
-        EvaluationError: all labels are equal, or all are different, or there are fewer other samples than some k.
-        TraceError: there is no such column, or the store is damaged.
+        EvaluationError: there is no such column, all labels are equal or all are different, or there are fewer other
+            samples than some k.
+        QueryError: the trace is too large for deflated scores without an index.
+        TraceError: the trace is damaged.
     """
-    rows, values, ks = _rows_and_values(store, column, ks)
+    samples, values, ks = _samples_and_values(trace, column, ks)
     present = [value for value in values if value is not None]
     if len(set(present)) < 2:
         raise EvaluationError(
@@ -102,7 +104,7 @@ def measure_labels(
             "labels."
         )
     chosen = _spread([position for position, value in enumerate(values) if value is not None], queries)
-    ranking, answer = _rank_others(store, rows, chosen, max(ks), score, exact, progress)
+    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact, progress)
     labels = [values[position] for position in chosen]
     rates = detection_rate(values, ranking, labels, ks, query_positions=chosen, seed=seed)
     return _measurement(
@@ -111,13 +113,13 @@ def measure_labels(
         "not whether they have influence: a score can have more of one and less of the other.",
         rates,
         {"measure": "detection_rate", "column": column, "seed": seed},
-        store.sample[rows[chosen]],
-        answer,
+        samples[chosen],
+        top,
     )
 
 
 def measure_duplicates(
-    store: Store,
+    trace: Trace,
     column: str,
     *,
     ks: Sequence[int] | None = None,
@@ -132,7 +134,7 @@ def measure_duplicates(
     Samples with the same value in the column are duplicates. Other arguments and errors are those of `measure_labels`;
     at least two samples must be duplicates, and not all.
     """
-    rows, values, ks = _rows_and_values(store, column, ks)
+    samples, values, ks = _samples_and_values(trace, column, ks)
     sizes = Counter(value for value in values if value is not None)
     members: dict[Any, list[int]] = {}
     for position, value in enumerate(values):
@@ -150,31 +152,30 @@ def measure_duplicates(
         )
     chosen = _spread(sorted(position for group in members.values() for position in group), queries)
     duplicates = [[other for other in members[values[position]] if other != position] for position in chosen]
-    ranking, answer = _rank_others(store, rows, chosen, max(ks), score, exact, progress)
-    rates = duplicate_recall(ranking, duplicates, ks, ranked=len(rows) - 1, seed=seed)
+    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact, progress)
+    rates = duplicate_recall(ranking, duplicates, ks, ranked=len(samples) - 1, seed=seed)
     return _measurement(
         f"Recall of duplicates by {column}",
         "Fraction of a sample's duplicates that are among its k best. A score that misses duplicates is broken; one "
         "that finds them may still rank the rest badly.",
         rates,
         {"measure": "duplicate_recall", "column": column, "seed": seed},
-        store.sample[rows[chosen]],
-        answer,
+        samples[chosen],
+        top,
     )
 
 
-def read_retrained(path: Path, store: Store, queries: int) -> Retrained:
+def read_retrained(path: Path, samples: int, queries: int) -> Retrained:
     """Reads a file that `numpy.savez` wrote: `subsets` (M, N) bool, `losses` (M, Q). Nothing in it is executed.
 
     Args:
         path: the .npz file.
-        store: the store, for N.
+        samples: N, the number of samples of the trace.
         queries: Q.
 
     Raises:
-        EvaluationError: it cannot be read, or its arrays are not of the trace's samples and these queries.
+        EvaluationError: it cannot be read, or its arrays are not of so many samples and queries.
     """
-    samples = store.header.samples
     expected = f"expected a file of numpy.savez with subsets, bool (models, {samples}), and losses (models, {queries})"
 
     def check(headers: Mapping[str, ArrayHeader]) -> None:
@@ -196,55 +197,28 @@ def read_retrained(path: Path, store: Store, queries: int) -> Retrained:
 
 
 def measure_datamodeling(
-    store: Store,
-    gradients: NDArray[np.float32],
-    retrained: Retrained,
-    names: Sequence[str | int],
-    *,
-    score: Score = "deflated",
-    seed: int = 0,
-    progress: Progress | None = None,
+    trace: Trace, queries: Queries, retrained: Retrained, *, score: Score = "deflated", seed: int = 0
 ) -> Measurement:
-    """The linear datamodeling score of a store's scores (`linear_datamodeling_score`).
+    """The linear datamodeling score of a trace's scores (`linear_datamodeling_score`).
 
     All samples are scored. A sample without a usable gradient has score 0.
 
     Args:
-        store: the store; its samples are numbered from 0 to N - 1.
-        gradients: (Q, T, v), of the queries.
+        trace: the trace.
+        queries: Q queries of the trace.
         retrained: the models.
-        names: of the queries.
         score: the score that is measured.
         seed: of the bootstrap of the interval.
-        progress: called with the number of samples that are scored.
 
     Raises:
-        EvaluationError: the measure has no value, or the samples are not numbered from 0 to N - 1.
-        QueryError: the gradients are not finite or not of the store's shape.
-        TraceError: the store is damaged.
+        EvaluationError: the measure has no value.
+        QueryError: the queries are of another trace, or the trace is too large for deflated scores without an index.
+        TraceError: the trace is damaged.
     """
-    samples = store.sample
-    if not np.array_equal(np.sort(samples), np.arange(len(samples))):
-        raise EvaluationError(
-            f"{store.path} does not hold each of the samples 0 to {len(samples) - 1} once, so the columns of subsets "
-            "cannot be matched with them."
-        )
-    done = 0
-
-    def count(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress(done, len(samples))
-
-    check_queries(store, gradients)
-    method = score_method(store, score)
-    method.fit(store)
-    scores = np.empty((len(gradients), len(samples)))
-    scores[:, samples] = np.nan_to_num(all_scores(store, method.transform(gradients), progress=count), nan=0.0)
-    found = linear_datamodeling_score(scores, retrained.subsets, retrained.losses, seed=seed)
-    without = len(samples) - int(store.valid.sum())
-    row = (str(len(gradients)), str(found.models), _decimals(found.score.value), _interval(found.score), "0.000")
+    scores = trace.scores(queries, score)
+    without = int(np.isnan(scores).any(axis=0).sum())
+    found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), retrained.subsets, retrained.losses, seed=seed)
+    row = (str(len(queries)), str(found.models), _decimals(found.score.value), _interval(found.score), "0.000")
     return Measurement(
         title=f"Linear datamodeling score of {score} scores",
         headings=("queries", "models", "LDS", "95 % interval", "chance"),
@@ -264,24 +238,24 @@ def measure_datamodeling(
             "low": found.score.low,
             "high": found.score.high,
             "chance": 0.0,
-            "queries": list(names),
+            "queries": list(queries.names),
             "each": found.each.tolist(),
         },
     )
 
 
-def _rows_and_values(
-    store: Store, column: str, ks: Sequence[int] | None
+def _samples_and_values(
+    trace: Trace, column: str, ks: Sequence[int] | None
 ) -> tuple[NDArray[np.int64], list[Any], Sequence[int]]:
-    """The rows that are ranked, in the order of the dataset, their values in a column (None for none), and the ks.
+    """The samples that are ranked, in order, their values in a column (None for none), and the ks.
 
     Positions in these arrays are what the measures call samples.
     """
-    rows = np.flatnonzero(store.valid)
-    rows = rows[np.argsort(store.sample[rows], kind="stable")]
-    if len(np.unique(store.sample[rows])) < len(rows):
-        raise EvaluationError(f"{store.path} holds samples more than once, so hits cannot be matched with samples.")
-    others = max(len(rows) - 1, 0)
+    if column not in trace.columns:
+        raise EvaluationError(f"{trace.path} has no column {column}; it has {', '.join(trace.columns) or 'none'}.")
+    values = trace.columns[column]
+    samples = np.sort(trace.store.sample[trace.store.valid])
+    others = max(len(samples) - 1, 0)
     if ks is None:
         ks = [k for k in DEFAULT_KS if k <= others]
         if not ks:
@@ -294,8 +268,7 @@ def _rows_and_values(
             f"k is {', '.join(map(str, ks))}; expected numbers from 1 to {others}, since a sample is ranked with so "
             "many others."
         )
-    values = store.column(column)
-    return rows, [_value(values[row]) for row in rows], ks
+    return samples, [_value(values[sample]) for sample in samples], ks
 
 
 def _value(value: Any) -> Any:
@@ -312,28 +285,26 @@ def _spread(positions: Sequence[int], count: int) -> NDArray[np.int64]:
 
 
 def _rank_others(
-    store: Store,
-    rows: NDArray[np.int64],
+    trace: Trace,
+    samples: NDArray[np.int64],
     chosen: NDArray[np.int64],
     k: int,
     score: Score,
     exact: bool,
     progress: Progress | None,
-) -> tuple[NDArray[np.int64], Answer]:
+) -> tuple[NDArray[np.int64], TopK]:
     """The positions of the k best other samples of each query, (Q, k), and the last answer."""
-    samples = store.sample[rows]
-    batch = max(1, BATCH_NUMBERS // (len(store.header.timesteps) * store.header.dimension))
+    header = trace.store.header
+    batch = max(1, BATCH_NUMBERS // (len(header.timesteps) * header.dimension))
     ranking = np.empty((len(chosen), k), np.int64)
-    transform = query_transform(store, score)
     for first in range(0, len(chosen), batch):
-        queries = chosen[first : first + batch]
+        positions = chosen[first : first + batch]
         # One hit more, for the query itself. A duplicate may be ranked before it.
-        answer = answer_queries(store, store.gradients(rows[queries]), k=k + 1, score=transform, exact=exact)
-        hits = np.array([[hit.sample for hit in hits] for hits in answer.hits])
-        ranking[first : first + batch] = without_query(np.searchsorted(samples, hits), queries)
+        top = trace.top_k(trace.query_samples(samples[positions].tolist()), k + 1, score, exact=exact)
+        ranking[first : first + batch] = without_query(np.searchsorted(samples, top.samples), positions)
         if progress is not None:
-            progress(first + len(queries), len(chosen))
-    return ranking, answer
+            progress(first + len(positions), len(chosen))
+    return ranking, top
 
 
 def _measurement(
@@ -342,22 +313,23 @@ def _measurement(
     rates: Sequence[TopRate],
     values: dict[str, Any],
     samples: NDArray[np.int64],
-    answer: Answer,
+    top: TopK,
 ) -> Measurement:
+    answered_by = top.answered_by.description
     return Measurement(
-        title=f"{title}, {answer.score} scores, {len(samples):,} samples as queries",
+        title=f"{title}, {top.score} scores, {len(samples):,} samples as queries",
         headings=("k", "rate", "95 % interval", "chance", "at best"),
         rows=tuple(
             (str(of.k), _decimals(of.rate.value), _interval(of.rate), _decimals(of.chance), _decimals(of.best))
             for of in rates
         ),
-        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answer.said[:1].upper()}"
-        f"{answer.said[1:]}.",
+        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
+        f"{answered_by[1:]}.",
         values=values
         | {
-            "scored_by": answer.score,
-            "answered_by": "scan" if answer.recall is None else "index",
-            "index_recall": answer.recall,
+            "scored_by": top.score,
+            "answered_by": "scan" if top.answered_by.recall is None else "index",
+            "index_recall": top.answered_by.recall,
             "queries": samples.tolist(),
             "rates": [
                 {

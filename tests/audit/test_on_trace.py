@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,24 @@ from tiny import EXAMPLE, digit_folder, run, without_the_line
 from torch.nn.functional import mse_loss
 
 import dmin_trace
-from dmin_trace.audit import on_store
-from dmin_trace.audit.on_store import Retrained, read_retrained
+from dmin_trace.audit import on_trace
+from dmin_trace.audit.on_trace import Retrained, read_retrained
 from dmin_trace.cli.app import main
-from dmin_trace.errors import EvaluationError, QueryError, TraceError
-from dmin_trace.query import sample_gradients
-from dmin_trace.search import build_index, exact
-from dmin_trace.store import Store, open_store
+from dmin_trace.errors import EvaluationError, TraceError
+from dmin_trace.query import Trace, open_trace
+from dmin_trace.search import build_index
 
 CLI = ("-m", "dmin_trace.cli.app")
 CLASSES = np.arange(160) % 5
 
 # The paper's score, whose values are known in advance.
-measure_labels = partial(on_store.measure_labels, score="dmin")
-measure_duplicates = partial(on_store.measure_duplicates, score="dmin")
-measure_datamodeling = partial(on_store.measure_datamodeling, score="dmin")
+measure_labels = partial(on_trace.measure_labels, score="dmin")
+measure_duplicates = partial(on_trace.measure_duplicates, score="dmin")
+measure_datamodeling = partial(on_trace.measure_datamodeling, score="dmin")
 
 
-def labelled(path: Path, **changes: Any) -> tuple[Store, Rows]:
-    """A store of 160 samples of five classes, in another order than the dataset, some of them without a label or a
+def labelled(path: Path, **changes: Any) -> tuple[Trace, Rows]:
+    """A trace of 160 samples of five classes, in another order than the dataset, some of them without a label or a
     direction; every tenth of the dataset has the gradient of the one before, but for a little, and its caption."""
     header = make_header(samples=160, timesteps=2, dimension=64, rows=64)
     generator = np.random.default_rng(3)
@@ -57,16 +57,16 @@ def labelled(path: Path, **changes: Any) -> tuple[Store, Rows]:
     }
     rows = rows._replace(grad=grad[order].astype(np.float32), sample=order.astype(np.int64), columns=columns)
     rows = rows._replace(**changes)
-    return write_store(path, header, rows), rows
+    return Trace(write_store(path, header, rows)), rows
 
 
-def by_hand(trace: Store, rows: Rows, query: int) -> list[int]:
+def by_hand(trace: Trace, rows: Rows, query: int) -> list[int]:
     """The other samples that are ranked, best first for a query, by plain numpy on what is stored."""
-    stored = trace.gradients(np.arange(160)).astype(np.float64)
-    slot = rows.sample.tolist().index(query)
-    scores = (stored * stored[slot]).sum(axis=(1, 2))
+    stored = trace.store.gradients(np.arange(160)).astype(np.float64)
+    row = rows.sample.tolist().index(query)
+    scores = (stored * stored[row]).sum(axis=(1, 2))
     order = sorted(range(160), key=lambda other: (-scores[other], other))
-    return [int(rows.sample[other]) for other in order if other != slot and rows.norm[other, 0] > 0]
+    return [int(rows.sample[other]) for other in order if other != row and rows.norm[other, 0] > 0]
 
 
 def test_measure_labels_is_the_rate_of_its_queries(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_measure_labels_in_batches_is_the_same(tmp_path: Path, monkeypatch: pyte
     trace, _ = labelled(tmp_path / "trace.zarr")
     seen: list[tuple[int, int]] = []
     whole = measure_labels(trace, "label", ks=[5], queries=20)
-    monkeypatch.setattr(on_store, "BATCH_NUMBERS", 7 * 2 * 64)
+    monkeypatch.setattr(on_trace, "BATCH_NUMBERS", 7 * 2 * 64)
     parts = measure_labels(trace, "label", ks=[5], queries=20, progress=lambda done, of: seen.append((done, of)))
     assert parts.values == whole.values
     assert seen == [(7, 20), (14, 20), (20, 20)]
@@ -144,10 +144,10 @@ def test_measure_duplicates_with_more_of_them_than_k(tmp_path: Path) -> None:
 
 def test_measure_labels_by_index_and_by_scan(tmp_path: Path) -> None:
     header = make_header(samples=1200, timesteps=3, dimension=512, rows=256)
-    rows = clustered(header)
+    rows = clustered(header)._replace(sample=np.arange(1200))
     rows.columns["label"] = [k % 3 for k in range(1200)]
-    trace = write_store(tmp_path / "trace.zarr", header, rows)
-    served = build_index(trace).depths[-1].k
+    trace = Trace(write_store(tmp_path / "trace.zarr", header, rows))
+    served = build_index(trace.store).depths[-1].k
     by_index = measure_labels(trace, "label", ks=[5, served - 1], queries=30)
     by_scan = measure_labels(trace, "label", ks=[5, served - 1], queries=30, exact=True)
     assert (by_index.values["answered_by"], by_scan.values["answered_by"]) == ("index", "scan")
@@ -157,46 +157,28 @@ def test_measure_labels_by_index_and_by_scan(tmp_path: Path) -> None:
     assert more.values["answered_by"] == "scan" and "the index serves up to" in more.meaning
 
 
-def test_all_scores_are_those_of_exact_top_k(tmp_path: Path) -> None:
-    trace, rows = labelled(tmp_path / "trace.zarr")
-    queries = trace.gradients(np.array([0, 3, 9]))
-    counted: list[int] = []
-    scores = exact.all_scores(trace, queries, threads=2, progress=counted.append)
-    assert (scores.shape, scores.dtype, counted) == ((3, 160), np.float32, [64, 64, 32])
-    assert np.flatnonzero(np.isnan(scores).any(axis=0)).tolist() == [5]
-    ranking = exact.exact_top_k(trace, queries, 159)
-    assert np.allclose(np.take_along_axis(scores, ranking.rows, 1), ranking.scores, atol=1e-6)
-    expected = np.einsum("ntv,qtv->qn", trace.gradients(np.arange(160)).astype(np.float64), queries)
-    assert np.allclose(np.delete(scores, 5, 1), np.delete(expected, 5, 1), atol=1e-5)
-    with pytest.raises(QueryError, match="threads is 0"):
-        exact.all_scores(trace, queries, threads=0)
-    with pytest.raises(QueryError, match="The queries have shape"):
-        exact.all_scores(trace, queries[0])
-
-
 def save(path: Path, **arrays: np.ndarray) -> Path:
     np.savez(path, **arrays)  # type: ignore[arg-type]
     return path
 
 
 def test_measure_datamodeling_matches_subsets_by_sample(tmp_path: Path) -> None:
-    """Losses that are minus the sums of the scores of the dataset's samples, whose slots are in another order."""
+    """Losses that are minus the sums of the scores of the dataset's samples, whose rows are in another order."""
     trace, rows = labelled(tmp_path / "trace.zarr")
-    chosen = [3, 50, 99]
-    gradients = sample_gradients(trace, chosen)
+    queries = trace.query_samples([3, 50, 99])
     scores = np.zeros((3, 160))
-    for slot, sample in enumerate(rows.sample):
-        if slot != 5:
-            scores[:, sample] = (gradients * trace.gradients(np.array([slot]))).sum(axis=(1, 2))
+    for row, sample in enumerate(rows.sample):
+        if row != 5:
+            scores[:, sample] = (queries.gradients * trace.store.gradients(np.array([row]))).sum(axis=(1, 2))
     subsets = np.random.default_rng(0).random((30, 160)) < 0.5
-    read = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=-(subsets @ scores.T)), trace, 3)
-    found = measure_datamodeling(trace, gradients, read, chosen)
+    read = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=-(subsets @ scores.T)), 160, 3)
+    found = measure_datamodeling(trace, queries, read)
     assert np.allclose(found.values["each"], 1)
-    assert found.values["queries"] == chosen and found.values["models"] == 30
+    assert found.values["queries"] == ["sample 3", "sample 50", "sample 99"] and found.values["models"] == 30
     assert found.values["samples_without_score"] == 1 and "1 samples have no usable gradient" in found.meaning
     assert found.rows == (("3", "30", "1.000", "1.000 to 1.000", "0.000"),)
     worse = Retrained(read.subsets, read.losses[::-1])
-    assert measure_datamodeling(trace, gradients, worse, chosen).values["value"] < 0.6
+    assert measure_datamodeling(trace, queries, worse).values["value"] < 0.6
 
 
 class Denoiser(torch.nn.Module):
@@ -242,7 +224,7 @@ def test_measure_datamodeling_of_a_real_model_is_above_chance(tmp_path: Path) ->
             for k in recording.timesteps:
                 with recording.step(i, k):
                     loss_of(model, points[i : i + 1]).backward()
-    trace = open_store(tmp_path / "trace.zarr")
+    trace = open_trace(tmp_path / "trace.zarr")
     subsets = np.random.default_rng(1).random((24, 48)) < 0.5
     chosen = list(range(0, 48, 2))
     losses = np.zeros((24, len(chosen)))
@@ -252,12 +234,13 @@ def test_measure_datamodeling_of_a_real_model_is_above_chance(tmp_path: Path) ->
             torch.manual_seed(7)
             with torch.no_grad():
                 losses[m, q] = loss_of(again, points[sample].expand(500, -1))
-    models = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=losses), trace, len(chosen))
-    gradients = sample_gradients(trace, chosen)
-    found = measure_datamodeling(trace, gradients, models, chosen).values
+    models = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=losses), 48, len(chosen))
+    queries = trace.query_samples(chosen)
+    found = measure_datamodeling(trace, queries, models).values
     assert found["low"] > 0
     # What another cluster's queries are scored by foretells less.
-    other = measure_datamodeling(trace, np.roll(gradients, 1, axis=0), models, chosen).values
+    others = replace(queries, gradients=np.roll(queries.gradients, 1, axis=0))
+    other = measure_datamodeling(trace, others, models).values
     assert other["value"] < found["low"]
 
 
@@ -285,7 +268,7 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
 def test_read_retrained_refuses_other_shapes(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     trace, _ = labelled(tmp_path / "trace.zarr")
     with pytest.raises(EvaluationError, match=message):
-        read_retrained(save(tmp_path / "models.npz", **arrays), trace, 3)
+        read_retrained(save(tmp_path / "models.npz", **arrays), 160, 3)
 
 
 def test_read_retrained_refuses_damaged_and_lying_files(tmp_path: Path) -> None:
@@ -293,15 +276,15 @@ def test_read_retrained_refuses_damaged_and_lying_files(tmp_path: Path) -> None:
     path = save(tmp_path / "models.npz", subsets=np.ones((4, 160), bool), losses=np.ones((4, 3)))
     whole = path.read_bytes()
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_retrained(tmp_path / "gone.npz", trace, 3)
+        read_retrained(tmp_path / "gone.npz", 160, 3)
     # Cut short, or with a byte changed: the end, a header, the numbers.
     for spoiled in (whole[:-30], whole[: len(whole) // 2], b"", whole.replace(b"NUMPY", b"NUMPX")):
         path.write_bytes(spoiled)
         with pytest.raises(EvaluationError, match="cannot be read"):
-            read_retrained(path, trace, 3)
+            read_retrained(path, 160, 3)
     np.save(tmp_path / "one.npy", np.ones((4, 160), bool))
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_retrained(tmp_path / "one.npy", trace, 3)
+        read_retrained(tmp_path / "one.npy", 160, 3)
 
     # A header that claims 9,000 models of a file that is empty behind it.
     def claiming(shape: tuple[int, ...], descr: str) -> bytes:
@@ -313,7 +296,7 @@ def test_read_retrained_refuses_damaged_and_lying_files(tmp_path: Path) -> None:
         archive.writestr("subsets.npy", claiming((9000, 160), "|b1"))
         archive.writestr("losses.npy", claiming((9000, 3), "<f8"))
     with pytest.raises(EvaluationError, match="claims more numbers than it can hold"):
-        read_retrained(path, trace, 3)
+        read_retrained(path, 160, 3)
 
 
 def without_labels(rows: Rows) -> dict[str, Any]:
@@ -332,11 +315,11 @@ def each_its_own(rows: Rows) -> dict[str, Any]:
     return {"columns": rows.columns | {"label": list(range(160))}}
 
 
-STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Store], object], type[Exception], str]] = {
+STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Trace], object], type[Exception], str]] = {
     "no such column": (
         dict,
         lambda trace: measure_labels(trace, "colour"),
-        TraceError,
+        EvaluationError,
         "no column colour; it has caption",
     ),
     "labels all equal": (
@@ -383,14 +366,12 @@ STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Store], obje
         EvaluationError,
         "All samples have the same value",
     ),
-    "a sample twice": (twice, lambda t: measure_labels(t, "label"), EvaluationError, "holds samples more than once"),
+    "a sample twice": (twice, lambda t: measure_labels(t, "label"), TraceError, "has samples twice"),
     "samples of other numbers": (
         lambda rows: {"sample": rows.sample + 1},
-        lambda trace: measure_datamodeling(
-            trace, trace.gradients(np.array([0])), Retrained(np.ones((2, 160), bool), np.ones((2, 1))), ["a"]
-        ),
-        EvaluationError,
-        "does not hold each of the samples 0 to 159 once",
+        lambda t: measure_labels(t, "label"),
+        TraceError,
+        "samples that are not in 0 to 159",
     ),
 }
 
@@ -399,7 +380,7 @@ STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Store], obje
 def test_measures_refuse_what_they_cannot_measure(
     tmp_path: Path,
     change: Callable[[Rows], dict[str, Any]],
-    measure: Callable[[Store], object],
+    measure: Callable[[Trace], object],
     kind: type[Exception],
     message: str,
 ) -> None:
@@ -411,9 +392,9 @@ def test_measures_refuse_what_they_cannot_measure(
 
 def test_measure_labels_of_few_samples_needs_k(tmp_path: Path) -> None:
     header = make_header(samples=5)
-    rows = make_rows(header)
+    rows = make_rows(header)._replace(sample=np.arange(5))
     rows.columns["label"] = [1, 2, 1, 2, 1]
-    trace = write_store(tmp_path / "trace.zarr", header, rows)
+    trace = Trace(write_store(tmp_path / "trace.zarr", header, rows))
     with pytest.raises(EvaluationError, match="A sample is ranked with 4 others; expected 5 or more"):
         measure_labels(trace, "label")
     assert [of["k"] for of in measure_labels(trace, "label", ks=[2, 4]).values["rates"]] == [2, 4]
@@ -450,7 +431,7 @@ def test_evaluate_labels_and_duplicates(made: Path) -> None:
     assert (found["format"], found["version"]) == ("dmin_trace.measures", 1)
     (rates,) = found["measures"]
     assert rates["measure"] == "detection_rate"
-    assert rates == measure_labels(open_store(made / "out" / "trace.zarr"), "label", ks=[1, 5]).values
+    assert rates == measure_labels(open_trace(made / "out" / "trace.zarr"), "label", ks=[1, 5]).values
     ran = run([*CLI, "evaluate", "duplicates", "out/trace.zarr", "original", *options], made)
     assert "Recall of duplicates by original, dmin scores, 4 samples" in ran.stdout
     (recalls,) = json.loads((made / "found.json").read_text())["measures"]
@@ -462,11 +443,9 @@ def test_evaluate_labels_and_duplicates(made: Path) -> None:
 
 def test_evaluate_lds(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Queries are captured by the script itself; the losses are minus the sums of the scores of their samples."""
-    trace = open_store(made / "out" / "trace.zarr")
+    trace = open_trace(made / "out" / "trace.zarr")
     chosen = [4, 11, 7]
-    slots = np.array([trace.row_of(sample) for sample in chosen])
-    scores = np.empty((3, 24))
-    scores[:, trace.sample] = exact.all_scores(trace, trace.gradients(slots))
+    scores = trace.scores(trace.query_samples(chosen), "dmin")
     subsets = np.random.default_rng(0).random((12, 24)) < 0.5
     save(made / "models.npz", subsets=subsets, losses=-(subsets @ scores.T))
     images = [f"digits/{sample:04d}.png" for sample in chosen]
@@ -481,7 +460,7 @@ def test_evaluate_lds(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     samples = [option for sample in chosen for option in ("--sample", str(sample))]
     assert main([*lds, *samples, "--json", "samples.json"]) == 0
     by_samples = json.loads((made / "samples.json").read_text())["measures"][0]
-    assert by_samples["queries"] == chosen and by_samples["each"] == pytest.approx([1, 1, 1])
+    assert by_samples["queries"] == [f"sample {k}" for k in chosen] and by_samples["each"] == pytest.approx([1, 1, 1])
     capsys.readouterr()
     # Before the script is run.
     assert main([*lds, *images[:2]]) == 1

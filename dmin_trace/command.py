@@ -50,7 +50,6 @@ class Job:
     like: a store, for a query: the capture must be of the same kind as that one.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not say so.
     strict: an error in the capture ends the training.
-    repair: make the damaged chunks of the store at `out` anew, and no other; go on with it where it is unfinished.
     """
 
     mode: Literal["final", "now", "estimate"]
@@ -62,7 +61,6 @@ class Job:
     max_train_steps: int | None = None
     num_epochs: int | None = None
     strict: bool = False
-    repair: bool = False
     edited_script: bool = False
 
     def to_json(self) -> str:

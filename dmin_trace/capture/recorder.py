@@ -37,6 +37,7 @@ from dmin_trace.capture.batches import image_shapes, named_entries, word_shapes
 from dmin_trace.capture.columns import Columns
 from dmin_trace.capture.provenance import data_fingerprint
 from dmin_trace.capture.randomness import Call
+from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.signals import FirstSignal
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
@@ -44,7 +45,8 @@ from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, StoppedError, TraceError, WeightsError
 from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Settings
-from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, StoreLock, Writer, mendable
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, StoreLock, Writer
+from dmin_trace.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -54,32 +56,46 @@ LOGGED = 10
 """Samples that failed to load whose reasons are logged, one by one."""
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes that fill one store together, each its own chunks.
+@dataclass(frozen=True, kw_only=True)
+class CaptureSource:
+    """What a capture is of, besides the weights and the settings.
 
-    number: this one's, from 0; the first makes the store, which the others open.
-    count: how many there are.
-    tell: waits until all of them have come as far, and gives what each of them told, by number.
+    samples: N, the number of training samples or of queries.
+    columns: the readable columns of the data set.
+    trained: whether the training moved a parameter. The loss must depend on each one that it moved.
+    fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
+    script: the script whose loop is run; an unknown one if the loop is the user's own code.
+    edited_script: the script may differ from the one that began the store.
+    packages: further packages whose versions are kept in the header.
     """
 
-    number: int = 0
-    count: int = 1
-    tell: Callable[[str], list[str]] = lambda words: [words]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a capture is known by, besides its weights and settings.
-
-    script: whose loop is run; an unknown one where the loop is the user's own code.
-    edited: the script may be another than that which began the store.
-    batch: gives the batch of a sample as the capture fetches it, or None where the data set is not known.
-    """
-
+    samples: int
+    columns: Columns
+    trained: Callable[[torch.nn.Parameter], bool]
+    fetch: Callable[[int], Any] | None = None
     script: Script = Script()
-    edited: bool = False
-    batch: Callable[[int], Any] | None = None
+    edited_script: bool = False
+    packages: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureTarget:
+    """Where the rows of a capture go.
+
+    out: the path of the store.
+    resume: whether to continue an unfinished store at `out`.
+    like: the finished store that the queries are for; None for a capture of training samples.
+    reserve: bytes that must stay free on the disk for what the script saves at its end; None for no such limit.
+    trial: capture two samples, check them, and write nothing.
+    created: called with the header of a new store.
+    """
+
+    out: Path
+    resume: bool = True
+    like: Store | None = None
+    reserve: int | None = None
+    trial: bool = False
+    created: Callable[[Header], None] = lambda header: None
 
 
 @dataclass
@@ -106,60 +122,35 @@ class Recorder:
         self,
         settings: Settings,
         trainable: Trainable,
-        columns: Columns,
-        *,
-        out: Path,
-        samples: int,
-        resuming: bool,
-        trained: Callable[[torch.nn.Parameter], bool],
-        created: Callable[[Header], None] = lambda header: None,
-        like: Store | None = None,
-        processes: Processes | None = None,
-        writers: Sequence[str] = (),
-        identity: Identity | None = None,
-        reserve: int | None = None,
-        trial: bool = False,
-        repairing: bool = False,
+        source: CaptureSource,
+        target: CaptureTarget,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Fixes what is recorded. The trainables must hold the weights that the capture is of.
+        """Fixes what is recorded. The parameters must hold the weights that the capture is of.
 
         Args:
             settings: what to capture and how.
-            trainable: with respect to what gradients are taken.
-            columns: of the dataset.
-            out: the store.
-            samples: N.
-            resuming: go on with an unfinished store at `out`, if one is there.
-            trained: whether the training moved a parameter, which the loss must then depend on.
-            created: called with the header of a new store.
-            like: a finished store, for a query: the capture must be of the same kind as that one.
-            processes: those that fill the store; this one alone if not given.
-            writers: packages that take part, whose versions are kept.
-            identity: what else the capture is known by.
-            reserve: bytes that must stay free on the disk for what the script has yet to save; None for nothing.
-            trial: record two samples, check them, and write nothing.
-            repairing: record the damaged chunks of the store at `out` anew, which may be complete.
+            trainable: the parameters with respect to which gradients are taken.
+            source: what the capture is of.
+            target: where its rows go.
+            ranks: the processes that fill the store; None if this is the only one.
 
         Raises:
-            QueryError: the trainables or the projection are not those of `like`.
-            WeightsError: the weights are not those of `like`.
+            QueryError: the parameters or the projection are not those of `target.like`.
+            WeightsError: the weights are not those of `target.like`.
         """
+        like = target.like
         self.settings = settings
         self.trainable = trainable
-        self.columns = columns
-        self.out = out
-        self.samples = samples
+        self.columns = source.columns
+        self.out = target.out
+        self.samples = source.samples
         self.like = like
-        self.trial = trial
+        self.trial = target.trial
         self.weights_saved = False
-        self._resuming = resuming
-        self._repairing = repairing
-        self._damaged: list[int] = []
-        self._trained = trained
-        self._created = created
-        self._processes = processes or Processes()
-        self._identity = identity or Identity()
-        self._reserve = reserve
+        self._source = source
+        self._target = target
+        self._processes = ranks or Ranks()
         self._signal = FirstSignal()
         self._announced = False
         self._lock: StoreLock | None = None
@@ -169,7 +160,7 @@ class Recorder:
         self._missing: dict[int, str] = {}
         self._row_missing = False
         self._before_first = 0
-        self._writers = tuple(dict.fromkeys(("dmin_trace", "torch", *writers, "zarr", "numpy")))
+        self._writers = tuple(dict.fromkeys(("torch", *source.packages, "zarr", "numpy")))
         self._weights = trainable.weights_fingerprint()
         if like is not None:
             self._check_weights_like(like)
@@ -215,11 +206,11 @@ class Recorder:
         self._meet()
         pending = self._pending
         with self._holding():
-            if self._processes.number == 0 and self.like is None:
+            if self._processes.rank == 0 and self.like is None:
                 self._prepare(finished=not pending)
         self._meet()
         rows = self._chunk_rows
-        ours = [range(c * rows, min((c + 1) * rows, self.samples)) for c in pending[self._processes.number :: world]]
+        ours = [range(c * rows, min((c + 1) * rows, self.samples)) for c in pending[self._processes.rank :: world]]
         self._queue = [(slots.start // rows, slots) for slots in ours]
         samples = [sample for slots in ours for sample in slots]
         # Loops gather inside their body: every process must run as many bodies, so the shorter ones repeat a sample.
@@ -360,14 +351,14 @@ class Recorder:
             return
         # All have met after their last row.
         with self._holding():
-            if self._processes.number == 0:
+            if self._processes.rank == 0:
                 self._writer.finish()
                 logger.info("The trace of %d samples is in %s.", self.samples, self.out)
         self._meet()
         if self._missing:
             logger.warning(
-                "%d samples could not be loaded; dmin-trace info lists them, and a repair tries them again (--repair, "
-                "repair=True).",
+                "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify TRACE "
+                "--drop-failed, then run the capture again.",
                 len(self._missing),
             )
 
@@ -385,7 +376,7 @@ class Recorder:
     def _take_over(self) -> None:
         """Locks the store, and looks at what is there: which chunks are pending."""
         self._pending = list(range(-(-self.samples // self._chunk_rows)))
-        if self._processes.number == 0 and self.like is None:
+        if self._processes.rank == 0 and self.like is None:
             try:
                 store.make_folder(self.out.absolute().parent)
             except OSError as error:
@@ -394,11 +385,7 @@ class Recorder:
             lock.take()
             self._lock = lock
         self._existing = self.out.exists()
-        if self._existing and self._resuming:
-            if self._repairing:
-                if self._processes.count > 1:
-                    raise CaptureError(f"{self.out} is repaired by one process; {self._processes.count} were started.")
-                self._damaged = mendable(self.out)
+        if self._existing and self._target.resume:
             earlier = store.open_store(self.out, unfinished=True)
             self._refuse_another(earlier)
             theirs = earlier.header
@@ -406,7 +393,7 @@ class Recorder:
             if (theirs.projection.kind, theirs.dimension, theirs.projection.length) == ours:
                 self._make_plan(theirs.projection.width)
             self._chunk_rows = earlier.header.chunk_rows
-            self._pending = [c for c, done in enumerate(earlier.done) if not done or c in set(self._damaged)]
+            self._pending = [c for c, done in enumerate(earlier.done) if not done]
         elif self._existing:
             store.check_free(self.out)
 
@@ -421,13 +408,13 @@ class Recorder:
 
     def _refuse_another(self, earlier: Store) -> None:
         """Raises TraceError for a store that cannot be gone on with, before what lies beside it is written over."""
-        if earlier.complete and not self._repairing:
+        if earlier.complete:
             raise TraceError(
                 f"{self.out} exists already and is complete. Give another path (out, --out), or move it away."
             )
         header = earlier.header
-        if not self._identity.edited:
-            script = self._identity.script
+        if not self._source.edited_script:
+            script = self._source.script
             store.check_script(
                 self.out,
                 header,
@@ -485,7 +472,7 @@ class Recorder:
 
     def _show_progress(self, samples: int) -> None:
         console = Console(stderr=True)
-        if self._processes.number != 0 or not console.is_terminal:
+        if self._processes.rank != 0 or not console.is_terminal:
             return
         self._progress = Progress(
             TextColumn("capture"),
@@ -606,7 +593,7 @@ class Recorder:
             if not reached
         ]
         names = ", ".join(name for name, _ in never[:3])
-        trained = [name for name, tensor in never if self._trained(tensor)]
+        trained = [name for name, tensor in never if self._source.trained(tensor)]
         if trained or len(never) == len(self._ever_reached):
             raise CaptureError(
                 f"The loss does not depend on {len(never)} of the {len(self._ever_reached)} trainable tensors, "
@@ -666,17 +653,14 @@ class Recorder:
         """Creates the store, or goes on with one, now that the first sample has shown what is in it."""
         with self._holding():
             header = self.header()
-            if self._processes.number == 0:
+            if self._processes.rank == 0:
                 if not self._existing:
                     self._check_room(header)
                 self._writer = store.resume(self.out, header) if self._existing else store.create(self.out, header)
-                if self._damaged:
-                    # Not before it is known that this run is the one that can make them anew.
-                    self._writer.undo(self._damaged)
-                self._created(self._writer.header)
+                self._target.created(self._writer.header)
         self._meet()
         with self._holding():
-            if self._processes.number != 0:
+            if self._processes.rank != 0:
                 self._writer = store.resume(self.out, header)
             if self._writer is not None:
                 self._writer.prepare()
@@ -685,10 +669,10 @@ class Recorder:
     def _check_room(self, header: Header) -> None:
         """Raises CaptureError if the store would take the room that the script needs to save what it trained."""
         needed, free = store.bytes_of(header), shutil.disk_usage(self.out.absolute().parent).free
-        if self._reserve is not None and free < needed + self._reserve:
+        if self._target.reserve is not None and free < needed + self._target.reserve:
             raise CaptureError(
                 f"The trace would take {needed:,} bytes, and its disk has {free:,} free, of which the script may need "
-                f"{self._reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
+                f"{self._target.reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
             )
         if free < needed:
             logger.warning(
@@ -725,11 +709,11 @@ class Recorder:
             return
         own = {"error": "" if self._held is None else _words(self._held), "signal": self._signal.caught}
         try:
-            told = [json.loads(words) for words in self._processes.tell(json.dumps(own))]
+            told = [json.loads(words) for words in self._processes.gather(json.dumps(own))]
         except Exception as error:
             self._meeting = False
             raise CaptureError(
-                f"Process {self._processes.number} of {self._processes.count} no longer reaches the others, so one of "
+                f"Process {self._processes.rank} of {self._processes.count} no longer reaches the others, so one of "
                 f"them has ended ({_words(error).splitlines()[0][:200]}). What is in the store is kept, and left out "
                 "when the capture is run again."
             ) from None
@@ -776,7 +760,7 @@ class Recorder:
 
     def header(self) -> Header:
         """What is known of the capture once its first sample is recorded."""
-        settings, batch = self.settings, None if self.like is not None else self._identity.batch
+        settings, batch = self.settings, None if self.like is not None else self._source.fetch
         return Header(
             id=uuid.uuid4().hex,
             samples=self.samples,
@@ -808,9 +792,9 @@ class Recorder:
             batch=self._batch_shapes,
             columns=self.columns.kinds,
             settings=_settings_facts(settings),
-            writers={name: version(name) for name in self._writers},
-            script=self._identity.script.name,
-            script_sha256=self._identity.script.sha256,
+            writers={"dmin_trace": VERSION} | {name: version(name) for name in self._writers},
+            script=self._source.script.name,
+            script_sha256=self._source.script.sha256,
             data_sha256="" if batch is None else data_fingerprint(self.samples, batch),
             unreached=tuple(
                 name for name, reached in zip(self.trainable.names, self._ever_reached, strict=True) if not reached

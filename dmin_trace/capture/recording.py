@@ -36,7 +36,7 @@ from dmin_trace.capture.randomness import (
     seed_everything,
     seed_of,
 )
-from dmin_trace.capture.recorder import Identity, Recorder
+from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
 from dmin_trace.capture.step import TIMESTEP_ARGUMENTS, CaptureStep, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
@@ -65,7 +65,6 @@ def recording(
     transform: str | None = None,
     codec: str | None = None,
     columns: Mapping[str, Values] | None = None,
-    repair: bool = False,
 ) -> Recording:
     """Records the compressed gradient of every sample of a plain PyTorch loop, or those of queries.
 
@@ -93,8 +92,6 @@ def recording(
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
         timesteps, dimension, dtype, projection, seed, draws, transform, codec: see `Settings`.
         columns: what a person reads about the samples, such as captions: N values for each name.
-        repair: record the samples of damaged chunks of a store anew (`dmin-trace verify` names them), and no others;
-            where nothing is damaged, those of chunks with samples that could not be loaded.
 
     Raises:
         SettingsError: an argument that cannot be meant.
@@ -132,7 +129,6 @@ def recording(
         out=None if out is None else Path(out),
         like=trace,
         optimizers=None if optimizer is None else _listed(optimizer, torch.optim.Optimizer, "optimizer", "optimizers"),
-        repair=repair,
         item=None if trace is not None else lambda i: {name: values[i] for name, values in columns.items()},
     )
 
@@ -189,7 +185,6 @@ class Recording:
         optimizers: Sequence[torch.optim.Optimizer] | None,
         item: Callable[[int], Any] | None,
         writers: Sequence[str] = (),
-        repair: bool = False,
         batch: Callable[[int], Any] | None = None,
     ) -> None:
         """Begins nothing yet; that is `__enter__`.
@@ -204,7 +199,6 @@ class Recording:
             optimizers: what they train is recorded; None for all parameters with `requires_grad`.
             item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
             writers: packages that take part, whose versions are kept in the store.
-            repair: damaged chunks are recorded anew, or those with samples that could not be loaded.
             batch: gives the batch of a sample, by a few of which the data set is known again; None if that is not
                 known here.
         """
@@ -217,7 +211,6 @@ class Recording:
         self._optimizers = None if optimizers is None else list(optimizers)
         self._item = item
         self._writers = writers
-        self._repair = repair
         self._batch = batch
         self._all_slots = pinned_timesteps(settings)
         self._entered: ExitStack | None = None
@@ -343,20 +336,15 @@ class Recording:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
             optimizers = self._optimizers
             trainable = self._find_trainable()
-            recorder = Recorder(
-                self._settings,
-                trainable,
-                self._columns,
-                out=out,
+            source = CaptureSource(
                 samples=self._samples,
-                resuming=True,
+                columns=self._columns,
                 # Who trains what is not known here: what is not trained can be said by requires_grad.
                 trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
-                like=self._like,
-                writers=self._writers,
-                repairing=self._repair,
-                identity=Identity(batch=None if self._batch is None else self._batch_of),
+                fetch=None if self._batch is None else self._batch_of,
+                packages=self._writers,
             )
+            recorder = Recorder(self._settings, trainable, source, CaptureTarget(out=out, like=self._like))
             self._prepare_models(entering)
             entering.callback(recorder.stop)
             self._pending = recorder.begin()

@@ -110,14 +110,6 @@ def capture_command(
     draws: Draws = None,
     transform: TransformKind = None,
     columns: Columns = None,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            "--repair",
-            help="Make the damaged chunks of a store anew (see verify); or, where none is, those of samples that could "
-            "not be loaded.",
-        ),
-    ] = False,
     edited_script: EditedScript = False,
     verbose: Verbose = False,
 ) -> None:
@@ -133,7 +125,6 @@ def capture_command(
             settings=_settings(timesteps, dimension, dtype, projection, codec, seed, draws, transform, columns),
             out=None if out is None else str(out.absolute()),
             weights=str(weights.absolute()),
-            repair=repair,
             edited_script=edited_script,
         )
     )

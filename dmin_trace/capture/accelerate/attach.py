@@ -29,7 +29,8 @@ from dmin_trace.capture.columns import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.host import script_host
 from dmin_trace.capture.randomness import PinnedTimestep, pinned_timesteps, seed_of
-from dmin_trace.capture.recorder import Identity, Processes, Recorder
+from dmin_trace.capture.ranks import Ranks
+from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
@@ -192,7 +193,6 @@ class Capture:
             max_train_steps=own.max_train_steps or line.max_train_steps,
             num_epochs=own.num_epochs or line.num_epochs,
             strict=own.strict or line.strict,
-            repair=own.repair,
             edited_script=own.edited_script,
         )
         if self.like is None:
@@ -267,27 +267,27 @@ class Capture:
         accelerator = driver.accelerator
         dataset = driver.loader.dataset
         self._scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
-        self._recorder = Recorder(
-            self.settings,
-            trainable,
-            # Queries have no labels; a column that was asked for of the training set is not asked for of them.
-            Columns(dataset, self.settings.columns if self.like is None else None),
-            out=out,
+        source = CaptureSource(
             samples=len(dataset),
-            resuming=self.job.mode == "now",
+            # Queries have no labels: columns that were asked for by name need not be there.
+            columns=Columns(dataset, self.settings.columns if self.like is None else None),
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
             trained=lambda tensor: any(tensor in optimizer.state for optimizer in driver.optimizers),
-            created=self._remember,
-            like=self.like,
-            processes=Processes(
-                accelerator.process_index, accelerator.num_processes, lambda words: gather_object([words])
-            ),
-            writers=("accelerate",),
-            reserve=self._to_save() if self.job.mode == "final" else None,
-            identity=Identity(self._script(), self.job.edited_script, self._batch_of),
-            trial=trial,
-            repairing=self.job.repair,
+            fetch=self._batch_of,
+            script=self._script(),
+            edited_script=self.job.edited_script,
+            packages=("accelerate",),
         )
+        target = CaptureTarget(
+            out=out,
+            resume=self.job.mode == "now",
+            like=self.like,
+            reserve=self._to_save() if self.job.mode == "final" else None,
+            trial=trial,
+            created=self._remember,
+        )
+        ranks = Ranks(accelerator.process_index, accelerator.num_processes, lambda words: gather_object([words]))
+        self._recorder = Recorder(self.settings, trainable, source, target, ranks)
         samples = self._recorder.begin()
         self._frozen = self._entered.enter_context(EncoderCache(variables.values(), self._models))
         return samples

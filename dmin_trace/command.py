@@ -26,7 +26,7 @@ from dmin_trace.errors import TraceError
 class Command:
     """A script's command line.
 
-    script: the script's path, absolute.
+    script: the script's path, absolute; "" where no script runs, as in a notebook.
     arguments: what follows it.
     folder: where it was started.
     """
@@ -75,7 +75,13 @@ class Job:
 
 
 def current_command() -> Command:
-    """The command line of this process."""
+    """The command line of this process; one without a script if `sys.argv[0]` is not the script that runs.
+
+    In a notebook `sys.argv` is the kernel's: it must not be taken for a training script.
+    """
+    running = getattr(sys.modules["__main__"], "__file__", None)
+    if running is None or Path(running).name != Path(sys.argv[0]).name:
+        return Command("", (), str(Path.cwd()))
     return Command(str(Path(sys.argv[0]).resolve()), tuple(sys.argv[1:]), str(Path.cwd()))
 
 

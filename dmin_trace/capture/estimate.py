@@ -10,14 +10,14 @@ from datetime import timedelta
 import torch
 from rich.filesize import decimal
 
-from dmin_trace.capture.accelerate.attach import Capture
+from dmin_trace.capture.accelerate.script_capture import ScriptCapture
 from dmin_trace.store import bytes_of
 
 NUMBER = 4
 """Bytes of a float32."""
 
 
-def facts(trial: Capture) -> Sequence[tuple[str, str]]:
+def facts(trial: ScriptCapture) -> Sequence[tuple[str, str]]:
     """Names and values for a person to read.
 
     Args:

@@ -181,12 +181,12 @@ class PinnedDraws(TorchFunctionMode):
         try:
             self._seed_own_generator(kwargs.get("generator"))
         except Exception as error:
-            self._keep(error)
+            self.keep(error)
         result = func(*args, **kwargs)
         try:
             return self._noted(name, args, kwargs, result)
         except Exception as error:
-            self._keep(error)
+            self.keep(error)
             return result
 
     def _noted(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
@@ -200,10 +200,10 @@ class PinnedDraws(TorchFunctionMode):
         self.calls.append((name, shape))
         return result
 
-    def _keep(self, error: Exception) -> None:
-        """Keeps an error of ours for later: raised inside the script's own call it would end the script."""
+    def keep(self, error: Exception) -> None:
+        """Keeps an error until the step is checked: raised inside the script's own call it would end the script."""
         if not isinstance(error, CaptureError):
-            error = CaptureError(f"A random call was not seen: {type(error).__name__}: {error}")
+            error = CaptureError(f"A call in the training step was not understood: {type(error).__name__}: {error}")
         self.error = self.error or error
 
     def pin(self, drawn: torch.Tensor, value: Callable[[], float], name: str) -> torch.Tensor:
@@ -216,7 +216,7 @@ class PinnedDraws(TorchFunctionMode):
         try:
             return torch.full_like(drawn, value())
         except Exception as error:
-            self._keep(error)
+            self.keep(error)
             return drawn
 
     def hand_out(self, name: str) -> None:
@@ -260,6 +260,11 @@ class PinnedDraws(TorchFunctionMode):
         if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
             self._generators[id(generator)] = (generator, generator.get_state())
             generator.manual_seed(self.slot.seed)
+
+
+def show_calls(calls: Sequence[Call]) -> str:
+    """Random calls for a person to read."""
+    return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
 
 
 def _dropout_draws(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

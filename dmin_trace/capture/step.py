@@ -1,10 +1,10 @@
-"""One run of the code that computes a loss, on one sample at one timestep: what it drew, what it saw, what it gave."""
+"""One run of a training step, on one sample at one timestep: what it drew, what its model saw, what it gave."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,15 +17,14 @@ TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
 
 @dataclass
 class CaptureStep:
-    """One run of a loop's body for a capture.
+    """One run of a training step for a capture.
 
     sample: the dataset index.
-    slot: the timestep slot.
-    draws: what the body drew.
-    timestep: what reached the denoiser, a tensor on its device, or None if nothing did.
-    backwards: how often the body asked for the gradient.
-    sketch, norm, loss: what the capture made of the loss in `backward`; None until then.
-    versions: how often each of the models' parameters had been changed in place before.
+    slot: the timestep that it is pinned to.
+    draws: what the step draws.
+    timestep: what the denoiser was called with, a tensor on its device; None before that.
+    backwards: how often the step called backward.
+    sketch, norm, loss: the projected gradient (v,), the norm of the gradient, and the loss; None before backward.
     """
 
     sample: int
@@ -36,10 +35,14 @@ class CaptureStep:
     sketch: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     loss: torch.Tensor | None = None
-    versions: list[int] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """The sample and the timestep, for a person to read."""
+        return f"the training step of sample {self.sample}, timestep {self.slot.number}"
 
     def see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Notes the timestep that a module is called with, if it is the first that is seen."""
+        """Keeps the timestep that a module is called with, if it is the first one."""
         if self.timestep is not None:
             return
         names = _forward_names(module)

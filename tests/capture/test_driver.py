@@ -124,7 +124,7 @@ WRONG = {
     ),
     "an unpinned draw": (
         {"body": BODY.replace(DRAW, "torch.tensor([random.randint(0, 999)] * len(clean))")},
-        "timestep draw was not pinned",
+        "timestep was not pinned in the training step of sample 0",
     ),
     "noise that differs": (
         {"body": BODY.replace("noise = torch", "torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch")},

@@ -11,8 +11,8 @@ import torch
 from dmin_trace.integrations import lightning
 from lightning_points import SMALL, Points
 from lightning_points import Denoiser as Module
+from points import POINTS, denoiser, loss_of, record
 from stores import make_header, make_rows, write_store
-from test_plain import POINTS, denoiser, loss_of, record
 
 import dmin_trace
 from dmin_trace.audit import on_trace as examine

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from points import denoiser, loss_of, record
 from stores import content, make_header, make_rows, write, write_store
-from test_plain import denoiser, loss_of, record
 from tiny import plain_script, run
 from torture_rot import attack
 from torture_stores import make_store

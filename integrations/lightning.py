@@ -29,10 +29,9 @@ from dmin_trace.capture.columns import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.recording import Recording
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
-from dmin_trace.query import Hit, answer_queries
+from dmin_trace.query import Hit, ScoreMethod, Trace, open_trace
 from dmin_trace.search import Score
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
-from dmin_trace.store import Store, open_store
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -174,13 +173,13 @@ def capture(
 
 def attribute(
     module: Any,
-    trace: Store | str | os.PathLike[str],
+    trace: Trace | str | os.PathLike[str],
     items: Sequence[Any],
     *,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     trainer: Any = None,
     k: int = 10,
-    score: Score = "deflated",
+    score: Score | ScoreMethod = "deflated",
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each item, best first.
 
@@ -199,21 +198,21 @@ def attribute(
         TraceError: there is no finished store.
     """
     _refuse_module(module)
-    trace = trace if isinstance(trace, Store) else open_store(Path(trace))
+    opened = trace if isinstance(trace, Trace) else open_trace(trace)
     if not items:
         raise QueryError("No item was given. Give at least one.")
     recording = Recording(
         [module],
-        make_settings(trace.header.settings),
+        make_settings(opened.store.header.settings),
         Columns(None, None),
         samples=len(items),
         out=None,
-        like=trace,
+        like=opened.store,
         optimizers=None,
         item=None,
     )
     _record(recording, module, lambda i: items[i], collate_fn, trainer)
-    return answer_queries(trace, recording.queries.gradients, k=k, score=score).hits
+    return opened.top_k(recording.queries, k, score).hits
 
 
 def _capture(

@@ -44,7 +44,7 @@ from dmin_trace.capture.weights import Trainable
 from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, StoppedError, TraceError, WeightsError
 from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
-from dmin_trace.settings import Settings
+from dmin_trace.settings import Dtype, Settings
 from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, StoreLock, Writer
 from dmin_trace.version import VERSION
 
@@ -104,7 +104,8 @@ class _Chunk:
 
     number: int
     slots: range
-    grad: np.ndarray
+    values: np.ndarray
+    scale: np.ndarray
     norm: np.ndarray
     loss: np.ndarray
     columns: dict[str, list[Any]]
@@ -195,7 +196,7 @@ class Recorder:
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
         settings, world = self.settings, self._processes.count
-        self._dtype = "float32" if self.like is not None else settings.dtype
+        self._dtype: Dtype = "float32" if self.like is not None else settings.dtype
         self._chunk_rows = store.choose_chunk_rows(
             self.samples, settings.timestep_count, settings.dimension, self._dtype, world
         )
@@ -357,8 +358,8 @@ class Recorder:
         self._meet()
         if self._missing:
             logger.warning(
-                "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify TRACE "
-                "--drop-failed, then run the capture again.",
+                "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify "
+                "TRACE --drop-failed, then run the capture again.",
                 len(self._missing),
             )
 
@@ -617,7 +618,8 @@ class Recorder:
             self._chunk = _Chunk(
                 number,
                 slots,
-                np.zeros((*shape, self.settings.dimension), np.float32),
+                np.zeros((*shape, self.settings.dimension), self._dtype),
+                np.ones(shape, np.float32),
                 np.full(shape, store.FAILED, np.float32),
                 np.full(shape, np.nan, np.float32),
                 {name: [] for name in self.columns.kinds},
@@ -625,7 +627,9 @@ class Recorder:
         chunk = self._chunk
         at = chunk.filled
         if row is not None:
-            chunk.grad[at], chunk.norm[at], chunk.loss[at] = row
+            # Quantised now, so that a chunk that waits takes its stored size.
+            quantised, scale = store.quantise(row[0][None], self._dtype)
+            chunk.values[at], chunk.scale[at], chunk.norm[at], chunk.loss[at] = quantised[0], scale[0], *row[1:]
         for name, values in chunk.columns.items():
             values.append(None if row is None else self._row_columns[name])
         chunk.filled += 1
@@ -635,7 +639,8 @@ class Recorder:
             self._writing = self._pool.submit(
                 self._writer.write,
                 chunk.number,
-                chunk.grad,
+                chunk.values,
+                chunk.scale,
                 chunk.norm,
                 chunk.loss,
                 np.arange(chunk.slots.start, chunk.slots.stop, dtype=np.int64),
@@ -662,8 +667,6 @@ class Recorder:
         with self._holding():
             if self._processes.rank != 0:
                 self._writer = store.resume(self.out, header)
-            if self._writer is not None:
-                self._writer.prepare()
         self._meet()
 
     def _check_room(self, header: Header) -> None:

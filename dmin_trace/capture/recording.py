@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,16 @@ from dmin_trace.settings import RecordingOverrides, Settings, given_settings, ma
 from dmin_trace.store import Queries, Store, open_store
 
 Values = Sequence[str | int | float] | np.ndarray | torch.Tensor
+
+
+@runtime_checkable
+class OpenedTrace(Protocol):
+    """A trace that is open for reading, such as `dmin_trace.open_trace` gives."""
+
+    @property
+    def store(self) -> Store:
+        """Its store."""
+
 
 _TAKE_THE_TIMESTEP = (
     "Take the timestep from the recording: with recording.step(i, k) as place, place.timestep(steps) or "
@@ -56,7 +66,7 @@ def recording(
     *,
     samples: int,
     out: str | os.PathLike[str] | None = None,
-    like: Store | str | os.PathLike[str] | None = None,
+    like: OpenedTrace | Store | str | os.PathLike[str] | None = None,
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     columns: Mapping[str, Values] | None = None,
     settings: Settings | None = None,
@@ -94,7 +104,7 @@ def recording(
         SettingsError: an invalid argument.
         TraceError: `like` is no finished store.
     """
-    trace = like if like is None or isinstance(like, Store) else open_store(Path(like))
+    trace = None if like is None else _store_of(like)
     if not isinstance(samples, int) or samples < 0:
         raise SettingsError(f"samples is {samples!r}; expected the number of samples.")
     columns = dict(columns or {})
@@ -416,6 +426,12 @@ class Recording:
             recorder.finish()
             if self._like is not None:
                 self._queries = _read_queries(open_store(recorder.out), self._like.header.id)
+
+
+def _store_of(trace: OpenedTrace | Store | str | os.PathLike[str]) -> Store:
+    if isinstance(trace, OpenedTrace):
+        return trace.store
+    return trace if isinstance(trace, Store) else open_store(Path(trace))
 
 
 def _read_queries(captured: Store, trace_id: str) -> Queries:

@@ -293,10 +293,10 @@ def test_a_header_of_other_draws_is_refused(tmp_path: Path) -> None:
 def test_the_width_of_a_store_is_gone_on_with_and_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"projection": "rotation", "dimension": 64}
     with monkeypatch.context() as patch:
-        patch.setattr("dmin_trace.project.compress.NARROW", 1024)
+        patch.setattr("dmin_trace.project.plan.MIN_ROW_WIDTH", 1024)
         model = interrupted(tmp_path, **settings)
     # Rows of a new plan are of 256 now.
-    monkeypatch.setattr("dmin_trace.project.compress.NARROW", 256)
+    monkeypatch.setattr("dmin_trace.project.plan.MIN_ROW_WIDTH", 256)
     path = tmp_path / "trace.zarr"
     for other, shown in (
         ({"dimension": 2048}, "its dimension is 64"),

@@ -27,7 +27,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dmin_trace import query
-from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.randomness import (
     PinnedDraws,
     PinnedTimestep,
@@ -36,7 +36,8 @@ from dmin_trace.capture.randomness import (
     seed_everything,
     seed_of,
 )
-from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
+from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import TIMESTEP_ARGUMENTS, CaptureStep, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError

@@ -25,11 +25,12 @@ from accelerate.utils import gather_object
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import Ending, LoopDriver
-from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.randomness import PinnedTimestep, pinned_timesteps, seed_of
 from dmin_trace.capture.ranks import Ranks
-from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
+from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of

@@ -23,15 +23,16 @@ from dmin_trace.version import VERSION as __version__
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import attach
     from dmin_trace.capture.recording import recording
-    from dmin_trace.query import Hit, attribute
+    from dmin_trace.query import Hit, TopK, Trace, attribute, open_trace
     from dmin_trace.settings import Settings
-    from dmin_trace.store import Store as Trace
-    from dmin_trace.store import open_store as open_trace
+    from dmin_trace.store import Queries
 
 __all__ = [
     "DminTraceError",
     "Hit",
+    "Queries",
     "Settings",
+    "TopK",
     "Trace",
     "__version__",
     "attach",
@@ -42,11 +43,13 @@ __all__ = [
 
 _HOMES = {
     "attach": "capture.accelerate.attach:attach",
-    "attribute": "query.answer:attribute",
+    "attribute": "query.trace:attribute",
     "Hit": "query.hits:Hit",
     "Settings": "settings:Settings",
-    "Trace": "store.reader:Store",
-    "open_trace": "store.reader:open_store",
+    "Queries": "store.queries:Queries",
+    "TopK": "query.topk:TopK",
+    "Trace": "query.trace:Trace",
+    "open_trace": "query.trace:open_trace",
     "recording": "capture.recording:recording",
 }
 

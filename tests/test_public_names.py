@@ -6,7 +6,19 @@ from pathlib import Path
 
 import dmin_trace
 
-FACE = ["DminTraceError", "Hit", "Settings", "Trace", "__version__", "attach", "attribute", "open_trace", "recording"]
+FACE = [
+    "DminTraceError",
+    "Hit",
+    "Queries",
+    "Settings",
+    "TopK",
+    "Trace",
+    "__version__",
+    "attach",
+    "attribute",
+    "open_trace",
+    "recording",
+]
 
 
 def test_the_face_is_this_list() -> None:

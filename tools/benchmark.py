@@ -362,7 +362,7 @@ def write_random(path: Path, header: Header) -> Store:
         n = len(rows)
         turned = np.roll(values[:n], int(generator.integers(header.dimension)), axis=2)
         number = np.arange(rows.start, rows.stop)
-        writer.write_stored(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
+        writer.write(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
     writer.finish()
     return open_store(path)
 
@@ -392,7 +392,7 @@ def clustered_store(path: Path, header: Header) -> Store:
         grad = shared + centres[generator.integers(len(centres), size=len(rows))]
         grad += 0.8 * generator.standard_normal(grad.shape, np.float32)
         grad /= np.linalg.norm(grad, axis=2, keepdims=True)
-        writer.write(chunk, grad, ones, ones, number, {"label": number.tolist()})
+        writer.write(chunk, *store.quantise(grad, header.dtype), ones, ones, number, {"label": number.tolist()})
     writer.finish()
     return open_store(path)
 
@@ -708,9 +708,9 @@ def _written(made: Path, header: Header, dtype: Dtype) -> tuple[str | int | floa
                     os.fsync(file.fileno())
                 store.sync(made)
             elif name == "stored":
-                writers[0].write_stored(chunk, values, scale, ones, ones, number, label)
+                writers[0].write(chunk, values, scale, ones, ones, number, label)
             else:
-                writers[1].write(chunk, sketches, ones, ones, number, label)
+                writers[1].write(chunk, *store.quantise(sketches, dtype), ones, ones, number, label)
             seconds[name] += time.perf_counter() - start
     rate = {name: whole * len(data) / 1e6 / taken for name, taken in seconds.items()}
     return (
@@ -958,7 +958,7 @@ def capture_command(
         weights = next((work / "tiny-SD-LoRA").glob("*lora*.safetensors"))
         saved = Result(
             "encoders",
-            f"tiny SD LoRA, T = 10, {threads} thread(s): a capture whose autoencoder and text encoder are remembered",
+            f"tiny SD LoRA, T = 10, {threads} thread(s): a capture whose autoencoder and text encoder are cached",
             ("encoders", "s", "x free encoders"),
         )
         forget = [(frozen, "_is_frozen", lambda module: False)]
@@ -973,7 +973,7 @@ def capture_command(
             return answer
 
         always = [(kind, "forward", free(kind.forward)) for kind in (Encoder, CLIPTextModel)]
-        ways = {"asked every time": forget, "remembered": [], "free": [*forget, *always]}
+        ways = {"run every time": forget, "cached": [], "free": [*forget, *always]}
         taken: dict[str, list[float]] = {name: [] for name in ways}
         rows = {}
         for turn in range(4):
@@ -987,8 +987,8 @@ def capture_command(
         best = {name: min(times) for name, times in taken.items()}
         for name, seconds in best.items():
             saved.add(name, seconds, seconds / best["free"])
-        same = np.array_equal(rows["asked every time"], rows["remembered"])
-        saved.notes.append(f"stored gradients, asked every time and remembered: {'equal' if same else 'DIFFERENT'}")
+        same = np.array_equal(rows["run every time"], rows["cached"])
+        saved.notes.append(f"stored gradients, run every time and cached: {'equal' if same else 'DIFFERENT'}")
         saved.show(path)
 
 

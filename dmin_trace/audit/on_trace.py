@@ -6,11 +6,8 @@ For the first two, stored samples ask, so no model is needed; each is left out o
 
 from __future__ import annotations
 
-import math
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from dmin_trace.audit import measures as evaluate
 from dmin_trace.audit.measures import Estimate, TopRate
 from dmin_trace.errors import EvaluationError
 from dmin_trace.search import Score
-from dmin_trace.store import Store
+from dmin_trace.store import ArrayHeader, Store, read_arrays
 
 KS = (5, 10, 50, 100)
 """How many of the best are looked at if that is not said: those of these that the trace has other samples for."""
@@ -33,8 +30,6 @@ QUERIES = 100
 TOGETHER = 2**26
 """Numbers of queries that are asked at a time."""
 MOST_MODELS = 10_000
-DEFLATES_TO = 1032
-"""How much longer at most the content of a zip file is than the file."""
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -187,27 +182,23 @@ def read_retrained(path: Path, trace: Store, queries: int) -> Retrained:
     """
     samples = trace.header.samples
     expected = f"expected a file of numpy.savez with subsets, bool (models, {samples}), and losses (models, {queries})"
+
+    def check(headers: Mapping[str, ArrayHeader]) -> None:
+        subsets, losses = headers["subsets"], headers["losses"]
+        fits = len(subsets.shape) == 2 and subsets.shape[1] == samples and subsets.dtype == np.bool_
+        if not (fits and losses.shape == (subsets.shape[0], queries) and losses.dtype.kind in "fiu"):
+            raise EvaluationError(
+                f"{path} holds subsets, {subsets.dtype} {subsets.shape}, and losses, {losses.dtype} {losses.shape}; "
+                f"{expected}."
+            )
+        if subsets.shape[0] > MOST_MODELS:
+            raise EvaluationError(f"{path} is of {subsets.shape[0]} models; expected {MOST_MODELS} or fewer.")
+
     try:
-        if not path.is_file():
-            raise OSError("it is no file")  # a pipe would block whoever opens it
-        with zipfile.ZipFile(path) as archive:
-            headers = {name: _header(archive, name) for name in ("subsets", "losses")}
-            whole = path.stat().st_size
-            (subsets, kind), (losses, number) = headers["subsets"], headers["losses"]
-            fits = len(subsets) == 2 and subsets[1] == samples and kind == np.bool_
-            if not (fits and losses == (subsets[0], queries) and number.kind in "fiu"):
-                raise EvaluationError(
-                    f"{path} holds subsets, {kind} {subsets}, and losses, {number} {losses}; {expected}."
-                )
-            if subsets[0] > MOST_MODELS:
-                raise EvaluationError(f"{path} is of {subsets[0]} models; expected {MOST_MODELS} or fewer.")
-            # Before anything of this size is made: a header can claim what it likes.
-            if any(math.prod(shape) * dtype.itemsize > DEFLATES_TO * whole for shape, dtype in headers.values()):
-                raise EvaluationError(f"{path} claims more numbers than it can hold. Write it again.")
-        with np.load(path, allow_pickle=False) as arrays:
-            return Retrained(arrays["subsets"], arrays["losses"].astype(np.float64))
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = read_arrays(path, ("subsets", "losses"), check)
+    except ValueError as error:
         raise EvaluationError(f"{path} cannot be read: {error}; {expected}.") from None
+    return Retrained(arrays["subsets"], arrays["losses"].astype(np.float64))
 
 
 def datamodeling(
@@ -253,7 +244,7 @@ def datamodeling(
             progress(done, len(numbers))
 
     score.check_queries(trace, gradients)
-    by_slot = score.all_scores(trace, query.query_transform(trace, kind).free(gradients), progress=count)
+    by_slot = score.all_scores(trace, query.fitted_score(trace, kind).transform(gradients), progress=count)
     scores = np.empty(by_slot.shape)
     scores[:, numbers] = np.nan_to_num(by_slot, nan=0.0)
     found = evaluate.linear_datamodeling_score(scores, retrained.subsets, retrained.losses, seed=seed)
@@ -292,7 +283,7 @@ def stored_gradients(trace: Store, samples: Sequence[int]) -> NDArray[np.float32
     for sample in samples:
         if not trace.valid[trace.row_of(sample)]:
             raise EvaluationError(f"The gradient of sample {sample} is zero or not finite, so it cannot ask.")
-    return query.sample_gradients(trace, samples)
+    return query.sample_queries(trace, samples).gradients
 
 
 def _ranked(trace: Store) -> NDArray[np.int64]:
@@ -346,13 +337,13 @@ def _ask(
     samples = trace.sample[ranked]
     together = max(1, TOGETHER // (len(trace.header.timesteps) * trace.header.dimension))
     found = np.empty((len(asking), k), np.int64)
-    made = query.query_transform(trace, kind)
+    made = query.fitted_score(trace, kind)
     for first in range(0, len(asking), together):
         here = asking[first : first + together]
         # One more than is looked at, for the one that asks. Another may be before it, if it is a copy.
         answer = query.answer_queries(trace, trace.gradients(ranked[here]), k=k + 1, score=made, exact=exact)
-        hits = np.array([[hit.sample for hit in hits] for hits in answer.hits])
-        found[first : first + together] = evaluate.without_self(np.searchsorted(samples, hits), here)
+        places = np.searchsorted(samples, trace.sample[answer.ranking.rows])
+        found[first : first + together] = evaluate.without_self(places, here)
         if progress is not None:
             progress(first + len(here), len(asking))
     return found, answer
@@ -366,19 +357,20 @@ def _finding(
     samples: NDArray[np.int64],
     answered: query.Answer,
 ) -> Finding:
+    answered_by = answered.answered_by.description
     return Finding(
         title=f"{title}, {answered.score} scores, {len(samples):,} samples asking",
         headings=("k", "rate", "95 % interval", "chance", "at best"),
         rows=tuple(
             (str(of.k), _part(of.rate.value), _interval(of.rate), _part(of.chance), _part(of.best)) for of in rates
         ),
-        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered.said[:1].upper()}"
-        f"{answered.said[1:]}.",
+        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
+        f"{answered_by[1:]}.",
         facts=facts
         | {
             "scored_by": answered.score,
-            "answered_by": "scan" if answered.recall is None else "index",
-            "index_recall": answered.recall,
+            "answered_by": "scan" if answered.answered_by.recall is None else "index",
+            "index_recall": answered.answered_by.recall,
             "queries": samples.tolist(),
             "rates": [
                 {
@@ -402,12 +394,3 @@ def _part(value: float) -> str:
 
 def _interval(estimate: Estimate) -> str:
     return f"{estimate.low:.3f} to {estimate.high:.3f}" if estimate.low == estimate.low else "needs more queries"
-
-
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """The shape and the kind of numbers that an array of a .npz file claims."""
-    with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-        return shape, dtype

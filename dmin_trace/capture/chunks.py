@@ -99,7 +99,7 @@ class ChunkQueue:
             # Row i of a capture is sample i. The array of samples serves stores that are made in another order.
             sample = np.arange(chunk.rows.start, chunk.rows.stop, dtype=np.int64)
             stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, chunk.columns
-            self._writing = self._pool.submit(self.writer.write_stored, chunk.number, *stored)
+            self._writing = self._pool.submit(self.writer.write, chunk.number, *stored)
             self._chunk = None
 
     def _next_chunk(self, names: Sequence[str]) -> _Chunk:

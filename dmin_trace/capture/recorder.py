@@ -195,8 +195,6 @@ class Recorder:
         with ranks.holding():
             if ranks.rank != 0:
                 chunks.writer = resume(self.out, header)
-            if chunks.writer is not None:
-                chunks.writer.prepare()
         ranks.meet()
 
     def _check_room(self, header: Header) -> None:
@@ -385,8 +383,8 @@ class Recorder:
         self._ranks.meet()
         if self._missing:
             logger.warning(
-                "%d samples could not be loaded; dmin-trace info lists them. To load them again, run dmin-trace verify "
-                "--drop-failed on the trace, then the capture.",
+                "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify "
+                "TRACE --drop-failed, then run the capture again.",
                 len(self._missing),
             )
 

@@ -45,7 +45,7 @@ from dmin_trace.project import LOSS_SCALE
 from dmin_trace.query import Hit
 from dmin_trace.search import Score, check_k
 from dmin_trace.settings import Settings, make_settings
-from dmin_trace.store import Store, open_store
+from dmin_trace.store import Queries, Store, open_store
 
 Values = Sequence[str | int | float] | np.ndarray | torch.Tensor
 
@@ -322,7 +322,15 @@ class Recording:
                 "recording(model, like='...', samples=...), and for hits when its loop is over."
             )
         check_k(self._like, k)
-        return query.answer_queries(self._like, self._asked, k=k, score=score, exact=exact).hits
+        answer = query.answer_queries(self._like, self._asked, k=k, score=score, exact=exact)
+        return query.hits_of(self._like, answer.ranking)
+
+    @property
+    def queries(self) -> Queries:
+        """The gradients of the queries, after a recording `like` a trace."""
+        assert self._like is not None and self._asked is not None
+        names = tuple(f"query {k}" for k in range(self._samples))
+        return Queries(self._asked, names, (None,) * len(names), self._like.header.id)
 
     # -- beginning and end -----------------------------------------------------------------------------------------
 

@@ -234,7 +234,7 @@ def query_command(
     console = Console()
     if sample:
         shown = [report.Question(name=f"sample {number}", prompt=None) for number in sample]
-        gradients = query.sample_gradients(opened, sample)
+        gradients = query.sample_queries(opened, sample).gradients
     else:
         with Console(stderr=True).status("Reading the questions") as status:
             if images:
@@ -256,22 +256,23 @@ def query_command(
                 weights=weights,
                 command=context.obj,
                 edited_script=edited_script,
-            )
+            ).gradients
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     with Console(stderr=True).status("Scoring"):
         answer = query.answer_queries(opened, gradients, k=k, score=scored, exact=exact)
-    hits, timesteps = answer.hits, opened.header.timesteps
+    hits, timesteps = query.hits_of(opened, answer.ranking), opened.header.timesteps
     for question, found in zip(shown, hits, strict=True):
         table = report.hits_table(question, found, timesteps, score=scored, ascii_only=console.options.ascii_only)
         console.print(table)
         console.print()
-    console.print(Text(report.harmless(answer.said, 400), style="dim"))
-    if answer.taken_out:
-        console.print(Text(report.harmless(f"{scored} scores: took out {answer.taken_out}", 400), style="dim"))
+    console.print(Text(report.harmless(answer.answered_by.description, 400), style="dim"))
+    if answer.deflation:
+        console.print(Text(report.harmless(f"{scored} scores: took out {answer.deflation}", 400), style="dim"))
     if json_path is not None:
         facts = {"id": opened.header.id, "samples": opened.header.samples, "weights": opened.header.weights}
-        facts |= {"answered_by": "scan" if answer.recall is None else "index", "index_recall": answer.recall}
-        facts["taken_out"] = answer.taken_out
+        facts |= {"answered_by": "scan" if answer.answered_by.recall is None else "index"}
+        facts["index_recall"] = answer.answered_by.recall
+        facts["taken_out"] = answer.deflation
         facts |= {"complete": opened.complete, "samples_searched": len(opened.rows_done)}
         json_path.write_text(report.to_json(shown, hits, timesteps, facts, score=scored), encoding="utf-8")
     if csv_path is not None:
@@ -346,10 +347,16 @@ def info_command(trace: Annotated[Path, typer.Argument(help="The store.")]) -> N
 def verify_command(
     trace: Annotated[Path, typer.Argument(help="The store.")],
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write what was found as JSON.")] = None,
+    drop_damaged: Annotated[
+        bool, typer.Option("--drop-damaged", help="Mark damaged chunks as not done: a capture makes them anew.")
+    ] = False,
+    drop_failed: Annotated[
+        bool, typer.Option("--drop-failed", help="Likewise the chunks with samples that could not be loaded.")
+    ] = False,
 ) -> None:
     """Read all of a store, its index and the weights beside it, and name every chunk and file that is damaged.
 
-    Exit code 0 where all is whole, 1 where something is damaged. dmin-trace capture --repair makes damaged chunks anew.
+    Exit code 0 if nothing is damaged, 1 otherwise. To repair a store: verify --drop-damaged, then dmin-trace capture.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -374,6 +381,12 @@ def verify_command(
     console.print(Text(report.harmless(f"{trace}: {said}; {checked}.", 400), style=style))
     if json_path is not None:
         json_path.write_text(report.verified_json(found), encoding="utf-8")
+    from dmin_trace import store
+
+    for wanted, drop in ((drop_damaged, store.drop_damaged), (drop_failed, store.drop_failed)):
+        if wanted:
+            chunks = drop(trace)
+            console.print(Text(f"{len(chunks)} chunks are no longer done. Run dmin-trace capture to make them anew."))
     if found.damages:
         raise typer.Exit(1)
 
@@ -506,7 +519,7 @@ def evaluate_command(
                     weights=weights,
                     command=context.obj,
                     edited_script=edited_script,
-                )
+                ).gradients
     bars = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
     with Progress(*bars, console=to_errors, transient=True, disable=not to_errors.is_terminal) as progress:
 

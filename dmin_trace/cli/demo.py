@@ -75,7 +75,7 @@ def run_demo(folder: Path, console: Console) -> float:
 
         console.print("3. Ask where they come from.\n")
         with Console(stderr=True).status("Capturing the gradients of the generated digits"):
-            hits = attribute(trace, paths, k=TOP, score="deflated")
+            hits = attribute(trace.path, paths, k=TOP, score="deflated")
 
     for path, digit, answer in zip(paths, digits, hits, strict=True):
         question = Question(name=f"{path.name} (a {digit})", prompt=None)

@@ -1,4 +1,4 @@
-"""What is asked: images with their prompts, given one by one, as a folder, or as a list in a file."""
+"""Query images and their prompts, as a user gives them: one by one, as a folder, or as a list in a file."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dmin_trace import store as untrusted
 from dmin_trace.errors import QueryError
+from dmin_trace.store import parse
 
 T = TypeVar("T")
 
 IMAGE_KEYS = ("file_name", "image")
 PROMPT_KEYS = ("text", "prompt", "caption")
 CONDITIONING_KEYS = ("conditioning_image", "conditioning")
-LARGEST_LIST = 2**26
+MAX_LIST_BYTES = 2**26
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
 class QueryInput:
-    """One image to ask about.
+    """One image that is used as a query.
 
     image: its file.
-    prompt: what it was made from, or None if that was not said.
+    prompt: what it was made from; None if that is not given.
     conditioning: the image that it was made from (a ControlNet's, or the one that was edited), or None.
     """
 
@@ -36,35 +36,35 @@ class QueryInput:
 def read_inputs(
     given: Sequence[Path], prompts: Sequence[str] = (), conditioning: Sequence[Path] = ()
 ) -> list[QueryInput]:
-    """Reads what a person asks about.
+    """Reads the images and prompts of queries.
 
     Args:
         given: each an image; a folder of images, with prompts in its `metadata.jsonl` if it has one; or a JSON-lines
             file of {"file_name" or "image": FILE, "text" or "prompt": PROMPT, "conditioning_image": FILE}, its paths
             relative to the file.
-        prompts: one for each image in order, or one for all of them; none where the files say them.
-        conditioning: images that the images were made from, likewise.
+        prompts: one for each image in order, or one for all of them; none if the files have them.
+        conditioning: the images that the images were made from, likewise.
 
-    Raises QueryError if there is nothing to ask, a line cannot be read, or the prompts do not fit the images.
+    Raises QueryError if there are no images, a line cannot be read, or the numbers of images and prompts differ.
     """
-    asked = [question for path in given for question in _expand(path)]
+    inputs = [one for path in given for one in _expand(path)]
     if conditioning:
-        asked = [
-            replace(question, conditioning=file)
-            for question, file in zip(asked, _each(conditioning, len(asked), "conditioning images"), strict=True)
+        inputs = [
+            replace(one, conditioning=file)
+            for one, file in zip(inputs, _each(conditioning, len(inputs), "conditioning images"), strict=True)
         ]
     if not prompts:
-        return asked
-    if said := next((question for question in asked if question.prompt is not None), None):
+        return inputs
+    if known := next((one for one in inputs if one.prompt is not None), None):
         raise QueryError(
-            f"A prompt was given, but the list that names {said.image} has one for it already. Leave --prompt out."
+            f"A prompt was given, but the list that names {known.image} has one for it already. Leave --prompt out."
         )
-    every = _each(prompts, len(asked), "prompts")
-    return [replace(question, prompt=prompt) for question, prompt in zip(asked, every, strict=True)]
+    every = _each(prompts, len(inputs), "prompts")
+    return [replace(one, prompt=prompt) for one, prompt in zip(inputs, every, strict=True)]
 
 
 def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
-    """One for each image, where one may stand for all."""
+    """One for each image; a single one is for all."""
     if len(given) not in (1, count):
         raise QueryError(
             f"{count} images were given and {len(given)} {what}. Give one for each image, in their order, or one for "
@@ -74,6 +74,7 @@ def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
 
 
 def _expand(path: Path) -> Iterator[QueryInput]:
+    """The queries that one argument stands for."""
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
@@ -94,10 +95,11 @@ def _expand(path: Path) -> Iterator[QueryInput]:
 
 
 def _read_list(path: Path) -> Iterator[QueryInput]:
+    """The queries in a JSON-lines file."""
     expected = 'expected one such as {"file_name": "a.png", "text": "a prompt"}'
     try:
-        if (size := path.stat().st_size) > LARGEST_LIST:
-            raise QueryError(f"{path} has {size} bytes; expected a list of at most {LARGEST_LIST}.")
+        if (size := path.stat().st_size) > MAX_LIST_BYTES:
+            raise QueryError(f"{path} has {size} bytes; expected a list of at most {MAX_LIST_BYTES}.")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise QueryError(f"{path} cannot be read: {error}.") from None
@@ -106,7 +108,7 @@ def _read_list(path: Path) -> Iterator[QueryInput]:
         raise QueryError(f"{path} has no lines; {expected}.")
     for number, line in numbered:
         try:
-            row: Any = untrusted.parse(line)
+            row: Any = parse(line)
         except ValueError:
             row = None
         image = _text(row, IMAGE_KEYS)
@@ -121,6 +123,7 @@ def _read_list(path: Path) -> Iterator[QueryInput]:
 
 
 def _text(row: Any, keys: Sequence[str]) -> str | None:
+    """The first text that a JSON object has under one of these keys."""
     if not isinstance(row, dict):
         return None
     return next((row[key] for key in keys if isinstance(row.get(key), str)), None)

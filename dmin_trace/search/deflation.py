@@ -22,12 +22,12 @@ threads there are.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,10 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.store import Store
+from dmin_trace.store.cores import core_count
+
+Score = Literal["dmin", "deflated"]
+"""The scores that samples are ranked by: the paper's inner products, or those of deflated queries (`scores`)."""
 
 DENSE = 1024
 """Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
@@ -281,5 +285,5 @@ def _blocks(
 @contextmanager
 def _pool() -> Iterator[ThreadPoolExecutor]:
     """A thread a core, with BLAS on one thread each."""
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(core_count()) as pool:
         yield pool

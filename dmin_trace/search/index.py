@@ -17,7 +17,7 @@ directions, kept as exact numbers, and the rest, which is folded. A vector of th
 T (F + r) numbers, and its inner product with a query's estimates the score. Inner product and not cosine: a fold keeps
 no norms.
 
-HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest products, and `score.rerank` ranks
+HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest products, and `ranking.rerank` ranks
 their rows by the very scores of the exact scan. Building measures how many of the true 10 and 100 best are found for
 samples that are not in the graph yet and for mixtures of them, chooses C and F by that, and writes it down; where the
 recall cannot be reached the scan answers. That is done for each score that queries may ask for: a deflated query has
@@ -49,9 +49,10 @@ from dmin_trace import store as untrusted
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.search import deflation as kernel
 from dmin_trace.search import exact as score
-from dmin_trace.search.deflation import Directions, Progress
-from dmin_trace.search.exact import Ranking, Score
+from dmin_trace.search import ranking
+from dmin_trace.search.deflation import Directions, Progress, Score
 from dmin_trace.search.graph import GraphError, graph_bytes, load_graph, make_graph
+from dmin_trace.search.ranking import Ranking
 from dmin_trace.store import Store, row_checksum, sync, sync_tree
 
 if TYPE_CHECKING:
@@ -302,12 +303,12 @@ def search(index: Index, queries: NDArray[np.float32], k: int, *, kind: Score = 
         QueryError: k is out of range or not served, or the queries are not finite or not of the store's shape.
         TraceError: the store or the graph is damaged.
     """
-    score.check_k(index.trace, k)
-    score.check_queries(index.trace, queries)
+    ranking.check_k(index.trace, k)
+    ranking.check_queries(index.trace, queries)
     depth = index.facts.depth(k, kind)
     if depth is None:
         raise QueryError(f"k is {k}, more than the index was calibrated for. Ask for fewer, or ask with --exact.")
-    return score.rerank(index.trace, queries, index.candidates(queries, depth), k, checksums=index.checksums)
+    return ranking.rerank(index.trace, queries, index.candidates(queries, depth), k, checksums=index.checksums)
 
 
 def index_beside(path: Path) -> Path:
@@ -518,12 +519,8 @@ def build_index(
 
 
 def fingerprint(trace: Store) -> str:
-    """SHA-256 of what the store is and of the checksums of all its gradients, scales and norms."""
-    digest = hashlib.sha256(json.dumps(trace.header.to_attributes(), sort_keys=True).encode())
-    for name, axes in (("grad", 3), ("scale", 2), ("norm", 2)):
-        for chunk in trace.chunks_done if name != "scale" or trace.header.dtype == "int8" else ():
-            digest.update(bytes(trace.trailer(name, chunk, axes)))
-    return digest.hexdigest()
+    """SHA-256 of what the store is and of the checksums of all its chunks."""
+    return trace.state
 
 
 def graph_memory(trace: Store, fold: int, m: int) -> int:

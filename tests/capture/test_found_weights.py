@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dmin_trace.integrations.diffusers import parameter_key
+from dmin_trace.integrations.diffusers.host import parameter_key
 from safetensors.torch import save_file
 
 from dmin_trace.capture.weights import Trainable, find_trainable

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
-from dmin_trace.integrations import diffusers
+from dmin_trace.integrations.diffusers import host as diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file

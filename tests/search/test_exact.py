@@ -12,8 +12,8 @@ from stores import DTYPES, dequantised, make_header, make_rows, with_checksum, w
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from dmin_trace.errors import QueryError, TraceError
-from dmin_trace.search import exact as score
-from dmin_trace.search.exact import exact_top_k
+from dmin_trace.search import products
+from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk, self_influence
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Store, chunk_file, create, open_store
 
@@ -43,19 +43,19 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("count, k", [(1, 1), (1, 203), (5, 10), (70, 3)])
-@pytest.mark.parametrize("part, tile", [(score.PART, score.TILE), (5 * 4 * 128, 250)])
+@pytest.mark.parametrize("part, tile", [(products.PART_NUMBERS, products.TILE_NUMBERS), (5 * 4 * 128, 250)])
 def test_scores_are_those_of_plain_numpy(
     stored: Store, count: int, k: int, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score, "PART", part)
-    monkeypatch.setattr(score, "TILE", tile)
+    monkeypatch.setattr(products, "PART_NUMBERS", part)
+    monkeypatch.setattr(products, "TILE_NUMBERS", tile)
     queries = make_queries(stored, count)
     ranking = exact_top_k(stored, queries, k)
-    slots, products = by_hand(stored.path, queries, k)
+    slots, every = by_hand(stored.path, queries, k)
     dtypes = [str(values.dtype) for values in (ranking.rows, ranking.scores, ranking.per_timestep)]
     assert dtypes == ["int64", "float32", "float32"]
     assert np.array_equal(ranking.rows, slots)
-    shares = np.take_along_axis(products, slots[:, :, None], 1)
+    shares = np.take_along_axis(every, slots[:, :, None], 1)
     assert np.allclose(ranking.per_timestep, shares, rtol=1e-5, atol=1e-6)
     assert np.allclose(ranking.scores, shares.sum(axis=2), rtol=1e-5, atol=1e-6)
     assert np.allclose(ranking.per_timestep.sum(axis=2), ranking.scores, rtol=1e-5, atol=1e-6)
@@ -72,7 +72,7 @@ def test_a_packed_store_gives_the_same_answer(tmp_path: Path, dtype: Dtype, monk
     real = Store._unpacked
     monkeypatch.setattr(Store, "_unpacked", lambda self, chunk: (unpacked.append(chunk), real(self, chunk))[1])
     one, other = exact_top_k(plain, queries, 7), exact_top_k(packed, queries, 7, threads=1)
-    for name in ("slots", "scores", "shares"):
+    for name in ("rows", "scores", "per_timestep"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
     # Once for the scan and once for the candidates, however many there are in a chunk.
     assert sorted(unpacked) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -84,10 +84,10 @@ def test_half_precision_is_converted_as_numpy_does() -> None:
     finite = every[np.isfinite(every)]
     memory = np.empty(2**16, np.float32)
     for numbers in (finite, finite[::3], finite[: 2 * 31000].reshape(2, -1)[:, ::2]):
-        converted, expected = score._converted(numbers, memory), numbers.astype(np.float32)
+        converted, expected = products.as_float32(numbers, memory), numbers.astype(np.float32)
         assert np.array_equal(converted.view(np.int32), expected.view(np.int32))
     for value in every[~np.isfinite(every)]:
-        assert not np.isfinite(score._converted(np.array([[1, value, 2]], np.float16), memory)[0, 1])
+        assert not np.isfinite(products.as_float32(np.array([[1, value, 2]], np.float16), memory)[0, 1])
 
 
 def test_the_threads_of_the_users_process_are_as_before(stored: Store) -> None:
@@ -123,7 +123,7 @@ def test_queries_are_not_copied(tmp_path: Path) -> None:
 def test_the_number_of_threads_changes_nothing(stored: Store) -> None:
     queries = make_queries(stored, 6)
     one, four = exact_top_k(stored, queries, 20, threads=1), exact_top_k(stored, queries, 20, threads=4)
-    for name in ("slots", "scores", "shares"):
+    for name in ("rows", "scores", "per_timestep"):
         assert np.array_equal(getattr(one, name), getattr(four, name))
 
 
@@ -291,3 +291,82 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
     # The larger store is 16 MiB as int8 and 64 MiB as float32.
     assert peaks[1] < 8 * 2**20
     assert peaks[1] < peaks[0] + 2**20
+
+
+def test_exact_top_k_gives_the_smallest_scores_too(stored: Store) -> None:
+    queries = make_queries(stored, 4)
+    ranking = exact_top_k(stored, queries, 12, largest=False)
+    opposite = exact_top_k(stored, -queries, 12)
+    assert np.array_equal(ranking.rows, opposite.rows)
+    assert np.array_equal(ranking.scores, -opposite.scores)
+    assert np.array_equal(ranking.per_timestep, -opposite.per_timestep)
+    assert (np.diff(ranking.scores, axis=1) >= 0).all() and (ranking.scores[:, 0] < 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_exact_top_k_keeps_any_number_of_near_equal_rows(tmp_path: Path, count: int) -> None:
+    """More rows at the border than fit into any margin, which float32 cannot put in order; the best are in no order."""
+    header = make_header(samples=2000, timesteps=2, dimension=1024, dtype="float32", rows=256)
+    rows = make_rows(make_header(samples=2000, timesteps=2, dimension=2))
+    generator = np.random.default_rng(8)
+    one = generator.standard_normal((1, 2, 1024)) / 32
+    grad = (one * (1 + 1e-7 * generator.standard_normal((2000, 2, 1024)))).astype(np.float32)
+    trace = write_store(tmp_path / "trace.zarr", header, rows._replace(grad=grad))
+    queries = one.astype(np.float32)
+    assert np.array_equal(exact_top_k(trace, queries, count).rows, by_hand(trace.path, queries, count)[0])
+    first = np.argsort(-all_scores(trace, queries)[0], kind="stable")[: count + 64]
+    assert not np.isin(by_hand(trace.path, queries, count)[0][0], first).all()
+
+
+@pytest.mark.parametrize("part, tile", [(products.PART_NUMBERS, products.TILE_NUMBERS), (5 * 4 * 128, 250)])
+def test_all_scores_are_those_of_plain_numpy(
+    stored: Store, part: int, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "PART_NUMBERS", part)
+    monkeypatch.setattr(products, "TILE_NUMBERS", tile)
+    queries = make_queries(stored, 5)
+    every = np.einsum("ntv,qtv->qnt", dequantised(stored.path), queries.astype(np.float64))
+    assert np.allclose(all_scores(stored, queries), every.sum(axis=2), rtol=1e-4, atol=1e-5)
+    mapped = np.memmap(tmp_path / "scores", np.float32, "w+", shape=every.shape)
+    assert all_scores(stored, queries, per_timestep=True, out=mapped) is mapped
+    assert np.allclose(np.fromfile(tmp_path / "scores", np.float32).reshape(every.shape), every, rtol=1e-4, atol=1e-5)
+    with pytest.raises(QueryError, match=r"out is float32 of shape \(5, 203, 4\); expected .* \(5, 203\)"):
+        all_scores(stored, queries, out=mapped)
+    with pytest.raises(QueryError, match="out is float64"):
+        all_scores(stored, queries, out=np.empty((5, 203)))  # type: ignore[arg-type]
+
+
+def test_rows_without_gradients_have_no_score(tmp_path: Path) -> None:
+    header = make_header(samples=40, rows=8)
+    rows = make_rows(header)
+    rows.norm[13, 2] = np.nan
+    writer = create(tmp_path / "trace.zarr", header)
+    for chunk in (0, 1, 4):
+        write(writer, rows, chunk)
+    trace = open_store(writer.path, unfinished=True)
+    missing = np.isin(np.arange(40), [13, *range(16, 32)])
+    for scores in (all_scores(trace, rows.grad[:3]), all_scores(trace, rows.grad[:3], per_timestep=True)):
+        assert (np.isnan(scores).reshape(3, 40, -1).all(axis=2) == missing).all()
+        assert not np.isnan(scores[:, ~missing]).any()
+    assert np.array_equal(np.isnan(self_influence(trace)), missing)
+
+
+def test_self_influence_is_the_score_of_a_row_with_itself(stored: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "TILE_NUMBERS", 5 * 4 * 128)  # several parts of a chunk
+    assert np.allclose(self_influence(stored), (dequantised(stored.path) ** 2).sum(axis=(1, 2)), rtol=1e-5)
+
+
+def test_scores_by_chunk_runs_few_chunks_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = make_header(samples=160, rows=8)
+    trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
+    started: list[int] = []
+    real = products.ChunkProducts.__call__
+    monkeypatch.setattr(
+        products.ChunkProducts,
+        "__call__",
+        lambda self, chunk, scale: (started.append(chunk), real(self, chunk, scale))[1],
+    )
+    chunks = scores_by_chunk(trace, trace.gradients(np.array([3])), threads=2)
+    next(chunks)
+    chunks.close()
+    assert len(started) <= 4

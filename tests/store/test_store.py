@@ -22,8 +22,7 @@ from stores import DTYPES, Rows, change, content, dequantised, make_header, make
 
 from dmin_trace.errors import TraceError
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store.header import NoiseFacts, ProjectionFacts
-from dmin_trace.store.reader import (
+from dmin_trace.store import (
     Store,
     Writer,
     choose_chunk_rows,
@@ -34,6 +33,7 @@ from dmin_trace.store.reader import (
     quantise,
     resume,
 )
+from dmin_trace.store.header import NoiseFacts, ProjectionFacts
 from dmin_trace.views.describe import store_facts
 
 
@@ -120,7 +120,7 @@ def test_parts_of_a_chunk_are_the_chunk(tmp_path: Path, codec: Codec, rows: int)
 
 
 def test_few_maps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmin_trace.store.reader.MOST_MAPS", 2)
+    monkeypatch.setattr("dmin_trace.store.gradients.MAX_MAPS", 2)
     header = make_header(samples=20)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     memory = np.empty(4 * header.sample_bytes, np.uint8)
@@ -149,7 +149,7 @@ def test_a_chunk_is_written_without_looking_at_the_others(tmp_path: Path, monkey
     header = make_header(samples=200, rows=1)
     writer = create(tmp_path / "trace.zarr", header)
     rows = make_rows(header)
-    monkeypatch.setattr("dmin_trace.store.reader.marks", lambda *_: pytest.fail("all marks were read"))
+    monkeypatch.setattr("dmin_trace.store.writer.done_chunks", lambda *_: pytest.fail("all marks were read"))
     for chunk in range(5):
         write(writer, rows, chunk)
     with pytest.raises(TraceError, match="Chunk 3 is no chunk"):

@@ -27,6 +27,7 @@ from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import Ending, LoopDriver
 from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
+from dmin_trace.capture.host import script_host
 from dmin_trace.capture.randomness import PinnedTimestep, pinned_timesteps, seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
@@ -35,7 +36,6 @@ from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
-from dmin_trace.integrations import diffusers
 from dmin_trace.project import LOSS_SCALE
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store
@@ -160,6 +160,7 @@ class Capture:
         self.settings = make_settings(self.like.header.settings if self.like else job.settings)
         self.slots: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
         self.error: Exception | None = None
+        self._host = script_host()
         self._launched = launched
         self._joined = False
         self._entered = ExitStack()
@@ -251,15 +252,15 @@ class Capture:
         variables = driver.variables
         if variables is None:
             raise CaptureError("The loop's variables were not remembered. This is an error of dmin_trace; report it.")
-        if (why := diffusers.refusal(self.args, variables.named())) is not None:
+        if (why := self._host.refusal(self.args, variables.named())) is not None:
             raise CaptureError(why)
-        self._schedule_length = diffusers.schedule_length(variables.values())
-        self._entered.enter_context(diffusers.pinned_density(variables.globals(), self._pin_density))
+        self._schedule_length = self._host.schedule_length(variables.values())
+        self._entered.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
         if self.job.mode == "final":
-            for ema in diffusers.averaged_models(variables.values()):
+            for ema in self._host.averaged_models(variables.values()):
                 self._enter_average(ema, step_first=driver.step_pending)
         if self.job.weights is not None:
-            trainable.load(Path(self.job.weights), diffusers.parameter_key)
+            trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
         out = Path("trace.zarr") if trial else self.out
         if out is None:
@@ -415,7 +416,7 @@ class Capture:
             parameters = list(model.parameters())
             shapes = [tuple(shadow.shape) for shadow in ema.shadow_params]
             if [tuple(p.shape) for p in parameters] == shapes:
-                self._entered.enter_context(diffusers.averaged_weights(ema, parameters, step_first))
+                self._entered.enter_context(self._host.averaged_weights(ema, parameters, step_first))
                 logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
                 return
         raise CaptureError(

@@ -1,0 +1,126 @@
+"""What a family of training scripts must tell dmin_trace: `Host`. `script_host` finds the one that is installed.
+
+A capture runs the script's own code, and needs to know little of it: which function draws timesteps, which weights the
+script saves, how its command line is pointed at queries. A package that knows this for a family of scripts registers
+an object with these functions as an entry point of the group `dmin_trace.hosts`; `dmin_trace.integrations.diffusers`
+does so for the scripts of Hugging Face diffusers. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dmin_trace.errors import ScriptError
+
+if TYPE_CHECKING:
+    import torch
+
+ENTRY_POINT_GROUP = "dmin_trace.hosts"
+
+
+@dataclass(frozen=True)
+class QueryColumns:
+    """The data set's columns of the image, of its caption, and of the image that it was made from, if there is one."""
+
+    image: str = "image"
+    caption: str = "text"
+    conditioning: str | None = None
+
+
+@dataclass(frozen=True)
+class QueryRun:
+    """One run of the script on queries.
+
+    arguments: the script's command line.
+    queries: the numbers of the queries, in the order of the samples that the script makes of them.
+    """
+
+    arguments: tuple[str, ...]
+    queries: tuple[int, ...]
+
+
+class Host(Protocol):
+    """What is known of a family of training scripts. `arguments` are always those of the script's command line."""
+
+    def refusal(self, args: Any, variables: Mapping[str, Any]) -> str | None:
+        """Why a run cannot be attributed, by its parsed arguments and its loop's variables; None if it can be."""
+
+    def schedule_length(self, values: Iterable[Any]) -> int | None:
+        """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
+
+    def pinned_density(
+        self, modules: Iterable[dict[str, Any]], pin: Callable[[torch.Tensor, str], torch.Tensor]
+    ) -> AbstractContextManager[None]:
+        """Passes the timestep draws of the scripts' own functions through `pin`, as fractions of the schedule.
+
+        Args:
+            modules: the global variables of the script's modules.
+            pin: takes what was drawn and a name for the draw, and gives what the script shall see.
+        """
+
+    def averaged_models(self, values: Iterable[Any]) -> list[Any]:
+        """The averages of weights (EMA) among a loop's variables whose weights the script will save."""
+
+    def averaged_weights(
+        self, ema: Any, parameters: Sequence[torch.nn.Parameter], step_first: bool
+    ) -> AbstractContextManager[None]:
+        """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
+
+        Args:
+            ema: one of `averaged_models`, of exactly these parameters.
+            parameters: all parameters of the model, in the model's order.
+            step_first: average the last optimizer step in first, where the script has yet to do so.
+        """
+
+    def parameter_key(self, key: str) -> str:
+        """A key of a saved weight file, as the name of a parameter."""
+
+    def query_columns(self, arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:
+        """The columns that the script reads, by its command line and the names of its batches' entries."""
+
+    def words_its_own_prompts(self, arguments: Sequence[str]) -> bool:
+        """Whether the script makes the captions up itself."""
+
+    def takes_prompts(self, arguments: Sequence[str]) -> bool:
+        """Whether the command line names captions or a prompt."""
+
+    def takes_videos(self, arguments: Sequence[str]) -> bool:
+        """Whether the script trains on videos."""
+
+    def prepare_queries(
+        self,
+        arguments: Sequence[str],
+        columns: QueryColumns,
+        images: Sequence[Path],
+        prompts: Sequence[str | None],
+        conditioning: Sequence[Path | None],
+        folder: Path,
+    ) -> list[QueryRun]:
+        """Copies the queries into `folder`, and gives the runs of the script that read them.
+
+        `{data}` in an argument stands for the folder with the images. Raises OSError if a file cannot be copied.
+        """
+
+    def generate(self, arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str, int]]) -> list[Any]:
+        """A PIL image of each prompt and seed, made with the model that the run started in `folder` saved.
+
+        Raises ValueError if that run saved no such model, OSError if a file is missing.
+        """
+
+
+def script_host() -> Host:
+    """The installed host for training scripts. Raises ScriptError if there is none, or more than one."""
+    installed = list(entry_points(group=ENTRY_POINT_GROUP))
+    if len(installed) != 1:
+        names = ", ".join(entry.name for entry in installed) or "none"
+        raise ScriptError(
+            f"The installed packages register {names} in the entry point group {ENTRY_POINT_GROUP}; expected one host "
+            "for training scripts. Install dmin_trace with pip, and one package of hosts."
+        )
+    host: Host = installed[0].load()
+    return host

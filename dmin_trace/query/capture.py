@@ -1,0 +1,221 @@
+"""Images and prompts in, query gradients out: the traced script runs once more, on a data set of the queries.
+
+The script runs in a process of its own, with the traced weights, and with its data argument pointed at a folder with
+the queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its
+rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace import errors
+from dmin_trace.capture.host import script_host
+from dmin_trace.command import Command, Job, recall, script_of
+from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
+from dmin_trace.query.images import ImageInput, image_file, name_of
+from dmin_trace.search import has_direction
+from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
+
+
+def sample_queries(store: Store, samples: Sequence[int]) -> Queries:
+    """The stored gradients of training samples as queries; no model is needed.
+
+    Raises:
+        TraceError: the store does not hold a sample.
+        QueryError: no sample is given, or one has no usable gradient.
+    """
+    if not len(samples):
+        raise QueryError("No sample was given. Give at least one.")
+    rows = store.rows_of(samples)
+    for sample, usable in zip(samples, has_direction(store.numbers(rows).norm), strict=True):
+        if not usable:
+            raise QueryError(
+                f"Sample {sample} has no gradient to use as a query: it could not be loaded, or its gradient is zero "
+                "or not finite. Give another sample."
+            )
+    names = tuple(f"sample {sample}" for sample in samples)
+    return Queries(store.gradients(rows), names, (None,) * len(names), store.header.id)
+
+
+def capture_queries(
+    store: Store,
+    images: Sequence[ImageInput],
+    prompts: Sequence[str | None] | None = None,
+    *,
+    conditioning: Sequence[ImageInput | None] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    command: Sequence[str] | None = None,
+    edited_script: bool = False,
+) -> Queries:
+    """The projected gradients of images. Arguments and errors are those of `Trace.query_images`."""
+    if not images:
+        raise QueryError("No image was given. Give at least one.")
+    prompts = [None] * len(images) if prompts is None else list(prompts)
+    if len(prompts) != len(images):
+        raise QueryError(f"{len(images)} images were given and {len(prompts)} prompts. Give one prompt for each image.")
+    sources = [None] * len(images) if conditioning is None else list(conditioning)
+    if len(sources) != len(images):
+        raise QueryError(
+            f"{len(images)} images were given and {len(sources)} conditioning images. Give one for each image."
+        )
+    names = tuple(name_of(image, number) for number, image in enumerate(images))
+    run = traced_command(store, command)
+    if not edited_script:
+        # Nothing is known of a script that is missing; running it says so.
+        script = script_of(run.script)
+        check_script(
+            store.path,
+            store.header,
+            script.name,
+            script.sha256,
+            "Query with the script as it was; or, if its loss and its data are the same, with --edited-script "
+            "(edited_script=True).",
+        )
+    host = script_host()
+    columns = host.query_columns(run.arguments, store.header.batch)
+    own_prompts = host.words_its_own_prompts(run.arguments)
+    with_prompts = not own_prompts and (_trained_with_captions(store) or host.takes_prompts(run.arguments))
+    for name, prompt, source in zip(names, prompts, sources, strict=True):
+        _check_prompt(name, prompt, with_prompts=with_prompts, own_prompts=own_prompts)
+        _check_conditioning(name, source, columns.conditioning)
+    loaded = Path(weights) if weights is not None else weights_beside(store.path)
+    if not loaded.exists():
+        raise WeightsError(f"There are no weights at {loaded}. Give those that were traced, with --weights.")
+    gradients = np.zeros((len(images), len(store.header.timesteps), store.header.dimension), np.float32)
+    with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as temporary:
+        folder = Path(temporary)
+        videos = host.takes_videos(run.arguments)
+        files = [image_file(image, folder / f"given{k}.png", video=videos) for k, image in enumerate(images)]
+        source_files = [None if s is None else image_file(s, folder / f"source{k}.png") for k, s in enumerate(sources)]
+        runs = host.prepare_queries(run.arguments, columns, files, prompts, source_files, folder)
+        for n, query_run in enumerate(runs):
+            part = folder / f"part{n}"
+            part.mkdir()
+            job = Job(
+                mode="now",
+                command=Command(run.script, query_run.arguments, run.folder),
+                settings={},
+                out=str(part / "queries.zarr"),
+                weights=str(loaded.absolute()),
+                like=str(store.path.absolute()),
+            )
+            _run(job, part)
+            captured, group = open_store(part / "queries.zarr"), list(query_run.queries)
+            if captured.header.samples != len(group):
+                raise ScriptError(
+                    f"The script made {captured.header.samples} samples of {len(group)} images, so which sample is "
+                    "which image is not known. Leave repeats and extra data out of its arguments."
+                )
+            gradients[group] = query_rows(captured, [names[k] for k in group])
+    return Queries(gradients, names, tuple(prompts), store.header.id)
+
+
+def traced_command(store: Store, given: Sequence[str] | None) -> Command:
+    """The command that made a trace: the given one, or the one that this machine remembers.
+
+    It is never taken from the store, which may come from anybody. Raises QueryError if the command is not known.
+    """
+    if given:
+        return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
+    remembered = recall(store.header.id)
+    if remembered is None and "accelerate" not in store.header.writers:
+        raise QueryError(
+            "This trace was recorded by a loop of its own, not by a script's command. Query it in Python with the same "
+            "loop: Trace.query_loss(model, items, loss), or dmin_trace.integrations.lightning.attribute for a "
+            "Lightning module."
+        )
+    if remembered is None:
+        raise QueryError(
+            "The command that made this trace is not known on this machine (it is never taken from a store). Give it "
+            "after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS."
+        )
+    if not Path(remembered.folder).is_dir():
+        raise QueryError(
+            f"The trace was made in {remembered.folder}, which no longer exists. Give the command after the images: "
+            "dmin-trace query TRACE IMAGE -- SCRIPT ARGS."
+        )
+    return remembered
+
+
+def _trained_with_captions(store: Store) -> bool:
+    """Whether the script's batches held captions, tokens, or embeddings of them."""
+    batch = store.header.batch
+    return any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
+
+
+def _check_prompt(name: str, prompt: str | None, *, with_prompts: bool, own_prompts: bool) -> None:
+    """Raises QueryError if a query lacks a prompt that the model needs, or has one that it does not take."""
+    if with_prompts and prompt is None:
+        raise QueryError(
+            f"The model was trained with captions, but {name} came without its prompt. Give the prompt of each image "
+            "with --prompt, an empty one for an image made without."
+        )
+    if own_prompts and prompt is not None:
+        raise QueryError(
+            f"A prompt was given for {name}, but the script makes its prompts itself, with --placeholder_token. Leave "
+            "--prompt out."
+        )
+
+
+def _check_conditioning(name: str, source: ImageInput | None, column: str | None) -> None:
+    """Raises QueryError if a query lacks a conditioning image that the model needs, or has one that it does not take.
+
+    `column` is the data set's column of conditioning images, or None.
+    """
+    if column is not None and source is None:
+        raise QueryError(
+            f"The model makes images from a conditioning image ({column}), but {name} came without the one that it was "
+            "made from. Give it with --conditioning."
+        )
+    if column is None and source is not None:
+        raise QueryError(
+            f"A conditioning image was given for {name}, but the model takes none. Leave --conditioning out."
+        )
+
+
+def query_rows(captured: Store, names: Sequence[str]) -> NDArray[np.float32]:
+    """The gradients of a capture of queries, one for each name.
+
+    Raises QueryError if a gradient is zero or not finite.
+    """
+    unusable = np.flatnonzero(~captured.valid)
+    if unusable.size:
+        raise QueryError(f"The gradient of {names[unusable[0]]} is zero or not finite, so it has no scores.")
+    return captured.gradients(np.arange(len(names)))
+
+
+def _run(job: Job, folder: Path) -> None:
+    """Runs a job in a process of its own. What the script prints is shown only if it fails."""
+    (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
+    with (folder / "log.txt").open("w+b") as log:
+        code = subprocess.run(
+            # -P: otherwise a folder named dmin_trace in the working directory would be imported.
+            [sys.executable, "-P", "-m", "dmin_trace.capture.launch", str(folder / "job.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Otherwise `datasets` keeps a copy of every query.
+            env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
+            check=False,
+        ).returncode
+    if code == 0:
+        return
+    *lines, last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    try:
+        refusal = json.loads(last)
+        kind, message = getattr(errors, refusal["error"]), str(refusal["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {last}") from None
+    if kind is ScriptError and lines:
+        message = f"{message} Its last line was: {lines[-1]}"
+    raise kind(message) if issubclass(kind, DminTraceError) else ScriptError(message)

@@ -1,0 +1,126 @@
+"""The most influential training samples for each query: `TopK`, as arrays, hits or a table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace.errors import QueryError
+from dmin_trace.query.answer import Answer, AnsweredBy
+from dmin_trace.query.hits import Hit, hits_of
+from dmin_trace.store import Queries, Store
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TopK:
+    """The k training samples with the largest influence score for each of Q queries, or with the smallest.
+
+    samples: (Q, k) int64, data set indices; best first, which is smallest first for the smallest.
+    scores: (Q, k) float32, their influence scores.
+    per_timestep: (Q, k, T) float32, the inner product at each timestep; they add up to the score.
+    hits: for each query its k samples with their readable columns.
+    names: Q names of the queries.
+    prompts: the Q prompts of the queries; None for a query without one.
+    timesteps: T, as numbers of the training schedule.
+    score: the name of the score.
+    deflation: what was taken out of the queries, in words; "" if the score is not the deflated one.
+    answered_by: whether the index or a scan of all samples found them.
+    """
+
+    samples: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    per_timestep: NDArray[np.float32]
+    hits: list[list[Hit]]
+    names: tuple[str, ...]
+    prompts: tuple[str | None, ...]
+    timesteps: tuple[float, ...]
+    score: str
+    deflation: str
+    answered_by: AnsweredBy
+
+    def __len__(self) -> int:
+        """Q, the number of queries."""
+        return len(self.hits)
+
+    def __repr__(self) -> str:
+        count = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
+        lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {self.answered_by.description})"]
+        for name, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.hits, strict=False):
+            lines += [f"  {name!r}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
+            lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
+        return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A data frame with one row for each query and hit.
+
+        Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
+        trace's readable columns, which get "meta_" before a name that is taken.
+
+        Raises QueryError if pandas is not installed.
+        """
+        columns: dict[str, Any] = {
+            "query": [name for name, hits in zip(self.names, self.hits, strict=True) for _ in hits],
+            "prompt": [prompt for prompt, hits in zip(self.prompts, self.hits, strict=True) for _ in hits],
+            "rank": [hit.rank for hits in self.hits for hit in hits],
+            "sample": self.samples.ravel(),
+            "score": self.scores.ravel(),
+        }
+        for t, timestep in enumerate(self.timesteps):
+            columns[f"t{timestep:g}"] = self.per_timestep[:, :, t].ravel()
+        for name in self.hits[0][0].columns:
+            free = name
+            while free in columns:
+                free = f"meta_{free}"
+            columns[free] = [hit.columns[name] for hits in self.hits for hit in hits]
+        return import_extra("pandas", "pandas").DataFrame(columns)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table of `to_pandas` to a Parquet file.
+
+        Raises QueryError if pandas or pyarrow is not installed, or the file cannot be written.
+        """
+        import_extra("pyarrow", "parquet")
+        try:
+            self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
+        except OSError as error:
+            raise QueryError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+MAX_SHOWN_QUERIES = 3
+MAX_SHOWN_HITS = 10
+
+
+def top_k_of(store: Store, queries: Queries, answer: Answer) -> TopK:
+    """An answer with what the store and the queries know of its rows."""
+    hits = hits_of(store, answer.ranking)
+    return TopK(
+        samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
+        scores=answer.ranking.scores,
+        per_timestep=answer.ranking.per_timestep,
+        hits=hits,
+        names=queries.names,
+        prompts=queries.prompts,
+        timesteps=store.header.timesteps,
+        score=answer.score,
+        deflation=answer.deflation,
+        answered_by=answer.answered_by,
+    )
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Imports an optional dependency. Raises QueryError with the command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise QueryError(
+            f"{module} is not installed, and this table needs it. Install it: pip install dmin_trace[{extra}]."
+        ) from None

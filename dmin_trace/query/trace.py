@@ -1,0 +1,385 @@
+"""The face for programs: `Trace`, an opened trace with everything by data set index, and `open_trace`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace.errors import QueryError, TraceError, brief
+from dmin_trace.query.answer import FittedScore, answer_queries, check_score, fitted_score
+from dmin_trace.query.by_sample import rows_by_sample, scores_by_sample, self_influence
+from dmin_trace.query.capture import capture_queries, sample_queries
+from dmin_trace.query.columns import Columns
+from dmin_trace.query.hits import Hit
+from dmin_trace.query.images import ImageInput
+from dmin_trace.query.topk import TopK, top_k_of
+from dmin_trace.search import Score, check_k, has_direction
+from dmin_trace.store import Queries, Store, open_store
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ScoreMethod(Protocol):
+    """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
+
+    It changes the gradients of queries; the inner products of the changed gradients with those of the training samples
+    are the influence scores. All training samples are scanned for it.
+
+    name: a word for the score, other than "dmin" and "deflated".
+    """
+
+    @property
+    def name(self) -> str:
+        """The name of the score."""
+
+    def fit(self, trace: Trace) -> None:
+        """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
+
+    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The gradients that are compared with the training samples': (Q, T, v) float32, for gradients (Q, T, v).
+
+        Leaves its argument as it is.
+        """
+
+
+class Trace:
+    """A trace opened for reading: the projected gradients of N training samples at T timesteps, v numbers each.
+
+    Made by `open_trace`. Everything is by data set index: place i of an array is sample i of the data set. Use it as a
+    context manager, or call `close`, to free its files.
+
+    A sample has no usable gradient if it could not be loaded, or if its gradient is zero or not finite at some
+    timestep. In a trace that was opened unfinished, samples that are not done have none either. Such a sample has NaN
+    for its scores, and is in no ranking.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store: Store | None = store
+        self._fitted: list[tuple[object, FittedScore]] = []
+
+    # -- the trace -------------------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> Store:
+        """The store on disk; its interface may change with any version. Raises TraceError if the trace is closed."""
+        if self._store is None:
+            raise TraceError("The trace is closed. Open it again with open_trace.")
+        return self._store
+
+    @property
+    def path(self) -> Path:
+        """Where the trace is."""
+        return self.store.path
+
+    @property
+    def complete(self) -> bool:
+        """Whether the capture is finished."""
+        return self.store.complete
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The T timesteps, as numbers of the training schedule."""
+        return self.store.header.timesteps
+
+    def __len__(self) -> int:
+        """N, the number of training samples."""
+        return self.store.header.samples
+
+    def __repr__(self) -> str:
+        if self._store is None:
+            return "Trace(closed)"
+        header, done = self.store.header, len(self.store.rows_done)
+        state = "complete" if self.complete else f"unfinished: {done:,} done"
+        return (
+            f"Trace({header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}, {header.dtype}, "
+            f"{state})"
+        )
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the files of the trace. It cannot be used afterwards."""
+        self._store = None
+        self._fitted = []
+
+    # -- the training samples --------------------------------------------------------------------------------------
+
+    @property
+    def columns(self) -> Columns:
+        """The readable columns, such as captions: a mapping from each name to the N values.
+
+        `columns.to_pandas()` is a data frame with one row for each sample.
+        """
+        return Columns(self.store, self._rows)
+
+    @property
+    def norms(self) -> NDArray[np.float32]:
+        """(N, T) float32: the L2 norm of each gradient after its transform, which the stored gradients are divided by.
+
+        NaN for a sample that could not be loaded or is not done.
+        """
+        norms = self.store.norm[self._rows].astype(np.float32)
+        return np.where(norms < 0, np.float32(np.nan), norms)
+
+    @property
+    def losses(self) -> NDArray[np.float32]:
+        """(N, T) float32: the training loss. NaN for a sample that could not be loaded or is not done."""
+        return self.store.loss[self._rows].astype(np.float32)
+
+    def gradients(self, samples: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """The projected gradients of training samples: (n, T, v) float32, of norm about one at each timestep.
+
+        NaN for a sample without a usable gradient. Raises TraceError for a sample that the trace does not hold.
+        """
+        rows = self.store.rows_of(np.asarray(samples).tolist())
+        gradients = self.store.gradients(rows)
+        gradients[~has_direction(self.store.numbers(rows).norm)] = np.nan
+        return gradients
+
+    def self_influence(self, score: Score | ScoreMethod = "deflated") -> NDArray[np.float32]:
+        """The score of each training sample with itself as the query: (N,) float32.
+
+        Gradients are normalised, so the score "dmin" is about T for each sample. The deflated score is high for a
+        sample that shares little with the others. NaN for a sample without a usable gradient.
+
+        Raises QueryError and TraceError as `scores` does.
+        """
+        method = self._fitted_score(score)
+        return self_influence(self.store, method)[self._rows]
+
+    # -- queries ---------------------------------------------------------------------------------------------------
+
+    def query_images(
+        self,
+        images: Sequence[ImageInput],
+        prompts: Sequence[str | None] | None = None,
+        *,
+        conditioning: Sequence[ImageInput | None] | None = None,
+        weights: str | os.PathLike[str] | None = None,
+        command: Sequence[str] | None = None,
+        edited_script: bool = False,
+    ) -> Queries:
+        """The gradients of images, from one more run of the traced script.
+
+        Args:
+            images: files or PIL images, of the size that the model was trained on; or video files.
+            prompts: the prompt of each image, for models that were trained with captions.
+            conditioning: what each image was made from, for a ControlNet or a model that edits images.
+            weights: the traced weights; those beside the trace if not given.
+            command: the script and its arguments, as the traced run was started; what this user's machine remembers of
+                that run if not given. `{data}` in an argument stands for the folder with the queries.
+            edited_script: the script was edited since the trace was made, but neither its loss nor its data.
+
+        Raises:
+            QueryError: an image that is missing, of another size, or without a prompt where the model was trained with
+                captions; or the command is not known.
+            WeightsError: the weights are missing or not those of the trace.
+            ScriptError: the script failed on the queries.
+            TraceError: the script is not the one that made the trace.
+        """
+        return capture_queries(
+            self.store,
+            images,
+            prompts,
+            conditioning=conditioning,
+            weights=weights,
+            command=command,
+            edited_script=edited_script,
+        )
+
+    def query_samples(self, samples: Sequence[int]) -> Queries:
+        """The stored gradients of training samples, as queries. No model is needed.
+
+        Raises TraceError for a sample that the trace does not hold, QueryError for one without a usable gradient.
+        """
+        return sample_queries(self.store, samples)
+
+    def query_loss(
+        self,
+        model: torch.nn.Module | Sequence[torch.nn.Module],
+        items: Sequence[Any],
+        loss: Callable[[Any, Any], Any],
+    ) -> Queries:
+        """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
+
+        Args:
+            model: what was recorded, with the traced weights.
+            items: Q items, as the loop of the recording took them from its data set.
+            loss: `loss(model, item)` is the loss that the recording called `backward` on. Like there, it draws its
+                noise and its timestep, which are pinned to those of the trace.
+
+        Raises:
+            QueryError: there are no items, or their gradients cannot be compared with those of the trace.
+            CaptureError: the loss cannot be recorded.
+            WeightsError: the model's weights are not those of the trace.
+        """
+        # The one place where a query runs a model in this process.
+        from dmin_trace.capture.recording import recording
+
+        if not len(items):
+            raise QueryError("No item was given. Give at least one.")
+        with recording(model, samples=len(items), like=self.store) as record:
+            for i in record.samples:
+                for k in record.timesteps:
+                    with record.step(i, k):
+                        loss(model, items[i]).backward()
+        return record.queries
+
+    # -- influence scores ------------------------------------------------------------------------------------------
+
+    def scores(
+        self,
+        queries: Queries,
+        score: Score | ScoreMethod = "deflated",
+        *,
+        per_timestep: bool = False,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """The influence score of every training sample for each query.
+
+        Args:
+            queries: Q queries of this trace.
+            score: "dmin" is the paper's sum of inner products; "deflated" first takes out of the query what all
+                samples share, along their principal directions; or a score of one's own (`ScoreMethod`).
+            per_timestep: give the inner product at each timestep, not their sum.
+            out: where the scores are written; an array of `numpy.memmap` if they do not fit into memory.
+
+        Returns:
+            (Q, N) float32, or (Q, N, T) per timestep. NaN for a sample without a usable gradient. `out`, if given.
+
+        Raises:
+            QueryError: the queries are of another trace, `out` is of another shape or dtype, or the trace is too large
+                for deflated scores without an index.
+            TraceError: the trace is damaged.
+        """
+        self._check_queries(queries)
+        transformed = self._fitted_score(score).transform(queries.gradients)
+        return scores_by_sample(self.store, self._rows, transformed, per_timestep=per_timestep, out=out)
+
+    def top_k(
+        self,
+        queries: Queries,
+        k: int = 10,
+        score: Score | ScoreMethod = "deflated",
+        *,
+        largest: bool = True,
+        exact: bool = False,
+    ) -> TopK:
+        """The k training samples with the largest influence score for each query, largest first.
+
+        The index answers if there is one that matches the trace and serves k samples; otherwise all are scanned.
+
+        Args:
+            queries: Q queries of this trace.
+            k: how many training samples for each query.
+            score: as for `scores`.
+            largest: False for the smallest scores, smallest first: the samples that speak most against the query.
+            exact: scan all samples even if there is an index.
+
+        Raises:
+            QueryError: k is out of range, or as for `scores`.
+            TraceError: the trace is damaged.
+        """
+        check_k(self.store, k)
+        self._check_queries(queries)
+        method = self._fitted_score(score)
+        answer = answer_queries(self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact)
+        return top_k_of(self.store, queries, answer)
+
+    # -- within ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _rows(self) -> NDArray[np.int64]:
+        return rows_by_sample(self.store)
+
+    def _check_queries(self, queries: Queries) -> None:
+        """Raises QueryError for queries of another trace."""
+        if queries.trace_id != self.store.header.id:
+            raise QueryError(
+                f"The queries are of the trace {brief(queries.trace_id)}, and {self.path} is {self.store.header.id}. "
+                "Their gradients cannot be compared. Make queries with the methods of this trace."
+            )
+
+    def _fitted_score(self, score: Score | ScoreMethod) -> FittedScore:
+        """The score, fitted to this trace once."""
+        for known, fitted in self._fitted:
+            if known is score or known == score:
+                return fitted
+        if isinstance(score, str):
+            fitted = fitted_score(self.store, score)
+        elif score.name in get_args(Score):
+            raise QueryError(f"The score of your own has the name {score.name}, which is built in. Give it another.")
+        else:
+            score.fit(self)
+            fitted = score
+        self._fitted.append((score, fitted))
+        return fitted
+
+
+def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
+    """Opens a trace for reading.
+
+    Args:
+        path: the trace.
+        unfinished: open it even if the capture is not finished; the samples that are done can be read.
+
+    Raises:
+        TraceError: there is no trace, or it is of another version, unfinished or damaged.
+    """
+    return Trace(open_store(path, unfinished=unfinished))
+
+
+def attribute(
+    trace: Trace | str | os.PathLike[str],
+    images: Sequence[ImageInput],
+    prompts: Sequence[str | None] | None = None,
+    *,
+    conditioning: Sequence[ImageInput | None] | None = None,
+    k: int = 10,
+    weights: str | os.PathLike[str] | None = None,
+    command: Sequence[str] | None = None,
+    score: Score | ScoreMethod = "deflated",
+    exact: bool = False,
+    edited_script: bool = False,
+) -> list[list[Hit]]:
+    """The training samples with the largest influence score for each image: `query_images` and `top_k` in one call.
+
+    Args:
+        trace: an opened trace, or its path.
+        images, prompts, conditioning, weights, command, edited_script: as for `Trace.query_images`.
+        k, score, exact: as for `Trace.top_k`.
+
+    Returns:
+        A list of k hits for each image, best first.
+
+    Raises:
+        QueryError, WeightsError, ScriptError, TraceError: as `Trace.query_images` and `Trace.top_k` do.
+    """
+    opened = trace if isinstance(trace, Trace) else open_trace(trace)
+    # Before the images are captured, which takes long.
+    check_k(opened.store, k)
+    if isinstance(score, str):
+        check_score(opened.store, score)
+    queries = opened.query_images(
+        images,
+        prompts,
+        conditioning=conditioning,
+        weights=weights,
+        command=command,
+        edited_script=edited_script,
+    )
+    return opened.top_k(queries, k, score, exact=exact).hits

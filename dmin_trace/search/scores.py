@@ -1,0 +1,127 @@
+"""What samples are ranked by: how queries are changed before they are multiplied with the rows of the store.
+
+A score is a method with a name. It is fitted to a store once, and then changes the gradients of queries; the inner
+products of changed queries with the stored rows are the influence scores. Two methods are built in, "dmin" (the paper's
+sum of inner products) and "deflated" (`deflation`); a program may give a method of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace.errors import QueryError
+from dmin_trace.search.deflation import Directions, Score, principal_directions
+from dmin_trace.search.index import Unavailable, open_directions, read_facts
+from dmin_trace.store import Store
+
+MAX_QUERY_NUMBERS = 2**31
+"""Numbers of gradients, N T v, up to which a query finds the principal directions itself: in about a minute."""
+
+
+class ScoreMethod(Protocol):
+    """A score that samples are ranked by.
+
+    name: a word for it; `dmin` and `deflated` are taken.
+    """
+
+    name: str
+
+    def fit(self, store: Store) -> None:
+        """Prepares for queries of this store; called once, before `transform`."""
+
+    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The queries to multiply with the rows: (Q, T, v) float32 for gradients (Q, T, v). Leaves its argument."""
+
+
+class DminScore:
+    """The paper's score: the sum of the inner products over timesteps."""
+
+    name = "dmin"
+
+    def fit(self, store: Store) -> None:
+        """Does nothing."""
+
+    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The queries as they are."""
+        return queries
+
+
+class DeflatedScore:
+    """The score of queries from which the principal directions of all samples are taken out."""
+
+    name = "deflated"
+
+    def __init__(self) -> None:
+        self._directions: Directions | None = None
+        self._source = ""
+
+    def fit(self, store: Store) -> None:
+        """Opens the directions that the store's index keeps, or finds them if the store is small enough.
+
+        Raises:
+            QueryError: the index keeps no directions, and the store is too large to find them for a query.
+            TraceError: the store is damaged.
+        """
+        found = open_directions(store)
+        self._source = "kept by the index"
+        if isinstance(found, Unavailable):
+            _check_small(store, found.reason)
+            self._source = f"found for this query ({found.reason})" if found.reason else "found for this query"
+            found = principal_directions(store)
+        self._directions = found
+
+    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The deflated queries (`Directions.deflate`). Raises QueryError before `fit`."""
+        if self._directions is None:
+            raise QueryError("The deflated score is not fitted to a store. Call fit(store) first.")
+        return self._directions.deflate(queries)
+
+    @property
+    def description(self) -> str:
+        """What is taken out of queries, in words; "" before `fit`."""
+        if self._directions is None:
+            return ""
+        count = self._directions.eigenvalues.shape[1]
+        return f"{count} principal directions of each timestep, {self._source}"
+
+
+def score_method(store: Store, score: Score | ScoreMethod) -> ScoreMethod:
+    """The method of a name, or the given one, checked before anything is computed; `fit` is still to be called.
+
+    Raises QueryError if there is no score of this name, if a method takes the name of a built-in one, or if the store
+    is too large for it.
+    """
+    if isinstance(score, str):
+        if score not in get_args(Score):
+            raise QueryError(f"score is {score!r}; expected dmin or deflated.")
+        score = DminScore() if score == "dmin" else DeflatedScore()
+    elif score.name in get_args(Score) and not isinstance(score, DminScore | DeflatedScore):
+        raise QueryError(f"The score method {score!r} has the name of a built-in one, {score.name}. Give it another.")
+    if isinstance(score, DeflatedScore):
+        facts = read_facts(store)
+        if isinstance(facts, Unavailable):
+            _check_small(store, facts.reason)
+        elif not facts.principal:
+            _check_small(store, "")
+    return score
+
+
+def _check_small(store: Store, why: str) -> None:
+    """Raises QueryError if the store is too large to find directions for a query; `why` says why none are kept."""
+    numbers = store.valid_count * len(store.header.timesteps) * store.header.dimension
+    if numbers <= MAX_QUERY_NUMBERS:
+        return
+    if not store.complete:
+        raise QueryError(
+            f"Deflated scores need the principal directions of the samples, which the index keeps once the capture "
+            f"is finished. A query finds them in up to {MAX_QUERY_NUMBERS:,} numbers; the samples that are done have "
+            f"{numbers:,}. Give --score dmin."
+        )
+    raise QueryError(
+        "Deflated scores need the principal directions of the samples, which the store's index keeps; here "
+        f"{why or 'it has none'}. A query finds them in up to {MAX_QUERY_NUMBERS:,} numbers; this trace has "
+        f"{numbers:,}. Make them with dmin-trace index {store.path}, or give --score dmin."
+    )

@@ -1,0 +1,114 @@
+"""The projected gradients of queries, in memory and in a file.
+
+They come from images (`Trace.query_images`), from training samples (`Trace.query_samples`) or from a loop of one's own
+(`Trace.query_loss`, `recording`), and any score can be computed from them later without the model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace.errors import QueryError
+from dmin_trace.store.untrusted_npz import ArrayHeader, read_arrays
+
+FORMAT = "dmin_trace queries"
+VERSION = 1
+MAX_TEXT_BYTES = 2**26
+"""Bytes of the names and prompts in a file of queries, at most."""
+
+
+class _Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the file holds besides numbers, as JSON."""
+
+    format: str
+    version: int
+    trace_id: str
+    names: tuple[str, ...]
+    prompts: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Queries:
+    """The projected gradients of Q queries of one trace.
+
+    gradients: (Q, T, v) float32, in the order of the trace's timesteps; of norm about one at each timestep.
+    names: Q names to show, such as file names.
+    prompts: the Q prompts; None for a query without one.
+    trace_id: the id of the trace that they can be compared with.
+
+    Raises QueryError if the lengths differ, or a gradient is not finite.
+    """
+
+    gradients: NDArray[np.float32]
+    names: tuple[str, ...]
+    prompts: tuple[str | None, ...]
+    trace_id: str
+
+    def __post_init__(self) -> None:
+        shape = self.gradients.shape
+        if len(shape) != 3 or not len(self.names) == len(self.prompts) == shape[0]:
+            raise QueryError(
+                f"Queries were given gradients of shape {shape}, {len(self.names)} names and {len(self.prompts)} "
+                "prompts; expected gradients (Q, T, v), and Q of both."
+            )
+        if self.gradients.dtype != np.float32:
+            raise QueryError(f"The gradients of the queries are {self.gradients.dtype}; expected float32.")
+        if not np.isfinite(self.gradients).all():
+            raise QueryError("The gradients of the queries hold numbers that are not finite. Compute them again.")
+
+    def __len__(self) -> int:
+        """Q, the number of queries."""
+        return len(self.gradients)
+
+    def __repr__(self) -> str:
+        count, timesteps, dimension = self.gradients.shape
+        return f"Queries({count:,} {'query' if count == 1 else 'queries'}, T={timesteps}, v={dimension:,})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the queries to one .npz file, and replaces a file that is there.
+
+        Raises QueryError if the file cannot be written.
+        """
+        texts = _Texts(FORMAT, VERSION, self.trace_id, self.names, self.prompts)
+        encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)
+        try:
+            with Path(path).open("wb") as file:
+                np.savez(file, gradients=self.gradients, texts=encoded)
+        except OSError as error:
+            raise QueryError(f"{path} cannot be written: {error.strerror or error}.") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Queries:
+        """Reads a file that `save` wrote. The file may come from anybody: nothing in it is executed.
+
+        Raises QueryError if it cannot be read, or is no file of queries.
+        """
+        path = Path(path)
+
+        def check(headers: Mapping[str, ArrayHeader]) -> None:
+            gradients, texts = headers["gradients"], headers["texts"]
+            if gradients.dtype != np.float32 or len(gradients.shape) != 3:
+                raise ValueError(f"its gradients are {gradients.dtype} {gradients.shape}")
+            # `save` compresses nothing.
+            if gradients.size_bytes > path.stat().st_size:
+                raise ValueError("it claims more numbers than it can hold")
+            if texts.dtype != np.uint8 or len(texts.shape) != 1 or texts.size_bytes > MAX_TEXT_BYTES:
+                raise ValueError(f"its texts are {texts.dtype} {texts.shape}")
+
+        try:
+            arrays = read_arrays(path, ("gradients", "texts"), check)
+            texts = msgspec.json.decode(arrays["texts"].tobytes(), type=_Texts)
+            if (texts.format, texts.version) != (FORMAT, VERSION):
+                raise ValueError(f"it is of {texts.format!r}, version {texts.version}")
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+            raise QueryError(
+                f"{path} cannot be read as queries: {error}; expected a file that Queries.save wrote."
+            ) from None
+        return cls(arrays["gradients"], texts.names, texts.prompts, texts.trace_id)

@@ -1,0 +1,136 @@
+"""What is particular to the loops and the weights of the scripts. The functions look at what a loop holds."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dmin_trace.integrations.diffusers.generate import generate
+from dmin_trace.integrations.diffusers.queries import (
+    prepare_queries,
+    query_columns,
+    takes_prompts,
+    takes_videos,
+    words_its_own_prompts,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "averaged_models",
+    "averaged_weights",
+    "generate",
+    "parameter_key",
+    "pinned_density",
+    "prepare_queries",
+    "query_columns",
+    "refusal",
+    "schedule_length",
+    "takes_prompts",
+    "takes_videos",
+    "words_its_own_prompts",
+]
+
+DENSITY_FUNCTION = "compute_density_for_timestep_sampling"
+"""What the flow-matching scripts draw their timesteps with."""
+
+
+@contextmanager
+def pinned_density(
+    modules: Iterable[dict[str, Any]], pin: Callable[[torch.Tensor, str], torch.Tensor]
+) -> Iterator[None]:
+    """Passes the density draws of the script's modules (their globals) through `pin`, as fractions of the schedule."""
+    original = [(module, module[DENSITY_FUNCTION]) for module in modules if DENSITY_FUNCTION in module]
+
+    def wrap(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **options: pin(draw(*args, **options), "density")
+
+    for module, draw in original:
+        module[DENSITY_FUNCTION] = wrap(draw)
+    try:
+        yield
+    finally:
+        for module, draw in original:
+            module[DENSITY_FUNCTION] = draw
+
+
+def averaged_models(values: Iterable[Any]) -> list[Any]:
+    """The `EMAModel`s among a loop's variables, each once."""
+    training_utils = sys.modules.get("diffusers.training_utils")
+    if training_utils is None:
+        return []
+    found = {id(value): value for value in values if isinstance(value, training_utils.EMAModel)}
+    return list(found.values())
+
+
+@contextmanager
+def averaged_weights(ema: Any, parameters: Sequence[torch.nn.Parameter], step_first: bool) -> Iterator[None]:
+    """While entered, the parameters hold the average; afterwards they and the average are as before, bit for bit.
+
+    Args:
+        ema: an `EMAModel` over exactly these parameters.
+        parameters: all parameters of the model, in the model's order.
+        step_first: average the last optimizer step in first, where the script has yet to do so.
+    """
+    average = [shadow.clone() for shadow in ema.shadow_params]
+    counters = {name: getattr(ema, name) for name in ("optimization_step", "cur_decay_value")}
+    weights = [parameter.detach().clone() for parameter in parameters]
+    try:
+        if step_first:
+            ema.step(parameters)
+        ema.copy_to(parameters)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, weights, strict=True):
+                parameter.copy_(weight)
+            for shadow, value in zip(ema.shadow_params, average, strict=True):
+                shadow.copy_(value)
+        for name, value in counters.items():
+            setattr(ema, name, value)
+
+
+def schedule_length(values: Iterable[Any]) -> int | None:
+    """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
+    lengths = {
+        value.config.num_train_timesteps
+        for value in values
+        if type(value).__name__.endswith("Scheduler") and hasattr(getattr(value, "config", None), "num_train_timesteps")
+    }
+    return int(lengths.pop()) if len(lengths) == 1 else None
+
+
+def refusal(args: Any, variables: Mapping[str, Any]) -> str | None:
+    """Why a run cannot be attributed, by its arguments and its loop's variables; None if nothing is known against it.
+
+    Several DreamBooth scripts encode latents, and some captions too, once before the loop, and look them up by the
+    number of the step in its epoch: batches in another order get those of other samples. The newer ones look them up
+    by the sample's index, which their batches hold.
+    """
+    batch = variables.get("batch")
+    if isinstance(batch, Mapping) and "indices" in batch:
+        return None
+    caches = [
+        name for name, value in variables.items() if name.endswith("_cache") and isinstance(value, list) and value
+    ]
+    if not caches and not getattr(args, "cache_latents", False):
+        return None
+    return (
+        f"The script looks up {' and '.join(caches) or 'latents'} by the number of the batch, not of the sample, so a "
+        "sample's own cannot be told. Leave --cache_latents out, and with captions that are encoded in advance "
+        "(--caption_column) give one --instance_prompt instead; for the capture alone if you like: dmin-trace capture "
+        "--weights DIR -- SCRIPT ARGS."
+    )
+
+
+def parameter_key(key: str) -> str:
+    """Turns a key of an older LoRA file (`lora.down`, `to_q_lora.up`), or of a DoRA, into PEFT's name."""
+    if key.endswith(".lora_magnitude_vector"):
+        # A module whose only parameter is its weight; files leave that out.
+        return key + ".weight"
+    key = re.sub(r"\.to_(q|k|v)_lora\.", r".to_\1.lora.", key).replace(".to_out_lora.", ".to_out.0.lora.")
+    return re.sub(r"\.lora(_linear_layer)?\.(down|up)\.", lambda m: ".lora_A." if m[2] == "down" else ".lora_B.", key)

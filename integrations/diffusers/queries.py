@@ -1,0 +1,195 @@
+"""How queries reach the scripts: a folder with the images in it, and the script's command line pointed at that."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dmin_trace.integrations.diffusers.arguments import has_argument, value_of, without_arguments
+
+from dmin_trace.capture.host import QueryColumns, QueryRun
+
+DATA_ARGUMENTS = ("--instance_data_dir", "--instance_data_root", "--train_data_dir", "--dataset_name")
+"""The arguments that say where the data is; of those that a command has, the first is pointed at the queries."""
+
+REPLACED_ARGUMENTS = (
+    *("--dataset_config_name", "--image_column", "--max_train_samples", "--repeats"),
+    *("--train_batch_size", "--class_data_dir", "--num_class_images", "--prior_loss_weight"),
+    *("--resume_from_checkpoint", "--output_dir"),
+)
+"""With a value; meaningless or harmful where the data is a folder of queries and nothing is trained."""
+
+DROPPED_FLAGS = ("--push_to_hub",)
+
+VIDEO_LISTS = ("prompts.txt", "videos.txt")
+"""What the video scripts read a folder's captions and files from, line by line."""
+
+
+def takes_prompts(arguments: Sequence[str]) -> bool:
+    """Whether a training command line names captions or a prompt."""
+    return any(
+        has_argument(arguments, name) for name in ("--caption_column", "--edit_prompt_column", "--instance_prompt")
+    )
+
+
+def takes_one_prompt(arguments: Sequence[str]) -> bool:
+    """Whether a training command line gives one prompt for all images, as DreamBooth's does."""
+    return has_argument(arguments, "--instance_prompt") and not has_argument(arguments, "--caption_column")
+
+
+def words_its_own_prompts(arguments: Sequence[str]) -> bool:
+    """Whether the script makes the captions up itself, as textual inversion's does around its new word."""
+    return has_argument(arguments, "--placeholder_token")
+
+
+def takes_videos(arguments: Sequence[str]) -> bool:
+    """Whether the script trains on videos."""
+    return has_argument(arguments, "--instance_data_root") or has_argument(arguments, "--video_column")
+
+
+def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:
+    """The columns that a script reads, by its command line and, where that is silent, the scripts' defaults.
+
+    Args:
+        arguments: the script's arguments.
+        entries: the names of its batches' entries, which tell a ControlNet's script and InstructPix2Pix's apart.
+    """
+    names = " ".join(entries)
+    if has_argument(arguments, "--original_image_column") or "original_pixel_values" in names:
+        return QueryColumns(
+            image=value_of(arguments, "--edited_image_column") or "edited_image",
+            caption=value_of(arguments, "--edit_prompt_column") or "edit_prompt",
+            conditioning=value_of(arguments, "--original_image_column") or "input_image",
+        )
+    given = value_of(arguments, "--conditioning_image_column")
+    return QueryColumns(
+        caption=value_of(arguments, "--caption_column") or "text",
+        conditioning=given or ("conditioning_image" if "conditioning_pixel_values" in names else None),
+    )
+
+
+def prepare_queries(
+    arguments: Sequence[str],
+    columns: QueryColumns,
+    images: Sequence[Path],
+    prompts: Sequence[str | None],
+    conditioning: Sequence[Path | None],
+    folder: Path,
+) -> list[QueryRun]:
+    """Copies the queries to where the script can read them, and says how to run it on them.
+
+    Args:
+        arguments: the script's arguments, as it was trained with. `{data}` in one of them stands for the folder.
+        columns: how the script calls what a query consists of.
+        images, prompts, conditioning: the queries.
+        folder: where the copies and the script's output may lie.
+
+    Raises OSError where a file cannot be copied.
+    """
+    every_file = has_argument(arguments, "--instance_data_dir") or words_its_own_prompts(arguments)
+    if every_file:
+        # These scripts take every file of a folder for an image, in no order.
+        groups = [[k] for k in range(len(images))]
+    elif takes_one_prompt(arguments):
+        groups = [[k for k, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)]
+    else:
+        groups = [list(range(len(images)))]
+    runs = []
+    for n, group in enumerate(groups):
+        data = folder / f"data{n}"
+        chosen, said, behind = [images[k] for k in group], [prompts[k] for k in group], [conditioning[k] for k in group]
+        if takes_videos(arguments):
+            _write_videos(data, chosen, said)
+        else:
+            write_queries(data, chosen, said, columns, behind, metadata=not every_file)
+        pointed = query_arguments(arguments, data, folder / f"output{n}", said[0])
+        if has_argument(arguments, "--with_prior_preservation"):
+            # The class images that the batch has besides: any picture, with no weight in the loss.
+            (folder / f"class{n}").mkdir()
+            shutil.copyfile(chosen[0], folder / f"class{n}" / f"0{chosen[0].suffix.lower()}")
+            pointed += ["--class_data_dir", str(folder / f"class{n}"), "--num_class_images", "1"]
+            pointed += ["--prior_loss_weight", "0"]
+        runs.append(QueryRun(tuple(pointed), tuple(group)))
+    return runs
+
+
+def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt: str | None = None) -> list[str]:
+    """A training command line, pointed at a folder with the queries and at an output folder of its own.
+
+    Args:
+        arguments: the script's arguments, as it was trained with. `{data}` in one of them stands for the folder.
+        folder: holds the queries' images.
+        output: where the script may write.
+        prompt: goes in the place of the one prompt of a DreamBooth command line.
+    """
+    if prompt is not None and takes_one_prompt(arguments):
+        # In one argument: a prompt may begin with a dash.
+        arguments = [*without_arguments(arguments, ("--instance_prompt",)), f"--instance_prompt={prompt}"]
+    if any("{data}" in argument for argument in arguments):
+        pointed = [argument.replace("{data}", str(folder)) for argument in arguments]
+        return (
+            without_arguments(pointed, ("--output_dir",)) + ["--output_dir", str(output)]
+            if has_argument(arguments, "--output_dir")
+            else pointed
+        )
+    data = next((name for name in DATA_ARGUMENTS if has_argument(arguments, name)), "--train_data_dir")
+    kept = [a for a in without_arguments(arguments, (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS)) if a not in DROPPED_FLAGS]
+    if takes_videos(arguments):
+        data, named = "--instance_data_root", zip(("--caption_column", "--video_column"), VIDEO_LISTS, strict=True)
+        kept = without_arguments(kept, ("--caption_column", "--video_column")) + [
+            word for pair in named for word in pair
+        ]
+    # Textual inversion repeats every image a hundred times unless it is told not to; DreamBooth's newer scripts drop a
+    # last batch that is not full.
+    one = {
+        "--repeats": words_its_own_prompts(arguments),
+        "--train_batch_size": words_its_own_prompts(arguments) or has_argument(arguments, "--instance_prompt"),
+    }
+    ones = [word for name, known in one.items() if known or has_argument(arguments, name) for word in (name, "1")]
+    return [*kept, *ones, data, str(folder), "--output_dir", str(output)]
+
+
+def write_queries(
+    folder: Path,
+    images: Sequence[Path],
+    prompts: Sequence[str | None],
+    columns: QueryColumns,
+    conditioning: Sequence[Path | None],
+    *,
+    metadata: bool = True,
+) -> None:
+    """Copies the images into a folder, in order, and names them with their prompts in `metadata.jsonl`.
+
+    An image of a column `x` that is not the usual `image` goes by `x_file_name` there, as `datasets` has it. Without
+    `metadata` there is nothing in the folder but the images. Raises OSError where a file cannot be copied.
+    """
+    folder.mkdir(parents=True)
+    lines = []
+    for k, (image, prompt, source) in enumerate(zip(images, prompts, conditioning, strict=True)):
+        # Numbered, since image folders are read in the order of their names.
+        name = f"{k:06d}{image.suffix.lower()}"
+        shutil.copyfile(image, folder / name)
+        row = {"file_name" if columns.image == "image" else f"{columns.image}_file_name": name}
+        if prompt is not None:
+            row[columns.caption] = prompt
+        if source is not None and columns.conditioning is not None:
+            # In a folder of its own, where no reader of a folder's images takes it for one of them.
+            within = f"conditioning/{k:06d}{source.suffix.lower()}"
+            (folder / "conditioning").mkdir(exist_ok=True)
+            shutil.copyfile(source, folder / within)
+            row[f"{columns.conditioning}_file_name"] = within
+        lines.append(json.dumps(row))
+    if metadata and any(said is not None for said in (*prompts, *conditioning)):
+        (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_videos(folder: Path, videos: Sequence[Path], prompts: Sequence[str | None]) -> None:
+    """Copies the videos into a folder, with the two lists that the video scripts read."""
+    folder.mkdir(parents=True)
+    names = [f"{k:06d}{video.suffix.lower()}" for k, video in enumerate(videos)]
+    for name, video in zip(names, videos, strict=True):
+        shutil.copyfile(video, folder / name)
+    for name, lines in zip(VIDEO_LISTS, ([" ".join((prompt or "").split()) for prompt in prompts], names), strict=True):
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dmin_trace.capture.randomness import PinnedDraws, PinnedTimestep, seed_everything, show_calls
+from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep, show_calls
+from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import TIMESTEP_ARGUMENTS, CaptureStep
 from dmin_trace.errors import CaptureError
 
@@ -126,16 +127,16 @@ class StepGuard:
         written = [p for p, before in zip(self._parameters, self._versions, strict=True) if p._version != before]
         # A step may write back what was there: textual inversion does so to the words that it does not train.
         if written and moved(written):
-            raise CaptureError(f"The model's parameters were changed in {step.place}. {self._advice.changed}")
+            raise CaptureError(f"The model's parameters were changed in {step.name}. {self._advice.changed}")
         if not step.draws.pins:
             raise CaptureError(
-                f"The timestep was not pinned in {step.place}, so every sample would have its own. Random calls in "
+                f"The timestep was not pinned in {step.name}, so every sample would have its own. Random calls in "
                 f"it: {show_calls(step.draws.calls)}. Pinned are torch.randint(0, steps, (batch,)) and "
                 f"torch.multinomial(weights, batch). {self._advice.pinned}"
             )
-        if step.timestep is None:
+        if step.seen is None:
             raise CaptureError(
-                f"No model was called with a timestep in {step.place} (an argument named "
+                f"No model was called with a timestep in {step.name} (an argument named "
                 f"{', '.join(TIMESTEP_ARGUMENTS)}), so it is not known whether it was the pinned one. "
                 f"{self._advice.seen}"
             )
@@ -146,12 +147,12 @@ class StepGuard:
             parameter.grad = None
         if reached:
             raise CaptureError(
-                f"Gradients reached .grad in {step.place} by another call than {self._advice.backward}, such as "
+                f"Gradients reached .grad in {step.name} by another call than {self._advice.backward}, such as "
                 f"torch.autograd.backward. {self._advice.once}"
             )
         if step.backwards != 1:
             raise CaptureError(
-                f"{self._advice.backward} was called {step.backwards} times in {step.place}; expected once. "
+                f"{self._advice.backward} was called {step.backwards} times in {step.name}; expected once. "
                 f"{self._advice.once}"
             )
 

@@ -1,7 +1,7 @@
 """Runs a training script for a capture: at the end of its training, on demand, or for a query.
 
-The script is run as `python script.py ARGS` would run it; the job attaches when the script makes its Accelerator, so no
-line in the script is needed, and a line that is there joins the same capture.
+The script is run as `python script.py ARGS` runs it. The job attaches when the script makes its Accelerator, so the
+script needs no line of ours; if it has one, that line joins the same capture.
 
 `python -m dmin_trace.capture.launch JOB.json` runs a job in a process of its own, which is how queries are captured: a
 script may change any global state of its process, and may end it.
@@ -53,7 +53,7 @@ def run_script(job: Job) -> ScriptCapture:
                 raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
         except Exception as error:
             if job.mode == "final":
-                # The user's training failed by itself: its traceback is what they need.
+                # The user's training failed: its traceback is what they need.
                 raise
             raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
     if not captures:
@@ -67,7 +67,7 @@ def run_script(job: Job) -> ScriptCapture:
 
 @contextmanager
 def _as_main(command: Command) -> Iterator[None]:
-    """Arguments, import path and working folder as `python script.py` has them."""
+    """Sets the arguments, the import path and the working folder that `python script.py` has."""
     before = sys.argv, sys.path[:], Path.cwd()
     sys.argv = [command.script, *command.arguments]
     sys.path.insert(0, str(Path(command.script).parent))
@@ -81,7 +81,7 @@ def _as_main(command: Command) -> Iterator[None]:
 
 @contextmanager
 def _attaching(attach: Callable[[Accelerator], None]) -> Iterator[None]:
-    """While entered, every new Accelerator is attached to as soon as it is made."""
+    """While entered, attaches to every new Accelerator as soon as it is made."""
     make = Accelerator.__init__
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
@@ -96,7 +96,7 @@ def _attaching(attach: Callable[[Accelerator], None]) -> Iterator[None]:
 
 
 def main() -> int:
-    """Runs the job in the file named by the first argument; a refusal goes to standard error as one JSON line."""
+    """Runs the job in the file that the first argument names. Prints a refusal to standard error as one JSON line."""
     job = Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         run_script(job)

@@ -25,10 +25,12 @@ from typing import Any, Protocol, Unpack, runtime_checkable
 import numpy as np
 import torch
 
-from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.guard import Advice, StepGuard
-from dmin_trace.capture.randomness import RandomState, pinned_timesteps, seed_everything, seed_of
-from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
+from dmin_trace.capture.pinning import pinned_timesteps
+from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
+from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import CaptureStep, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
@@ -49,8 +51,7 @@ class OpenedTrace(Protocol):
 
 
 _TAKE_THE_TIMESTEP = (
-    "Take the timestep from the recording: with recording.step(i, k) as place, place.timestep(steps) or "
-    "place.fraction()."
+    "Take the timestep from the recording: with recording.step(i, k) as step, step.timestep(steps) or step.fraction()."
 )
 _ADVICE = Advice(
     backward="loss.backward()",
@@ -133,41 +134,6 @@ def recording(
     )
 
 
-class Place:
-    """The timestep of a training step, given by `Recording.step`.
-
-    For loops that take their timestep from outside. Draws by torch.randint and torch.multinomial are pinned anyway.
-    """
-
-    def __init__(self, step: CaptureStep) -> None:
-        self._step = step
-        self.given: float | None = None
-
-    def timestep(self, steps: int) -> int:
-        """The timestep, in a schedule of so many steps.
-
-        Raises CaptureError if it was given as a number (`timesteps=[...]`) that lies beyond the schedule.
-        """
-        timestep = self._step.slot.index_in(steps)
-        self._hand_out(timestep)
-        return timestep
-
-    def fraction(self) -> float:
-        """The time, in a schedule that runs from 0 to 1.
-
-        Raises CaptureError if timesteps were given as a list, which has no place on such a schedule.
-        """
-        if self._step.slot.timestep is not None:
-            raise CaptureError("Timesteps were given as a list, which says nothing of fractions. Give a count.")
-        self._hand_out(self._step.slot.fraction)
-        return self._step.slot.fraction
-
-    def _hand_out(self, timestep: float) -> None:
-        if self.given is None:
-            self.given = timestep
-        self._step.draws.hand_out("timestep")
-
-
 class Recording:
     """A recording under way; made by `recording`."""
 
@@ -237,8 +203,10 @@ class Recording:
             yield sample
 
     @contextmanager
-    def step(self, sample: int, timestep: int) -> Iterator[Place]:
+    def step(self, sample: int, timestep: int) -> Iterator[CaptureStep]:
         """The training step of one sample at one timestep: compute the loss in it, and call `loss.backward()` once.
+
+        Gives a `CaptureStep`, for loops that take their timestep from it.
 
         Args:
             sample: its index, the next of `samples`.
@@ -254,13 +222,12 @@ class Recording:
             recorder.sample(sample, self._item(sample))
         self._scaled = False
         step = self._guard.open(sample, self._timesteps[timestep])
-        place = Place(step)
         try:
-            yield place
+            yield step
         finally:
             self._guard.close()
-        if step.timestep is None and place.given is not None:
-            step.timestep = torch.tensor([place.given], dtype=torch.float32)
+        if step.seen is None and step.given is not None:
+            step.seen = torch.tensor([step.given], dtype=torch.float32)
         # Until all is checked: a row that lost a step must not be filled up with those of another sample.
         self._failed = True
         self._guard.check(step, recorder.moved)
@@ -386,7 +353,7 @@ class Recording:
         if self._failed:
             raise CaptureError("An earlier training step failed. Fix what its error names, and make another recording.")
         if self._guard.step is not None:
-            raise CaptureError(f"A training step was opened inside {self._guard.step.place}. Close that one first.")
+            raise CaptureError(f"A training step was opened inside {self._guard.step.name}. Close that one first.")
         row, expected = divmod(self._done, len(self._timesteps))
         if row == len(self._pending) or (sample, timestep) != (self._pending[row], expected):
             left = row < len(self._pending)
@@ -404,7 +371,7 @@ class Recording:
             raise CaptureError("loss.backward() was called outside a step. This is an error of dmin_trace; report it.")
         step.backwards += 1
         if step.backwards > 1:
-            raise CaptureError(f"loss.backward() was called twice in {step.place}; expected once. {_ADVICE.once}")
+            raise CaptureError(f"loss.backward() was called twice in {step.name}; expected once. {_ADVICE.once}")
         if args or options.get("gradient") is not None or options.get("inputs") is not None:
             raise CaptureError("loss.backward() was given a gradient or inputs; expected none, on a scalar loss.")
         # A loop may call it where its autocast has not ended.

@@ -145,16 +145,18 @@ def estimate_command(
 ) -> None:
     """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and say what a whole capture would take."""
     from dmin_trace import views as report
-    from dmin_trace.capture.estimate import facts
+    from dmin_trace.capture.estimate import describe_cost, estimate_cost
     from dmin_trace.capture.launch import run_script
     from dmin_trace.command import Job
 
     _log(verbose)
     settings = _settings(timesteps, dimension, dtype, projection, None, seed, draws, transform, columns)
     capture = run_script(Job(mode="estimate", command=_script(context), settings=settings))
+    folder = Path() if capture.out is None else capture.out.parent
+    cost = describe_cost(estimate_cost(capture.recorder, capture.seconds_a_sample, folder))
     console = Console()
     title = "A capture of this script, as two samples show"
-    console.print(report.facts_table(facts(capture), title, ascii_only=console.options.ascii_only))
+    console.print(report.facts_table(cost, title, ascii_only=console.options.ascii_only))
 
 
 @app.command("query")

@@ -20,7 +20,6 @@ from torch.nn.functional import mse_loss
 
 import dmin_trace
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, SettingsError, TraceError, WeightsError
-from dmin_trace.query import answer_queries
 from dmin_trace.settings import Settings
 from dmin_trace.store import open_store
 
@@ -39,9 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 
 def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path, dict[str, Any]]) -> None:
     folder, names = page
-    hits = answer_queries(
-        open_store(folder / "out" / "trace.zarr"), names["asking"].queries.gradients, score="dmin", k=3
-    ).hits
+    hits = names["trace"].top_k(names["queried"], 3, "dmin").hits
     assert [row[0].sample for row in hits] == [7, 19]
     assert all(row[0].score == pytest.approx(5, abs=0.05) and row[1].score < 4.97 for row in hits)
     assert [row[0].columns["label"] for row in hits] == [7, 9]
@@ -238,14 +235,14 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
         with dmin_trace.recording(model, samples=12, out=out, **settings) as recording:
             for i in recording.samples:
                 for k in recording.timesteps:
-                    with recording.step(i, k) as place:
+                    with recording.step(i, k) as step:
                         clean = POINTS[i : i + 1]
                         noise = torch.randn_like(clean)
-                        t = torch.tensor([ask(place)])
+                        t = torch.tensor([ask(step)])
                         mse_loss(model(clean + noise * t.reshape(-1, 1) / 1000, t), noise).backward()
         return open_store(out)
 
-    given = asked(model, tmp_path / "asked.zarr", lambda place: place.timestep(1000))
+    given = asked(model, tmp_path / "asked.zarr", lambda step: step.timestep(1000))
     assert given.header.timesteps == drawn.header.timesteps == (166, 500, 833)
     assert np.array_equal(given.gradients(np.arange(12)), drawn.gradients(np.arange(12)))
 
@@ -259,7 +256,7 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
         def forward(self, sample: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
             return sample * self.weight * when
 
-    named = asked(Inner(), tmp_path / "named.zarr", lambda place: place.fraction())
+    named = asked(Inner(), tmp_path / "named.zarr", lambda step: step.fraction())
     assert named.header.timesteps == pytest.approx([1 / 6, 1 / 2, 5 / 6])
 
 
@@ -520,7 +517,7 @@ def test_queries_must_be_comparable(tmp_path: Path) -> None:
     like = record(model, tmp_path / "trace.zarr", columns={"caption": [f"point {i}" for i in range(12)]})
     recording = ask(model, like, POINTS[[9, 2]])
     assert recording.queries.names == ("query 0", "query 1") and recording.queries.gradients.shape == (2, 3, 64)
-    hits = answer_queries(open_store(like), recording.queries.gradients, score="dmin", k=4).hits
+    hits = dmin_trace.open_trace(like).top_k(recording.queries, 4, "dmin").hits
     assert [[row[0].sample, row[0].columns["caption"]] for row in hits] == [[9, "point 9"], [2, "point 2"]]
     assert [len(row) for row in hits] == [4, 4]
     assert np.isclose(hits[0][0].score, 3, atol=1e-4)

@@ -99,7 +99,7 @@ STOPS = {
         "no su",
     ),
     "raise where a random call is seen": (
-        raising("TypeError('odd')", "dmin_trace.capture.randomness._schedule_length"),
+        raising("TypeError('odd')", "dmin_trace.capture.pinning._schedule_length"),
         "odd",
     ),
     "raise where variables are kept": (

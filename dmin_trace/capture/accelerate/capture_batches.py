@@ -19,7 +19,8 @@ from accelerate.utils import recursively_apply, send_to_device
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, script_frame
 from dmin_trace.capture.accelerate.training_run import TrainingRun
 from dmin_trace.capture.guard import Advice, StepGuard
-from dmin_trace.capture.randomness import PinnedTimestep, RandomState
+from dmin_trace.capture.pinning import PinnedTimestep
+from dmin_trace.capture.random_state import RandomState
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.errors import CaptureError, DminTraceError
 
@@ -111,7 +112,7 @@ class CaptureBatches:
         try:
             yield
         except Exception as error:
-            where = f"The script's own code failed in {step.place if step else 'a training step'}"
+            where = f"The script's own code failed in {step.name if step else 'a training step'}"
             if self._raises:
                 logger.error("%s.", where)
                 self._abandon()

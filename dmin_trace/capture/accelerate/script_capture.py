@@ -12,22 +12,24 @@ import atexit
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import LoopDriver
-from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.host import script_host
-from dmin_trace.capture.randomness import PinnedTimestep, pinned_timesteps, seed_of
+from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
+from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
-from dmin_trace.capture.recorder import CaptureSource, CaptureTarget, Recorder
+from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, remember, script_of
@@ -87,7 +89,7 @@ class ScriptCapture:
         self._joined = True
         self._args = args if args is not None else self._args
         own = self.job
-        self.job = replace(
+        self.job = msgspec.structs.replace(
             own,
             settings={**line.settings, **own.settings},
             out=own.out or line.out,
@@ -217,7 +219,7 @@ class ScriptCapture:
     def take(self, step: CaptureStep) -> None:
         """Keeps what a step gave."""
         self.recorder.take(step)
-        if self.recorder.trial and step.slot == self.timesteps[-1]:
+        if self.recorder.trial and step.pinned == self.timesteps[-1]:
             self._sample_ends.append(time.perf_counter())
 
     def hold(self, error: Exception) -> bool:
@@ -287,7 +289,7 @@ class ScriptCapture:
         step = self.driver.batches.step
         if step is None:
             return drawn
-        return step.draws.pin(drawn, lambda: self._fraction_of(step.slot), name)
+        return step.draws.pin(drawn, lambda: self._fraction_of(step.pinned), name)
 
     def _fraction_of(self, timestep: PinnedTimestep) -> float:
         """A timestep's place in the schedule, from 0 to 1."""

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dmin_trace.capture.randomness import seed_everything
+from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
 from dmin_trace.errors import AttachError
 

@@ -255,7 +255,7 @@ def interrupted(folder: Path, **settings: Any) -> Denoiser:
     """A store of which one chunk of three is done."""
     model = denoiser()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmin_trace.store.reader.CHUNK_BYTES", 2 * 2 * 1024 * 4)
+        patch.setattr("dmin_trace.store.layout.CHUNK_BYTES", 2 * 2 * 1024 * 4)
         with pytest.raises(KeyboardInterrupt):
             record(model, stop=3, out=folder / "trace.zarr", **settings)
     return model

@@ -260,7 +260,7 @@ def query_command(
         shown = [report.Question(name=a.image.name, prompt=a.prompt) for a in asked]
     with Console(stderr=True).status("Scoring"):
         answer = query.answer_queries(opened, gradients, k=k, score=scored, exact=exact)
-    hits, timesteps = query.hits_of(opened, answer.ranking), opened.header.timesteps
+    hits, timesteps = answer.hits, opened.header.timesteps
     for question, found in zip(shown, hits, strict=True):
         table = report.hits_table(question, found, timesteps, score=scored, ascii_only=console.options.ascii_only)
         console.print(table)

@@ -15,7 +15,7 @@ from dmin_trace.query.answer import (
 from dmin_trace.query.capture import capture_queries, query_rows, sample_queries
 from dmin_trace.query.columns import Columns
 from dmin_trace.query.generate import generate_images
-from dmin_trace.query.hits import Hit, hits_of
+from dmin_trace.query.hits import Hit
 from dmin_trace.query.inputs import QueryInput, read_inputs
 from dmin_trace.query.topk import TopK
 from dmin_trace.query.trace import ScoreMethod, Trace, attribute, open_trace
@@ -36,7 +36,6 @@ __all__ = [
     "check_score",
     "fitted_score",
     "generate_images",
-    "hits_of",
     "open_trace",
     "query_rows",
     "read_inputs",

@@ -8,6 +8,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dmin_trace.query.hits import Hit, hits_of
 from dmin_trace.search import (
     DeflatedScore,
     Ranking,
@@ -51,16 +52,23 @@ class AnsweredBy:
 class Answer:
     """The best rows for each query, and how they were found.
 
+    store: the store that the rows are of.
     ranking: rows, scores and scores per timestep.
     score: the name of the score.
     deflation: what was taken out of the queries, in words; "" if the score is not the deflated one.
     answered_by: the index, or a scan.
     """
 
+    store: Store
     ranking: Ranking
     score: str
     deflation: str
     answered_by: AnsweredBy
+
+    @property
+    def hits(self) -> list[list[Hit]]:
+        """The hits of each query, best first. They are read from the store, their rows only."""
+        return hits_of(self.store, self.ranking)
 
 
 def check_score(store: Store, name: str) -> Score:
@@ -114,7 +122,7 @@ def answer_queries(
     queries = method.transform(gradients)
     ranking, answered_by = _ranked(store, queries, k, method.name, largest=largest, exact=exact)
     deflation = method.description if isinstance(method, DeflatedScore) else ""
-    return Answer(ranking, method.name, deflation, answered_by)
+    return Answer(store, ranking, method.name, deflation, answered_by)
 
 
 def _ranked(

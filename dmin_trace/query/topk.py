@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError
 from dmin_trace.query.answer import Answer, AnsweredBy
-from dmin_trace.query.hits import Hit, hits_of
-from dmin_trace.store import Queries, Store
+from dmin_trace.query.hits import Hit
+from dmin_trace.store import Queries
 
 if TYPE_CHECKING:
     import pandas
@@ -99,9 +99,9 @@ MAX_SHOWN_QUERIES = 3
 MAX_SHOWN_HITS = 10
 
 
-def top_k_of(store: Store, queries: Queries, answer: Answer) -> TopK:
-    """An answer with what the store and the queries know of its rows."""
-    hits = hits_of(store, answer.ranking)
+def top_k_of(queries: Queries, answer: Answer) -> TopK:
+    """An answer as arrays, with what the store knows of the samples and the names of the queries."""
+    hits = answer.hits
     return TopK(
         samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
         scores=answer.ranking.scores,
@@ -109,7 +109,7 @@ def top_k_of(store: Store, queries: Queries, answer: Answer) -> TopK:
         hits=hits,
         names=queries.names,
         prompts=queries.prompts,
-        timesteps=store.header.timesteps,
+        timesteps=answer.store.header.timesteps,
         score=answer.score,
         deflation=answer.deflation,
         answered_by=answer.answered_by,

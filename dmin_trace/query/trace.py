@@ -298,7 +298,7 @@ class Trace:
         self._check_queries(queries)
         method = self._fitted_score(score)
         answer = answer_queries(self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact)
-        return top_k_of(self.store, queries, answer)
+        return top_k_of(queries, answer)
 
     # -- within ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError
 from dmin_trace.search.deflation import Directions, Score, principal_directions
-from dmin_trace.search.index import Unavailable, open_directions, read_facts
+from dmin_trace.search.index import open_directions
+from dmin_trace.search.index_files import Unavailable, read_facts
 from dmin_trace.store import Store
 
 MAX_QUERY_NUMBERS = 2**31

@@ -90,7 +90,7 @@ def index_facts(facts: Facts, trace: Store) -> list[tuple[str, str]]:
             (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
         ),
-        ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
+        ("measured with", f"{facts.queries} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / trace.bytes:.1%} of the store's"),
         ("serves", _served(facts)),
     ]

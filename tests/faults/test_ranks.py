@@ -47,9 +47,9 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
     assert done(store) == {0, 1, 2, 3}
 
     # Pending are 4 to 9, so rank 1 has 5, 7 and 9.
-    broken = "import dmin_trace.store.reader as s; write = s.Writer._write_chunks\n"
+    broken = "import dmin_trace.store.writer as s; write = s.Writer._write_files\n"
     broken += "def fail(self, chunk, *rest):\n    if chunk == 7: raise OSError(28, 'No space left on device')\n"
-    broken += "    write(self, chunk, *rest)\ns.Writer._write_chunks = fail"
+    broken += "    write(self, chunk, *rest)\ns.Writer._write_files = fail"
     group = start_ranks(capture, store, 2, RANK_1 + broken.replace("\n", "\n    ") + "\n")
     assert ended(group) == [1, 1], [running.said() for running in group]
     assert "Process 1 of 2 could not go on: Chunk 7 of" in group[0].said()

@@ -111,7 +111,7 @@ STOPS = {
     "full disk for the new store": (SYNC.format(part=".partial/", number=28), "No space left on device"),
     "full disk for the weights": (SYNC.format(part="safetensors.partial", number=28), "No space left on device"),
     "no permission": (
-        raising("PermissionError(13, 'Permission denied')", "dmin_trace.store.reader._create_arrays"),
+        raising("PermissionError(13, 'Permission denied')", "dmin_trace.store.writer.create_arrays"),
         "denied",
     ),
     "raise after some samples": (LATER, "the hook is broken"),

@@ -198,7 +198,7 @@ def test_a_recording_goes_on_with_the_same_transform_alone(tmp_path: Path) -> No
     model, _ = trained_denoiser()
     record(model, out=tmp_path / "whole.zarr", transform="none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmin_trace.store.reader.CHUNK_BYTES", 2 * 2 * 1024 * 4)
+        patch.setattr("dmin_trace.store.layout.CHUNK_BYTES", 2 * 2 * 1024 * 4)
         with pytest.raises(KeyboardInterrupt):
             record(model, stop=3, out=tmp_path / "trace.zarr", transform="none")
     with pytest.raises(

@@ -18,10 +18,13 @@ from dmin_trace.cli.app import main
 from dmin_trace.errors import QueryError, SettingsError, TraceError
 from dmin_trace.query import answer as query
 from dmin_trace.search import deflation as kernel
+from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import choose_directions, principal_directions
-from dmin_trace.search.index import Facts, Unavailable, build_index, index_beside, open_directions, read_facts, shown
+from dmin_trace.search.index import open_directions
+from dmin_trace.search.index_files import Facts, Unavailable, index_beside, read_facts
 from dmin_trace.settings import Codec, Dtype
 from dmin_trace.store import Store, open_store
+from dmin_trace.views.describe import index_facts
 
 
 def stored_rows(trace: Store) -> np.ndarray:
@@ -78,8 +81,8 @@ def test_passes_over_the_store_come_near_to_dense_algebra(
     stored: tuple[Store, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trace, queries = stored
-    monkeypatch.setattr(kernel, "DENSE", 0)
-    monkeypatch.setattr(kernel, "BLOCK", 50 * 3 * 128)  # several blocks
+    monkeypatch.setattr(kernel, "MAX_DENSE_SAMPLES", 0)
+    monkeypatch.setattr(kernel, "BLOCK_NUMBERS", 50 * 3 * 128)  # several blocks
     found = principal_directions(trace, 20)
     exact = np.linalg.svd(stored_rows(trace), compute_uv=False)[:, :20] ** 2
     assert np.allclose(found.eigenvalues[:, :10], exact[:, :10], rtol=1e-3)
@@ -122,10 +125,10 @@ def test_no_more_directions_are_taken_than_a_timestep_has(tmp_path: Path) -> Non
 def test_threads_and_blocks_change_nothing(stored: tuple[Store, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     trace, queries = stored
     for dense in (0, 1024):
-        monkeypatch.setattr(kernel, "DENSE", dense)
+        monkeypatch.setattr(kernel, "MAX_DENSE_SAMPLES", dense)
         found = {}
         for cores in (1, 5):
-            monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+            monkeypatch.setattr("dmin_trace.search.deflation.core_count", lambda cores=cores: cores)
             found[cores] = principal_directions(trace, 10).deflate(queries)
         assert np.array_equal(found[1], found[5])
 
@@ -140,7 +143,7 @@ def test_what_cannot_be_asked(stored: tuple[Store, np.ndarray], monkeypatch: pyt
             principal_directions(trace, count)
     with pytest.raises(QueryError, match="have shape"):
         query.answer_queries(trace, queries[:, :1], k=3, score="deflated")
-    monkeypatch.setattr(kernel, "FOUND", 200)
+    monkeypatch.setattr("dmin_trace.search.MAX_QUERY_NUMBERS", 200)
     with pytest.raises(
         QueryError, match=r"here it has none; .* in up to 200 numbers, .* 113,280\. Make them with dmin-tr"
     ):
@@ -154,7 +157,7 @@ def test_gradients_that_are_not_finite_are_damage(tmp_path: Path, monkeypatch: p
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     zarr.open_array(trace.path / "grad", mode="r+")[5, 1, 3] = np.nan
     for dense in (0, 1024):
-        monkeypatch.setattr(kernel, "DENSE", dense)
+        monkeypatch.setattr(kernel, "MAX_DENSE_SAMPLES", dense)
         with pytest.raises(TraceError, match="damaged"):
             principal_directions(open_store(trace.path))
 
@@ -198,7 +201,9 @@ def test_the_index_answers_deflated_queries_with_the_scores_of_the_scan(indexed:
     facts = read_facts(trace)
     assert isinstance(facts, Facts)
     depth = facts.depth(10, "deflated")
-    assert depth is not None and depth.recall >= 0.8 and "deflated queries for up to 10" in str(shown(facts, trace))
+    assert (
+        depth is not None and depth.recall >= 0.8 and "deflated queries for up to 10" in str(index_facts(facts, trace))
+    )
     ours = query.answer_queries(trace, queries, k=10, score="deflated")
     true = query.answer_queries(trace, queries, k=10, score="deflated", exact=True)
     assert ours.recall == (10, depth.recall) and true.recall is None
@@ -247,19 +252,28 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "more than claimed": (lambda file: forge(file, np.ones(10**6)), "principal.f32 is not of the size"),
     "no directions": (lambda file: forge(file, np.ones(file.stat().st_size // 4)), "holds no directions"),
     "not finite": (lambda file: forge(file, np.full(file.stat().st_size // 4, np.nan)), "holds no directions"),
-    "eigenvalues that rise": (lambda file: values(file, np.arange(2, dtype="<f8")), "eigenvalues.f64 holds none"),
-    "eigenvalues below zero": (lambda file: values(file, np.array([1.0, -2.0])), "eigenvalues.f64 holds none"),
-    "eigenvalues that are none": (lambda file: values(file, np.array([1.0, np.nan])), "eigenvalues.f64 holds none"),
-    "endless eigenvalues": (lambda file: values(file, np.array([np.inf, 1.0])), "eigenvalues.f64 holds none"),
+    "eigenvalues that rise": (
+        lambda file: values(file, np.arange(2, dtype="<f8")),
+        "eigenvalues.f64 holds no eigenvalues",
+    ),
+    "eigenvalues below zero": (
+        lambda file: values(file, np.array([1.0, -2.0])),
+        "eigenvalues.f64 holds no eigenvalues",
+    ),
+    "eigenvalues that are none": (
+        lambda file: values(file, np.array([1.0, np.nan])),
+        "eigenvalues.f64 holds no eigenvalues",
+    ),
+    "endless eigenvalues": (lambda file: values(file, np.array([np.inf, 1.0])), "eigenvalues.f64 holds no eigenvalues"),
     "no eigenvalues": (lambda file: (file.parent / "eigenvalues.f64").unlink(), "is not of the size"),
-    "more than samples": (lambda file: edit(file, principal=161), "out of range"),
-    "a part of one": (lambda file: edit(file, principal=1.5), "out of range"),
-    "text": (lambda file: edit(file, principal="many"), "out of range"),
-    "a huge number": (lambda file: edit(file, principal=10**400), "out of range"),
-    "another file": (lambda file: edit(file, files={"../x": {"bytes": 1, "sha256": ""}}), "out of range"),
+    "more than samples": (lambda file: edit(file, principal=161), "names other files"),
+    "a part of one": (lambda file: edit(file, principal=1.5), "Expected `int`, got `float` - at `$.principal`"),
+    "text": (lambda file: edit(file, principal="many"), "Expected `int`, got `str`"),
+    "a huge number": (lambda file: edit(file, principal=10**400), "index.json is not valid"),
+    "another file": (lambda file: edit(file, files={"../x": {"bytes": 1, "sha256": "a" * 64}}), "names other files"),
     "a score that is none": (
         lambda file: edit(file, depths=[{"score": "x", "k": 1, "candidates": 1, "ef": 1, "recall": 1.0}]),
-        "out of range",
+        "index.json is not valid",
     ),
     "another store": (
         lambda file: zarr.open_array(file.parent.parent / "trace.zarr" / "norm", mode="r+").__setitem__((5, 1), 2.0),
@@ -278,7 +292,7 @@ def test_directions_that_do_not_fit_are_not_used(
     assert isinstance(why, Unavailable) and line in why.reason
     answer = query.answer_queries(trace, indexed[1], k=3, score="deflated", exact=True)
     assert answer.taken_out.endswith(f"principal directions of each timestep, found for this query ({why.reason})")
-    monkeypatch.setattr(kernel, "FOUND", 100)
+    monkeypatch.setattr("dmin_trace.search.MAX_QUERY_NUMBERS", 100)
     with pytest.raises(QueryError, match="Make them with dmin-trace index"):
         query.answer_queries(trace, indexed[1], k=3, score="deflated")
 

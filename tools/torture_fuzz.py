@@ -43,7 +43,7 @@ from dmin_trace import search as hnsw
 from dmin_trace import search as index
 from dmin_trace import store as untrusted
 from dmin_trace import views as report
-from dmin_trace.capture import weights
+from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import AnsweredBy, Hit, TopK
 from dmin_trace.query.images import image_file
@@ -201,7 +201,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_weights(data: bytes) -> None:
         _put(harmed / "w.safetensors", data)
         [files] = weights.weight_files(harmed / "w.safetensors")
-        for tensor in weights.read(weights.places(files, harmed / "w.safetensors").values()):
+        for tensor in weights.read(weights.list_saved(files, harmed / "w.safetensors").values()):
             assert tensor.numel() * tensor.element_size() <= len(data)
 
     def read_arrays(data: bytes) -> None:

@@ -25,7 +25,7 @@ from torture_stores import make_store
 
 from dmin_trace import query, views
 from dmin_trace.audit import read_retrained, verify_store
-from dmin_trace.capture.weights import places, read, weight_files
+from dmin_trace.capture.weight_files import list_saved, read, weight_files
 from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, EvaluationError, QueryError, TraceError, WeightsError
 from dmin_trace.query import Hit, read_inputs
@@ -390,21 +390,21 @@ def test_weight_files_from_anybody_are_one_line(tmp_path: Path, name: str) -> No
     file.write_bytes(WEIGHTS[name])
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
         [files] = weight_files(file)
-        list(read(places(files, file).values()))
+        list(read(list_saved(files, file).values()))
 
 
 def test_a_pipe_of_weights_blocks_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     code = """
 import pathlib, sys
-from dmin_trace.capture.weights import places, weight_files
+from dmin_trace.capture.weight_files import list_saved, weight_files
 folder = pathlib.Path(sys.argv[1])
-places(weight_files(folder)[0], folder)
+list_saved(weight_files(folder)[0], folder)
 """
     ran = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert "WeightsError" in ran.stderr and "it is no file" in ran.stderr
+    assert "WeightsError" in ran.stderr and "it is not a regular file" in ran.stderr
 
 
 def test_arrays_of_objects_are_refused(genuine: Store, tmp_path: Path) -> None:

@@ -122,8 +122,8 @@ def test_store_is_read_without_zarr(finished: Path, packed: Path) -> None:
 
     code = (
         "import sys; from dmin_trace.store import open_store; from dmin_trace.views import describe_store; "
-        "trace = open_store(sys.argv[1]); "
-        "trace.norm; trace.column('caption'); trace.grad_chunk(0); describe_store(trace); sys.exit('zarr' in sys.modules)"
+        "trace = open_store(sys.argv[1]); trace.norm; "
+        "trace.column('caption'); trace.grad_chunk(0); describe_store(trace); sys.exit('zarr' in sys.modules)"
     )
     for path in (finished, packed):
         assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0

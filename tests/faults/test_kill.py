@@ -63,7 +63,7 @@ def test_what_is_killed_where_it_leaves_something_is_swept(
 ) -> None:
     store = tmp_path / "out" / "trace.zarr"
     kill = (
-        "import os, signal, dmin_trace.capture.weights as w\n"
+        "import os, signal, dmin_trace.capture.weight_files as w\n"
         f"kill = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n{moment}\n"
     )
     # What the store itself holds of such files, a killed write left in a chunk that is done later.

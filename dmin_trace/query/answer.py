@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dmin_trace.query.hits import Hit, hits_of
 from dmin_trace.search import (
     DeflatedScore,
+    Index,
     Ranking,
     Score,
     Unavailable,
@@ -73,7 +74,7 @@ class Answer:
 
 def check_score(store: Store, name: str) -> Score:
     """The score with this name. Raises QueryError if there is none, or the store is too large for it."""
-    score_method(store, cast(Score, name))
+    score_method(store, name)
     return cast(Score, name)
 
 
@@ -84,7 +85,7 @@ def fitted_score(store: Store, name: str) -> FittedScore:
         QueryError: there is no such score, or the store is too large for it.
         TraceError: the store is damaged.
     """
-    method = score_method(store, cast(Score, name))
+    method = score_method(store, name)
     method.fit(store)
     return method
 
@@ -97,6 +98,7 @@ def answer_queries(
     score: str | FittedScore = "deflated",
     largest: bool = True,
     exact: bool = False,
+    index: Index | Unavailable | None = None,
 ) -> Answer:
     """The training samples with the largest influence scores for queries, or with the smallest.
 
@@ -110,6 +112,7 @@ def answer_queries(
         score: the name of a built-in score; or a fitted one, which saves fitting it for each call.
         largest: False for the smallest scores, smallest first. The index does not answer for them.
         exact: scan all rows even if there is an index.
+        index: the result of `open_index`, which saves opening the index for each call.
 
     Raises:
         QueryError: k is out of range, the gradients are not finite or not of the store's shape, there is no such score,
@@ -120,26 +123,31 @@ def answer_queries(
     check_queries(store, gradients)
     method = fitted_score(store, score) if isinstance(score, str) else score
     queries = method.transform(gradients)
-    ranking, answered_by = _ranked(store, queries, k, method.name, largest=largest, exact=exact)
+    ranking, answered_by = _ranked(store, queries, k, method.name, largest, exact, index)
     deflation = method.description if isinstance(method, DeflatedScore) else ""
     return Answer(store, ranking, method.name, deflation, answered_by)
 
 
 def _ranked(
-    store: Store, queries: NDArray[np.float32], k: int, score: str, *, largest: bool, exact: bool
+    store: Store,
+    queries: NDArray[np.float32],
+    k: int,
+    score: str,
+    largest: bool,
+    exact: bool,
+    index: Index | Unavailable | None,
 ) -> tuple[Ranking, AnsweredBy]:
     """The ranking for transformed queries, and what found it."""
     if exact or not largest or not store.complete:
         return exact_top_k(store, queries, k, largest=largest), _scanned(store, "")
-    index = open_index(store)
+    index = open_index(store) if index is None else index
     if isinstance(index, Unavailable):
         return exact_top_k(store, queries, k), _scanned(store, index.reason)
     # Of a score of the user's own, no depth is calibrated.
-    kind = cast(Score, score)
-    depth = index.facts.depth(k, kind)
+    depth = index.facts.depth(k, score)
     if depth is None:
-        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(kind))
-    return search(index, queries, k, kind=kind), AnsweredBy(
+        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(score))
+    return search(index, queries, k, kind=score), AnsweredBy(
         (depth.k, depth.recall),
         f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all",
     )

@@ -20,7 +20,7 @@ from dmin_trace.query.columns import Columns
 from dmin_trace.query.hits import Hit
 from dmin_trace.query.images import ImageInput
 from dmin_trace.query.topk import TopK, top_k_of
-from dmin_trace.search import Score, check_k, has_direction
+from dmin_trace.search import Index, Score, Unavailable, check_k, has_direction, open_index
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class Trace:
         """Frees the files of the trace. It cannot be used afterwards."""
         self._store = None
         self._fitted = []
+        self.__dict__.pop("_index", None)
 
     # -- the training samples --------------------------------------------------------------------------------------
 
@@ -297,7 +298,10 @@ class Trace:
         check_k(self.store, k)
         self._check_queries(queries)
         method = self._fitted_score(score)
-        answer = answer_queries(self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact)
+        index = self._index if largest and not exact and self.complete else None
+        answer = answer_queries(
+            self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact, index=index
+        )
         return top_k_of(queries, answer)
 
     # -- within ----------------------------------------------------------------------------------------------------
@@ -305,6 +309,10 @@ class Trace:
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
         return rows_by_sample(self.store)
+
+    @cached_property
+    def _index(self) -> Index | Unavailable:
+        return open_index(self.store)
 
     def _check_queries(self, queries: Queries) -> None:
         """Raises QueryError for queries of another trace."""

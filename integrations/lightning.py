@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -25,14 +25,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.loop_variables import undo_of
-from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.recording import Recording
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
-from dmin_trace.query import Hit
+from dmin_trace.query import Hit, ScoreMethod, Trace, open_trace
 from dmin_trace.search import Score
-from dmin_trace.settings import Settings, make_settings
-from dmin_trace.store import Store, open_store
+from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -59,42 +58,23 @@ class TraceCallback(Callback):  # type: ignore[misc]
         self,
         out: str | os.PathLike[str],
         *,
-        timesteps: int | Sequence[int] | None = None,
-        dimension: int | None = None,
-        dtype: str | None = None,
-        projection: str | None = None,
-        seed: int | None = None,
-        draws: int | None = None,
-        transform: str | None = None,
-        codec: str | None = None,
-        columns: Sequence[str] | None = None,
+        settings: Settings | None = None,
         strict: bool = False,
+        **overrides: Unpack[SettingsOverrides],
     ) -> None:
-        """Checks what is asked for.
+        """Checks the settings.
 
         Args:
             out: the store.
-            timesteps, dimension, dtype, projection, seed, draws, transform, codec, columns: see
-                `dmin_trace.Settings`.
+            settings: what to capture.
             strict: raise an error during the capture, instead of logging it.
+            overrides: single settings by their names, instead of those in `settings`.
 
-        Raises SettingsError for a setting that cannot be meant.
+        Raises SettingsError for an invalid setting.
         """
         super().__init__()
         self.out = Path(out)
-        self.settings = make_settings(
-            {
-                "timesteps": timesteps,
-                "dimension": dimension,
-                "dtype": dtype,
-                "projection": projection,
-                "seed": seed,
-                "draws": draws,
-                "transform": transform,
-                "codec": codec,
-                "columns": columns,
-            }
-        )
+        self.settings = make_settings(given_settings(settings, overrides))
         self.strict = strict
         self._ended = False
 
@@ -166,6 +146,7 @@ def capture(
     settings: Settings | None = None,
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
     trainer: Any = None,
+    **overrides: Unpack[SettingsOverrides],
 ) -> None:
     """Captures a trained module on demand; goes on with a capture that was interrupted.
 
@@ -176,7 +157,9 @@ def capture(
         settings: what to capture.
         optimizers: those that trained the module; what they train is captured. Without them every parameter with
             `requires_grad`.
-        trainer: one with the precision of the training; that which trained the module, if it did so in this process.
+        trainer: one with the precision of the training; by default the trainer that trained the module, if it did so
+            in this process.
+        overrides: single settings by their names, instead of those in `settings`.
 
     Raises:
         AttachError: the module or the loader is of a kind that is not served.
@@ -185,18 +168,18 @@ def capture(
     """
     _refuse_module(module)
     _refuse_loader(loader)
-    _capture(module, loader, Path(out), settings or Settings(), optimizers, trainer)
+    _capture(module, loader, Path(out), make_settings(given_settings(settings, overrides)), optimizers, trainer)
 
 
 def attribute(
     module: Any,
-    trace: Store | str | os.PathLike[str],
+    trace: Trace | str | os.PathLike[str],
     items: Sequence[Any],
     *,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     trainer: Any = None,
     k: int = 10,
-    score: Score = "deflated",
+    score: Score | ScoreMethod = "deflated",
 ) -> list[list[Hit]]:
     """The training samples with the largest influence on each item, best first.
 
@@ -215,21 +198,21 @@ def attribute(
         TraceError: there is no finished store.
     """
     _refuse_module(module)
-    trace = trace if isinstance(trace, Store) else open_store(Path(trace))
+    opened = trace if isinstance(trace, Trace) else open_trace(trace)
     if not items:
         raise QueryError("No item was given. Give at least one.")
     recording = Recording(
         [module],
-        make_settings(trace.header.settings),
+        make_settings(opened.store.header.settings),
         Columns(None, None),
         samples=len(items),
         out=None,
-        like=trace,
+        like=opened.store,
         optimizers=None,
         item=None,
     )
     _record(recording, module, lambda i: items[i], collate_fn, trainer)
-    return recording.hits(k, score=score)
+    return opened.top_k(recording.queries, k, score).hits
 
 
 def _capture(

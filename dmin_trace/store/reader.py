@@ -1,7 +1,7 @@
 """A store opened for reading.
 
 Readers go by the marks of chunks, never by fill values, and read the files themselves: Zarr's own pipeline believes the
-metadata. What is read is compared with its checksum (`chunks`, `gradients`).
+metadata. What is read is compared with its checksum (`chunks`, `gradient_chunks`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.store.chunks import ChunkFiles
-from dmin_trace.store.gradients import GradientChunks
+from dmin_trace.store.gradient_chunks import GradientChunks
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.marks import done_chunks

@@ -22,9 +22,9 @@ from tiny_pipelines import caption, captioned_images, command_line, picture, tin
 from transformers import CLIPTextModel
 
 import dmin_trace
+from dmin_trace import store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.store import open_store
-from dmin_trace.store import reader as store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text_to_image_lora.py"
 COUNT = 8

@@ -19,7 +19,7 @@ from dmin_trace.query.capture import capture_queries, sample_queries
 from dmin_trace.query.columns import Columns
 from dmin_trace.query.hits import Hit
 from dmin_trace.query.images import ImageInput
-from dmin_trace.query.topk import TopK, top_k_of
+from dmin_trace.query.topk import TopK
 from dmin_trace.search import Score, check_k, has_direction
 from dmin_trace.store import Queries, Store, open_store
 
@@ -297,8 +297,16 @@ class Trace:
         check_k(self.store, k)
         self._check_queries(queries)
         method = self._fitted_score(score)
-        answer = answer_queries(self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact)
-        return top_k_of(queries, answer)
+        return answer_queries(
+            self.store,
+            queries.gradients,
+            k=k,
+            score=method,
+            names=queries.names,
+            prompts=queries.prompts,
+            largest=largest,
+            exact=exact,
+        )
 
     # -- within ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 training samples, by the index or by a scan, and `hits` and `topk` say what is known of them.
 """
 
-from dmin_trace.query.answer import answer_queries, check_score
+from dmin_trace.query.answer import answer_queries
 from dmin_trace.query.capture import sample_queries
 from dmin_trace.query.generate import generate_images
 from dmin_trace.query.hits import Hit
@@ -21,7 +21,6 @@ __all__ = [
     "Trace",
     "answer_queries",
     "attribute",
-    "check_score",
     "generate_images",
     "open_trace",
     "read_inputs",

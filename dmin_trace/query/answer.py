@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,8 @@ from dmin_trace.query.hits import hits_of
 from dmin_trace.query.topk import AnsweredBy, TopK
 from dmin_trace.search import (
     DeflatedScore,
+    Index,
     Ranking,
-    Score,
     Unavailable,
     check_k,
     check_queries,
@@ -36,12 +36,6 @@ class FittedScore(Protocol):
         """The changed queries, (Q, T, v)."""
 
 
-def check_score(store: Store, name: str) -> Score:
-    """The score with this name. Raises QueryError if there is none, or the store is too large for it."""
-    score_method(store, cast(Score, name))
-    return cast(Score, name)
-
-
 def fitted_score(store: Store, name: str) -> FittedScore:
     """The built-in score with this name, fitted to a store.
 
@@ -49,7 +43,7 @@ def fitted_score(store: Store, name: str) -> FittedScore:
         QueryError: there is no such score, or the store is too large for it.
         TraceError: the store is damaged.
     """
-    method = score_method(store, cast(Score, name))
+    method = score_method(store, name)
     method.fit(store)
     return method
 
@@ -64,6 +58,7 @@ def answer_queries(
     prompts: Sequence[str | None] = (),
     largest: bool = True,
     exact: bool = False,
+    index: Index | Unavailable | None = None,
 ) -> TopK:
     """The training samples with the largest influence scores for queries, or with the smallest.
 
@@ -79,6 +74,7 @@ def answer_queries(
         prompts: the Q prompts, if there are any.
         largest: False for the smallest scores, smallest first. The index does not answer for them.
         exact: scan all rows even if there is an index.
+        index: the result of `open_index`, which saves opening the index for each call.
 
     Raises:
         QueryError: k is out of range, the gradients are not finite or not of the store's shape, there is no such score,
@@ -89,7 +85,7 @@ def answer_queries(
     check_queries(store, gradients)
     method = fitted_score(store, score) if isinstance(score, str) else score
     queries = method.transform(gradients)
-    ranking, answered_by = _ranked(store, queries, k, method.name, largest=largest, exact=exact)
+    ranking, answered_by = _ranked(store, queries, k, method.name, largest, exact, index)
     hits = hits_of(store, ranking)
     return TopK(
         samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
@@ -106,20 +102,25 @@ def answer_queries(
 
 
 def _ranked(
-    store: Store, queries: NDArray[np.float32], k: int, score: str, *, largest: bool, exact: bool
+    store: Store,
+    queries: NDArray[np.float32],
+    k: int,
+    score: str,
+    largest: bool,
+    exact: bool,
+    index: Index | Unavailable | None,
 ) -> tuple[Ranking, AnsweredBy]:
     """The ranking for transformed queries, and what found it."""
     if exact or not largest or not store.complete:
         return exact_top_k(store, queries, k, largest=largest), _scanned(store, "")
-    index = open_index(store)
+    index = open_index(store) if index is None else index
     if isinstance(index, Unavailable):
         return exact_top_k(store, queries, k), _scanned(store, index.reason)
     # Of a score of the user's own, no depth is calibrated.
-    kind = cast(Score, score)
-    depth = index.facts.depth(k, kind)
+    depth = index.facts.depth(k, score)
     if depth is None:
-        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(kind))
-    return search(index, queries, k, kind=kind), AnsweredBy(
+        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(score))
+    return search(index, queries, k, kind=score), AnsweredBy(
         (depth.k, depth.recall),
         f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all",
     )
@@ -127,7 +128,8 @@ def _ranked(
 
 def _scanned(store: Store, reason: str) -> AnsweredBy:
     """A scan, and why the index did not answer."""
-    searched = len(store.rows_done)
+    count = store.header.samples
     if not store.complete:
-        return AnsweredBy(None, f"searched {searched:,} of {store.header.samples:,} samples; the capture is unfinished")
-    return AnsweredBy(None, f"scanned all {searched:,} samples" + (f": {reason}" if reason else ""))
+        done = len(store.rows_done)
+        return AnsweredBy(None, f"searched {done:,} of {count:,} samples; the capture is unfinished")
+    return AnsweredBy(None, f"scanned all {count:,} samples" + (f": {reason}" if reason else ""))

@@ -21,7 +21,7 @@ from dmin_trace.search.index import Index, search
 from dmin_trace.search.index_files import Facts, index_beside, read_facts
 from dmin_trace.search.ranking import Ranking
 from dmin_trace.store import Store, open_store
-from dmin_trace.views.describe import index_facts
+from dmin_trace.views.describe import describe_index
 
 CLI = ("-m", "dmin_trace.cli.app")
 
@@ -88,7 +88,7 @@ def test_more_hits_than_were_calibrated_are_scanned_for(indexed: tuple[Store, np
     assert "index (recall@10" in query.answer_queries(trace, queries, k=10, score="dmin").answered_by.description
     deep = query.answer_queries(trace, queries, k=11, score="dmin")
     assert deep.answered_by == query.AnsweredBy(None, "scanned all 160 samples: the index serves up to 10 hits")
-    assert np.array_equal(deep.ranking.scores, exact_top_k(trace, queries, 11).scores)
+    assert np.array_equal(deep.scores, exact_top_k(trace, queries, 11).scores)
     edited = json.loads((index_beside(trace.path) / "index.json").read_text())
     (index_beside(trace.path) / "index.json").write_text(signed(edited | {"m": 7}))
     damaged = query.answer_queries(trace, queries, k=10, score="dmin").answered_by
@@ -115,14 +115,19 @@ def test_the_index_answers_deflated_queries_with_the_scores_of_the_scan(indexed:
     assert isinstance(facts, Facts)
     depth = facts.depth(10, "deflated")
     assert (
-        depth is not None and depth.recall >= 0.8 and "deflated queries for up to 10" in str(index_facts(facts, trace))
+        depth is not None
+        and depth.recall >= 0.8
+        and "deflated queries for up to 10" in str(describe_index(facts, trace))
     )
     ours = query.answer_queries(trace, queries, k=10, score="deflated")
     true = query.answer_queries(trace, queries, k=10, score="deflated", exact=True)
     assert ours.answered_by.recall == (10, depth.recall) and true.answered_by.recall is None
     pairs = [
-        [dict(zip(rows.tolist(), scores.tolist(), strict=True)) for rows, scores in zip(a.rows, a.scores, strict=True)]
-        for a in (ours.ranking, true.ranking)
+        [
+            dict(zip(rows.tolist(), scores.tolist(), strict=True))
+            for rows, scores in zip(a.samples, a.scores, strict=True)
+        ]
+        for a in (ours, true)
     ]
     both = list(zip(*pairs, strict=True))
     assert np.mean([len(some.keys() & all_.keys()) / 10 for some, all_ in both]) >= 0.7

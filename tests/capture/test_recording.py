@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss
 import dmin_trace
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, SettingsError, TraceError, WeightsError
 from dmin_trace.settings import Settings
-from dmin_trace.store import open_store
+from dmin_trace.store import Writer, open_store
 
 CLI = ("-m", "dmin_trace.cli.app")
 
@@ -196,10 +196,17 @@ def test_after_a_kill_only_what_is_missing_is_recorded(tmp_path: Path) -> None:
     assert "exists already and is complete" in ran.stderr
 
 
-def test_a_kill_before_the_last_word_is_made_good(tmp_path: Path) -> None:
-    out = record(denoiser(), tmp_path / "trace.zarr")
-    text = (out / "zarr.json").read_text()
-    (out / "zarr.json").write_text(text.replace('"complete": true', '"complete": false'))
+def test_a_recording_killed_before_the_store_is_complete_only_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "trace.zarr"
+
+    def killed(writer: Writer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "finish", killed)
+        record(denoiser(), out)
     with pytest.raises(TraceError, match="unfinished"):
         open_store(out)
     with dmin_trace.recording(

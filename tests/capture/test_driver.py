@@ -60,10 +60,10 @@ OWN_LOOPS = {
         "body": TRACKED,
     },
     "breaks, resumed from a checkpoint in a folder named like one": {
-        "accelerator": "accelerator = Accelerator(); args.max_train_steps = 8",
+        "accelerator": "accelerator = Accelerator(); args.max_train_steps = 7",
         "prepare": "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler);"
-        "accelerator.save_state('checkpoint-100/checkpoint-3'); accelerator.load_state('checkpoint-100/checkpoint-3')",
-        "body": BREAK.replace("global_step >= args", "3 + global_step >= args"),
+        "accelerator.save_state('checkpoint-100/checkpoint-2'); accelerator.load_state('checkpoint-100/checkpoint-2')",
+        "body": BREAK.replace("global_step >= args", "2 + global_step >= args"),
     },
     "an unprepared scheduler": {
         "prepare": "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",

@@ -12,7 +12,7 @@ from tiny import BODY, plain_script, run, without_the_line
 from warm import Warm
 
 from dmin_trace.store import open_store
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 
 TRACKER = """from accelerate.tracking import GeneralTracker
 class FileTracker(GeneralTracker):
@@ -167,7 +167,7 @@ def test_parameters_that_training_does_not_reach_either_are_captured_as_zeros(tm
     assert "does not depend on 3 of the 4" in ran.stderr and "gradients are zero" in ran.stderr
     trace = open_store(tmp_path / "with" / "trace.zarr")
     assert trace.complete and trace.header.unreached == ("inner.bias", "outer.weight", "outer.bias")
-    shown = dict(store_facts(trace))["never reached"]
+    shown = dict(describe_store(trace))["never reached"]
     assert shown == "3 tensors, among them inner.bias, outer.weight, outer.bias; their gradients are zero"
 
 

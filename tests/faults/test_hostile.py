@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from answers import answer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from stores import change, make_header, make_rows, write, write_store
 from torture_stores import make_store
 
-from dmin_trace import query
+from dmin_trace import query, views
 from dmin_trace.audit import read_retrained, verify_store
 from dmin_trace.capture.weight_files import list_saved, read, weight_files
 from dmin_trace.cli.app import main
@@ -31,7 +32,6 @@ from dmin_trace.query import Hit, read_inputs
 from dmin_trace.query.images import image_file
 from dmin_trace.search import Unavailable, open_index
 from dmin_trace.store import DONE, Store, chunk_file, create, open_store, resume, untrusted
-from dmin_trace.views import Question, report
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +232,14 @@ def test_memory_is_bounded_whatever_the_metadata_claims(trace: Store, name: str)
 import resource, sys
 import numpy as np
 from dmin_trace.store import open_store
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 from dmin_trace.errors import DminTraceError
 from dmin_trace import query
 from dmin_trace.store import integrity as verify
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, now + 2**31))
 for read in (lambda t: t.norm, lambda t: t.valid, lambda t: t.column("caption"), lambda t: t.gradients(np.array([0])),
-             lambda t: query.answer_queries(t, np.ones((1, 3, 64), np.float32), k=3, score="dmin"), store_facts,
+             lambda t: query.answer_queries(t, np.ones((1, 3, 64), np.float32), k=3, score="dmin"), describe_store,
              lambda t: verify.verify(t.path)):
     try:
         read(open_store(sys.argv[1], unfinished=True))
@@ -416,17 +416,17 @@ def test_arrays_of_objects_are_refused(genuine: Store, tmp_path: Path) -> None:
 
     np.savez(tmp_path / "a.npz", subsets=np.array([[Runs()]], object), losses=np.ones((1, 1)), allow_pickle=True)
     with pytest.raises(EvaluationError, match="holds subsets, object"):
-        read_retrained(tmp_path / "a.npz", genuine, 1)
+        read_retrained(tmp_path / "a.npz", genuine.header.samples, 1)
     subsets = np.ones((3, genuine.header.samples), np.bool_)
     np.savez(tmp_path / "b.npz", subsets=subsets, losses=np.array([[Runs()]] * 3, object), allow_pickle=True)
     with pytest.raises(EvaluationError, match="and losses, object"):
-        read_retrained(tmp_path / "b.npz", genuine, 1)
+        read_retrained(tmp_path / "b.npz", genuine.header.samples, 1)
     assert not ran.exists()
     with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
         for name in ("subsets", "losses"):
             archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00" + b"\xff\xff" + b"(" * 65535)
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_retrained(tmp_path / "c.npz", genuine, 1)
+        read_retrained(tmp_path / "c.npz", genuine.header.samples, 1)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -458,12 +458,12 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
     hits = [
         Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5,), columns={"caption": text, "file_name": text, "n": None})
     ]
-    question = Question(name=text, prompt=text)
+    top = answer([hits], (1.0,), names=(text,), prompts=(text,))
     tables = [
-        shown(report.hits_table(question, hits, (1.0,))),
-        shown(report.hits_table(question, hits, (1.0,), ascii_only=True)),
-        shown(report.facts_table([(text, text)], text)),
-        shown(report.measure_table(text, [text], [[text]], text)),
+        shown(views.hits_table(top, 0)),
+        shown(views.hits_table(top, 0, ascii_only=True)),
+        shown(views.facts_table([(text, text)], text)),
+        shown(views.measure_table(text, [text], [[text]], text)),
     ]
     for table in tables:
         assert not (set(table) & ACTS - {"\n", "\x1b"}), name
@@ -471,9 +471,9 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
             part.startswith(("[0m", "[1m", "[2m", "[3m", "[1;", "[2;", "[3;")) for part in table.split("\x1b")[1:]
         )
         assert len(table) < 20_000
-    written = report.to_json([question], [hits], (1.0,), {})
+    written = views.hits_json(top, {})
     assert written.isascii() and json.loads(written)["queries"][0]["hits"][0]["columns"]["caption"] == text
-    table = report.to_csv([question], [hits], (1.0,))
+    table = views.hits_csv(top)
     table.encode("utf-8")
     assert not set(table) & {"\x1b", "\r", "\x9b", "\x85", "\u2028", "\x07", "\ud800"}
     # A message of an error.

@@ -16,12 +16,13 @@ from stores import make_header, make_rows, write_store
 
 import dmin_trace
 from dmin_trace import query
-from dmin_trace.audit import on_trace as examine
-from dmin_trace.errors import CaptureError, EvaluationError, QueryError
+from dmin_trace.audit import measure_labels
+from dmin_trace.errors import CaptureError, QueryError
+from dmin_trace.query import Trace
 from dmin_trace.search import deflation as kernel
 from dmin_trace.search import exact_top_k
 from dmin_trace.store import FAILED, Store, UnrankedSamples, drop_failed, open_store
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 
 ODD = {3: np.nan, 17: np.inf, 18: 0.0, 40: FAILED, 61: FAILED, 62: -np.inf}
 """Slots and the norms of their gradients."""
@@ -45,7 +46,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def test_they_are_counted_each_with_its_own_line(odd: Store) -> None:
     assert odd.unranked == UnrankedSamples(failed=(40, 61), infinite=3, zero=1)
-    shown = dict(store_facts(odd))
+    shown = dict(describe_store(odd))
     assert shown["failed to load"] == "2 samples: 40, 61; never ranked"
     assert shown["not finite"] == "3 samples have a gradient with NaN or infinity; never ranked"
     assert shown["zero"] == "1 samples have a gradient that is zero; never ranked"
@@ -58,7 +59,7 @@ def test_no_score_ranks_them(odd: Store) -> None:
     for name in ("dmin", "deflated"):
         answer = query.answer_queries(odd, asked, k=most, score=name)  # type: ignore[arg-type]
         assert all({hit.sample for hit in hits}.isdisjoint(ODD) and len(hits) == most for hits in answer.hits), name
-    with pytest.raises(QueryError, match=f"only {most} samples of the trace have gradients to rank"):
+    with pytest.raises(QueryError, match=f"only {most} of the trace's"):
         query.answer_queries(odd, asked, k=most + 1, score="dmin")
     assert set(exact_top_k(odd, asked, most).rows[0]) == set(range(64)) - set(ODD)
     directions = kernel.principal_directions(odd, 4)
@@ -71,11 +72,9 @@ def test_no_score_ranks_them(odd: Store) -> None:
 
 def test_the_measures_leave_them_out(odd: Store) -> None:
     """Of the index see test_index.py."""
-    measured = examine.detection(odd, "label", queries=64, ks=[5], exact=True)
-    assert set(measured.facts["queries"]) == set(range(64)) - set(ODD)
+    measured = measure_labels(Trace(odd), "label", queries=64, ks=[5], exact=True)
+    assert set(measured.values["queries"]) == set(range(64)) - set(ODD)
     for slot in ODD:
-        with pytest.raises(EvaluationError, match="cannot ask"):
-            examine.stored_gradients(odd, [slot])
         with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to use as a query"):
             query.sample_queries(odd, [5, slot])
 

@@ -24,7 +24,7 @@ from dmin_trace.store import (
     keep_digests,
     open_store,
 )
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 
 WRONG: dict[str, tuple[str, ...]] = {
     "id": ("../../etc/passwd", "A" * 32, "0" * 31, "0" * 32 + "\n"),
@@ -137,7 +137,7 @@ def test_open_store_of_any_attributes_gives_an_error_or_a_store(
         assert trace.norm.shape == (10, 3)
         assert trace.gradients(np.arange(10)).shape == (10, 3, 32)
         assert all(len(trace.column(name)) == 10 for name in trace.header.columns)
-        assert store_facts(trace)
+        assert describe_store(trace)
     except TraceError as error:
         assert len(str(error)) < 2000
     finally:

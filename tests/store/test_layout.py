@@ -24,7 +24,7 @@ from dmin_trace.store import (
     choose_chunk_rows,
     chunk_file,
 )
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,7 +103,7 @@ def test_zarr_reads_a_packed_store(tmp_path: Path, dtype: Dtype) -> None:
     assert len(chunk_file(packed.path, "grad", 1, 3).read_bytes()) < 200
     order = np.array([9, 0, 3, 4, 0])
     assert np.array_equal(packed.gradients(order), plain.gradients(order))
-    shown = dict(store_facts(packed))
+    shown = dict(describe_store(packed))
     size = sum(chunk_file(packed.path, "grad", chunk, 3).stat().st_size for chunk in range(3))
     assert shown["the store"] == f"{packed.bytes:,} bytes, codec blosc"
     assert shown["a sample"].startswith(f"{size / 10:,.0f} bytes; its gradients in float32 have 60,000, ")

@@ -27,7 +27,7 @@ from dmin_trace.store import (
     open_store,
     quantise,
 )
-from dmin_trace.views.describe import store_facts
+from dmin_trace.views import describe_store
 
 
 def test_open_store_refuses_an_unfinished_store_unless_told(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_open_store_opens_a_capture_that_has_only_begun(tmp_path: Path) -> None:
     header = make_header(samples=10**8, rows=2**10)
     create(tmp_path / "trace.zarr", header)
     trace = open_store(tmp_path / "trace.zarr", unfinished=True)
-    assert dict(store_facts(trace))["samples"] == "0 of 100,000,000; unfinished: 0 of 97657 chunks are done"
+    assert dict(describe_store(trace))["samples"] == "0 of 100,000,000; unfinished: 0 of 97657 chunks are done"
     few = make_rows(make_header(samples=2**10))
     Writer(trace.path, header).write(5, *quantise(few.grad, "int8"), few.norm, few.loss, few.sample, few.columns)
     for held in (trace, open_store(trace.path, unfinished=True)):
@@ -121,9 +121,9 @@ def test_store_is_read_without_zarr(finished: Path, packed: Path) -> None:
     """Its pipeline would believe the metadata, and importing it takes longer than reading."""
 
     code = (
-        "import sys; from dmin_trace.store import open_store; from dmin_trace.views.describe import store_facts; "
-        "trace = open_store(sys.argv[1]); "
-        "trace.norm; trace.column('caption'); trace.grad_chunk(0); store_facts(trace); sys.exit('zarr' in sys.modules)"
+        "import sys; from dmin_trace.store import open_store; from dmin_trace.views import describe_store; "
+        "trace = open_store(sys.argv[1]); trace.norm; "
+        "trace.column('caption'); trace.grad_chunk(0); describe_store(trace); sys.exit('zarr' in sys.modules)"
     )
     for path in (finished, packed):
         assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 0

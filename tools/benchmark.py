@@ -41,6 +41,7 @@ from dmin_trace.audit import verify_store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.capture import recorder
 from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.chunks import ChunkQueue
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.cli import app as cli
 from dmin_trace.project import make_plan, project
@@ -841,9 +842,9 @@ def clocked() -> Iterator[Clock]:
     opened = began = 0.0
     inner = {
         "open": LoopDriver._open_body,
-        "gradients": recorder.gradients,
-        "compress": recorder.compress,
-        "keep": Recorder._keep_row,
+        "gradients": recorder.take_gradient,
+        "compress": recorder.compress_gradient,
+        "keep": ChunkQueue.add,
         "sample": Recorder.sample,
         "take": Recorder.take,
     }
@@ -881,9 +882,9 @@ def clocked() -> Iterator[Clock]:
 
     places: list[tuple[Any, str, Any]] = [
         (LoopDriver, "_open_body", open_body),
-        (recorder, "gradients", gradients),
-        (recorder, "compress", timed("compress", inner["compress"])),
-        (Recorder, "_keep_row", timed("store", inner["keep"])),
+        (recorder, "take_gradient", gradients),
+        (recorder, "compress_gradient", timed("compress", inner["compress"])),
+        (ChunkQueue, "add", timed("store", inner["keep"])),
         (Recorder, "sample", sample),
         (Recorder, "take", take),
     ]

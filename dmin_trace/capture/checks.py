@@ -92,10 +92,9 @@ class RowChecks:
                 "torch.randint(0, steps, (batch,)), torch.multinomial(weights, batch) and diffusers' "
                 f"compute_density_for_timestep_sampling; the training step drew {calls}."
             )
-        draw = step.slot.draw
+        draw, number = step.slot.draw, step.slot.number
         if self._like is not None:
-            expected = self._like.noise.draws[step.slot.number]
-            if tuple(step.draws.calls) != expected:
+            if tuple(step.draws.calls) != (expected := self._like.noise.draws[number]):
                 raise QueryError(
                     f"On the query the script drew {calls}, on the training samples {show_calls(expected)}, so their "
                     "noise differs. Give an image of the size that the model was trained on, and the same arguments."
@@ -107,8 +106,8 @@ class RowChecks:
             )
         elif draw and step.draws.calls != (first := row[-draw].draws.calls):
             raise CaptureError(
-                f"In draw {draw} of timestep {step.slot.number} the script drew {calls}, in its first draw "
-                f"{show_calls(first)}. A random branch cannot be captured."
+                f"In draw {draw} of timestep {number} the script drew {calls}, in its first draw {show_calls(first)}. "
+                "A random branch cannot be captured."
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
@@ -166,15 +165,9 @@ class RowChecks:
 
 
 def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> None:
-    """Refuses queries whose gradients are of another model than those of a trace, or are treated in another way.
+    """Raises if queries are of another model than a trace: WeightsError for other weights, QueryError for the rest.
 
-    Args:
-        settings, trainable, weights: of the queries; `weights` is the fingerprint of the weights.
-        trace: the finished store.
-
-    Raises:
-        QueryError: the parameters or the treatment of gradients differ.
-        WeightsError: the weights differ.
+    `weights` is the fingerprint of the weights that the queries have.
     """
     header, expected = trace.header, trace.header.parameters
     if trainable.fingerprint != expected.fingerprint:

@@ -78,20 +78,20 @@ os.fsync = fsync
 """
 LATER = """
 import dmin_trace.capture.recorder as r
-compress, count = r.compress, []
+compress, count = r.compress_gradient, []
 def fail(*given, **named):
     count.append(1)
     if len(count) > 3 * 5: raise RuntimeError("the hook is broken")
     return compress(*given, **named)
-r.compress = fail
+r.compress_gradient = fail
 """
 STOPS = {
     "raise in the hook": (
-        raising("RuntimeError('the hook is broken')", "dmin_trace.capture.recorder.compress"),
+        raising("RuntimeError('the hook is broken')", "dmin_trace.capture.recorder.compress_gradient"),
         "broken",
     ),
     "no memory in the hook": (
-        raising("MemoryError('no memory')", "dmin_trace.capture.recorder.gradients"),
+        raising("MemoryError('no memory')", "dmin_trace.capture.recorder.take_gradient"),
         "no memory",
     ),
     "raise where the model is looked at": (

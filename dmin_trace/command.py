@@ -25,7 +25,7 @@ from dmin_trace.errors import TraceError
 class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A script's command line.
 
-    script: the script's path, absolute.
+    script: the script's path, absolute; "" if no script runs, as in a notebook.
     arguments: what follows it.
     folder: where it was started.
     """
@@ -72,7 +72,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 def current_command() -> Command:
-    """Returns the command line of this process."""
+    """Returns the command line of this process; one without a script if `sys.argv[0]` is not the script that runs.
+
+    In a notebook `sys.argv` is the kernel's, and must not be taken for that of a training script.
+    """
+    running = getattr(sys.modules["__main__"], "__file__", None)
+    if running is None or Path(running).name != Path(sys.argv[0]).name:
+        return Command("", (), str(Path.cwd()))
     return Command(str(Path(sys.argv[0]).resolve()), tuple(sys.argv[1:]), str(Path.cwd()))
 
 

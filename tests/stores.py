@@ -143,3 +143,13 @@ def dequantised(path: Path) -> np.ndarray:
 
 def with_checksum(frame: bytes) -> bytes:
     return frame + google_crc32c.value(frame).to_bytes(4, "little")
+
+
+def crc32c(data: bytes) -> bytes:
+    """Castagnoli's checksum bit by bit, as RFC 3720 has it."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return (value ^ 0xFFFFFFFF).to_bytes(4, "little")

@@ -194,7 +194,7 @@ def test_a_training_image_finds_itself_first(trained: Path) -> None:
     assert sum(found) >= 98
     assert all(abs(hit["score"] - 5) <= 0.05 for hit, right in zip(first, found, strict=True) if right)
     assert first[7]["columns"]["file_name"] == "0007.png"
-    assert sum(first[7]["shares"]) == pytest.approx(first[7]["score"], rel=1e-5)
+    assert sum(first[7]["per_timestep"]) == pytest.approx(first[7]["score"], rel=1e-5)
     with (trained / "hits.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 300
@@ -213,7 +213,11 @@ def test_python_and_command_line_agree(trained: Path, monkeypatch: pytest.Monkey
     assert [[hit.sample for hit in row] for row in hits] == [
         [hit["sample"] for hit in query["hits"]] for query in answer["queries"]
     ]
-    assert "Causes of 0000.png" in ran.stdout
+    assert "Most influential training samples for 0000.png" in ran.stdout
+    with dmin_trace.open_trace(trained / "out" / "trace.zarr") as trace:
+        queries = trace.query_images(images)
+        assert queries.names == ("0000.png", "0001.png") and queries.prompts == (None, None)
+        assert trace.top_k(queries, 4, "dmin").hits == hits
 
 
 def test_a_sample_asks_without_a_model(trained: Path) -> None:

@@ -38,19 +38,19 @@ from rich.table import Table
 from torture_stores import CAPTIONS, make_store
 
 from dmin_trace import audit as examine
-from dmin_trace import query as questions
+from dmin_trace import query, store
 from dmin_trace import search as hnsw
 from dmin_trace import search as index
-from dmin_trace import store
 from dmin_trace import store as untrusted
 from dmin_trace import views as report
 from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
-from dmin_trace.query import answer as query
+from dmin_trace.query import AnsweredBy, Hit, TopK
+from dmin_trace.query.images import image_file
 from dmin_trace.search import Facts
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
-from dmin_trace.views.describe import index_summary, store_facts
+from dmin_trace.views import describe_store, summarize_index
 
 console = Console(width=120)
 SPARE = 2**31
@@ -141,7 +141,6 @@ def targets(folder: Path) -> dict[str, Target]:
     safetensors = weights_beside(trace.path).read_bytes()
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(CAPTIONS)]
     images = list(_images())
-    linked = np.setdiff1d(np.flatnonzero(trace.valid), np.empty(0, np.int64))
     facts_of = index.read_facts(trace)
     if isinstance(facts_of, index.Unavailable):
         raise ValueError(facts_of.reason)
@@ -170,14 +169,15 @@ def targets(folder: Path) -> dict[str, Target]:
         if isinstance(edited, dict):
             edited = _signed(edited)
         try:
-            index_summary(Facts.from_json(json.dumps(edited)))
+            summarize_index(Facts.from_json(json.dumps(edited)))
         except hnsw.GraphError:
             raise RefusedError from None
 
     def read_graph(data: bytes) -> None:
         _put(harmed / "graph.hnsw", _spliced(graph, data))
         try:
-            loaded = hnsw.load_graph(harmed / "graph.hnsw", facts_of.length, linked, facts_of.m)
+            shape = (facts_of.length, facts_of.vectors, facts_of.samples)
+            loaded, _ = hnsw.load_graph(harmed / "graph.hnsw", *shape, facts_of.m)
             loaded.set_ef(40)
             loaded.knn_query(np.ones((1, facts_of.length), np.float32), k=20)
         except (hnsw.GraphError, RuntimeError):
@@ -192,9 +192,9 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_list(data: bytes) -> None:
         _put(harmed / "list.jsonl", data)
-        for asked in questions.read_inputs([harmed / "list.jsonl"]):
+        for asked in query.read_inputs([harmed / "list.jsonl"]):
             try:
-                query._as_file(asked.image, harmed / "made.png")
+                image_file(asked.image, harmed / "made.png")
             except DminTraceError:
                 continue
 
@@ -206,11 +206,11 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_arrays(data: bytes) -> None:
         _put(harmed / "retrained.npz", data)
-        examine.read_retrained(harmed / "retrained.npz", trace, 2)
+        examine.read_retrained(harmed / "retrained.npz", trace.header.samples, 2)
 
     def read_image(data: bytes) -> None:
         _put(harmed / "image.png", data)
-        query._as_file(harmed / "image.png", harmed / "made.png")
+        image_file(harmed / "image.png", harmed / "made.png")
 
     shutil.copytree(folder / "plain", harmed)
     shutil.copytree(folder / "plain", harmed / "plain")
@@ -286,7 +286,7 @@ def _read_header(attributes: Any) -> None:
 def _read_all(trace: Store) -> None:
     for name in trace.header.columns:
         trace.column(name)
-    store_facts(trace)
+    describe_store(trace)
     rows = trace.gradients(np.array([0, len(trace.sample) - 1]))
     query.answer_queries(trace, rows, k=3, score="dmin", exact=True)
 
@@ -294,16 +294,18 @@ def _read_all(trace: Store) -> None:
 def _write_all(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     columns = {text or "x": text, "caption": text, "n": float("nan")}
-    hits = [report.Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5, -0.5), columns=columns)]
-    question = report.Question(name=text, prompt=text)
-    written = report.to_json([question], [hits], (1.0, 2.0), {text: text})
+    hits = [Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5, -0.5), columns=columns)]
+    none = np.empty((1, 0))
+    by = AnsweredBy(None, text)
+    top = TopK(none, none, none, [hits], (text,), (text,), (1.0, 2.0), "dmin", "", by)
+    written = report.hits_json(top, {text: text})
     assert written.isascii()
     assert json.loads(written)["queries"][0]["prompt"] == text
-    report.to_csv([question], [hits], (1.0, 2.0)).encode("utf-8")
+    report.hits_csv(top).encode("utf-8")
     shown = report.harmless(text, 80)
     assert len(shown) <= 80 and shown.isprintable()
     paper = Console(file=io.StringIO(), width=90, force_terminal=False)
-    paper.print(report.hits_table(question, hits, (1.0, 2.0)))
+    paper.print(report.hits_table(top, 0))
     said = paper.file.getvalue()  # type: ignore[attr-defined]
     assert said.replace("\n", "").isprintable()
 

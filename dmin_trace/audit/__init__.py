@@ -1,20 +1,40 @@
-"""How good the answers of a store are: `measures` of plain arrays, and the same of a store's scores (`on_trace`)."""
+"""How good the scores of a trace are, and whether its files are whole.
 
-from dmin_trace.audit.measures import RESAMPLES, Datamodeling, counterfactual, detection_rate, linear_datamodeling_score
-from dmin_trace.audit.on_trace import QUERIES, copies, datamodeling, detection, read_retrained, stored_gradients
+`detection`, `datamodeling` and `counterfactuals` measure plain arrays, each value with a 95 % interval (`intervals`).
+`on_trace` measures the scores of a trace, and `verify` compares its files with their checksums.
+"""
+
+from dmin_trace.audit.counterfactuals import Counterfactual, counterfactual
+from dmin_trace.audit.datamodeling import Datamodeling, linear_datamodeling_score
+from dmin_trace.audit.detection import TopRate, detection_rate, duplicate_recall
+from dmin_trace.audit.intervals import RESAMPLES, Estimate
+from dmin_trace.audit.on_trace import (
+    DEFAULT_QUERIES,
+    Measurement,
+    Retrained,
+    measure_datamodeling,
+    measure_duplicates,
+    measure_labels,
+    read_retrained,
+)
 from dmin_trace.audit.verify import verify_store
 
 __all__ = [
-    "Datamodeling",
-    "QUERIES",
+    "DEFAULT_QUERIES",
     "RESAMPLES",
-    "copies",
+    "Counterfactual",
+    "Datamodeling",
+    "Estimate",
+    "Measurement",
+    "Retrained",
+    "TopRate",
     "counterfactual",
-    "datamodeling",
-    "detection",
     "detection_rate",
+    "duplicate_recall",
     "linear_datamodeling_score",
+    "measure_datamodeling",
+    "measure_duplicates",
+    "measure_labels",
     "read_retrained",
-    "stored_gradients",
     "verify_store",
 ]

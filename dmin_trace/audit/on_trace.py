@@ -1,7 +1,6 @@
-"""Examines the attributions of a trace with the measures of `evaluate`: by a column of labels, by a column that tells
-copies, and by models that were trained again on subsets of the samples.
+"""Measures the scores of a trace: by a column of labels, by a column that tells duplicates, and by retrained models.
 
-For the first two, stored samples ask, so no model is needed; each is left out of its own hits.
+For the first two, training samples are the queries, so no model is needed. A query is left out of its own hits.
 """
 
 from __future__ import annotations
@@ -15,41 +14,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace import query
-from dmin_trace import search as score
-from dmin_trace.audit import measures as evaluate
-from dmin_trace.audit.measures import Estimate, TopRate
+from dmin_trace.audit.datamodeling import linear_datamodeling_score
+from dmin_trace.audit.detection import TopRate, detection_rate, duplicate_recall, without_query
+from dmin_trace.audit.intervals import Estimate
 from dmin_trace.errors import EvaluationError
+from dmin_trace.query import TopK, Trace
 from dmin_trace.search import Score
-from dmin_trace.store import ArrayHeader, Store, read_arrays
+from dmin_trace.store import ArrayHeader, Queries, read_arrays
 
-KS = (5, 10, 50, 100)
-"""How many of the best are looked at if that is not said: those of these that the trace has other samples for."""
-QUERIES = 100
-"""How many samples ask if that is not said."""
-TOGETHER = 2**26
-"""Numbers of queries that are asked at a time."""
-MOST_MODELS = 10_000
+DEFAULT_KS = (5, 10, 50, 100)
+"""The numbers of best samples to look at, as far as the trace has other samples for them."""
+DEFAULT_QUERIES = 100
+BATCH_NUMBERS = 2**26
+"""Numbers in the gradients of queries that are scored at a time."""
+MAX_MODELS = 10_000
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
+"""Called with how many queries are done, and of how many."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one measure found, for a person and for a program.
+class Measurement:
+    """The result of one measure of a trace, for a person and for a program.
 
-    title: what was measured, on one line; it may hold words of the store or the user.
+    title: what was measured, on one line; it may hold text of the trace or the user.
     headings, rows: the figures, as a table.
-    meaning: what they say, and what they do not.
-    facts: all of it for JSON; a number may be NaN.
+    meaning: what the figures say, and what they do not say.
+    values: all of it for JSON; a number may be NaN.
     """
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     meaning: str
-    facts: dict[str, Any]
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,123 +62,120 @@ class Retrained:
     losses: NDArray[np.float64]
 
 
-def detection(
-    trace: Store,
+def measure_labels(
+    trace: Trace,
     column: str,
     *,
     ks: Sequence[int] | None = None,
-    queries: int = QUERIES,
-    kind: Score = "deflated",
+    queries: int = DEFAULT_QUERIES,
+    score: Score = "deflated",
     exact: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Finding:
-    """The part of a sample's best hits that bear its label.
+) -> Measurement:
+    """The fraction of a sample's best hits that have its label (`detection_rate`).
 
     Args:
-        trace: the store.
-        column: of labels; an empty text, the whole number -1 and NaN are none, as they are to the store.
-        ks: how many of the best; `KS` if not given.
-        queries: how many samples with a label ask, spread evenly over the dataset.
-        kind: the score that is measured.
+        trace: the trace.
+        column: a column of labels; an empty text, the integer -1 and NaN mean no label, as in the store.
+        ks: the numbers of best samples; `DEFAULT_KS` if not given.
+        queries: the number of samples used as queries, spread evenly over the dataset.
+        score: the score that is measured.
         exact: scan all samples even if there is an index.
-        seed: of the interval's bootstrap.
-        progress: counts the queries that were answered.
+        seed: of the bootstrap of the interval.
+        progress: called with the number of queries that are done.
 
     Raises:
-        EvaluationError: the samples bear one label, or each its own, or there are fewer other samples than some k.
-        TraceError: there is no such column, or the store is damaged.
+        EvaluationError: there is no such column, all labels are equal or all are different, or there are fewer other
+            samples than some k.
+        QueryError: the trace is too large for deflated scores without an index.
+        TraceError: the trace is damaged.
     """
-    ranked = _ranked(trace)
-    ks = _checked(ks, len(ranked) - 1)
-    values = trace.column(column)
-    labels = [_value(values[slot]) for slot in ranked]
-    if len(set(labels) - {None}) < 2:
+    samples, values, ks = _samples_and_values(trace, column, ks)
+    present = [value for value in values if value is not None]
+    if len(set(present)) < 2:
         raise EvaluationError(
-            f"The samples have {len(set(labels) - {None})} different values in the column {column}; expected two or "
-            "more, since every ranking would be right of one. Give a column of labels."
+            f"The samples have {len(set(present))} different values in the column {column}; expected two or more, "
+            "since with one every ranking is right. Give a column of labels."
         )
-    if len(set(labels) - {None}) == sum(label is not None for label in labels):
+    if len(set(present)) == len(present):
         raise EvaluationError(
-            f"No two samples have the same value in the column {column}, so every ranking would be wrong. Give a "
-            "column of labels."
+            f"No two samples have the same value in the column {column}, so every ranking is wrong. Give a column of "
+            "labels."
         )
-    asking = _spread([place for place, label in enumerate(labels) if label is not None], queries)
-    found, answered = _ask(trace, ranked, asking, max(ks), kind, exact, progress)
-    rates = evaluate.detection_rate(labels, found, [labels[place] for place in asking], ks, asking=asking, seed=seed)
-    return _finding(
+    chosen = _spread([position for position, value in enumerate(values) if value is not None], queries)
+    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact, progress)
+    labels = [values[position] for position in chosen]
+    rates = detection_rate(values, ranking, labels, ks, query_positions=chosen, seed=seed)
+    return _measurement(
         f"Detection rate by {column}",
-        "Part of the k best samples that bear the label of the one that asks. It says whether what is found is alike, "
-        "not whether it is a cause: a score can have more of one and less of the other.",
+        "Fraction of the k best samples that have the label of the query. It says whether the samples found are alike, "
+        "not whether they have influence: a score can have more of one and less of the other.",
         rates,
         {"measure": "detection_rate", "column": column, "seed": seed},
-        trace.sample[ranked[asking]],
-        answered,
+        samples[chosen],
+        top,
     )
 
 
-def copies(
-    trace: Store,
+def measure_duplicates(
+    trace: Trace,
     column: str,
     *,
     ks: Sequence[int] | None = None,
-    queries: int = QUERIES,
-    kind: Score = "deflated",
+    queries: int = DEFAULT_QUERIES,
+    score: Score = "deflated",
     exact: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Finding:
-    """What part of a sample's copies is among its best hits.
+) -> Measurement:
+    """The fraction of a sample's duplicates that are among its best hits (`duplicate_recall`).
 
-    Arguments and errors are those of `detection`, but that samples with the same value in the column are copies of one
-    another: two of them at least, and not all.
+    Samples with the same value in the column are duplicates. Other arguments and errors are those of `measure_labels`;
+    at least two samples must be duplicates, and not all.
     """
-    ranked = _ranked(trace)
-    ks = _checked(ks, len(ranked) - 1)
-    values = trace.column(column)
-    groups = [_value(values[slot]) for slot in ranked]
-    sizes = Counter(group for group in groups if group is not None)
-    having = [place for place, group in enumerate(groups) if sizes[group] > 1]
-    if not having:
-        raise EvaluationError(
-            f"No two samples have the same value in the column {column}, so none is a copy of another. Give a column "
-            "whose value copies share."
-        )
-    if max(sizes.values()) == len(groups):
-        raise EvaluationError(
-            f"All samples have the same value in the column {column}, so all would be copies of one another. Give a "
-            "column whose value only copies share."
-        )
-    asking = _spread(having, queries)
+    samples, values, ks = _samples_and_values(trace, column, ks)
+    sizes = Counter(value for value in values if value is not None)
     members: dict[Any, list[int]] = {}
-    for place in having:
-        members.setdefault(groups[place], []).append(place)
-    others = [[other for other in members[groups[place]] if other != place] for place in asking]
-    found, answered = _ask(trace, ranked, asking, max(ks), kind, exact, progress)
-    rates = evaluate.duplicate_recall(found, others, ks, ranked=len(ranked) - 1, seed=seed)
-    return _finding(
-        f"Recall of copies by {column}",
-        "Part of a sample's copies that are among its k best. A score that misses copies is broken; finding them says "
-        "little of how it ranks the rest.",
+    for position, value in enumerate(values):
+        if sizes[value] > 1:
+            members.setdefault(value, []).append(position)
+    if not members:
+        raise EvaluationError(
+            f"No two samples have the same value in the column {column}, so none is a duplicate. Give a column whose "
+            "value duplicates share."
+        )
+    if max(sizes.values()) == len(values):
+        raise EvaluationError(
+            f"All samples have the same value in the column {column}, so all are duplicates. Give a column whose value "
+            "only duplicates share."
+        )
+    chosen = _spread(sorted(position for group in members.values() for position in group), queries)
+    duplicates = [[other for other in members[values[position]] if other != position] for position in chosen]
+    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact, progress)
+    rates = duplicate_recall(ranking, duplicates, ks, ranked=len(samples) - 1, seed=seed)
+    return _measurement(
+        f"Recall of duplicates by {column}",
+        "Fraction of a sample's duplicates that are among its k best. A score that misses duplicates is broken; one "
+        "that finds them may still rank the rest badly.",
         rates,
         {"measure": "duplicate_recall", "column": column, "seed": seed},
-        trace.sample[ranked[asking]],
-        answered,
+        samples[chosen],
+        top,
     )
 
 
-def read_retrained(path: Path, trace: Store, queries: int) -> Retrained:
+def read_retrained(path: Path, samples: int, queries: int) -> Retrained:
     """Reads a file that `numpy.savez` wrote: `subsets` (M, N) bool, `losses` (M, Q). Nothing in it is executed.
 
     Args:
         path: the .npz file.
-        trace: the store, for N.
+        samples: N, the number of samples of the trace.
         queries: Q.
 
     Raises:
-        EvaluationError: it cannot be read, or its arrays are not of the trace's samples and these queries.
+        EvaluationError: it cannot be read, or its arrays are not of so many samples and queries.
     """
-    samples = trace.header.samples
     expected = f"expected a file of numpy.savez with subsets, bool (models, {samples}), and losses (models, {queries})"
 
     def check(headers: Mapping[str, ArrayHeader]) -> None:
@@ -191,8 +186,8 @@ def read_retrained(path: Path, trace: Store, queries: int) -> Retrained:
                 f"{path} holds subsets, {subsets.dtype} {subsets.shape}, and losses, {losses.dtype} {losses.shape}; "
                 f"{expected}."
             )
-        if subsets.shape[0] > MOST_MODELS:
-            raise EvaluationError(f"{path} is of {subsets.shape[0]} models; expected {MOST_MODELS} or fewer.")
+        if subsets.shape[0] > MAX_MODELS:
+            raise EvaluationError(f"{path} is of {subsets.shape[0]} models; expected {MAX_MODELS} or fewer.")
 
     try:
         arrays = read_arrays(path, ("subsets", "losses"), check)
@@ -201,67 +196,41 @@ def read_retrained(path: Path, trace: Store, queries: int) -> Retrained:
     return Retrained(arrays["subsets"], arrays["losses"].astype(np.float64))
 
 
-def datamodeling(
-    trace: Store,
-    gradients: NDArray[np.float32],
-    retrained: Retrained,
-    names: Sequence[str | int],
-    *,
-    kind: Score = "deflated",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Finding:
-    """The linear datamodeling score of a trace's scores, on models that were trained again.
+def measure_datamodeling(
+    trace: Trace, queries: Queries, retrained: Retrained, *, score: Score = "deflated", seed: int = 0
+) -> Measurement:
+    """The linear datamodeling score of a trace's scores (`linear_datamodeling_score`).
 
-    All samples are scored. One that has no gradient to rank counts as of no influence.
+    All samples are scored. A sample without a usable gradient has score 0.
 
     Args:
-        trace: the store; its samples are numbered from 0 to N - 1.
-        gradients: (Q, T, v), of the queries.
+        trace: the trace.
+        queries: Q queries of the trace.
         retrained: the models.
-        names: of the queries.
-        kind: the score that is measured.
-        seed: of the interval's bootstrap.
-        progress: counts the samples that were scored.
+        score: the score that is measured.
+        seed: of the bootstrap of the interval.
 
     Raises:
-        EvaluationError: the measure has no value, or the samples are numbered in another way.
-        QueryError: the gradients are not finite or not of the store's shape.
-        TraceError: the store is damaged.
+        EvaluationError: the measure has no value.
+        QueryError: the queries are of another trace, or the trace is too large for deflated scores without an index.
+        TraceError: the trace is damaged.
     """
-    numbers = trace.sample
-    if not np.array_equal(np.sort(numbers), np.arange(len(numbers))):
-        raise EvaluationError(
-            f"{trace.path} does not hold each of the samples 0 to {len(numbers) - 1} once, so the columns of subsets "
-            "cannot be told."
-        )
-    done = 0
-
-    def count(samples: int) -> None:
-        nonlocal done
-        done += samples
-        if progress is not None:
-            progress(done, len(numbers))
-
-    score.check_queries(trace, gradients)
-    by_slot = score.all_scores(trace, query.fitted_score(trace, kind).transform(gradients), progress=count)
-    scores = np.empty(by_slot.shape)
-    scores[:, numbers] = np.nan_to_num(by_slot, nan=0.0)
-    found = evaluate.linear_datamodeling_score(scores, retrained.subsets, retrained.losses, seed=seed)
-    without = int((~trace.valid).sum())
-    row = (str(len(gradients)), str(found.models), _part(found.score.value), _interval(found.score), "0.000")
-    return Finding(
-        title=f"Linear datamodeling score of {kind} scores",
+    scores = trace.scores(queries, score)
+    without = int(np.isnan(scores).any(axis=0).sum())
+    found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), retrained.subsets, retrained.losses, seed=seed)
+    row = (str(len(queries)), str(found.models), _decimals(found.score.value), _interval(found.score), "0.000")
+    return Measurement(
+        title=f"Linear datamodeling score of {score} scores",
         headings=("queries", "models", "LDS", "95 % interval", "chance"),
         rows=(row,),
         meaning="Rank correlation, over the models, of the summed scores of the samples that a model was trained on "
-        "with minus its loss, in the mean of the queries; 1 would be perfect. It says whether the scores foretell what "
-        "training on other samples does, for many at once; not whether the single best are causes. The interval "
-        "resamples queries and models."
-        + (f" {without:,} samples have no gradient to rank, and count as of no influence." if without else ""),
-        facts={
+        "with minus its loss; the mean of the queries; 1 would be perfect. It says whether the scores predict what "
+        "training on other samples does, for many samples together; not whether single samples have influence. The "
+        "interval resamples queries and models."
+        + (f" {without:,} samples have no usable gradient, and score 0." if without else ""),
+        values={
             "measure": "linear_datamodeling_score",
-            "scored_by": kind,
+            "scored_by": score,
             "seed": seed,
             "models": found.models,
             "samples_without_score": without,
@@ -269,108 +238,98 @@ def datamodeling(
             "low": found.score.low,
             "high": found.score.high,
             "chance": 0.0,
-            "queries": list(names),
+            "queries": list(queries.names),
             "each": found.each.tolist(),
         },
     )
 
 
-def stored_gradients(trace: Store, samples: Sequence[int]) -> NDArray[np.float32]:
-    """The gradients of samples as queries, (Q, T, v). Each counts among its own causes, as any other sample does.
+def _samples_and_values(
+    trace: Trace, column: str, ks: Sequence[int] | None
+) -> tuple[NDArray[np.int64], list[Any], Sequence[int]]:
+    """The samples that are ranked, in order, their values in a column (None for none), and the ks.
 
-    Raises EvaluationError for one whose gradients have no direction, TraceError for one that the store does not hold.
+    Positions in these arrays are what the measures call samples.
     """
-    for sample in samples:
-        if not trace.valid[trace.row_of(sample)]:
-            raise EvaluationError(f"The gradient of sample {sample} is zero or not finite, so it cannot ask.")
-    return query.sample_queries(trace, samples).gradients
-
-
-def _ranked(trace: Store) -> NDArray[np.int64]:
-    """The slots that are ranked, in the order of the dataset. Places in this array are what the measures see."""
-    slots = np.flatnonzero(trace.valid)
-    slots = slots[np.argsort(trace.sample[slots], kind="stable")]
-    if len(np.unique(trace.sample[slots])) < len(slots):
-        raise EvaluationError(f"{trace.path} holds samples more than once, so hits cannot be told from one another.")
-    return slots
-
-
-def _checked(ks: Sequence[int] | None, others: int) -> Sequence[int]:
+    if column not in trace.columns:
+        raise EvaluationError(f"{trace.path} has no column {column}; it has {', '.join(trace.columns) or 'none'}.")
+    values = trace.columns[column]
+    samples = np.sort(trace.store.sample[trace.store.valid])
+    others = max(len(samples) - 1, 0)
     if ks is None:
-        ks = [k for k in KS if k <= others]
+        ks = [k for k in DEFAULT_KS if k <= others]
         if not ks:
             raise EvaluationError(
-                f"A sample has {max(others, 0)} others to be ranked with; expected {min(KS)} or more. Say how many of "
-                "the best to look at with --k."
+                f"A sample is ranked with {others} others; expected {min(DEFAULT_KS)} or more. Give the number of best "
+                "samples to look at with -k."
             )
     if min(ks, default=0) < 1 or max(ks) > others:
         raise EvaluationError(
-            f"k is {', '.join(map(str, ks))}; expected numbers from 1 to {max(others, 0)}, since a sample has so many "
-            "others to be ranked with."
+            f"k is {', '.join(map(str, ks))}; expected numbers from 1 to {others}, since a sample is ranked with so "
+            "many others."
         )
-    return ks
+    return samples, [_value(values[sample]) for sample in samples], ks
 
 
 def _value(value: Any) -> Any:
-    """A value of a column, or None for what stands for none."""
+    """A value of a column, or None for a value that means none."""
     return None if value == "" or (isinstance(value, int) and value == -1) or value != value else value
 
 
-def _spread(places: Sequence[int], count: int) -> NDArray[np.int64]:
-    """So many of these places, or all if they are fewer, spread evenly."""
+def _spread(positions: Sequence[int], count: int) -> NDArray[np.int64]:
+    """`count` of these positions, spread evenly, or all if there are fewer."""
     if count < 1:
-        raise EvaluationError(f"{count} queries were asked for; expected 1 or more.")
-    chosen = np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(np.int64)
-    return np.asarray(places, np.int64)[chosen]
+        raise EvaluationError(f"{count} queries were given; expected 1 or more.")
+    chosen = np.linspace(0, len(positions) - 1, min(count, len(positions))).round().astype(np.int64)
+    return np.asarray(positions, np.int64)[chosen]
 
 
-def _ask(
-    trace: Store,
-    ranked: NDArray[np.int64],
-    asking: NDArray[np.int64],
+def _rank_others(
+    trace: Trace,
+    samples: NDArray[np.int64],
+    chosen: NDArray[np.int64],
     k: int,
-    kind: Score,
+    score: Score,
     exact: bool,
     progress: Progress | None,
-) -> tuple[NDArray[np.int64], query.Answer]:
-    """The places of the k best other samples of each that asks, (Q, k), and the last answer, for what it said."""
-    samples = trace.sample[ranked]
-    together = max(1, TOGETHER // (len(trace.header.timesteps) * trace.header.dimension))
-    found = np.empty((len(asking), k), np.int64)
-    made = query.fitted_score(trace, kind)
-    for first in range(0, len(asking), together):
-        here = asking[first : first + together]
-        # One more than is looked at, for the one that asks. Another may be before it, if it is a copy.
-        answer = query.answer_queries(trace, trace.gradients(ranked[here]), k=k + 1, score=made, exact=exact)
-        places = np.searchsorted(samples, trace.sample[answer.ranking.rows])
-        found[first : first + together] = evaluate.without_self(places, here)
+) -> tuple[NDArray[np.int64], TopK]:
+    """The positions of the k best other samples of each query, (Q, k), and the last answer."""
+    header = trace.store.header
+    batch = max(1, BATCH_NUMBERS // (len(header.timesteps) * header.dimension))
+    ranking = np.empty((len(chosen), k), np.int64)
+    for first in range(0, len(chosen), batch):
+        positions = chosen[first : first + batch]
+        # One hit more, for the query itself. A duplicate may be ranked before it.
+        top = trace.top_k(trace.query_samples(samples[positions].tolist()), k + 1, score, exact=exact)
+        ranking[first : first + batch] = without_query(np.searchsorted(samples, top.samples), positions)
         if progress is not None:
-            progress(first + len(here), len(asking))
-    return found, answer
+            progress(first + len(positions), len(chosen))
+    return ranking, top
 
 
-def _finding(
+def _measurement(
     title: str,
     meaning: str,
     rates: Sequence[TopRate],
-    facts: dict[str, Any],
+    values: dict[str, Any],
     samples: NDArray[np.int64],
-    answered: query.Answer,
-) -> Finding:
-    answered_by = answered.answered_by.description
-    return Finding(
-        title=f"{title}, {answered.score} scores, {len(samples):,} samples asking",
+    top: TopK,
+) -> Measurement:
+    answered_by = top.answered_by.description
+    return Measurement(
+        title=f"{title}, {top.score} scores, {len(samples):,} samples as queries",
         headings=("k", "rate", "95 % interval", "chance", "at best"),
         rows=tuple(
-            (str(of.k), _part(of.rate.value), _interval(of.rate), _part(of.chance), _part(of.best)) for of in rates
+            (str(of.k), _decimals(of.rate.value), _interval(of.rate), _decimals(of.chance), _decimals(of.best))
+            for of in rates
         ),
         meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
         f"{answered_by[1:]}.",
-        facts=facts
+        values=values
         | {
-            "scored_by": answered.score,
-            "answered_by": "scan" if answered.answered_by.recall is None else "index",
-            "index_recall": answered.answered_by.recall,
+            "scored_by": top.score,
+            "answered_by": "scan" if top.answered_by.recall is None else "index",
+            "index_recall": top.answered_by.recall,
             "queries": samples.tolist(),
             "rates": [
                 {
@@ -388,7 +347,7 @@ def _finding(
     )
 
 
-def _part(value: float) -> str:
+def _decimals(value: float) -> str:
     return f"{value:.3f}"
 
 

@@ -17,7 +17,7 @@ import torch
 
 from dmin_trace.capture.chunks import Row
 from dmin_trace.capture.dataset import image_shapes, named_entries, text_shapes
-from dmin_trace.capture.randomness import Call
+from dmin_trace.capture.pinning import Call, show_calls
 from dmin_trace.capture.source import CaptureSource
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
@@ -76,23 +76,11 @@ class RowChecks:
             row: the earlier steps of the same sample.
 
         Raises:
-            CaptureError: the denoiser saw no timestep, the timestep was not pinned, or the calls differ from those of
-                the first sample or of the timestep's first draw.
+            CaptureError: the calls differ from those of the first sample, or of the timestep's first draw.
             QueryError: the calls differ from those of the trace.
         """
         calls = show_calls(step.draws.calls)
-        if step.timestep is None:
-            raise CaptureError(
-                "No prepared model was called with a timestep on a capture batch (an argument named timestep, "
-                "timesteps or t), so it is not known which timestep reached it. Is this a diffusion model?"
-            )
-        if step.draws.pins == 0:
-            raise CaptureError(
-                "The script's timestep draw was not pinned, so every sample would have its own timestep. Pinned are "
-                "torch.randint(0, steps, (batch,)), torch.multinomial(weights, batch) and diffusers' "
-                f"compute_density_for_timestep_sampling; the training step drew {calls}."
-            )
-        draw, number = step.slot.draw, step.slot.number
+        draw, number = step.pinned.draw, step.pinned.number
         if self._like is not None:
             if tuple(step.draws.calls) != (expected := self._like.noise.draws[number]):
                 raise QueryError(
@@ -223,11 +211,6 @@ def _other_capture(path: Path, theirs: str, ours: str) -> TraceError:
     )
 
 
-def show_calls(calls: Sequence[Call]) -> str:
-    """Random calls for a person to read."""
-    return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "nothing from torch"
-
-
 def _treatment(facts: Settings | Header) -> str:
     """What is done to gradients before they are compressed, for a person to read."""
     return f"draws {facts.draws} and transform {facts.transform}"
@@ -235,11 +218,11 @@ def _treatment(facts: Settings | Header) -> str:
 
 def _to_cpu(steps: Sequence[CaptureStep], draws: int) -> tuple[Row, tuple[float, ...]]:
     """The row, and the T x D timesteps: one transfer of each kind for a sample."""
-    gradients = torch.stack([step.sketch for step in steps if step.sketch is not None]).cpu().numpy()
+    gradients = torch.stack([step.gradient for step in steps if step.gradient is not None]).cpu().numpy()
     norms = torch.stack([step.norm.float() for step in steps if step.norm is not None]).cpu().numpy()
     losses = torch.stack([step.loss for step in steps if step.loss is not None]).cpu().numpy()
     # A batch of several rows (prior preservation) shows the same timestep in each.
-    seen = torch.stack([step.timestep[0] for step in steps if step.timestep is not None]).cpu().tolist()
+    seen = torch.stack([step.seen[0] for step in steps if step.seen is not None]).cpu().tolist()
     return Row(gradients, norms, np.asarray(losses.reshape(-1, draws).mean(axis=1))), tuple(seen)
 
 

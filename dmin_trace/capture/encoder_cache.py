@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dmin_trace.capture.randomness import RandomState
+from dmin_trace.capture.random_state import RandomState
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dmin_trace.capture.accelerate.attach import Capture, attach_job
+from dmin_trace.capture.accelerate.attach import attach_job
 from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.capture.accelerate.script_capture import ScriptCapture
 from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
 
 
-def run_script(job: Job) -> Capture:
+def run_script(job: Job) -> ScriptCapture:
     """Runs the job's script in this process, attached.
 
     Returns:
@@ -39,7 +40,7 @@ def run_script(job: Job) -> Capture:
     command = job.command
     if not Path(command.script).is_file():
         raise ScriptError(f"There is no script at {command.script}. Give the training script's path after `--`.")
-    captures: list[Capture] = []
+    captures: list[ScriptCapture] = []
     with _as_main(command), _attaching(lambda accelerator: captures.append(attach_job(accelerator, job))):
         try:
             runpy.run_path(command.script, run_name="__main__")

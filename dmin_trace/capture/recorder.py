@@ -232,15 +232,15 @@ class Recorder:
         step.loss = loss.detach().float().reshape(())
         draws = self.settings.draws
         if draws > 1:
-            if step.slot.draw == 0:
+            if step.pinned.draw == 0:
                 self._mean = Mean(draws)
             if self._mean is None:
                 raise CaptureError("A timestep's first draw is missing. This is an error of dmin_trace; report it.")
             self._mean.add(taken)
-            if step.slot.draw < draws - 1:
+            if step.pinned.draw < draws - 1:
                 return
             taken, self._mean = self._mean.hand_out(), None
-        step.sketch, step.norm = compress_gradient(taken, self._plan, signs=self.settings.transform == "sign")
+        step.gradient, step.norm = compress_gradient(taken, self._plan, signs=self.settings.transform == "sign")
 
     def take(self, step: CaptureStep) -> None:
         """Checks the random calls of a training step, and ends the row after the sample's last step."""

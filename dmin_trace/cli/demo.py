@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from dmin_trace.errors import QueryError, ScriptError
-from dmin_trace.query import Hit, attribute
-from dmin_trace.store import open_store
-from dmin_trace.views import Question, hits_table
+from dmin_trace.query import Hit, open_trace
+from dmin_trace.views import hits_table
 
 GENERATED = 40
 QUERIES = 5
@@ -65,7 +65,7 @@ def run_demo(folder: Path, console: Console) -> float:
         command = [*launch, str(script), "--output_dir", str(folder), *TRAINING, *batch]
         if subprocess.run(command, check=False, env=environment).returncode:
             raise ScriptError(f"{script} failed; its own message is above.")
-        trace = open_store(folder / "trace.zarr")
+        trace = open_trace(folder / "trace.zarr")
 
         console.print("2. Generate digits, and keep those that a classifier is surest of.")
         images, digits = generate(folder)
@@ -75,20 +75,20 @@ def run_demo(folder: Path, console: Console) -> float:
 
         console.print("3. Ask where they come from.\n")
         with Console(stderr=True).status("Capturing the gradients of the generated digits"):
-            hits = attribute(trace.path, paths, k=TOP, score="deflated")
+            queries = trace.query_images(paths)
+            names = tuple(f"{path.name} (a {digit})" for path, digit in zip(paths, digits, strict=True))
+            top = trace.top_k(replace(queries, names=names), TOP)
 
-    for path, digit, answer in zip(paths, digits, hits, strict=True):
-        question = Question(name=f"{path.name} (a {digit})", prompt=None)
-        ascii_only = console.options.ascii_only
-        console.print(hits_table(question, answer, trace.header.timesteps, score="deflated", ascii_only=ascii_only))
+    for number in range(len(top)):
+        console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
         console.print()
-    labels = np.array(trace.column("label"))
+    labels = np.array(trace.columns["label"])
     share = float(
-        np.mean([hit.columns["label"] == digit for digit, row in zip(digits, hits, strict=True) for hit in row])
+        np.mean([hit.columns["label"] == digit for digit, row in zip(digits, top.hits, strict=True) for hit in row])
     )
     chance = float(np.mean([np.mean(labels == digit) for digit in digits]))
     picture = folder / "demo.png"
-    draw_hits(images, hits).save(picture)
+    draw_hits(images, top.hits).save(picture)
     console.print(f"Same digit as the query: {share:.0%} of the top {TOP}; chance would give {chance:.0%}.")
     console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Ask more: dmin-trace query {trace.path} {paths[0]}", soft_wrap=True)

@@ -1,7 +1,7 @@
 """A store opened for reading.
 
 Readers go by the marks of chunks, never by fill values, and read the files themselves: Zarr's own pipeline believes the
-metadata. What is read is compared with its checksum (`chunks`, `gradients`).
+metadata. What is read is compared with its checksum (`chunks`, `gradient_chunks`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.store.chunks import ChunkFiles
-from dmin_trace.store.gradients import GradientChunks
+from dmin_trace.store.gradient_chunks import GradientChunks
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.marks import done_chunks
@@ -211,13 +211,17 @@ class Store:
             )
         return rows
 
+    def numbers_of(self, chunk: int) -> RowNumbers:
+        """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
+        return self._row_numbers(self._files.numbers(chunk))
+
     def samples_of(self, chunk: int) -> NDArray[np.int64]:
         """(n,) the data set indices of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk)).sample
+        return self.numbers_of(chunk).sample
 
     def scale_chunk(self, chunk: int) -> NDArray[np.float32]:
         """(n, T) the scales of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk)).scale
+        return self.numbers_of(chunk).scale
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""

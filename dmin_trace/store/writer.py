@@ -204,7 +204,7 @@ class Writer:
             partial = file.with_name(f"{file.name}.partial")
             try:
                 with partial.open("wb") as opened:
-                    opened.write(data)
+                    opened.write(data if isinstance(data, bytes) else data.data)
                     opened.write(google_crc32c.value(data).to_bytes(CHECKSUM_BYTES, "little"))
                 partial.replace(file)
             except OSError:

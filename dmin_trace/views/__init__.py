@@ -1,27 +1,21 @@
 """An answer for a person or a program: terminal tables, JSON and CSV."""
 
-from dmin_trace.views.report import (
-    Question,
-    damage_table,
-    facts_table,
-    harmless,
-    hits_table,
-    measure_table,
-    measures_json,
-    to_csv,
-    to_json,
-    verified_json,
-)
+from dmin_trace.views.describe import describe_index, describe_store, summarize_index
+from dmin_trace.views.export import hits_csv, hits_json, measures_json, verified_json
+from dmin_trace.views.table import damage_table, facts_table, hits_table, measure_table
+from dmin_trace.views.text import harmless
 
 __all__ = [
-    "Question",
     "damage_table",
+    "describe_index",
+    "describe_store",
     "facts_table",
     "harmless",
+    "hits_csv",
+    "hits_json",
     "hits_table",
     "measure_table",
     "measures_json",
-    "to_csv",
-    "to_json",
+    "summarize_index",
     "verified_json",
 ]

@@ -1,4 +1,4 @@
-"""Measures of a real trace: of the right samples, by index and by scan, and the same through the command line."""
+"""Measures of a store: of the right samples, by index and by scan, and the same through the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,24 @@ from tiny import EXAMPLE, digit_folder, run, without_the_line
 from torch.nn.functional import mse_loss
 
 import dmin_trace
-from dmin_trace.audit import on_trace as examine
-from dmin_trace.audit.on_trace import read_retrained, stored_gradients
+from dmin_trace.audit import on_trace
+from dmin_trace.audit.on_trace import Retrained, read_retrained
 from dmin_trace.cli.app import main
-from dmin_trace.errors import EvaluationError, QueryError, TraceError
+from dmin_trace.errors import EvaluationError, TraceError
+from dmin_trace.query import Trace, open_trace
 from dmin_trace.search import build_index
-from dmin_trace.search import exact as score
-from dmin_trace.store import Store, open_store
 
 CLI = ("-m", "dmin_trace.cli.app")
 CLASSES = np.arange(160) % 5
 
-# The paper's score, whose values can be told in advance; what makes the others is tested in test_kernel.
-copies = partial(examine.copies, kind="dmin")
-datamodeling = partial(examine.datamodeling, kind="dmin")
-detection = partial(examine.detection, kind="dmin")
+# The paper's score, whose values are known in advance.
+measure_labels = partial(on_trace.measure_labels, score="dmin")
+measure_duplicates = partial(on_trace.measure_duplicates, score="dmin")
+measure_datamodeling = partial(on_trace.measure_datamodeling, score="dmin")
 
 
-def labelled(path: Path, **changes: Any) -> tuple[Store, Rows]:
-    """A store of 160 samples of five classes, in another order than the dataset, some of them without a label or a
+def labelled(path: Path, **changes: Any) -> tuple[Trace, Rows]:
+    """A trace of 160 samples of five classes, in another order than the dataset, some of them without a label or a
     direction; every tenth of the dataset has the gradient of the one before, but for a little, and its caption."""
     header = make_header(samples=160, timesteps=2, dimension=64, rows=64)
     generator = np.random.default_rng(3)
@@ -57,78 +57,78 @@ def labelled(path: Path, **changes: Any) -> tuple[Store, Rows]:
     }
     rows = rows._replace(grad=grad[order].astype(np.float32), sample=order.astype(np.int64), columns=columns)
     rows = rows._replace(**changes)
-    return write_store(path, header, rows), rows
+    return Trace(write_store(path, header, rows)), rows
 
 
-def by_hand(trace: Store, rows: Rows, asking: int) -> list[int]:
-    """The other samples that are ranked, best first for a sample that asks, by plain numpy on what is stored."""
-    stored = trace.gradients(np.arange(160)).astype(np.float64)
-    slot = rows.sample.tolist().index(asking)
-    scores = (stored * stored[slot]).sum(axis=(1, 2))
+def by_hand(trace: Trace, rows: Rows, query: int) -> list[int]:
+    """The other samples that are ranked, best first for a query, by plain numpy on what is stored."""
+    stored = trace.store.gradients(np.arange(160)).astype(np.float64)
+    row = rows.sample.tolist().index(query)
+    scores = (stored * stored[row]).sum(axis=(1, 2))
     order = sorted(range(160), key=lambda other: (-scores[other], other))
-    return [int(rows.sample[other]) for other in order if other != slot and rows.norm[other, 0] > 0]
+    return [int(rows.sample[other]) for other in order if other != row and rows.norm[other, 0] > 0]
 
 
-def test_detection_is_that_of_the_samples_that_ask(tmp_path: Path) -> None:
+def test_measure_labels_is_the_rate_of_its_queries(tmp_path: Path) -> None:
     trace, rows = labelled(tmp_path / "trace.zarr")
-    found = detection(trace, "label", ks=[1, 7, 50], queries=31)
+    found = measure_labels(trace, "label", ks=[1, 7, 50], queries=31)
     labels = dict(zip(rows.sample.tolist(), rows.columns["label"], strict=True))
-    asked = found.facts["queries"]
-    assert len(set(asked)) == 31 == len(asked) and asked == sorted(asked)
+    chosen = found.values["queries"]
+    assert len(set(chosen)) == 31 == len(chosen) and chosen == sorted(chosen)
     # From the first to the last of those that have a label and a direction.
     without = int(rows.sample[5])
     usable = [k for k in range(160) if labels[k] != -1 and k != without]
-    assert (asked[0], asked[-1]) == (usable[0], usable[-1])
-    assert set(asked) <= set(usable)
-    for of in found.facts["rates"]:
-        expected = [np.mean([labels[hit] == labels[q] for hit in by_hand(trace, rows, q)[: of["k"]]]) for q in asked]
+    assert (chosen[0], chosen[-1]) == (usable[0], usable[-1])
+    assert set(chosen) <= set(usable)
+    for of in found.values["rates"]:
+        expected = [np.mean([labels[hit] == labels[q] for hit in by_hand(trace, rows, q)[: of["k"]]]) for q in chosen]
         assert np.allclose(of["each"], expected)
         assert of["value"] == pytest.approx(np.mean(expected))
         assert of["low"] < of["value"] < of["high"]
         # 158 other samples have a direction.
-        alike = [sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in asked]
+        alike = [sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in chosen]
         assert of["chance"] == pytest.approx(np.mean(alike) / 158)
-    assert found.facts["rates"][0]["value"] > 0.5
-    assert found.title == "Detection rate by label, dmin scores, 31 samples asking"
+    assert found.values["rates"][0]["value"] > 0.5
+    assert found.title == "Detection rate by label, dmin scores, 31 samples as queries"
     assert "Scanned all 160 samples." in found.meaning
 
 
-def test_all_that_have_a_label_ask_if_they_are_few(tmp_path: Path) -> None:
+def test_measure_labels_uses_all_that_have_a_label_if_they_are_few(tmp_path: Path) -> None:
     trace, rows = labelled(tmp_path / "trace.zarr")
-    found = detection(trace, "label", queries=1000)
-    assert len(found.facts["queries"]) == sum(value != -1 for value in np.delete(rows.columns["label"], 5))
-    assert [of["k"] for of in found.facts["rates"]] == [5, 10, 50, 100]
+    found = measure_labels(trace, "label", queries=1000)
+    assert len(found.values["queries"]) == sum(value != -1 for value in np.delete(rows.columns["label"], 5))
+    assert [of["k"] for of in found.values["rates"]] == [5, 10, 50, 100]
 
 
-def test_queries_asked_in_parts_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_labels_in_batches_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace, _ = labelled(tmp_path / "trace.zarr")
     seen: list[tuple[int, int]] = []
-    whole = detection(trace, "label", ks=[5], queries=20)
-    monkeypatch.setattr(examine, "TOGETHER", 7 * 2 * 64)
-    parts = detection(trace, "label", ks=[5], queries=20, progress=lambda done, of: seen.append((done, of)))
-    assert parts.facts == whole.facts
+    whole = measure_labels(trace, "label", ks=[5], queries=20)
+    monkeypatch.setattr(on_trace, "BATCH_NUMBERS", 7 * 2 * 64)
+    parts = measure_labels(trace, "label", ks=[5], queries=20, progress=lambda done, of: seen.append((done, of)))
+    assert parts.values == whole.values
     assert seen == [(7, 20), (14, 20), (20, 20)]
 
 
-def test_copies_are_found_and_the_sample_itself_is_none(tmp_path: Path) -> None:
+def test_measure_duplicates_finds_them_and_leaves_the_query_out(tmp_path: Path) -> None:
     trace, rows = labelled(tmp_path / "trace.zarr")
-    found = copies(trace, "caption", ks=[1, 3])
+    found = measure_duplicates(trace, "caption", ks=[1, 3])
     without = int(rows.sample[5])
     pairs = [(k, k + 1) for k in range(8, 160, 10) if without not in (k, k + 1)]
-    assert found.facts["queries"] == [k for pair in pairs for k in pair]
-    assert found.facts["rates"][0]["value"] == found.facts["rates"][1]["value"] == 1
-    assert found.facts["rates"][1]["chance"] == pytest.approx(3 / 158)
-    # By label, copies are what bears the same label: all are asked for at once.
-    by_label = copies(trace, "label", ks=[1, 158], queries=10)
-    assert by_label.facts["rates"][1]["value"] == 1
+    assert found.values["queries"] == [k for pair in pairs for k in pair]
+    assert found.values["rates"][0]["value"] == found.values["rates"][1]["value"] == 1
+    assert found.values["rates"][1]["chance"] == pytest.approx(3 / 158)
+    # By label, samples with the same label are duplicates.
+    by_label = measure_duplicates(trace, "label", ks=[1, 158], queries=10)
+    assert by_label.values["rates"][1]["value"] == 1
     labels = dict(zip(rows.sample.tolist(), rows.columns["label"], strict=True))
     others = [
-        sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in by_label.facts["queries"]
+        sum(labels[k] == labels[q] for k in range(160) if k not in (q, without)) for q in by_label.values["queries"]
     ]
-    assert by_label.facts["rates"][0]["best"] == pytest.approx(np.mean(1 / np.array(others)))
+    assert by_label.values["rates"][0]["best"] == pytest.approx(np.mean(1 / np.array(others)))
 
 
-def test_more_copies_than_are_looked_at_do_not_hide_the_sample(tmp_path: Path) -> None:
+def test_measure_duplicates_with_more_of_them_than_k(tmp_path: Path) -> None:
     """Twenty equal gradients: the one that asks may not be among the first of them."""
     grad = labelled(tmp_path / "first.zarr")[1].grad.copy()
     grad[20:40] = grad[20]
@@ -137,41 +137,24 @@ def test_more_copies_than_are_looked_at_do_not_hide_the_sample(tmp_path: Path) -
     caption[20:40] = ["same"] * 20
     columns = rows.columns | {"caption": caption}
     trace, _ = labelled(tmp_path / "again.zarr", grad=grad, columns=columns)
-    found = copies(trace, "caption", ks=[5, 19])
-    assert len(found.facts["queries"]) == 20
-    assert [of["value"] for of in found.facts["rates"]] == pytest.approx([5 / 19, 1])
+    found = measure_duplicates(trace, "caption", ks=[5, 19])
+    assert len(found.values["queries"]) == 20
+    assert [of["value"] for of in found.values["rates"]] == pytest.approx([5 / 19, 1])
 
 
-def test_the_index_answers_where_it_serves(tmp_path: Path) -> None:
+def test_measure_labels_by_index_and_by_scan(tmp_path: Path) -> None:
     header = make_header(samples=1200, timesteps=3, dimension=512, rows=256)
-    rows = clustered(header)
+    rows = clustered(header)._replace(sample=np.arange(1200))
     rows.columns["label"] = [k % 3 for k in range(1200)]
-    trace = write_store(tmp_path / "trace.zarr", header, rows)
-    served = build_index(trace).depths[-1].k
-    by_index = detection(trace, "label", ks=[5, served - 1], queries=30)
-    by_scan = detection(trace, "label", ks=[5, served - 1], queries=30, exact=True)
-    assert (by_index.facts["answered_by"], by_scan.facts["answered_by"]) == ("index", "scan")
-    assert "Answered by the index" in by_index.meaning and by_index.facts["index_recall"][1] > 0.9
-    assert np.allclose(by_index.facts["rates"][0]["each"], by_scan.facts["rates"][0]["each"], atol=0.21)
-    more = detection(trace, "label", ks=[served], queries=5)
-    assert more.facts["answered_by"] == "scan" and "the index serves up to" in more.meaning
-
-
-def test_every_score_is_that_of_the_ranking(tmp_path: Path) -> None:
-    trace, rows = labelled(tmp_path / "trace.zarr")
-    queries = trace.gradients(np.array([0, 3, 9]))
-    counted: list[int] = []
-    scores = score.all_scores(trace, queries, threads=2, progress=counted.append)
-    assert (scores.shape, scores.dtype, counted) == ((3, 160), np.float32, [64, 64, 32])
-    assert np.flatnonzero(np.isnan(scores).any(axis=0)).tolist() == [5]
-    ranking = score.exact_top_k(trace, queries, 159)
-    assert np.allclose(np.take_along_axis(scores, ranking.rows, 1), ranking.scores, atol=1e-6)
-    expected = np.einsum("ntv,qtv->qn", trace.gradients(np.arange(160)).astype(np.float64), queries)
-    assert np.allclose(np.delete(scores, 5, 1), np.delete(expected, 5, 1), atol=1e-5)
-    with pytest.raises(QueryError, match="threads is 0"):
-        score.all_scores(trace, queries, threads=0)
-    with pytest.raises(QueryError, match="The queries have shape"):
-        score.all_scores(trace, queries[0])
+    trace = Trace(write_store(tmp_path / "trace.zarr", header, rows))
+    served = build_index(trace.store).depths[-1].k
+    by_index = measure_labels(trace, "label", ks=[5, served - 1], queries=30)
+    by_scan = measure_labels(trace, "label", ks=[5, served - 1], queries=30, exact=True)
+    assert (by_index.values["answered_by"], by_scan.values["answered_by"]) == ("index", "scan")
+    assert "Answered by the index" in by_index.meaning and by_index.values["index_recall"][1] > 0.9
+    assert np.allclose(by_index.values["rates"][0]["each"], by_scan.values["rates"][0]["each"], atol=0.21)
+    more = measure_labels(trace, "label", ks=[served], queries=5)
+    assert more.values["answered_by"] == "scan" and "the index serves up to" in more.meaning
 
 
 def save(path: Path, **arrays: np.ndarray) -> Path:
@@ -179,24 +162,23 @@ def save(path: Path, **arrays: np.ndarray) -> Path:
     return path
 
 
-def test_subsets_are_by_number_of_sample(tmp_path: Path) -> None:
-    """Losses that are minus the sums of the scores of the dataset's samples, whose slots are in another order."""
+def test_measure_datamodeling_matches_subsets_by_sample(tmp_path: Path) -> None:
+    """Losses that are minus the sums of the scores of the dataset's samples, whose rows are in another order."""
     trace, rows = labelled(tmp_path / "trace.zarr")
-    asked = [3, 50, 99]
-    gradients = stored_gradients(trace, asked)
+    queries = trace.query_samples([3, 50, 99])
     scores = np.zeros((3, 160))
-    for slot, sample in enumerate(rows.sample):
-        if slot != 5:
-            scores[:, sample] = (gradients * trace.gradients(np.array([slot]))).sum(axis=(1, 2))
+    for row, sample in enumerate(rows.sample):
+        if row != 5:
+            scores[:, sample] = (queries.gradients * trace.store.gradients(np.array([row]))).sum(axis=(1, 2))
     subsets = np.random.default_rng(0).random((30, 160)) < 0.5
-    read = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=-(subsets @ scores.T)), trace, 3)
-    found = datamodeling(trace, gradients, read, asked)
-    assert np.allclose(found.facts["each"], 1)
-    assert found.facts["queries"] == asked and found.facts["models"] == 30
-    assert found.facts["samples_without_score"] == 1 and "1 samples have no gradient to rank" in found.meaning
+    read = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=-(subsets @ scores.T)), 160, 3)
+    found = measure_datamodeling(trace, queries, read)
+    assert np.allclose(found.values["each"], 1)
+    assert found.values["queries"] == ["sample 3", "sample 50", "sample 99"] and found.values["models"] == 30
+    assert found.values["samples_without_score"] == 1 and "1 samples have no usable gradient" in found.meaning
     assert found.rows == (("3", "30", "1.000", "1.000 to 1.000", "0.000"),)
-    worse = examine.Retrained(read.subsets, read.losses[::-1])
-    assert datamodeling(trace, gradients, worse, asked).facts["value"] < 0.6
+    worse = Retrained(read.subsets, read.losses[::-1])
+    assert measure_datamodeling(trace, queries, worse).values["value"] < 0.6
 
 
 class Denoiser(torch.nn.Module):
@@ -230,7 +212,7 @@ def trained_on(points: torch.Tensor, seed: int) -> Denoiser:
     return model
 
 
-def test_scores_foretell_what_retraining_does(tmp_path: Path) -> None:
+def test_measure_datamodeling_of_a_real_model_is_above_chance(tmp_path: Path) -> None:
     """A trace of a real model, and models that were really trained again on random halves of its samples."""
     generator = torch.Generator().manual_seed(0)
     centres = 2 * torch.randn(6, 8, generator=generator)
@@ -242,22 +224,23 @@ def test_scores_foretell_what_retraining_does(tmp_path: Path) -> None:
             for k in recording.timesteps:
                 with recording.step(i, k):
                     loss_of(model, points[i : i + 1]).backward()
-    trace = open_store(tmp_path / "trace.zarr")
+    trace = open_trace(tmp_path / "trace.zarr")
     subsets = np.random.default_rng(1).random((24, 48)) < 0.5
-    asked = list(range(0, 48, 2))
-    losses = np.zeros((24, len(asked)))
+    chosen = list(range(0, 48, 2))
+    losses = np.zeros((24, len(chosen)))
     for m, subset in enumerate(subsets):
         again = trained_on(points[torch.from_numpy(subset)], 1)
-        for q, sample in enumerate(asked):
+        for q, sample in enumerate(chosen):
             torch.manual_seed(7)
             with torch.no_grad():
                 losses[m, q] = loss_of(again, points[sample].expand(500, -1))
-    models = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=losses), trace, len(asked))
-    gradients = stored_gradients(trace, asked)
-    found = datamodeling(trace, gradients, models, asked).facts
+    models = read_retrained(save(tmp_path / "models.npz", subsets=subsets, losses=losses), 48, len(chosen))
+    queries = trace.query_samples(chosen)
+    found = measure_datamodeling(trace, queries, models).values
     assert found["low"] > 0
     # What another cluster's queries are scored by foretells less.
-    other = datamodeling(trace, np.roll(gradients, 1, axis=0), models, asked).facts
+    others = replace(queries, gradients=np.roll(queries.gradients, 1, axis=0))
+    other = measure_datamodeling(trace, others, models).values
     assert other["value"] < found["low"]
 
 
@@ -282,26 +265,26 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("arrays", "message"), FILES.values(), ids=FILES.keys())
-def test_a_file_of_other_shapes_is_refused(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+def test_read_retrained_refuses_other_shapes(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
     trace, _ = labelled(tmp_path / "trace.zarr")
     with pytest.raises(EvaluationError, match=message):
-        read_retrained(save(tmp_path / "models.npz", **arrays), trace, 3)
+        read_retrained(save(tmp_path / "models.npz", **arrays), 160, 3)
 
 
-def test_a_file_is_not_believed_nor_executed(tmp_path: Path) -> None:
+def test_read_retrained_refuses_damaged_and_lying_files(tmp_path: Path) -> None:
     trace, _ = labelled(tmp_path / "trace.zarr")
     path = save(tmp_path / "models.npz", subsets=np.ones((4, 160), bool), losses=np.ones((4, 3)))
     whole = path.read_bytes()
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_retrained(tmp_path / "gone.npz", trace, 3)
+        read_retrained(tmp_path / "gone.npz", 160, 3)
     # Cut short, or with a byte changed: the end, a header, the numbers.
     for spoiled in (whole[:-30], whole[: len(whole) // 2], b"", whole.replace(b"NUMPY", b"NUMPX")):
         path.write_bytes(spoiled)
         with pytest.raises(EvaluationError, match="cannot be read"):
-            read_retrained(path, trace, 3)
+            read_retrained(path, 160, 3)
     np.save(tmp_path / "one.npy", np.ones((4, 160), bool))
     with pytest.raises(EvaluationError, match="cannot be read"):
-        read_retrained(tmp_path / "one.npy", trace, 3)
+        read_retrained(tmp_path / "one.npy", 160, 3)
 
     # A header that claims 9,000 models of a file that is empty behind it.
     def claiming(shape: tuple[int, ...], descr: str) -> bytes:
@@ -313,7 +296,7 @@ def test_a_file_is_not_believed_nor_executed(tmp_path: Path) -> None:
         archive.writestr("subsets.npy", claiming((9000, 160), "|b1"))
         archive.writestr("losses.npy", claiming((9000, 3), "<f8"))
     with pytest.raises(EvaluationError, match="claims more numbers than it can hold"):
-        read_retrained(path, trace, 3)
+        read_retrained(path, 160, 3)
 
 
 def without_labels(rows: Rows) -> dict[str, Any]:
@@ -332,51 +315,72 @@ def each_its_own(rows: Rows) -> dict[str, Any]:
     return {"columns": rows.columns | {"label": list(range(160))}}
 
 
-STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Store], object], type[Exception], str]] = {
-    "no such column": (dict, lambda trace: detection(trace, "colour"), TraceError, "no column colour; it has caption"),
-    "labels all equal": (of_one_label, lambda t: detection(t, "label"), EvaluationError, "1 different values in the"),
-    "no labels": (without_labels, lambda trace: detection(trace, "label"), EvaluationError, "0 different values"),
+STORES: dict[str, tuple[Callable[[Rows], dict[str, Any]], Callable[[Trace], object], type[Exception], str]] = {
+    "no such column": (
+        dict,
+        lambda trace: measure_labels(trace, "colour"),
+        EvaluationError,
+        "no column colour; it has caption",
+    ),
+    "labels all equal": (
+        of_one_label,
+        lambda t: measure_labels(t, "label"),
+        EvaluationError,
+        "1 different values in the",
+    ),
+    "no labels": (without_labels, lambda trace: measure_labels(trace, "label"), EvaluationError, "0 different values"),
     "k too large": (
         dict,
-        lambda trace: detection(trace, "label", ks=[5, 159]),
+        lambda trace: measure_labels(trace, "label", ks=[5, 159]),
         EvaluationError,
         "k is 5, 159; expected numbers from 1 to 158",
     ),
-    "k of nothing": (dict, lambda trace: copies(trace, "caption", ks=[0]), EvaluationError, "k is 0; expected"),
-    "no k": (dict, lambda trace: copies(trace, "caption", ks=[]), EvaluationError, "expected numbers from 1"),
-    "no queries": (dict, lambda t: detection(t, "label", queries=0), EvaluationError, "0 queries were asked for"),
+    "k of nothing": (
+        dict,
+        lambda trace: measure_duplicates(trace, "caption", ks=[0]),
+        EvaluationError,
+        "k is 0; expected",
+    ),
+    "no k": (
+        dict,
+        lambda trace: measure_duplicates(trace, "caption", ks=[]),
+        EvaluationError,
+        "expected numbers from 1",
+    ),
+    "no queries": (dict, lambda t: measure_labels(t, "label", queries=0), EvaluationError, "0 queries were given"),
     "each its own label": (
         each_its_own,
-        lambda t: detection(t, "label"),
+        lambda t: measure_labels(t, "label"),
         EvaluationError,
-        "every ranking would be wrong",
+        "every ranking is wrong",
     ),
-    "no copies": (each_its_own, lambda t: copies(t, "label"), EvaluationError, "No two samples have the same value"),
-    "all are copies": (of_one_label, lambda t: copies(t, "label"), EvaluationError, "All samples have the same value"),
-    "a sample twice": (twice, lambda t: detection(t, "label"), EvaluationError, "holds samples more than once"),
-    "asked by one without a direction": (
-        dict,
-        lambda trace: stored_gradients(trace, [1, int(trace.sample[5])]),
+    "no duplicates": (
+        each_its_own,
+        lambda t: measure_duplicates(t, "label"),
         EvaluationError,
-        "is zero or not finite, so it cannot ask",
+        "No two samples have the same value",
     ),
-    "asked by none": (dict, lambda trace: stored_gradients(trace, [160]), TraceError, "holds no sample 160"),
+    "all are duplicates": (
+        of_one_label,
+        lambda t: measure_duplicates(t, "label"),
+        EvaluationError,
+        "All samples have the same value",
+    ),
+    "a sample twice": (twice, lambda t: measure_labels(t, "label"), TraceError, "has samples twice"),
     "samples of other numbers": (
         lambda rows: {"sample": rows.sample + 1},
-        lambda trace: datamodeling(
-            trace, trace.gradients(np.array([0])), examine.Retrained(np.ones((2, 160), bool), np.ones((2, 1))), ["a"]
-        ),
-        EvaluationError,
-        "does not hold each of the samples 0 to 159 once",
+        lambda t: measure_labels(t, "label"),
+        TraceError,
+        "samples that are not in 0 to 159",
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "measure", "kind", "message"), STORES.values(), ids=STORES.keys())
-def test_a_measure_that_cannot_be_taken_is_refused(
+def test_measures_refuse_what_they_cannot_measure(
     tmp_path: Path,
     change: Callable[[Rows], dict[str, Any]],
-    measure: Callable[[Store], object],
+    measure: Callable[[Trace], object],
     kind: type[Exception],
     message: str,
 ) -> None:
@@ -386,25 +390,25 @@ def test_a_measure_that_cannot_be_taken_is_refused(
         measure(trace)
 
 
-def test_a_store_of_few_samples_says_so(tmp_path: Path) -> None:
+def test_measure_labels_of_few_samples_needs_k(tmp_path: Path) -> None:
     header = make_header(samples=5)
-    rows = make_rows(header)
+    rows = make_rows(header)._replace(sample=np.arange(5))
     rows.columns["label"] = [1, 2, 1, 2, 1]
-    trace = write_store(tmp_path / "trace.zarr", header, rows)
-    with pytest.raises(EvaluationError, match="A sample has 4 others to be ranked with; expected 5 or more"):
-        detection(trace, "label")
-    assert [of["k"] for of in detection(trace, "label", ks=[2, 4]).facts["rates"]] == [2, 4]
+    trace = Trace(write_store(tmp_path / "trace.zarr", header, rows))
+    with pytest.raises(EvaluationError, match="A sample is ranked with 4 others; expected 5 or more"):
+        measure_labels(trace, "label")
+    assert [of["k"] for of in measure_labels(trace, "label", ks=[2, 4]).values["rates"]] == [2, 4]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 24 digits, of which the last two are copies, a model trained on them, and its trace."""
+    """A folder with 24 digits, of which the last two are duplicates, a model trained on them, and its trace."""
     folder = tmp_path_factory.mktemp("made")
     images = sorted(digit_folder(folder / "digits", 24).iterdir())
     for n in (1, 2):
         images[-n].write_bytes(images[n].read_bytes())
     script = without_the_line(EXAMPLE, folder / "train.py")
-    # Their labels, and what tells copies, as a dataset of a user's would have them.
+    # Columns of a user's dataset: labels, and a value that duplicates share.
     text = script.read_text().replace(
         "self.file_name =",
         "self.label = [k % 10 for k in range(22)] + [2, 1]; self.original = list(range(22)) + [2, 1]\n"
@@ -417,102 +421,70 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_users_own_trace_is_measured(made: Path) -> None:
-    options = ["--label", "label", "--duplicates", "original", "--k", "1,5", "--json", "found.json"]
-    ran = run([*CLI, "evaluate", "--score", "dmin", "out/trace.zarr", *options], made)
-    for words in ("Detection rate by label, dmin scores, 24", "Recall of copies by original, dmin scores, 4", "95 %"):
+def test_evaluate_labels_and_duplicates(made: Path) -> None:
+    options = ["-k", "1", "-k", "5", "--score", "dmin", "--json", "found.json"]
+    ran = run([*CLI, "evaluate", "labels", "out/trace.zarr", "label", *options], made)
+    for words in ("Detection rate by label, dmin scores, 24 samples as queries", "95 %"):
         assert words in ran.stdout
-    assert "not whether it is a cause" in " ".join(ran.stdout.split())
+    assert "not whether they have influence" in " ".join(ran.stdout.split())
     found = json.loads((made / "found.json").read_text())
     assert (found["format"], found["version"]) == ("dmin_trace.measures", 1)
-    rates, recalls = found["measures"]
-    assert (rates["measure"], recalls["measure"]) == ("detection_rate", "duplicate_recall")
-    # A copy has its original's gradient, all but for rounding.
-    assert recalls["queries"] == [1, 2, 22, 23]
+    (rates,) = found["measures"]
+    assert rates["measure"] == "detection_rate"
+    assert rates == measure_labels(open_trace(made / "out" / "trace.zarr"), "label", ks=[1, 5]).values
+    ran = run([*CLI, "evaluate", "duplicates", "out/trace.zarr", "original", *options], made)
+    assert "Recall of duplicates by original, dmin scores, 4 samples" in ran.stdout
+    (recalls,) = json.loads((made / "found.json").read_text())["measures"]
+    # A duplicate has its original's gradient, but for rounding.
+    assert (recalls["measure"], recalls["queries"]) == ("duplicate_recall", [1, 2, 22, 23])
     assert [of["value"] for of in recalls["rates"]] == [1, 1]
-    assert rates == detection(open_store(made / "out" / "trace.zarr"), "label", ks=[1, 5]).facts
     assert ran.stderr == ""
 
 
-def test_a_user_who_trained_again_gets_the_datamodeling_score(
-    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Images ask through the script itself; the losses are minus the sums of the scores that their samples have."""
-    trace = open_store(made / "out" / "trace.zarr")
-    asked = [4, 11, 7]
-    slots = np.array([trace.row_of(sample) for sample in asked])
-    scores = np.empty((3, 24))
-    scores[:, trace.sample] = score.all_scores(trace, trace.gradients(slots))
+def test_evaluate_lds(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Queries are captured by the script itself; the losses are minus the sums of the scores of their samples."""
+    trace = open_trace(made / "out" / "trace.zarr")
+    chosen = [4, 11, 7]
+    scores = trace.scores(trace.query_samples(chosen), "dmin")
     subsets = np.random.default_rng(0).random((12, 24)) < 0.5
     save(made / "models.npz", subsets=subsets, losses=-(subsets @ scores.T))
-    images = [f"digits/{sample:04d}.png" for sample in asked]
-    ran = run(
-        [
-            *CLI,
-            "evaluate",
-            "--score",
-            "dmin",
-            "out/trace.zarr",
-            *images,
-            "--lds",
-            "models.npz",
-            "--json",
-            "images.json",
-        ],
-        made,
-    )
-    assert "Linear datamodeling score" in ran.stdout and "foretell" in ran.stdout
+    images = [f"digits/{sample:04d}.png" for sample in chosen]
+    lds = ["evaluate", "lds", "--score", "dmin", "out/trace.zarr", "models.npz"]
+    ran = run([*CLI, *lds, *images, "--json", "images.json"], made)
+    assert "Linear datamodeling score" in ran.stdout and "predict" in ran.stdout
     by_images = json.loads((made / "images.json").read_text())["measures"][0]
     assert by_images["queries"] == ["0004.png", "0011.png", "0007.png"]
     # What is captured anew is what is stored, but for int8.
     assert min(by_images["each"]) > 0.98
     monkeypatch.chdir(made)
-    assert (
-        main(
-            [
-                "evaluate",
-                "--score",
-                "dmin",
-                "out/trace.zarr",
-                "--samples",
-                "4,11,7",
-                "--lds",
-                "models.npz",
-                "--json",
-                "samples.json",
-            ]
-        )
-        == 0
-    )
+    samples = [option for sample in chosen for option in ("--sample", str(sample))]
+    assert main([*lds, *samples, "--json", "samples.json"]) == 0
     by_samples = json.loads((made / "samples.json").read_text())["measures"][0]
-    assert by_samples["queries"] == asked and by_samples["each"] == pytest.approx([1, 1, 1])
+    assert by_samples["queries"] == [f"sample {k}" for k in chosen] and by_samples["each"] == pytest.approx([1, 1, 1])
     capsys.readouterr()
     # Before the script is run.
-    assert main(["evaluate", "--score", "dmin", "out/trace.zarr", *images[:2], "--lds", "models.npz"]) == 1
+    assert main([*lds, *images[:2]]) == 1
     said = capsys.readouterr().err
     assert "losses (models, 2)" in said and len(said.strip().splitlines()) == 1
 
 
+LABELS = ("labels", "out/trace.zarr", "label")
+LDS = ("lds", "out/trace.zarr", "models.npz")
+
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "nothing asked": ((), "Give one of --label, --duplicates and --lds"),
-    "no such column": (("--label", "colour"), "has no column colour; it has label, original"),
-    "no queries for lds": (("--lds", "models.npz"), "--lds needs its queries"),
-    "two kinds of queries": (("digits/0001.png", "--lds", "m.npz", "--samples", "3"), "and not both"),
-    "images without lds": (("digits/0001.png", "--label", "label"), "images is for --lds"),
-    "a prompt without images": (("--lds", "m.npz", "--samples", "3", "--prompt", "x"), "--prompt is for the images"),
-    "k for lds": (("--lds", "m.npz", "--samples", "3", "--k", "3"), "--k is for --label and --duplicates"),
-    "k that is none": (("--label", "label", "--k", "five"), "--k is 'five'; expected whole numbers such as 5,10,50"),
-    "k too large": (("--label", "label", "--k", "5,24"), "k is 5, 24; expected numbers from 1 to 23"),
-    "samples that are none": (("--lds", "m.npz", "--samples", "a"), "--samples is 'a'"),
-    "no queries": (("--label", "label", "--queries", "0"), "0 queries were asked for"),
-    "a seed below 0": (("--label", "label", "--seed", "-1"), "--seed is -1"),
-    "no such folder": (("--label", "label", "--json", "gone/m.json"), "There is no folder gone"),
-    "no such file": (("--lds", "gone.npz", "--samples", "3"), "gone.npz cannot be read"),
+    "no such column": (("labels", "out/trace.zarr", "colour"), "has no column colour; it has label, original"),
+    "no queries for lds": (LDS, "Give the queries: images, or stored samples"),
+    "two kinds of queries": ((*LDS, "digits/0001.png", "--sample", "3"), "and not both"),
+    "a prompt without images": ((*LDS, "--sample", "3", "--prompt", "x"), "--weights are for images"),
+    "k too large": ((*LABELS, "-k", "5", "-k", "24"), "k is 5, 24; expected numbers from 1 to 23"),
+    "no queries": ((*LABELS, "--queries", "0"), "0 queries were given"),
+    "no such folder": ((*LABELS, "--json", "gone/m.json"), "There is no folder gone"),
+    "no such file": (("lds", "out/trace.zarr", "gone.npz", "--sample", "3"), "gone.npz cannot be read"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_gives_one_clear_line(
+def test_evaluate_mistakes_give_one_line(
     made: Path,
     arguments: tuple[str, ...],
     message: str,
@@ -520,7 +492,7 @@ def test_a_mistake_gives_one_clear_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(made)
-    assert main(["evaluate", "--score", "dmin", "out/trace.zarr", *arguments]) == 1
+    assert main(["evaluate", *arguments, "--score", "dmin"]) == 1
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.strip().splitlines()) == 1
     assert message in said.err

@@ -1,0 +1,194 @@
+"""Measures of likeness on plain arrays: the detection rate by labels, and the recall of duplicates.
+
+They need no training. They say whether the samples found look like the query, and nothing about influence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace.audit.intervals import RESAMPLES, Estimate, Floats, bootstrap
+from dmin_trace.errors import EvaluationError
+
+Positions = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class TopRate:
+    """A measure of the k best samples of each of Q queries; all numbers are fractions.
+
+    k: the number of best samples that were looked at.
+    rate: the mean over the queries; its interval resamples queries.
+    chance: the mean rate of a random ranking.
+    best: the mean rate of a perfect ranking; below 1 if a query has fewer than k matching samples, or more duplicates
+        than k.
+    each: (Q,) the rate of each query.
+    """
+
+    k: int
+    rate: Estimate
+    chance: float
+    best: float
+    each: Floats
+
+
+def detection_rate(
+    labels: Sequence[Any] | NDArray[Any],
+    ranking: NDArray[np.integer[Any]],
+    query_labels: Sequence[Any] | NDArray[Any],
+    ks: Sequence[int],
+    *,
+    query_positions: Positions | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[TopRate, ...]:
+    """The fraction of the k best samples that have the label of the query (DMin, arXiv 2412.08637, table 5).
+
+    This measures likeness, not influence: a ranking by pixels alone can be near 1.
+
+    Args:
+        labels: (N,) of every sample that can be ranked; None or NaN for a sample without a label.
+        ranking: (Q, K) the positions in `labels` of the best samples of each query, best first, without the query
+            itself (see `without_query`).
+        query_labels: (Q,) of the queries.
+        ks: numbers from 1 to K.
+        query_positions: (Q,) the position in `labels` of each query, if the queries are samples; a query is then not
+            counted in the chance.
+        seed: of the bootstrap.
+        resamples: the number of bootstrap resamples of the queries.
+
+    Returns:
+        One result for each of `ks`, in their order.
+
+    Raises:
+        EvaluationError: shapes that do not fit, a query without a label, or fewer than two different labels.
+    """
+    ranking = _check_ranking(ranking, len(labels), ks)
+    if len(query_labels) != len(ranking):
+        raise EvaluationError(f"There are {len(query_labels)} labels of queries and {len(ranking)} queries.")
+    numbers: dict[Any, int] = {}
+    of_samples = np.array([_label_number(label, numbers) for label in labels], np.int64)
+    if len(numbers) < 2:
+        raise EvaluationError(
+            f"The samples have {len(numbers)} different labels; expected two or more, since with one every ranking is "
+            "right. Give another column."
+        )
+    of_queries = np.array([_label_number(label, numbers) for label in query_labels], np.int64)
+    if (of_queries < 0).any():
+        raise EvaluationError(f"Query {int(np.argmax(of_queries < 0))} has no label. Leave such queries out.")
+    matching = np.bincount(of_samples[of_samples >= 0], minlength=len(numbers))[of_queries]
+    others = np.full(len(ranking), len(labels))
+    if query_positions is not None:
+        positions = np.asarray(query_positions, np.int64)
+        if positions.shape != (len(ranking),) or positions.min() < 0 or positions.max() >= len(labels):
+            raise EvaluationError(
+                f"query_positions has shape {positions.shape}; expected ({len(ranking)},) positions in the labels."
+            )
+        if (ranking == positions[:, None]).any():
+            raise EvaluationError("A query is among its own best samples. Leave it out with without_query.")
+        matching -= of_samples[positions] == of_queries
+        others -= 1
+    right = of_samples[ranking] == of_queries[:, None]
+    return tuple(
+        _top_rate(
+            k,
+            each=right[:, :k].mean(axis=1),
+            chance=float((matching / others).mean()),
+            best=float((np.minimum(matching, k) / k).mean()),
+            seed=seed,
+            resamples=resamples,
+        )
+        for k in ks
+    )
+
+
+def duplicate_recall(
+    ranking: NDArray[np.integer[Any]],
+    duplicates: Sequence[Collection[int]],
+    ks: Sequence[int],
+    *,
+    ranked: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[TopRate, ...]:
+    """The fraction of the duplicates of each query that are among its k best samples.
+
+    A duplicate has the gradient of the query, so every sound score passes. It says nothing about the other samples.
+
+    Args:
+        ranking: (Q, K) the best samples of each query, best first, without the query itself (see `without_query`).
+        duplicates: for each query the samples that are its duplicates, without the query itself; at least one.
+        ks: numbers from 1 to K.
+        ranked: the number of samples that are ranked for a query, without the query itself.
+        seed: of the bootstrap.
+        resamples: the number of bootstrap resamples of the queries.
+
+    Returns:
+        One result for each of `ks`, in their order.
+
+    Raises:
+        EvaluationError: shapes that do not fit, or a query without duplicates.
+    """
+    ranking = _check_ranking(ranking, None, ks)
+    if len(duplicates) != len(ranking):
+        raise EvaluationError(f"There are duplicates of {len(duplicates)} queries, and {len(ranking)} queries.")
+    sets = [np.unique(np.fromiter(of, np.int64, len(of))) for of in duplicates]
+    counts = np.array([len(of) for of in sets])
+    if not counts.all():
+        raise EvaluationError(f"Query {int(np.argmin(counts))} has no duplicates. Leave such queries out.")
+    if ranked < max(counts.max(), ranking.shape[1]):
+        raise EvaluationError(f"{ranked} samples are ranked, fewer than were found or are duplicates of a query.")
+    found = np.stack([np.isin(row, of) for row, of in zip(ranking, sets, strict=True)])
+    return tuple(
+        _top_rate(
+            k,
+            each=found[:, :k].sum(axis=1) / counts,
+            chance=k / ranked,
+            best=float((np.minimum(counts, k) / counts).mean()),
+            seed=seed,
+            resamples=resamples,
+        )
+        for k in ks
+    )
+
+
+def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions) -> NDArray[np.int64]:
+    """Leaves each query out of its own ranking, or else the last sample: (Q, K) becomes (Q, K - 1)."""
+    ranking = np.asarray(ranking, np.int64)
+    own = ranking == np.asarray(query_positions, np.int64)[:, None]
+    own[~own.any(axis=1), -1] = True
+    others: NDArray[np.int64] = ranking[~own].reshape(len(ranking), -1)
+    return others
+
+
+def _top_rate(k: int, *, each: Floats, chance: float, best: float, seed: int, resamples: int) -> TopRate:
+    def resampled(generator: np.random.Generator) -> Floats:
+        return np.array([each[generator.integers(len(each), size=len(each))].mean()])
+
+    (rate,) = bootstrap(np.array([each.mean()]), resampled, len(each), seed, resamples)
+    return TopRate(k, rate, chance, best, each)
+
+
+def _check_ranking(ranking: NDArray[Any], samples: int | None, ks: Sequence[int]) -> NDArray[np.int64]:
+    ranking = np.asarray(ranking)
+    if ranking.ndim != 2 or not ranking.size or not np.issubdtype(ranking.dtype, np.integer):
+        raise EvaluationError(
+            f"The ranking is {ranking.dtype} of shape {ranking.shape}; expected integers of shape (queries, k)."
+        )
+    if samples is not None and not (ranking.min() >= 0 and ranking.max() < samples):
+        raise EvaluationError(f"The ranking names samples beyond the {samples} that have labels.")
+    if not ks or min(ks) < 1 or max(ks) > ranking.shape[1]:
+        raise EvaluationError(f"k is {list(ks)}; expected numbers from 1 to {ranking.shape[1]}, the samples ranked.")
+    return ranking.astype(np.int64)
+
+
+def _label_number(label: Any, numbers: dict[Any, int]) -> int:
+    """The number of a label, in the order of their first appearance; -1 for no label."""
+    if label is None or label != label:
+        return -1
+    return numbers.setdefault(label, len(numbers))

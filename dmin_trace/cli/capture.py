@@ -1,0 +1,87 @@
+"""The commands that run a training script: run, capture, estimate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dmin_trace.cli.console import show_log
+from dmin_trace.cli.options import EditedScript, Out, Verbose, script_command, with_settings
+from dmin_trace.command import Job
+
+
+@with_settings
+def run(
+    *,
+    context: typer.Context,
+    settings: dict[str, Any],
+    out: Out = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps after which the training ends. Default: the script's argument.")
+    ] = None,
+    num_epochs: Annotated[
+        int | None, typer.Option(help="Epochs after which the training ends. Default: the script's argument.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="An error in the capture ends the training.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change."""
+    from dmin_trace.capture.launch import run_script
+
+    show_log(verbose)
+    run_script(
+        Job(
+            mode="final",
+            command=script_command(context),
+            settings=settings,
+            out=None if out is None else str(out.absolute()),
+            max_train_steps=max_train_steps,
+            num_epochs=num_epochs,
+            strict=strict,
+        )
+    )
+
+
+@with_settings
+def capture(
+    *,
+    context: typer.Context,
+    weights: Annotated[Path, typer.Option(help="The trained weights: a safetensors file, or a folder with one.")],
+    settings: dict[str, Any],
+    out: Out = None,
+    edited_script: EditedScript = False,
+    verbose: Verbose = False,
+) -> None:
+    """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
+    from dmin_trace.capture.launch import run_script
+
+    show_log(verbose)
+    run_script(
+        Job(
+            mode="now",
+            command=script_command(context),
+            settings=settings,
+            out=None if out is None else str(out.absolute()),
+            weights=str(weights.absolute()),
+            edited_script=edited_script,
+        )
+    )
+
+
+@with_settings
+def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbose = False) -> None:
+    """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take."""
+    from dmin_trace.capture.estimate import describe_cost, estimate_cost
+    from dmin_trace.capture.launch import run_script
+    from dmin_trace.views import facts_table
+
+    show_log(verbose)
+    trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
+    folder = Path() if trial.out is None else trial.out.parent
+    cost = describe_cost(estimate_cost(trial.recorder, trial.seconds_a_sample, folder))
+    console = Console()
+    title = "A whole capture of this script, estimated from two samples"
+    console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))

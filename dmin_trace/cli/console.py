@@ -1,0 +1,62 @@
+"""What commands print: notes, progress bars and the log. All texts are made harmless first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dmin_trace.views import harmless
+
+MAX_NOTE_LENGTH = 400
+MAX_MESSAGE_LENGTH = 4000
+
+
+def print_note(console: Console, text: str, style: str = "dim") -> None:
+    """Prints one line, which may quote a store or a file from anybody."""
+    console.print(Text(harmless(text, MAX_NOTE_LENGTH), style=style))
+
+
+def print_error(error: Exception) -> None:
+    """Prints an error as one red line to standard error."""
+    message = harmless(str(error), MAX_MESSAGE_LENGTH)
+    Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A progress bar on standard error that is gone when it ends, and that is not drawn outside a terminal."""
+    console = Console(stderr=True)
+    columns = columns or (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def counted_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for one task; the function that it yields takes how much is done, and of how much."""
+    with progress_bar() as progress:
+        task = progress.add_task(description)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
+def show_log(verbose: bool) -> None:
+    """Shows the library's warnings and errors, and with `verbose` all of its log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_HarmlessFormatter("dmin-trace: %(message)s"))
+    library = logging.getLogger("dmin_trace")
+    library.addHandler(handler)
+    library.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    library.propagate = False
+
+
+class _HarmlessFormatter(logging.Formatter):
+    """Formats a record as one harmless line, followed by its traceback if it has one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of the record."""
+        text = super().format(record)
+        first, *traceback = text.split("\n") if record.exc_info else [text]
+        return "\n".join([harmless(first, MAX_MESSAGE_LENGTH), *traceback])

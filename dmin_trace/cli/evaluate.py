@@ -1,0 +1,137 @@
+"""The commands evaluate labels, duplicates and lds: how good the scores of a trace are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dmin_trace.cli.console import counted_progress
+from dmin_trace.cli.options import (
+    Conditioning,
+    EditedScript,
+    Exact,
+    ImagePaths,
+    JsonPath,
+    ScoreName,
+    TracedWeights,
+    TracePath,
+    trace_facts,
+)
+from dmin_trace.cli.query import query_inputs
+from dmin_trace.errors import QueryError
+
+if TYPE_CHECKING:
+    from dmin_trace.audit import Measurement
+    from dmin_trace.query import Trace
+
+app = typer.Typer(
+    help="Measure how good the scores of a trace are. Likeness and influence are different things; measure both.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
+
+
+def _add_column_command(name: str, description: str) -> None:
+    @app.command(name, help=description)
+    def evaluate_column(
+        *,
+        trace: TracePath,
+        column: Annotated[str, typer.Argument(help="The column of labels, or of values that duplicates share.")],
+        k: Annotated[
+            list[int] | None,
+            typer.Option("-k", help="Number of best samples to look at. May be repeated. Default: 5, 10, 50 and 100."),
+        ] = None,
+        queries: Annotated[int, typer.Option(help="Number of stored samples used as queries, spread evenly.")] = 100,
+        seed: Seed = 0,
+        score: ScoreName = "deflated",
+        exact: Exact = False,
+        json_path: JsonPath = None,
+    ) -> None:
+        from dmin_trace.audit import measure_duplicates, measure_labels
+        from dmin_trace.query import open_trace
+
+        measure = measure_labels if name == "labels" else measure_duplicates
+        opened = open_trace(trace)
+        with counted_progress("Scoring the queries") as progress:
+            found = measure(
+                opened, column, ks=k, queries=queries, score=score, exact=exact, seed=seed, progress=progress
+            )
+        _show(found, opened, json_path)
+
+
+_add_column_command(
+    "labels",
+    "Detection rate: the fraction of the k best samples that have the label of the query. Stored samples are the "
+    "queries, so no model is needed. It measures likeness, not influence.",
+)
+_add_column_command(
+    "duplicates",
+    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. Stored samples are "
+    "the queries, so no model is needed. A score that misses duplicates is broken; one that finds them may still rank "
+    "the rest badly.",
+)
+
+
+@app.command("lds")
+def lds(
+    *,
+    context: typer.Context,
+    trace: TracePath,
+    models: Annotated[
+        Path,
+        typer.Argument(
+            help="A file of numpy.savez about models that you trained again on subsets of the samples: subsets, bool "
+            "(models, samples), and losses (models, queries).",
+        ),
+    ],
+    images: ImagePaths = None,
+    sample: Annotated[
+        list[int] | None, typer.Option(help="A stored sample as the query, instead of images. May be repeated.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
+    conditioning: Conditioning = None,
+    weights: TracedWeights = None,
+    seed: Seed = 0,
+    score: ScoreName = "deflated",
+    json_path: JsonPath = None,
+    edited_script: EditedScript = False,
+) -> None:
+    """Linear datamodeling score: how well scores predict which retrained model has the lower loss on a query.
+
+    The queries are images or stored samples, in the order of the losses. It measures the influence of many samples
+    together.
+    """
+    from dmin_trace.audit import measure_datamodeling, read_retrained
+    from dmin_trace.query import open_trace, read_inputs
+
+    if bool(images) == bool(sample):
+        raise QueryError("Give the queries: images, or stored samples with --sample, and not both.")
+    if not images and (prompt or conditioning or weights):
+        raise QueryError("--prompt, --conditioning and --weights are for images. Give images, or leave them out.")
+    opened = open_trace(trace)
+    inputs = read_inputs(images or [], prompt or [], conditioning or [])
+    # Read before the queries are captured, which takes long.
+    retrained = read_retrained(models, len(opened), len(sample or inputs))
+    with Console(stderr=True).status("Capturing the gradients of the queries") as status:
+        if sample:
+            queries = opened.query_samples(sample)
+        else:
+            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
+        status.update("Scoring every sample")
+        found = measure_datamodeling(opened, queries, retrained, score=score, seed=seed)
+    _show(found, opened, json_path)
+
+
+def _show(found: Measurement, trace: Trace, json_path: Path | None) -> None:
+    from dmin_trace.views import measure_table, measures_json
+
+    console = Console()
+    ascii_only = console.options.ascii_only
+    console.print(measure_table(found.title, found.headings, found.rows, found.meaning, ascii_only=ascii_only))
+    if json_path is not None:
+        json_path.write_text(measures_json([found.values], trace_facts(trace)), encoding="utf-8")

@@ -1,0 +1,137 @@
+"""Arguments and options that several commands share.
+
+The options for settings are derived from the fields of `Settings`, so a new setting needs no change here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_hints
+
+import typer
+
+from dmin_trace.command import Command
+from dmin_trace.errors import QueryError, ScriptError, SettingsError
+from dmin_trace.settings import Settings, make_settings
+
+if TYPE_CHECKING:
+    from dmin_trace.query import Trace
+
+
+def _check_folder(path: Path | None) -> Path | None:
+    """Refuses a file in a folder that does not exist, before anything runs."""
+    if path is not None and not path.parent.is_dir():
+        raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
+    return path
+
+
+TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="The store.")]
+ImagePaths = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[IMAGES]...",
+        help="Generated images; folders of images, with prompts in metadata.jsonl; or JSON-lines files of "
+        '{"file_name": FILE, "text": PROMPT}.',
+    ),
+]
+Conditioning = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="The image that each image was made from (ControlNet, InstructPix2Pix): repeated in their order, or one "
+        "for all."
+    ),
+]
+TracedWeights = Annotated[Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")]
+Out = Annotated[Path | None, typer.Option(help="The store. Default: trace.zarr in the script's output_dir.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.")]
+CsvPath = Annotated[Path | None, typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.")]
+ScoreName = Annotated[
+    Literal["deflated", "dmin"],
+    typer.Option(
+        "--score",
+        help="deflated: without what all samples share; the best at finding influence. dmin: that of the paper; mostly "
+        "finds samples that look like the query.",
+    ),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")]
+EditedScript = Annotated[
+    bool,
+    typer.Option(
+        "--edited-script",
+        help="Accept a script that was edited after the trace was begun, if its loss and its data are the same.",
+    ),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the whole log.")]
+
+
+def script_command(context: typer.Context) -> Command:
+    """The script and its arguments, which stand after `--`.
+
+    Raises ScriptError if there is none.
+    """
+    if not context.obj:
+        raise ScriptError(
+            f"No script was given. Write it after two dashes: dmin-trace {context.info_name} -- SCRIPT ARGS."
+        )
+    return Command(str(Path(context.obj[0]).absolute()), tuple(context.obj[1:]), str(Path.cwd()))
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the parameter `settings` of a command by one option for each field of `Settings`.
+
+    The command receives a mapping of the settings that were given on the command line, already checked.
+    """
+    types = get_type_hints(Settings)
+    options = {field.name: _settings_option(field, types[field.name]) for field in fields(Settings)}
+
+    @wraps(command)
+    def command_with_options(**arguments: Any) -> None:
+        values: dict[str, Any] = {name: arguments.pop(name) for name in options}
+        given = {name: value for name, value in values.items() if value not in (None, [])}
+        make_settings(given)
+        command(settings=given, **arguments)
+
+    parameters = inspect.signature(command, eval_str=True).parameters
+    signature = inspect.Signature(
+        [p for name, p in parameters.items() if name != "settings"] + list(options.values()), return_annotation=None
+    )
+    # typer reads both.
+    command_with_options.__signature__ = signature  # type: ignore[attr-defined]
+    command_with_options.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+    return command_with_options
+
+
+def _settings_option(field: Field[Any], kind: Any) -> inspect.Parameter:
+    """The option for one field. Its default is None, which means that it was not given."""
+    name, text = f"--{field.name}", field.metadata["help"]
+    if field.default is not None:
+        text += f" Default: {field.default}."
+    option: Any
+    if kind is int or get_origin(kind) is Literal:
+        annotation, option = kind | None, typer.Option(name, help=text)
+    elif field.name == "timesteps":
+        annotation, option = str | None, typer.Option(name, help=text, parser=parse_timesteps, metavar="NUMBER|LIST")
+    else:
+        # One of several values: --column label --column caption.
+        annotation, option = list[str] | None, typer.Option(name.removesuffix("s"), help=text)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+def parse_timesteps(text: str) -> int | list[int]:
+    """The value of --timesteps: a number of timesteps, or the timesteps with commas between them."""
+    try:
+        return [int(t) for t in text.split(",")] if "," in text else int(text)
+    except ValueError:
+        raise SettingsError(f"--timesteps is {text!r}; expected a number, or a list such as 100,500,900.") from None
+
+
+def trace_facts(trace: Trace) -> dict[str, object]:
+    """What a JSON file says of the trace that it is about."""
+    header = trace.store.header
+    return {"id": header.id, "samples": header.samples, "weights": header.weights}

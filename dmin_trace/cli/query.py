@@ -1,0 +1,136 @@
+"""The command query: which training samples influenced an image most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dmin_trace.cli.console import print_note
+from dmin_trace.cli.options import (
+    Conditioning,
+    CsvPath,
+    EditedScript,
+    Exact,
+    ImagePaths,
+    JsonPath,
+    ScoreName,
+    TracedWeights,
+    TracePath,
+    trace_facts,
+)
+from dmin_trace.errors import QueryError
+
+if TYPE_CHECKING:
+    from dmin_trace.query import QueryInput, Trace
+    from dmin_trace.store import Queries
+
+
+def query(
+    *,
+    context: typer.Context,
+    trace: TracePath,
+    images: ImagePaths = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The prompt of each image, repeated in their order, or one for all. Without images: images are made "
+            "from the prompts with the saved model, and are the queries."
+        ),
+    ] = None,
+    conditioning: Conditioning = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
+    num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
+    made: Annotated[
+        Path | None, typer.Option(help="A folder for the images made. Default: generated, beside the store.")
+    ] = None,
+    sample: Annotated[
+        list[int] | None, typer.Option(help="A training sample as the query. May be repeated. Needs no model.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Number of training samples to show.")] = 10,
+    weights: TracedWeights = None,
+    json_path: JsonPath = None,
+    csv_path: CsvPath = None,
+    score: ScoreName = "deflated",
+    exact: Exact = False,
+    edited_script: EditedScript = False,
+) -> None:
+    """Show the most influential training samples for each image.
+
+    dmin-trace query TRACE a.png b.png --prompt "a cat" --prompt "a dog"
+
+    dmin-trace query TRACE folder-with-metadata.jsonl
+
+    dmin-trace query TRACE --prompt "a cat" --num 4
+
+    The script's command is remembered from the capture on this machine. Elsewhere give it after --.
+    """
+    from dmin_trace.query import generate_images, open_trace, read_inputs
+    from dmin_trace.search import check_k, score_method
+    from dmin_trace.views import hits_csv, hits_json, hits_table
+
+    if bool(images or prompt) == bool(sample):
+        raise QueryError("Give images or prompts as queries, or training samples with --sample, and not both.")
+    if conditioning and not images:
+        raise QueryError("--conditioning says what images were made from. Give the images too.")
+    for_prompts = {"--seed": seed, "--num": num, "--made": made}
+    if (unused := [name for name, value in for_prompts.items() if value is not None]) and (images or sample):
+        raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
+    # A capture that still runs can be queried for the samples that are done; the answer says how many.
+    opened = open_trace(trace, unfinished=True)
+    score_method(opened.store, score)
+    check_k(opened.store, k)
+    if sample:
+        queries = opened.query_samples(sample)
+    else:
+        with Console(stderr=True).status("Reading the queries") as status:
+            if images:
+                inputs = read_inputs(images, prompt or [], conditioning or [])
+            else:
+                status.update("Making images")
+                folder = made or trace.absolute().parent / "generated"
+                count = 1 if num is None else num
+                inputs = generate_images(
+                    opened.store, prompt or [], folder, num=count, seed=seed or 0, command=context.obj
+                )
+            status.update("Capturing the gradients of the queries")
+            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
+    with Console(stderr=True).status("Scoring"):
+        top = opened.top_k(queries, k, score, exact=exact)
+
+    console = Console()
+    for number in range(len(top)):
+        console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
+        console.print()
+    print_note(console, top.answered_by.description)
+    if top.deflation:
+        print_note(console, f"{top.score} scores: took out {top.deflation}")
+    if json_path is not None:
+        facts = {
+            **trace_facts(opened),
+            "answered_by": "scan" if top.answered_by.recall is None else "index",
+            "index_recall": top.answered_by.recall,
+            "taken_out": top.deflation,
+            "complete": opened.complete,
+            "samples_searched": len(opened.store.rows_done),
+        }
+        json_path.write_text(hits_json(top, facts), encoding="utf-8")
+    if csv_path is not None:
+        csv_path.write_text(hits_csv(top), encoding="utf-8", newline="")
+
+
+def query_inputs(
+    trace: Trace, inputs: Sequence[QueryInput], weights: Path | None, command: Sequence[str], edited_script: bool
+) -> Queries:
+    """The queries for images; `command` is the script's command line, or empty for the remembered one."""
+    return trace.query_images(
+        [given.image for given in inputs],
+        [given.prompt for given in inputs],
+        conditioning=[given.conditioning for given in inputs],
+        weights=weights,
+        command=command,
+        edited_script=edited_script,
+    )

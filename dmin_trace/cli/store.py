@@ -1,0 +1,82 @@
+"""The commands for a store: info, verify, pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dmin_trace.cli.console import print_note, progress_bar
+from dmin_trace.cli.options import JsonPath, TracePath
+from dmin_trace.settings import Codec, Dtype, make_settings
+
+
+def info(*, trace: TracePath) -> None:
+    """Show what a store holds and how complete it is."""
+    from dmin_trace.search import read_facts
+    from dmin_trace.store import open_store
+    from dmin_trace.views import describe_store, facts_table, summarize_index
+
+    store = open_store(trace, unfinished=True)
+    console = Console()
+    facts = [*describe_store(store), ("index", summarize_index(read_facts(store)))]
+    console.print(facts_table(facts, str(trace), ascii_only=console.options.ascii_only))
+
+
+def verify(*, trace: TracePath, json_path: JsonPath = None) -> None:
+    """Compare all of a store, its index and its weights with their checksums, and name each damaged file.
+
+    The exit code is 0 if everything is whole, and 1 if something is damaged.
+    """
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from dmin_trace.audit import verify_store
+    from dmin_trace.views import damage_table, verified_json
+
+    with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("verify", total=None)
+        found = verify_store(trace, progress=lambda done, of: progress.update(task, completed=done, total=of))
+    console = Console()
+    if found.damages:
+        console.print(damage_table(found, str(trace), ascii_only=console.options.ascii_only))
+    for note in found.notes:
+        print_note(console, note)
+    count = len(found.damages)
+    result = f"{count} {'file is' if count == 1 else 'files are'} damaged" if count else "all is whole"
+    compared = f"{found.files:,} files, {found.bytes:,} bytes were compared with their checksums"
+    print_note(console, f"{trace}: {result}; {compared}.", style="red" if count else "green")
+    if json_path is not None:
+        json_path.write_text(verified_json(found), encoding="utf-8")
+    if count:
+        raise typer.Exit(1)
+
+
+def pack(
+    *,
+    trace: TracePath,
+    out: Annotated[Path, typer.Option(help="The new store.")],
+    codec: Annotated[Codec | None, typer.Option(help="Compression on disk. Default: as it is.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="How gradients are stored. Default: as it is.")] = None,
+    dimension: Annotated[
+        int | None, typer.Option(help="v, v/2, v/4 and so on: gradients are folded. Default: as it is.")
+    ] = None,
+) -> None:
+    """Copy a finished store with another codec or dtype, or fewer dimensions. The copy answers the same queries."""
+    from dmin_trace.store import open_store, pack_store
+
+    make_settings({"codec": codec, "dtype": dtype, "dimension": dimension})
+    store = open_store(trace)
+    with progress_bar() as progress:
+        task = progress.add_task("pack", total=store.header.samples)
+        packed = pack_store(
+            store,
+            out,
+            codec=codec,
+            dtype=dtype,
+            dimension=dimension,
+            progress=lambda samples: progress.advance(task, samples),
+        )
+    part = 100 * packed.bytes / store.bytes
+    print_note(Console(stderr=True), f"{out}: {packed.bytes:,} bytes, {part:.1f}% of {store.bytes:,}.", style="")

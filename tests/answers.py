@@ -1,0 +1,48 @@
+"""Answers to queries, made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import strategies as st
+
+from dmin_trace.query import AnsweredBy, Hit, TopK
+
+# All of Unicode with surrogates, and the characters that matter much more often than chance would have it.
+ANY_TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=()),
+        st.sampled_from("\x1b\x9b\x07\r\n\t\x7f\u202e\u2066\u200f\u200b\u2028\ufeff\ud800[]/\\=+-@',\"; a1狐"),
+    ),
+    max_size=120,
+)
+
+
+def hit(rank: int = 1, scores: tuple[float, ...] | None = None, /, **columns: str | int | float | None) -> Hit:
+    """A hit with a score at each of ten timesteps."""
+    scores = tuple((1.2 - rank / 10) / (1 + k / 4) for k in range(10)) if scores is None else scores
+    return Hit(rank=rank, sample=50_000 + rank, score=sum(scores), per_timestep=scores, columns=columns)
+
+
+def answer(
+    hits: Sequence[list[Hit]],
+    timesteps: tuple[float, ...],
+    *,
+    names: tuple[str, ...] = ("fox.png",),
+    prompts: tuple[str | None, ...] = ("a red fox in the snow",),
+    score: str = "dmin",
+) -> TopK:
+    """An answer with these hits for each query."""
+    return TopK(
+        samples=np.empty((len(hits), 0), np.int64),
+        scores=np.empty((len(hits), 0), np.float32),
+        per_timestep=np.empty((len(hits), 0, len(timesteps)), np.float32),
+        hits=list(hits),
+        names=names,
+        prompts=prompts,
+        timesteps=timesteps,
+        score=score,
+        deflation="",
+        answered_by=AnsweredBy(None, "scanned all samples"),
+    )

@@ -1,0 +1,178 @@
+"""JSON and CSV: the documented shape, and hostile text stays text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from typing import Any
+
+import numpy as np
+import pytest
+from answers import ANY_TEXT, answer, hit
+from hypothesis import given, settings
+
+from dmin_trace.query import Hit
+from dmin_trace.views.export import hits_csv, hits_json, measures_json
+
+TIMESTEPS = tuple(50.0 + 100 * k for k in range(10))
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def strict(text: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(text, parse_constant=refuse_constant)
+    return read
+
+
+def read_csv(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline=""), strict=True))
+
+
+def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
+    text = 'a "fox"\n\x1b[31m\x7f\x9b\u202e狐\ud800'
+    hits = [[hit(1, (0.5, 0.25), caption=text, label=3)], []]
+    names, prompts = ("fox.png", "sample 17"), ("a red fox in the snow", None)
+    top = answer(hits, (50.0, 950.0), names=names, prompts=prompts)
+    written = hits_json(top, {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
+    assert all(" " <= character <= "~" or character == "\n" for character in written)
+    read = strict(written)
+    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "trace", "queries"]
+    assert read["format"] == "dmin_trace.hits"
+    assert read["version"] == 1
+    assert read["scored_by"] == "dmin"
+    assert read["timesteps"] == [50.0, 950.0]
+    assert read["trace"] == {"id": "abc", "dimension": 16384, "parts": [1, None, True]}
+    found = {
+        "rank": 1,
+        "sample": 50_001,
+        "score": 0.75,
+        "per_timestep": [0.5, 0.25],
+        "columns": {"caption": text, "label": 3},
+    }
+    assert read["queries"] == [
+        {"name": "fox.png", "prompt": "a red fox in the snow", "hits": [found]},
+        {"name": "sample 17", "prompt": None, "hits": []},
+    ]
+    assert list(read["queries"][0]["hits"][0]) == ["rank", "sample", "score", "per_timestep", "columns"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
+def test_hits_json_has_null_for_a_number_that_json_lacks(bad: float) -> None:
+    one = Hit(rank=1, sample=2, score=bad, per_timestep=(bad, 1.0), columns={"depth": bad})
+    read = strict(hits_json(answer([[one]], (1.0, bad)), {"loss": bad, "deep": {"er": [bad]}}))
+    assert read["queries"][0]["hits"][0] == {
+        "rank": 1,
+        "sample": 2,
+        "score": None,
+        "per_timestep": [None, 1.0],
+        "columns": {"depth": None},
+    }
+    assert read["trace"] == {"loss": None, "deep": {"er": [None]}}
+    assert read["timesteps"] == [1.0, None]
+
+
+def test_hits_json_takes_numpy_numbers() -> None:
+    # What a careless caller gives, whatever the annotations say.
+    number: Any = np.float32(0.5)
+    whole: Any = np.int64(3)
+    one = Hit(rank=1, sample=whole, score=number, per_timestep=(number,), columns={"n": whole})
+    read = strict(hits_json(answer([[one]], (1.0,)), {"samples": np.int64(9)}))
+    assert read["trace"] == {"samples": 9}
+    assert read["queries"][0]["hits"][0]["score"] == 0.5
+    assert read["queries"][0]["hits"][0]["columns"] == {"n": 3}
+
+
+def test_hits_csv_has_one_row_for_each_hit() -> None:
+    hits = [
+        [hit(1, (0.5, -0.25), caption='red, "fox"; quick'), hit(2, (0.25, float("nan")), label=7)],
+        [hit(1, (1e-9, 1.0), caption=None)],
+    ]
+    names, prompts = ("fox.png", "sample 17"), ("a red fox in the snow", None)
+    written = hits_csv(answer(hits, (50.0, 950.5), names=names, prompts=prompts))
+    assert "\r" not in written
+    assert read_csv(written) == [
+        [
+            "query",
+            "prompt",
+            "rank",
+            "sample",
+            "score",
+            "scored_by",
+            "caption",
+            "label",
+            "per_timestep_50",
+            "per_timestep_950.5",
+        ],
+        ["fox.png", "a red fox in the snow", "1", "50001", "0.25", "dmin", 'red, "fox"; quick', "", "0.5", "-0.25"],
+        ["fox.png", "a red fox in the snow", "2", "50002", "", "dmin", "", "7", "0.25", ""],
+        ["sample 17", "", "1", "50001", "1.000000001", "dmin", "", "", "1e-09", "1.0"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"])
+def test_hits_csv_has_no_formula(text: str) -> None:
+    one = hit(1, (-0.5,), caption=text, **{text: "x"}, number=-3)
+    heading, row = read_csv(hits_csv(answer([[one]], (1.0,), names=(text,), prompts=(text,))))
+    guarded = "'" + text.replace("\t", "\\t").replace("\r", "\\r").replace("\n", "\\n")
+    assert row[:2] == [guarded, guarded]
+    assert row[6] == guarded
+    assert heading[7] == guarded
+    # Numbers are no text: a minus sign stays.
+    assert row[4] == row[-1] == "-0.5"
+    assert row[8] == "-3"
+
+
+def test_hits_csv_columns_have_different_names() -> None:
+    one = hit(1, (0.5,), prompt="mine", meta_prompt="too", per_timestep_1="odd")
+    heading, row = read_csv(hits_csv(answer([[one]], (1.0,))))
+    assert len(set(heading)) == len(heading)
+    assert dict(zip(heading, row, strict=True)) == {
+        "query": "fox.png",
+        "prompt": "a red fox in the snow",
+        "rank": "1",
+        "sample": "50001",
+        "score": "0.5",
+        "scored_by": "dmin",
+        "meta_prompt": "mine",
+        "meta_meta_prompt": "too",
+        "meta_per_timestep_1": "odd",
+        "per_timestep_1": "0.5",
+    }
+
+
+@given(ANY_TEXT)
+@settings(max_examples=50)
+def test_hits_csv_of_any_text_is_read_back(text: str) -> None:
+    one = hit(1, None, **{"caption": text, text: "x"})
+    written = hits_csv(answer([[one]], TIMESTEPS, names=(text,), prompts=(text,)))
+    written.encode()
+    heading, row = read_csv(written)
+    assert len(heading) == len(row)
+    assert {c for c in written if unicodedata.category(c) in {"Cc", "Cs", "Zl", "Zp"}} == {"\n"}
+    assert written.count("\n") == 2
+    assert row[0] == row[1]
+    if text.isprintable() and not text.lstrip().startswith(tuple("=+-@＝＋－＠")):
+        assert row[0] == text
+
+
+def test_measures_json_is_strict() -> None:
+    text = measures_json([{"measure": "x", "low": float("nan"), "each": [np.float64(0.5), float("inf")]}], {"id": "é"})
+    assert text.isascii()
+    assert json.loads(text) == {
+        "format": "dmin_trace.measures",
+        "version": 1,
+        "trace": {"id": "é"},
+        "measures": [{"measure": "x", "low": None, "each": [0.5, None]}],
+    }
+
+
+def test_exports_name_the_score() -> None:
+    top = answer([[hit(1, (0.02, -0.01))]], (50.0, 950.0), score="deflated")
+    read = strict(hits_json(top, {}))
+    assert read["scored_by"] == "deflated" and read["score"].startswith("deflated score")
+    heading, row = read_csv(hits_csv(top))
+    assert dict(zip(heading, row, strict=True))["scored_by"] == "deflated"

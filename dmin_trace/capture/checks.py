@@ -69,15 +69,10 @@ class RowChecks:
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
-        """Checks the random calls of a training step.
+        """Compares the random calls of a training step; `row` is the earlier steps of the same sample.
 
-        Args:
-            step: the step.
-            row: the earlier steps of the same sample.
-
-        Raises:
-            CaptureError: the calls differ from those of the first sample, or of the timestep's first draw.
-            QueryError: the calls differ from those of the trace.
+        Raises CaptureError if they differ from those of the first sample, or of the timestep's first draw; QueryError
+        if they differ from those of the trace.
         """
         calls = show_calls(step.draws.calls)
         draw, number = step.pinned.draw, step.pinned.number

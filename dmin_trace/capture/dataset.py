@@ -47,14 +47,9 @@ class Columns:
         return self._kinds or {}
 
     def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
-        """Returns the columns of one sample.
+        """Returns the columns of one sample; `item` is what the dataset gave for it.
 
-        Args:
-            sample: its dataset index.
-            item: what the dataset gave for it.
-
-        Raises:
-            CaptureError: the dataset lacks a column that was named.
+        Raises CaptureError if the dataset lacks a column that was named.
         """
         if self._kinds is None:
             found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
@@ -100,15 +95,9 @@ class FailedSamples:
         return len(self._failed)
 
     def add(self, sample: int, error: Exception, done: int) -> None:
-        """Adds a sample, and logs why it failed.
+        """Adds a sample with its error, unless it was added before; `done` samples came before it.
 
-        Args:
-            sample: its dataset index; one that was added before is not added again.
-            error: why it could not be loaded.
-            done: how many samples came before it.
-
-        Raises:
-            CaptureError: more than half of the first samples failed.
+        Raises CaptureError if more than half of the first samples failed.
         """
         if sample in self._failed:
             return

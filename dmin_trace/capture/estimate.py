@@ -50,13 +50,7 @@ class CaptureCost:
 
 
 def estimate_cost(recorder: Recorder, seconds_per_sample: float, folder: Path) -> CaptureCost:
-    """Estimates the cost of a capture.
-
-    Args:
-        recorder: the recorder of a finished trial.
-        seconds_per_sample: what the trial's last sample took.
-        folder: where the store would be written.
-    """
+    """Estimates the cost of a capture to `folder` from the recorder of a finished trial and its time per sample."""
     header, trainable = recorder.header(), recorder.trainable
     # One chunk is written while the next is recorded.
     waiting = min(2, header.chunks) * header.chunk_rows * header.sample_bytes

@@ -43,11 +43,9 @@ class CaptureOutput:
         self._existing = False
 
     def find(self) -> Store | None:
-        """Locks the path, and returns the store that is there.
+        """Locks the path, and returns the store that is there, if one is.
 
-        Raises:
-            TraceError: the path cannot be written, another process writes it, or there is a store that the capture may
-                not continue.
+        Raises TraceError if the path cannot be written, another process writes it, or nothing may be continued.
         """
         path = self._out.absolute()
         if self._leads:
@@ -66,12 +64,7 @@ class CaptureOutput:
         return open_store(self._out, unfinished=True)
 
     def prepare(self, trainable: Trainable, earlier: Store | None) -> None:
-        """Removes what killed captures left, and saves the weights, which queries need.
-
-        Args:
-            trainable: the parameters that hold the weights.
-            earlier: the store that is continued, if one is.
-        """
+        """Removes what killed captures left, and saves the weights, which queries need; `earlier` is continued."""
         if not self._leads:
             return
         sweep(self._out.absolute())

@@ -185,13 +185,7 @@ class Recorder:
     def missing(self, number: int, error: Exception) -> None:
         """Begins a sample that could not be loaded. Its row is marked as failed, whatever its training steps give.
 
-        Args:
-            number: its dataset index.
-            error: why it could not be loaded.
-
-        Raises:
-            CaptureError: most of the first samples could not be loaded.
-            Exception: the error itself, for a query.
+        Raises CaptureError if most of the first samples could not be loaded; for a query the error itself.
         """
         if self._target.like is not None or self.trial:
             raise error

@@ -31,8 +31,11 @@ def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
         return done
     with os.scandir(folder) as found:
         for mark in found:
-            if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks:
-                done[int(mark.name)] = is_done(path, int(mark.name))
+            named = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
+            # As `is_done`, with fewer calls of the system: a large store has thousands of marks.
+            if named and mark.is_file(follow_symlinks=False):
+                with open(mark.path, "rb", buffering=0) as opened:  # noqa: PTH123
+                    done[int(mark.name)] = opened.read(len(DONE) + 1) == DONE
     return done
 
 

@@ -6,12 +6,12 @@ ranked by. `build` makes an index beside a store, whose graph proposes candidate
 
 from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import Directions, Score, choose_directions, principal_directions
-from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk, self_influence
+from dmin_trace.search.exact import exact_top_k, scores_by_chunk
 from dmin_trace.search.graph import GraphError, load_graph
 from dmin_trace.search.index import Index, open_directions, open_index, search
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, damage, index_beside, read_facts
 from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
-from dmin_trace.search.scores import MAX_QUERY_NUMBERS, DeflatedScore, DminScore, ScoreMethod, score_method
+from dmin_trace.search.scores import MAX_QUERY_NUMBERS, DeflatedScore, DminScore, score_method
 
 __all__ = [
     "DeflatedScore",
@@ -24,9 +24,7 @@ __all__ = [
     "MAX_QUERY_NUMBERS",
     "Ranking",
     "Score",
-    "ScoreMethod",
     "Unavailable",
-    "all_scores",
     "build_index",
     "check_k",
     "check_queries",
@@ -44,5 +42,4 @@ __all__ = [
     "score_method",
     "scores_by_chunk",
     "search",
-    "self_influence",
 ]

@@ -94,7 +94,7 @@ def build_index(
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is indexed.")
     folder = index_beside(store.path)
     check_folder(folder)
-    _check_memory(store, folds[0], m)
+    _check_graph_memory(store, folds[0], m)
 
     kept, copies, checksums = _distinct_rows(store, progress)
     fitting = max(8, MAX_QUERY_NUMBERS // (2 * len(header.timesteps) * header.dimension))
@@ -121,9 +121,12 @@ def build_index(
         principal=0,
         files={},
     )
-    principal = _principal_directions(store, directions, progress) if directions != 0 and len(kept) else None
+    principal = None
     arrays: dict[str, NDArray[Any]] = {}
-    if principal is not None:
+    if directions != 0 and len(kept):
+        needed = deflation.directions_memory(store, directions)
+        _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
+        principal = deflation.principal_directions(store, directions, progress)
         facts = replace(facts, principal=principal.eigenvalues.shape[1])
         arrays = {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
     if not wanted:
@@ -134,7 +137,7 @@ def build_index(
     truth = {score: true_best(store, those, held, copies, max(wanted), progress) for score, those in queries.items()}
     common = common_directions(store, kept)
     for tried in folds:
-        _check_memory(store, tried, m)
+        _check_graph_memory(store, tried, m)
         reduction = Reduction(common, tried)
         graph = make_graph(reduction.length, len(kept), m, ef_construction)
         _link(graph, store, reduction, linked, progress)
@@ -188,27 +191,17 @@ def _check_settings(recall: float, m: int, ef_construction: int) -> None:
         raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
 
 
-def _check_memory(store: Store, fold: int, m: int) -> None:
-    """Raises SettingsError if the graph would not fit into memory."""
-    needed, free = graph_memory(store, fold, m), _free_memory()
-    if needed > free:
-        header = store.header
-        raise SettingsError(
-            f"The index needs {needed / 2**30:,.1f} GiB of memory ({header.samples:,} samples of "
-            f"{len(header.timesteps)} x {fold:,} float32 numbers, and their links), and {free / 2**30:,.1f} GiB are "
-            "free. Give a smaller --fold."
-        )
+def _check_graph_memory(store: Store, fold: int, m: int) -> None:
+    vectors = f"{store.header.samples:,} samples of {len(store.header.timesteps)} x {fold:,} float32 numbers"
+    _check_memory(graph_memory(store, fold, m), f"The index ({vectors}, and links)", "Give a smaller --fold.")
 
 
-def _principal_directions(store: Store, count: int | None, progress: Progress) -> deflation.Directions:
-    """Those of deflated scores. Raises SettingsError if they would not fit into memory."""
-    needed, free = deflation.directions_memory(store, count), _free_memory()
-    if needed > free:
+def _check_memory(needed: int, what: str, what_to_do: str) -> None:
+    """Raises SettingsError if so many bytes are not free."""
+    if needed > (free := _free_memory()):
         raise SettingsError(
-            f"To find principal directions takes {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
-            "are free. Give a smaller --directions, or 0 for none."
+            f"{what} needs {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free. {what_to_do}"
         )
-    return deflation.principal_directions(store, count, progress)
 
 
 def _free_memory() -> int:
@@ -227,7 +220,7 @@ def _distinct_rows(store: Store, progress: Progress) -> tuple[NDArray[np.int64],
     checksums = np.zeros(store.header.samples, np.uint32)
     for chunk in store.chunks_done:
         rows = store.header.rows(chunk)
-        numbers = store.numbers(np.arange(rows.start, rows.stop))
+        numbers = store.numbers_of(chunk)
         valid = has_direction(numbers.norm)
         for values, scale, usable, row in zip(store.grad_chunk(chunk), numbers.scale, valid, rows, strict=True):
             checksums[row] = row_checksum(values)

@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import SettingsError, TraceError
-from dmin_trace.store import Store
-from dmin_trace.store.cores import core_count
+from dmin_trace.store import Store, core_count
 
 Score = Literal["dmin", "deflated"]
 """The built-in scores (`scores`): the paper's inner products, or those of deflated queries."""

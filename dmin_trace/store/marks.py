@@ -31,12 +31,18 @@ def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
         return done
     with os.scandir(folder) as found:
         for mark in found:
-            named = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
-            # As `is_done`, with fewer calls of the system: a large store has thousands of marks.
-            if named and mark.is_file(follow_symlinks=False):
-                with open(mark.path, "rb", buffering=0) as opened:  # noqa: PTH123
-                    done[int(mark.name)] = opened.read(len(DONE) + 1) == DONE
+            if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and (chunk := int(mark.name)) < header.chunks:
+                done[chunk] = mark.is_file(follow_symlinks=False) and _start_of(mark.path) == DONE
     return done
+
+
+def _start_of(mark: str) -> bytes:
+    """The first bytes of a file, one more than a mark has. A query opens all marks: `Path` would take twice as long."""
+    handle = os.open(mark, os.O_RDONLY)
+    try:
+        return os.read(handle, len(DONE) + 1)
+    finally:
+        os.close(handle)
 
 
 def is_done(path: Path, chunk: int) -> bool:

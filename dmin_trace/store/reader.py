@@ -211,13 +211,17 @@ class Store:
             )
         return rows
 
+    def numbers_of(self, chunk: int) -> RowNumbers:
+        """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
+        return self._row_numbers(self._files.numbers(chunk))
+
     def samples_of(self, chunk: int) -> NDArray[np.int64]:
         """(n,) the data set indices of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk)).sample
+        return self.numbers_of(chunk).sample
 
     def scale_chunk(self, chunk: int) -> NDArray[np.float32]:
         """(n, T) the scales of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk)).scale
+        return self.numbers_of(chunk).scale
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""

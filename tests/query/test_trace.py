@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import zarr
 from stores import make_header, make_rows, write, write_store
 
 import dmin_trace
+from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, QueryError, TraceError
 from dmin_trace.query.answer import answer_queries
 from dmin_trace.search import build_index
@@ -61,9 +63,7 @@ def product(path: Path, queries: dmin_trace.Queries) -> np.ndarray:
     group = zarr.open_group(path, mode="r")
     rows = np.asarray(group["grad"][:]).astype(np.float64)  # type: ignore[index]
     samples, norms, scales = numbers(group)
-    if rows.dtype == np.int8 or group["grad"].dtype == np.int8:  # type: ignore[union-attr]
-        rows *= scales[:, :, None]
-    products = np.einsum("qtv,ntv->qnt", queries.gradients.astype(np.float64), rows)
+    products = np.einsum("qtv,ntv->qnt", queries.gradients.astype(np.float64), rows * scales[:, :, None])
     products[:, ~(np.isfinite(norms) & (norms > 0)).all(axis=1)] = np.nan
     ordered = np.empty_like(products)
     ordered[:, samples] = products
@@ -72,12 +72,9 @@ def product(path: Path, queries: dmin_trace.Queries) -> np.ndarray:
 
 def numbers(group: zarr.Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The samples (N,), norms (N, T) and scales (N, T) of a store, by plain Zarr."""
-    if "numbers" in group:
-        read = np.asarray(group["numbers"][:])  # type: ignore[index]
-        norms, _, scales = np.split(read[:, 1:], 3, axis=1)
-        return read[:, 0].astype(np.int64), norms, scales
-    samples, norms = (np.asarray(group[name][:]) for name in ("sample", "norm"))  # type: ignore[index]
-    return samples, norms, np.asarray(group["scale"][:]) if "scale" in group else np.ones_like(norms)  # type: ignore[index]
+    read = np.asarray(group["numbers"][:])  # type: ignore[index]
+    norms, _, scales = np.split(read[:, 1:], 3, axis=1)
+    return read[:, 0].astype(np.int64), norms, scales
 
 
 def test_a_trace_shows_itself(trace: dmin_trace.Trace, tmp_path: Path) -> None:
@@ -252,6 +249,18 @@ def test_query_samples_refuses_a_sample_without_a_gradient(tmp_path: Path) -> No
         trace.query_samples([6, sample])
 
 
+def test_query_samples_is_the_commands_option(trace: dmin_trace.Trace, tmp_path: Path) -> None:
+    """`dmin-trace query TRACE --sample` gives the same."""
+    options = ["--sample", "3", "--sample", "7", "-k", "4", "--json", str(tmp_path / "hits.json")]
+    assert main(["query", str(trace.path), *options]) == 0
+    answer = json.loads((tmp_path / "hits.json").read_text())["queries"]
+    top = trace.top_k(trace.query_samples([3, 7]), 4)
+    assert [query["name"] for query in answer] == list(top.names)
+    assert [[hit["sample"] for hit in query["hits"]] for query in answer] == top.samples.tolist()
+    scores = [[hit["score"] for hit in query["hits"]] for query in answer]
+    np.testing.assert_allclose(scores, top.scores, rtol=1e-6)
+
+
 def test_query_loss_is_the_loop_of_the_recording(trace: dmin_trace.Trace, model: torch.nn.Module) -> None:
     items = [points.POINTS[[3]], points.POINTS[[7]]]
     queries = trace.query_loss(model, items, points.loss_of)
@@ -317,7 +326,7 @@ def test_a_trace_with_other_samples_has_no_scores_by_index(tmp_path: Path) -> No
     trace = dmin_trace.Trace(write_store(tmp_path / "twice.zarr", header, rows))
     with pytest.raises(TraceError, match="samples twice"):
         trace.self_influence()
-    assert answer_queries(trace.store, trace.store.gradients(np.array([0])), k=2).ranking.rows.shape == (1, 2)
+    assert answer_queries(trace.store, trace.store.gradients(np.array([0])), k=2).samples.tolist() == [[7, 7]]
 
 
 def test_attribute_checks_before_it_captures(path: Path) -> None:

@@ -51,7 +51,7 @@ def make_header(
     """
     # Draws of one timestep make the same calls.
     calls = tuple(tuple(made) for made in checks.calls[:: settings.draws])
-    packages = dict.fromkeys(("torch", *source.packages, "zarr", "numpy"))
+    packages = dict.fromkeys(("torch", *source.packages, "numpy"))
     reached = zip(trainable.names, checks.reached, strict=True)
     fetch = None if of_queries else source.fetch
     kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}

@@ -40,7 +40,8 @@ from dmin_trace import store
 from dmin_trace.audit import verify_store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.capture import recorder
-from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.chunks import ChunkQueue
+from dmin_trace.capture.guard import StepGuard
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.cli import app as cli
 from dmin_trace.project import make_plan, project
@@ -939,18 +940,19 @@ def clocked() -> Iterator[Clock]:
     clock = Clock()
     opened = began = 0.0
     inner = {
-        "open": LoopDriver._open_body,
-        "gradients": recorder.gradients,
-        "compress": recorder.compress,
-        "keep": Recorder._keep_row,
+        "open": StepGuard.open,
+        "gradients": recorder.take_gradient,
+        "compress": recorder.compress_gradient,
+        "keep": ChunkQueue.add,
         "sample": Recorder.sample,
         "take": Recorder.take,
     }
 
-    def open_body(driver: LoopDriver, *args: Any) -> None:
+    def open_step(guard: StepGuard, *args: Any) -> Any:
         nonlocal opened
-        inner["open"](driver, *args)
+        step = inner["open"](guard, *args)
         opened = time.perf_counter()
+        return step
 
     def gradients(*args: Any) -> Any:
         found = inner["gradients"](*args)
@@ -974,15 +976,15 @@ def clocked() -> Iterator[Clock]:
             began = time.perf_counter()
         inner["sample"](self, *args)
 
-    def take(self: Recorder, body: Any) -> None:
-        inner["take"](self, body)
+    def take(self: Recorder, step: Any) -> None:
+        inner["take"](self, step)
         clock.whole = time.perf_counter() - began
 
     places: list[tuple[Any, str, Any]] = [
-        (LoopDriver, "_open_body", open_body),
-        (recorder, "gradients", gradients),
-        (recorder, "compress", timed("compress", inner["compress"])),
-        (Recorder, "_keep_row", timed("store", inner["keep"])),
+        (StepGuard, "open", open_step),
+        (recorder, "take_gradient", gradients),
+        (recorder, "compress_gradient", timed("compress", inner["compress"])),
+        (ChunkQueue, "add", timed("store", inner["keep"])),
         (Recorder, "sample", sample),
         (Recorder, "take", take),
     ]

@@ -1,15 +1,8 @@
 """Records a training loop of one's own, without accelerate and without a trainer: `recording`.
 
-    with dmin_trace.recording(model, samples=len(dataset), out="trace.zarr") as recording:
-        for i in recording.samples:
-            for k in recording.timesteps:
-                with recording.step(i, k):
-                    loss = training_loss(model, dataset[i])
-                    loss.backward()
-
-The loss is the loop's own. In a training step the generators have the same seed for every sample, the timestep draw is
-pinned, and `loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the
-generators and the optimizers are as they were before.
+In a training step the generators have the same seed for every sample, the timestep draw is pinned, and
+`loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the generators and the
+optimizers are as they were before.
 """
 
 from __future__ import annotations
@@ -144,25 +137,19 @@ class Recording:
         columns: Columns,
         *,
         samples: int,
-        out: Path | None,
-        like: Store | None,
-        optimizers: Sequence[torch.optim.Optimizer] | None,
-        item: Callable[[int], Any] | None,
-        writers: Sequence[str] = (),
+        out: Path | None = None,
+        like: Store | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+        item: Callable[[int], Any] | None = None,
+        packages: Sequence[str] = (),
         batch: Callable[[int], Any] | None = None,
     ) -> None:
-        """Begins nothing yet; `__enter__` does.
+        """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and:
 
         Args:
-            models: what was trained.
             settings: those of the trace, for queries.
-            columns: of the dataset.
-            samples: N.
-            out: the store, or None for queries.
-            like: the trace, for queries.
-            optimizers: what they train is recorded; None for all parameters with `requires_grad`.
             item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
-            writers: packages that take part, whose versions are kept in the store.
+            packages: packages that take part, whose versions are kept in the store.
             batch: gives the batch of a sample, for the data set's fingerprint; None if batches are not known.
         """
         self._models = list(models)
@@ -173,7 +160,7 @@ class Recording:
         self._like = like
         self._optimizers = None if optimizers is None else list(optimizers)
         self._item = item
-        self._writers = writers
+        self._packages = packages
         self._batch = batch
         self._timesteps = pinned_timesteps(settings)
         self._guard = StepGuard(self._models, _denoisers(self._models), _ADVICE, self._backward)
@@ -296,7 +283,7 @@ class Recording:
                 # Without optimizers it is not known who trains; requires_grad says what is not trained.
                 trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
                 fetch=None if self._batch is None else self._batch_of,
-                packages=self._writers,
+                packages=self._packages,
             )
             target = CaptureTarget(out=out, like=self._like)
             recorder = Recorder(self._settings, self._find_trainable(), source, target)

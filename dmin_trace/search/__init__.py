@@ -6,7 +6,7 @@ ranked by. `build` makes an index beside a store, whose graph proposes candidate
 
 from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import Directions, Score, choose_directions, principal_directions
-from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk
+from dmin_trace.search.exact import exact_top_k, scores_by_chunk
 from dmin_trace.search.graph import GraphError, load_graph
 from dmin_trace.search.index import Index, open_directions, open_index, search
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, damage, index_beside, read_facts
@@ -25,7 +25,6 @@ __all__ = [
     "Ranking",
     "Score",
     "Unavailable",
-    "all_scores",
     "build_index",
     "check_k",
     "check_queries",

@@ -72,24 +72,6 @@ def exact_top_k(
     return rerank(store, queries, first_pass.candidates(), k, largest=largest)
 
 
-def all_scores(
-    store: Store,
-    queries: NDArray[np.float32],
-    *,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> NDArray[np.float32]:
-    """(Q, N) float32, the score of every row for each query; NaN for a row that is not done, as `scores_by_chunk`.
-
-    Arguments and errors are those of `scores_by_chunk`.
-    """
-    # The length of `sample` is N, checked against the files of the store.
-    scores = np.full((len(queries), len(store.sample)), np.nan, np.float32)
-    for rows, of_chunk in scores_by_chunk(store, queries, threads=threads, progress=progress):
-        scores[:, rows.start : rows.stop] = of_chunk
-    return scores
-
-
 def scores_by_chunk(
     store: Store,
     queries: NDArray[np.float32],

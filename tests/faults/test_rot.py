@@ -91,7 +91,7 @@ def test_a_scan_stops_before_it_answers(trace: Store) -> None:
     queries = trace.gradients(np.array([5]))
     for chunk in range(5):
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)
-        for ask in (score.exact_top_k, lambda trace, queries, k: score.all_scores(trace, queries)):
+        for ask in (score.exact_top_k, lambda trace, queries, k: list(score.scores_by_chunk(trace, queries))):
             with pytest.raises(TraceError, match=f"chunk {chunk} of grad"):
                 ask(open_store(trace.path), queries, 3)
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search import products
-from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk
+from dmin_trace.search.exact import exact_top_k, scores_by_chunk
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Store, chunk_file, create, open_store, quantise
 
@@ -25,6 +25,14 @@ def make_queries(trace: Store, count: int, seed: int = 5) -> np.ndarray:
     shape = (count, len(trace.header.timesteps), trace.header.dimension)
     queries: np.ndarray = generator.standard_normal(shape).astype(np.float32) / trace.header.dimension**0.5
     return queries
+
+
+def all_scores(trace: Store, queries: np.ndarray) -> np.ndarray:
+    """(Q, N) by `scores_by_chunk`; NaN for rows that are not done."""
+    scores = np.full((len(queries), trace.header.samples), np.nan, np.float32)
+    for rows, of_chunk in scores_by_chunk(trace, queries):
+        scores[:, rows.start : rows.stop] = of_chunk
+    return scores
 
 
 def by_hand(path: Path, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -311,7 +319,7 @@ def test_exact_top_k_keeps_any_number_of_near_equal_rows(tmp_path: Path, count: 
 
 
 @pytest.mark.parametrize("part, tile", [(products.PART_NUMBERS, products.TILE_NUMBERS), (5 * 4 * 128, 250)])
-def test_all_scores_are_those_of_plain_numpy(
+def test_scores_by_chunk_are_those_of_plain_numpy(
     stored: Store, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "PART_NUMBERS", part)

@@ -48,6 +48,8 @@ class ScriptCapture:
     """When a script's training ends, where its store is, and what is done with the losses of capture batches.
 
     job: what the run is for.
+    settings: what to capture.
+    timesteps: the training steps of each sample.
     driver: drives the script's loop.
     error: what ended the capture, or None.
     """
@@ -72,7 +74,7 @@ class ScriptCapture:
         self._recorder: Recorder | None = None
         self._encoder_cache = EncoderCache((), ())
         self._sample_ends: list[float] = []
-        self.settings = self._make_settings()
+        self._use_settings()
         self.driver = LoopDriver(accelerator, self, on_demand=self.on_demand)
         setattr(accelerator, ATTRIBUTE, self)
         self.driver.on_remove(lambda: delattr(accelerator, ATTRIBUTE))
@@ -97,12 +99,13 @@ class ScriptCapture:
             num_epochs=own.num_epochs or line.num_epochs,
             strict=own.strict or line.strict,
         )
-        self.settings = self._make_settings()
+        self._use_settings()
         if self.job.mode == "final":
             self.check_out()
 
-    def _make_settings(self) -> Settings:
-        return make_settings(self._like.header.settings if self._like else self.job.settings)
+    def _use_settings(self) -> None:
+        self.settings: Settings = make_settings(self._like.header.settings if self._like else self.job.settings)
+        self.timesteps: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
 
     # -- where and when --------------------------------------------------------------------------------------------
 
@@ -115,11 +118,6 @@ class ScriptCapture:
     def strict(self) -> bool:
         """Whether an error in the capture ends the training."""
         return self.job.strict
-
-    @property
-    def timesteps(self) -> tuple[PinnedTimestep, ...]:
-        """The training steps of each sample."""
-        return pinned_timesteps(self.settings)
 
     @property
     def item_seed(self) -> int:
@@ -177,12 +175,13 @@ class ScriptCapture:
         self._scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
         source = CaptureSource(
             samples=run.samples,
-            # Queries have no labels: columns that were asked for by name need not be there.
+            # Queries have no labels: columns that the settings name need not be there.
             columns=Columns(run.loader.dataset, self.settings.columns if self._like is None else None),
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
             trained=lambda tensor: any(tensor in optimizer.state for optimizer in run.optimizers),
             fetch=self._batch_of,
-            script=self._script(),
+            # Queries were checked before they were launched.
+            script=Script() if self._like is not None else script_of(self.job.command.script),
             edited_script=self.job.edited_script,
             packages=("accelerate",),
         )
@@ -337,10 +336,6 @@ class ScriptCapture:
         """Bytes that the script may need at its end: for its models, and for a checkpoint with two moments of each."""
         parameters = (parameter for model in self._models for parameter in model.parameters())
         return 4 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-    def _script(self) -> Script:
-        """The script whose loop is run; queries have been checked before they were launched."""
-        return Script() if self._like is not None else script_of(self.job.command.script)
 
     def _batch_of(self, sample: int) -> Any:
         """A sample's batch, for the data set's fingerprint."""

@@ -29,11 +29,10 @@ def _check_folder(path: Path | None) -> Path | None:
     return path
 
 
-TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="The store.")]
+TracePath = Annotated[Path, typer.Argument(help="The store.")]
 ImagePaths = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[IMAGES]...",
         help="Generated images; folders of images, with prompts in metadata.jsonl; or JSON-lines files of "
         '{"file_name": FILE, "text": PROMPT}.',
     ),

@@ -1,18 +1,18 @@
-"""Everything dmin_trace raises on purpose.
+"""Everything that dmin_trace raises on purpose.
 
     DminTraceError
-      SettingsError      a setting that cannot be meant: found at birth, before anything runs
-      AttachError        the training script does not have the shape that the loop driver needs
+      SettingsError      an invalid setting; raised when it is given, before anything runs
+      AttachError        the training script does not have the structure that the loop driver needs
       CaptureError       a capture that would give wrong gradients, and so was stopped
-        StoppedError     one that a signal ended, after the chunk in hand
+        StoppedError     a capture that a signal ended, after the chunk in hand
       WeightsError       weights that are missing, damaged, or not those of the trace
       TraceError         a store that is missing, of another version, unfinished or damaged
-      QueryError         a question that cannot be asked of this trace
-      ScriptError        the training script itself failed while we drove it
-      EvaluationError    a measure that cannot be taken of what was given
+      QueryError         a query that does not fit the trace
+      ScriptError        the training script itself failed while it was driven
+      EvaluationError    data from which a measure cannot be computed
 
 Each message says what was found, what was expected and what to do. The command line prints it as one red line and
-exits with 1; with 130 or 143 for a signal.
+exits with 1, or with 130 or 143 after a signal.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import reprlib
 
 
 class DminTraceError(Exception):
-    """The base of all errors that dmin_trace raises on purpose."""
+    """The base class of all errors that dmin_trace raises on purpose."""
 
 
 class SettingsError(DminTraceError):
-    """A setting that cannot be meant."""
+    """Raised for an invalid setting."""
 
 
 class AttachError(DminTraceError):
-    """The training script does not have the shape that the loop driver needs."""
+    """Raised if the training script does not have the structure that the loop driver needs."""
 
 
 class CaptureError(DminTraceError):
-    """A capture that would give wrong gradients, and so was stopped."""
+    """Raised for a capture that would give wrong gradients, and so was stopped."""
 
 
 class StoppedError(CaptureError):
-    """A capture that Ctrl-C or SIGTERM ended, after the chunk in hand.
+    """Raised after Ctrl-C or SIGTERM, when the chunk in hand is written.
 
-    signal: the signal's number; a process that ends for it exits with 128 and this.
+    signal: the number of the signal; a process that it ends exits with 128 and this number.
     """
 
     def __init__(self, message: str, signal: int) -> None:
@@ -48,28 +48,33 @@ class StoppedError(CaptureError):
 
 
 class WeightsError(DminTraceError):
-    """Weights that are missing, damaged, or not those of the trace."""
+    """Raised for weights that are missing, damaged, or not those of the trace."""
 
 
 class TraceError(DminTraceError):
-    """A store that is missing, of another version, unfinished or damaged."""
+    """Raised for a store that is missing, of another version, unfinished or damaged."""
 
 
 class QueryError(DminTraceError):
-    """A question that cannot be asked of this trace."""
+    """Raised for a query that does not fit the trace."""
 
 
 class ScriptError(DminTraceError):
-    """The training script itself failed while it was driven."""
+    """Raised if the training script itself fails while it is driven."""
 
 
 class EvaluationError(DminTraceError):
-    """A measure that cannot be taken of what was given."""
+    """Raised for data from which a measure cannot be computed."""
 
 
 def brief(value: object) -> str:
-    """A value from anybody on part of a line, however large or deep it is."""
+    """Returns the repr of an untrusted value on one line, at most 120 characters long."""
     shortener = reprlib.Repr()
     shortener.maxlevel, shortener.maxlist, shortener.maxstring = 3, 12, 80
     text = shortener.repr(value)
     return text if len(text) <= 120 else text[:117] + "..."
+
+
+def message_of(error: BaseException) -> str:
+    """Returns an error's message, with the error's type in front if it is not one of ours."""
+    return str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}"

@@ -117,8 +117,8 @@ class Settings:
         return self.timesteps if isinstance(self.timesteps, int) else len(self.timesteps)
 
 
-class SettingsOverrides(TypedDict, total=False):
-    """The settings as keyword arguments: each has the meaning of the field of `Settings` with its name."""
+class RecordingOverrides(TypedDict, total=False):
+    """The settings as keyword arguments of `recording`, whose columns are values: each means what its field does."""
 
     timesteps: int | tuple[int, ...] | list[int]
     dimension: int
@@ -128,6 +128,11 @@ class SettingsOverrides(TypedDict, total=False):
     draws: int
     seed: int
     codec: Codec
+
+
+class SettingsOverrides(RecordingOverrides, total=False):
+    """The settings as keyword arguments: each means what the field of `Settings` with its name does."""
+
     columns: tuple[str, ...] | list[str] | None
 
 

@@ -1,1 +1,1 @@
-"""What is particular to one host trainer: one file each, and the only code that knows it."""
+"""Host trainers: one file or folder for each, the only code that knows it."""

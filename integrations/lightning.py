@@ -1,11 +1,11 @@
-"""Lightning: captures a `Trainer.fit` at its end by a callback, and asks with the module that it trained.
+"""Lightning: captures a `Trainer.fit` at its end by a callback, and a trained module on demand.
 
     Trainer(callbacks=[TraceCallback(out="trace.zarr")])    captures after the last training step
-    capture(module, loader, out="trace.zarr")               captures a trained module on demand
-    attribute(module, "trace.zarr", items)                  the training samples that made the module make these
+    capture(module, loader, out="trace.zarr")               captures a trained module
+    attribute(module, "trace.zarr", items)                  the most influential training samples for items
 
-All run the module's own `training_step` on one item of the dataset at a time, in a plain recording. Both names of the
-package are served, `lightning.pytorch` and `pytorch_lightning`; nothing here depends on which classes those are.
+All run the module's own `training_step` on one item of the dataset at a time, in a recording. The packages
+`lightning.pytorch` and `pytorch_lightning` are both supported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -25,14 +25,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.loop_variables import undo_of
-from dmin_trace.capture.columns import Columns
+from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.recording import Recording
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
-from dmin_trace.query import Hit
+from dmin_trace.query import Hit, ScoreMethod, Trace, open_trace
 from dmin_trace.search import Score
-from dmin_trace.settings import Settings, make_settings
-from dmin_trace.store import Store, open_store
+from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -44,57 +43,37 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 _ON_DEMAND = "Capture the trained module on demand: dmin_trace.integrations.lightning.capture(module, loader, out=%r)."
-_SPLITTING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy")
+_SPLITTING_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAStrategy")
 
 
 class TraceCallback(Callback):  # type: ignore[misc]
-    """Captures the compressed gradient of every training sample when the training is over.
+    """Captures the projected gradient of every training sample when the training is over.
 
     Nothing about the training changes: weights, optimizer, logged metrics and checkpoints are the same with and without
-    it. It comes last of all callbacks at the end of the training, when checkpoints are written and averaged weights are
-    in the module.
+    it. It runs after all other callbacks, when checkpoints are written and averaged weights are in the module.
     """
 
     def __init__(
         self,
         out: str | os.PathLike[str],
         *,
-        timesteps: int | Sequence[int] | None = None,
-        dimension: int | None = None,
-        dtype: str | None = None,
-        projection: str | None = None,
-        seed: int | None = None,
-        draws: int | None = None,
-        transform: str | None = None,
-        codec: str | None = None,
-        columns: Sequence[str] | None = None,
+        settings: Settings | None = None,
         strict: bool = False,
+        **overrides: Unpack[SettingsOverrides],
     ) -> None:
-        """Checks what is asked for.
+        """Checks the settings.
 
         Args:
             out: the store.
-            timesteps, dimension, dtype, projection, seed, draws, transform, codec, columns: see
-                `dmin_trace.Settings`.
+            settings: what to capture.
             strict: raise an error during the capture, instead of logging it.
+            overrides: single settings by their names, instead of those in `settings`.
 
-        Raises SettingsError for a setting that cannot be meant.
+        Raises SettingsError for an invalid setting.
         """
         super().__init__()
         self.out = Path(out)
-        self.settings = make_settings(
-            {
-                "timesteps": timesteps,
-                "dimension": dimension,
-                "dtype": dtype,
-                "projection": projection,
-                "seed": seed,
-                "draws": draws,
-                "transform": transform,
-                "codec": codec,
-                "columns": columns,
-            }
-        )
+        self.settings = make_settings(given_settings(settings, overrides))
         self.strict = strict
         self._ended = False
 
@@ -102,31 +81,32 @@ class TraceCallback(Callback):  # type: ignore[misc]
         """Refuses, before the training, what could not be captured after it.
 
         Raises:
-            AttachError: the trainer or the module is of a kind that is not served.
+            AttachError: the trainer or the module is of a kind that is not supported.
             TraceError: `out` exists already, or cannot be written.
         """
         if stage != "fit" or trainer.fast_dev_run:
             return
         if trainer.world_size > 1:
             raise AttachError(
-                f"The trainer runs {trainer.world_size} processes, which is not served. Train without TraceCallback, "
-                "then capture in one process: dmin_trace.integrations.lightning.capture(module, loader, out='...')."
+                f"The trainer runs {trainer.world_size} processes, which is not supported. Train without "
+                "TraceCallback, then capture in one process: dmin_trace.integrations.lightning.capture(module, loader, "
+                "out='...')."
             )
         strategies = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-        if not strategies.isdisjoint(_SPLITTING):
+        if not strategies.isdisjoint(_SPLITTING_STRATEGIES):
             raise AttachError(f"{type(trainer.strategy).__name__} splits gradients, which cannot be captured.")
         _refuse_module(pl_module)
         store.check_free(self.out)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuses a dataloader that could not be captured, and takes the last place among the callbacks.
+        """Refuses a dataloader that could not be captured, and moves to the end of the callbacks.
 
         Raises AttachError for a dataloader whose samples have no index, or cannot be fetched one by one.
         """
         if trainer.fast_dev_run:
             return
         _refuse_loader(trainer.train_dataloader)
-        # A new list: the trainer is going through the old one.
+        # A new list: the trainer is iterating over the old one.
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -150,7 +130,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
             )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Says so where there was no training to be at the end of."""
+        """Logs an error if there was no training."""
         if not self._ended:
             logger.error(
                 "dmin_trace captured nothing: the trainer had nothing left to train. %s",
@@ -166,8 +146,9 @@ def capture(
     settings: Settings | None = None,
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
     trainer: Any = None,
+    **overrides: Unpack[SettingsOverrides],
 ) -> None:
-    """Captures a trained module on demand; goes on with a capture that was interrupted.
+    """Captures a trained module on demand; continues a capture that was interrupted.
 
     Args:
         module: the LightningModule, with the weights that are to be explained, on the device where it is to run.
@@ -176,38 +157,40 @@ def capture(
         settings: what to capture.
         optimizers: those that trained the module; what they train is captured. Without them every parameter with
             `requires_grad`.
-        trainer: one with the precision of the training; that which trained the module, if it did so in this process.
+        trainer: one with the precision of the training; by default the trainer that trained the module, if it did so
+            in this process.
+        overrides: single settings by their names, instead of those in `settings`.
 
     Raises:
-        AttachError: the module or the loader is of a kind that is not served.
+        AttachError: the module or the loader is of a kind that is not supported.
         CaptureError: a training_step that would give wrong gradients.
         TraceError: the store is of another capture, or complete.
     """
     _refuse_module(module)
     _refuse_loader(loader)
-    _capture(module, loader, Path(out), settings or Settings(), optimizers, trainer)
+    _capture(module, loader, Path(out), make_settings(given_settings(settings, overrides)), optimizers, trainer)
 
 
 def attribute(
     module: Any,
-    trace: Store | str | os.PathLike[str],
+    trace: Trace | str | os.PathLike[str],
     items: Sequence[Any],
     *,
     collate_fn: Callable[[list[Any]], Any] = default_collate,
     trainer: Any = None,
     k: int = 10,
-    score: Score = "deflated",
+    score: Score | ScoreMethod = "deflated",
 ) -> list[list[Hit]]:
-    """The training samples with the largest influence on each item, best first.
+    """The most influential training samples for each item, best first.
 
     Args:
         module: the LightningModule with the traced weights.
-        trace: the store, or its path.
-        items: what the training dataset would give for each image that is asked about, as its `__getitem__` does.
+        trace: an opened trace, or its path.
+        items: for each query image, what the training dataset's `__getitem__` would give for it.
         collate_fn: the training dataloader's.
         trainer: as for `capture`.
         k: how many training samples for each item.
-        score: "dmin" or "deflated", as for `dmin_trace.attribute`.
+        score: as for `dmin_trace.Trace.top_k`.
 
     Raises:
         QueryError: an item that is not like those of the training, or k out of range.
@@ -215,21 +198,18 @@ def attribute(
         TraceError: there is no finished store.
     """
     _refuse_module(module)
-    trace = trace if isinstance(trace, Store) else open_store(Path(trace))
+    opened = trace if isinstance(trace, Trace) else open_trace(trace)
     if not items:
         raise QueryError("No item was given. Give at least one.")
     recording = Recording(
         [module],
-        make_settings(trace.header.settings),
+        make_settings(opened.store.header.settings),
         Columns(None, None),
         samples=len(items),
-        out=None,
-        like=trace,
-        optimizers=None,
-        item=None,
+        like=opened.store,
     )
     _record(recording, module, lambda i: items[i], collate_fn, trainer)
-    return recording.hits(k, score=score)
+    return opened.top_k(recording.queries, k, score).hits
 
 
 def _capture(
@@ -251,10 +231,8 @@ def _capture(
         Columns(dataset, settings.columns),
         samples=len(dataset),
         out=out,
-        like=None,
         optimizers=optimizers,
-        item=None,
-        writers=("lightning",) if Callback.__module__.startswith("lightning.") else ("pytorch_lightning",),
+        packages=("lightning",) if Callback.__module__.startswith("lightning.") else ("pytorch_lightning",),
         batch=lambda sample: loader.collate_fn([item(sample)]),
     )
     _record(recording, module, item, loader.collate_fn, trainer)
@@ -268,7 +246,7 @@ def _record(
     precision = trainer.precision_plugin if trainer is not None else None
     scaler = getattr(precision, "scaler", None)
     takes_number = len(inspect.signature(module.training_step).parameters) > 1
-    with recording, _as_it_was(module), _silent(module, trainer), EncoderCache(_frozen_in(module), ()) as frozen:
+    with recording, _restored(module), _silent(module, trainer), EncoderCache(_frozen_in(module), ()) as frozen:
         for i in recording.samples:
             frozen.forget()
             try:
@@ -325,8 +303,8 @@ def _silent(module: Any, trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _as_it_was(module: torch.nn.Module) -> Iterator[None]:
-    """Puts back what a training_step keeps in its module besides parameters: buffers, metrics, lists of losses."""
+def _restored(module: torch.nn.Module) -> Iterator[None]:
+    """Restores what a training_step keeps in its module besides parameters: buffers, metrics, lists of losses."""
     bindings = [(one, dict(vars(one))) for one in module.modules()]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     undos = [undo for _, kept in bindings for value in kept.values() if (undo := undo_of(value)) is not None]
@@ -348,8 +326,8 @@ def _as_it_was(module: torch.nn.Module) -> Iterator[None]:
 def _refuse_module(module: Any) -> None:
     if not module.automatic_optimization:
         raise AttachError(
-            f"{type(module).__name__} optimises by hand (automatic_optimization is False), so its training_step cannot "
-            "be run without training. Record its loss in a loop of your own: dmin_trace.recording(module, ...)."
+            f"{type(module).__name__} has automatic_optimization=False, so its training_step cannot be run without "
+            "training. Record its loss in a loop of your own: dmin_trace.recording(module, ...)."
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise AttachError("training_step takes a dataloader_iter, so it cannot be given a sample. Take a batch.")

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from dmin_trace.query import Hit, TopK
-from dmin_trace.query.answer import AnsweredBy
+from dmin_trace.query import AnsweredBy, Hit, TopK
 
 # All of Unicode with surrogates, and the characters that matter much more often than chance would have it.
 ANY_TEXT = st.text(

@@ -23,6 +23,7 @@ from dmin_trace.store import (
     create,
     keep_digests,
     open_store,
+    quantise,
 )
 
 DTYPES: tuple[Dtype, ...] = ("int8", "float16", "float32")
@@ -105,7 +106,8 @@ def write(writer: Writer, rows: Rows, chunk: int) -> None:
     """Writes one chunk of these rows."""
     here = slice(writer.rows(chunk).start, writer.rows(chunk).stop)
     columns = {name: values[here] for name, values in rows.columns.items()}
-    writer.write(chunk, rows.grad[here], rows.norm[here], rows.loss[here], rows.sample[here], columns)
+    stored = quantise(rows.grad[here], writer.header.dtype)
+    writer.write(chunk, *stored, rows.norm[here], rows.loss[here], rows.sample[here], columns)
 
 
 def write_store(path: Path, header: Header, rows: Rows) -> Store:
@@ -134,8 +136,20 @@ def dequantised(path: Path) -> np.ndarray:
     """All rows in float64, read by plain Zarr."""
     group = zarr.open_group(path, mode="r")
     grad = np.asarray(group["grad"][:]).astype(np.float64)  # type: ignore[index]
-    return grad * np.asarray(group["scale"][:])[:, :, None] if "scale" in group else grad  # type: ignore[index]
+    numbers: Any = group["numbers"]
+    scale = numbers[:, slice(*numbers.attrs["columns"]["scale"])]
+    return np.asarray(grad * scale[:, :, None])
 
 
 def with_checksum(frame: bytes) -> bytes:
     return frame + google_crc32c.value(frame).to_bytes(4, "little")
+
+
+def crc32c(data: bytes) -> bytes:
+    """Castagnoli's checksum bit by bit, as RFC 3720 has it."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return (value ^ 0xFFFFFFFF).to_bytes(4, "little")

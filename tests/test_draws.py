@@ -17,7 +17,7 @@ from tiny import EXAMPLE, digit_folder, plain_script, run, without_the_line
 from tiny_pipelines import command_line
 
 import dmin_trace
-from dmin_trace.capture.randomness import pinned_timesteps
+from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.errors import CaptureError, QueryError, SettingsError, TraceError
 from dmin_trace.settings import Settings
 from dmin_trace.store import Store, open_store, pack_store
@@ -206,8 +206,8 @@ def test_two_processes_capture_what_one_does(tmp_path: Path) -> None:
 def test_the_first_draw_is_that_of_one_draw() -> None:
     one, three = (pinned_timesteps(Settings(timesteps=4, seed=9, draws=draws)) for draws in (1, 3))
     assert three[::3] == one
-    assert len({slot.seed for slot in three}) == 12
-    assert [(slot.number, slot.draw) for slot in three] == [(k, d) for k in range(4) for d in range(3)]
+    assert len({timestep.seed for timestep in three}) == 12
+    assert [(timestep.number, timestep.draw) for timestep in three] == [(k, d) for k in range(4) for d in range(3)]
 
 
 def test_tensors_that_autograd_shares_are_not_added_twice(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_a_random_branch_between_draws_is_refused(tmp_path: Path) -> None:
             noise = noise + 0.1 * torch.randn(1, 16)
         return (model(noisy, t) - noise).square().mean()
 
-    with pytest.raises(CaptureError, match="In draw [1-7] of slot [01] the script drew randn\\(1, 16\\)"):
+    with pytest.raises(CaptureError, match="In draw [1-7] of timestep [01] the script drew randn\\(1, 16\\)"):
         record(model, step, out=tmp_path / "trace.zarr", draws=8)
 
 
@@ -255,7 +255,7 @@ def interrupted(folder: Path, **settings: Any) -> Denoiser:
     """A store of which one chunk of three is done."""
     model = denoiser()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmin_trace.store.reader.CHUNK_BYTES", 2 * 2 * 1024 * 4)
+        patch.setattr("dmin_trace.store.layout.CHUNK_BYTES", 2 * 2 * 1024 * 4)
         with pytest.raises(KeyboardInterrupt):
             record(model, stop=3, out=folder / "trace.zarr", **settings)
     return model
@@ -269,7 +269,8 @@ def test_a_recording_goes_on_with_the_same_draws_alone(tmp_path: Path) -> None:
         record(model, out=tmp_path / "trace.zarr")
     record(model, out=tmp_path / "trace.zarr", draws=2)
     check_points(tmp_path / "trace.zarr", model)
-    hits = record(model, like=tmp_path / "trace.zarr").hits(score="dmin", k=2)
+    queries = record(model, like=tmp_path / "trace.zarr").queries
+    hits = dmin_trace.open_trace(tmp_path / "trace.zarr").top_k(queries, 2, "dmin").hits
     assert [row[0].sample for row in hits] == list(range(5))
     assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)
     with pytest.raises(SettingsError, match="draws was given with like"):
@@ -293,10 +294,10 @@ def test_a_header_of_other_draws_is_refused(tmp_path: Path) -> None:
 def test_the_width_of_a_store_is_gone_on_with_and_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"projection": "rotation", "dimension": 64}
     with monkeypatch.context() as patch:
-        patch.setattr("dmin_trace.project.compress.NARROW", 1024)
+        patch.setattr("dmin_trace.project.plan.MIN_ROW_WIDTH", 1024)
         model = interrupted(tmp_path, **settings)
     # Rows of a new plan are of 256 now.
-    monkeypatch.setattr("dmin_trace.project.compress.NARROW", 256)
+    monkeypatch.setattr("dmin_trace.project.plan.MIN_ROW_WIDTH", 256)
     path = tmp_path / "trace.zarr"
     for other, shown in (
         ({"dimension": 2048}, "its dimension is 64"),
@@ -309,7 +310,8 @@ def test_the_width_of_a_store_is_gone_on_with_and_folded(tmp_path: Path, monkeyp
     pack_store(open_store(path), tmp_path / "folded.zarr", dimension=32)
     for name, width in (("trace", 1024), ("folded", 1024), ("new", 256)):
         assert open_store(tmp_path / f"{name}.zarr").header.projection.width == width
-        hits = record(model, like=tmp_path / f"{name}.zarr").hits(score="dmin", k=1)
+        queries = record(model, like=tmp_path / f"{name}.zarr").queries
+        hits = dmin_trace.open_trace(tmp_path / f"{name}.zarr").top_k(queries, 1, "dmin").hits
         assert [row[0].sample for row in hits] == list(range(5))
         assert all(row[0].score == pytest.approx(2, abs=1e-5) for row in hits)
 

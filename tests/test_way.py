@@ -214,6 +214,10 @@ def test_python_and_command_line_agree(trained: Path, monkeypatch: pytest.Monkey
         [hit["sample"] for hit in query["hits"]] for query in answer["queries"]
     ]
     assert "Most influential training samples for 0000.png" in ran.stdout
+    with dmin_trace.open_trace(trained / "out" / "trace.zarr") as trace:
+        queries = trace.query_images(images)
+        assert queries.names == ("0000.png", "0001.png") and queries.prompts == (None, None)
+        assert trace.top_k(queries, 4, "dmin").hits == hits
 
 
 def test_a_sample_asks_without_a_model(trained: Path) -> None:

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,8 @@ from dmin_trace import store
 from dmin_trace.audit import verify_store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.capture import recorder
-from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.chunks import ChunkQueue
+from dmin_trace.capture.guard import StepGuard
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.cli import app as cli
 from dmin_trace.project import make_plan, project
@@ -362,7 +363,7 @@ def write_random(path: Path, header: Header) -> Store:
         n = len(rows)
         turned = np.roll(values[:n], int(generator.integers(header.dimension)), axis=2)
         number = np.arange(rows.start, rows.stop)
-        writer.write_stored(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
+        writer.write(chunk, turned, scale[:n], ones[:n], ones[:n], number, {"label": number.tolist()})
     writer.finish()
     return open_store(path)
 
@@ -392,7 +393,11 @@ def clustered_store(path: Path, header: Header) -> Store:
         grad = shared + centres[generator.integers(len(centres), size=len(rows))]
         grad += 0.8 * generator.standard_normal(grad.shape, np.float32)
         grad /= np.linalg.norm(grad, axis=2, keepdims=True)
-        writer.write(chunk, grad, ones, ones, number, {"label": number.tolist()})
+        columns = {
+            name: number.tolist() if kind != "string" else [f"{name} {n}" for n in number]
+            for name, kind in header.columns.items()
+        }
+        writer.write(chunk, *store.quantise(grad, header.dtype), ones, ones, number, columns)
     writer.finish()
     return open_store(path)
 
@@ -659,6 +664,101 @@ def _plot_scale(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+COLD_QUERY = """
+import json, sys, time
+from pathlib import Path
+import hnswlib, numpy as np
+import dmin_trace.query.trace
+from dmin_trace.query.hits import hits_of
+from dmin_trace.search import DeflatedScore, index, score_method
+from dmin_trace.store import open_store
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+def timed(module, name, part):
+    inside = getattr(module, name)
+    def call(*given, **named):
+        start = time.perf_counter()
+        try:
+            return inside(*given, **named)
+        finally:
+            taken[part] = taken.get(part, 0) + time.perf_counter() - start
+    setattr(module, name, call)
+
+def step(part, work):
+    start, before = time.perf_counter(), sum(taken.get(name, 0) for name in ("graph", "rerank"))
+    found = work()
+    within = sum(taken.get(name, 0) for name in ("graph", "rerank")) - before
+    taken[part] = time.perf_counter() - start - within
+    return found
+
+taken, before = {}, peak()
+timed(index, "check_file", "graph")
+timed(index, "load_graph", "graph")
+timed(index, "rerank", "rerank")
+store = step("open store", lambda: open_store(Path(sys.argv[1])))
+query = store.gradients([store.header.samples // 3])
+score = score_method(store, "deflated")
+step("directions", lambda: score.fit(store))
+deflated = step("deflate", lambda: score.transform(query))
+opened = step("index but graph", lambda: index.open_index(store))
+ranking = step("search", lambda: index.search(opened, deflated, 10, kind="deflated"))
+hits = step("hits", lambda: hits_of(store, ranking))
+assert len(hits[0]) == 10 and hits[0][0].columns["caption"]
+print(json.dumps({"seconds": taken, "imports": before, "peak": peak()}))
+"""
+"""A query by the index in a process of its own, without the run of the script that makes its gradient."""
+
+
+@app.command("query-overhead")
+def query_overhead_command(
+    samples: Annotated[int, typer.Option(help="N.")] = 1_000_000,
+    chunks: Annotated[int, typer.Option(help="Chunks of the store.")] = 2_000,
+    timesteps: Annotated[int, typer.Option(help="T.")] = 5,
+    dimension: Annotated[int, typer.Option(help="v: small, so that the store is made in minutes.")] = 2**5,
+    runs: Annotated[int, typer.Option(help="Processes; the middle one is shown.")] = 5,
+    folder: Annotated[Path | None, typer.Option(help="Where the store is kept, and taken from if it is there.")] = None,
+    path: Json = None,
+) -> None:
+    """What a query by the index costs beside the graph and the rerank, in a new process, on a store of many samples."""
+    result = Result(
+        "query-overhead",
+        f"query-overhead, N = {samples:,}, T = {timesteps}, v = {dimension}, int8, 2 columns of text; k = 10",
+        ("part", "ms"),
+    )
+    with scratch(folder) as made:
+        kept = (folder or made) / "overhead.zarr"
+        if not kept.exists():
+            rows = 1 << (samples // chunks - 1).bit_length()
+            header = make_header(samples, timesteps, dimension, "int8", rows=rows)
+            texts: dict[str, Any] = {"caption": "string", "file_name": "string"}
+            trace = clustered_store(kept, replace(header, columns=texts))
+            build_index(trace, recall=0.05, fold=4, m=8, ef_construction=20, directions=8)
+        found = []
+        for _ in range(runs):
+            ran = subprocess.run(
+                [sys.executable, "-c", COLD_QUERY, str(kept)], check=True, stdout=subprocess.PIPE, text=True
+            )
+            found.append(json.loads(ran.stdout))
+        graph = (kept.with_name("overhead.index") / "graph.hnsw").stat().st_size
+        opened = open_store(kept)
+        result.notes.append(f"{opened.header.chunks:,} chunks; graph.hnsw has {graph / 1e6:.0f} MB.")
+    middle = {name: 1e3 * float(np.median([run["seconds"][name] for run in found])) for name in found[0]["seconds"]}
+    inside = {name: middle.pop(name) for name in ("graph", "rerank")}
+    for name, taken in middle.items():
+        result.add(name, taken)
+    result.add("all of these", sum(middle.values()))
+    result.add("graph: checksum, checks, load", inside["graph"])
+    result.add("rerank", inside["rerank"])
+    imports, peak = (float(np.median([run[name] for run in found])) / 1e6 for name in ("imports", "peak"))
+    result.notes.append(
+        f"memory at its largest: {peak:.0f} MB, {peak - graph / 1e6:.0f} without the graph; imports: {imports:.0f} MB."
+    )
+    result.show(path)
+
+
 @app.command("write")
 def write_command(
     samples: Annotated[int, typer.Option(help="N.")] = 2048,
@@ -708,9 +808,9 @@ def _written(made: Path, header: Header, dtype: Dtype) -> tuple[str | int | floa
                     os.fsync(file.fileno())
                 store.sync(made)
             elif name == "stored":
-                writers[0].write_stored(chunk, values, scale, ones, ones, number, label)
+                writers[0].write(chunk, values, scale, ones, ones, number, label)
             else:
-                writers[1].write(chunk, sketches, ones, ones, number, label)
+                writers[1].write(chunk, *store.quantise(sketches, dtype), ones, ones, number, label)
             seconds[name] += time.perf_counter() - start
     rate = {name: whole * len(data) / 1e6 / taken for name, taken in seconds.items()}
     return (
@@ -840,18 +940,19 @@ def clocked() -> Iterator[Clock]:
     clock = Clock()
     opened = began = 0.0
     inner = {
-        "open": LoopDriver._open_body,
-        "gradients": recorder.gradients,
-        "compress": recorder.compress,
-        "keep": Recorder._keep_row,
+        "open": StepGuard.open,
+        "gradients": recorder.take_gradient,
+        "compress": recorder.compress_gradient,
+        "keep": ChunkQueue.add,
         "sample": Recorder.sample,
         "take": Recorder.take,
     }
 
-    def open_body(driver: LoopDriver, *args: Any) -> None:
+    def open_step(guard: StepGuard, *args: Any) -> Any:
         nonlocal opened
-        inner["open"](driver, *args)
+        step = inner["open"](guard, *args)
         opened = time.perf_counter()
+        return step
 
     def gradients(*args: Any) -> Any:
         found = inner["gradients"](*args)
@@ -875,15 +976,15 @@ def clocked() -> Iterator[Clock]:
             began = time.perf_counter()
         inner["sample"](self, *args)
 
-    def take(self: Recorder, body: Any) -> None:
-        inner["take"](self, body)
+    def take(self: Recorder, step: Any) -> None:
+        inner["take"](self, step)
         clock.whole = time.perf_counter() - began
 
     places: list[tuple[Any, str, Any]] = [
-        (LoopDriver, "_open_body", open_body),
-        (recorder, "gradients", gradients),
-        (recorder, "compress", timed("compress", inner["compress"])),
-        (Recorder, "_keep_row", timed("store", inner["keep"])),
+        (StepGuard, "open", open_step),
+        (recorder, "take_gradient", gradients),
+        (recorder, "compress_gradient", timed("compress", inner["compress"])),
+        (ChunkQueue, "add", timed("store", inner["keep"])),
         (Recorder, "sample", sample),
         (Recorder, "take", take),
     ]

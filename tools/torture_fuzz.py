@@ -38,16 +38,15 @@ from rich.table import Table
 from torture_stores import CAPTIONS, make_store
 
 from dmin_trace import audit as examine
-from dmin_trace import query as questions
+from dmin_trace import query, store
 from dmin_trace import search as hnsw
 from dmin_trace import search as index
-from dmin_trace import store
 from dmin_trace import store as untrusted
 from dmin_trace import views as report
-from dmin_trace.capture import weights
+from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import AnsweredBy, Hit, TopK
-from dmin_trace.query import answer as query
+from dmin_trace.query.images import image_file
 from dmin_trace.search import Facts
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
@@ -142,7 +141,6 @@ def targets(folder: Path) -> dict[str, Target]:
     safetensors = weights_beside(trace.path).read_bytes()
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(CAPTIONS)]
     images = list(_images())
-    linked = np.setdiff1d(np.flatnonzero(trace.valid), np.empty(0, np.int64))
     facts_of = index.read_facts(trace)
     if isinstance(facts_of, index.Unavailable):
         raise ValueError(facts_of.reason)
@@ -178,7 +176,8 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_graph(data: bytes) -> None:
         _put(harmed / "graph.hnsw", _spliced(graph, data))
         try:
-            loaded = hnsw.load_graph(harmed / "graph.hnsw", facts_of.length, linked, facts_of.m)
+            shape = (facts_of.length, facts_of.vectors, facts_of.samples)
+            loaded, _ = hnsw.load_graph(harmed / "graph.hnsw", *shape, facts_of.m)
             loaded.set_ef(40)
             loaded.knn_query(np.ones((1, facts_of.length), np.float32), k=20)
         except (hnsw.GraphError, RuntimeError):
@@ -193,16 +192,16 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_list(data: bytes) -> None:
         _put(harmed / "list.jsonl", data)
-        for asked in questions.read_inputs([harmed / "list.jsonl"]):
+        for asked in query.read_inputs([harmed / "list.jsonl"]):
             try:
-                query._as_file(asked.image, harmed / "made.png")
+                image_file(asked.image, harmed / "made.png")
             except DminTraceError:
                 continue
 
     def read_weights(data: bytes) -> None:
         _put(harmed / "w.safetensors", data)
         [files] = weights.weight_files(harmed / "w.safetensors")
-        for tensor in weights.read(weights.places(files, harmed / "w.safetensors").values()):
+        for tensor in weights.read(weights.list_saved(files, harmed / "w.safetensors").values()):
             assert tensor.numel() * tensor.element_size() <= len(data)
 
     def read_arrays(data: bytes) -> None:
@@ -211,7 +210,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_image(data: bytes) -> None:
         _put(harmed / "image.png", data)
-        query._as_file(harmed / "image.png", harmed / "made.png")
+        image_file(harmed / "image.png", harmed / "made.png")
 
     shutil.copytree(folder / "plain", harmed)
     shutil.copytree(folder / "plain", harmed / "plain")

@@ -20,7 +20,7 @@ from dmin_trace import query
 from dmin_trace import store as untrusted
 from dmin_trace.audit import verify_store
 from dmin_trace.errors import DminTraceError
-from dmin_trace.query import Answer
+from dmin_trace.query import TopK
 from dmin_trace.settings import Codec, Dtype
 from dmin_trace.store import open_store
 
@@ -101,5 +101,5 @@ def _asked(path: Path, queries: np.ndarray, exact: bool, before: list[tuple[int,
     return "queries answered as before" if hits == before else f"WRONG: another answer, exact {exact}"
 
 
-def _hits(answer: Answer) -> list[tuple[int, float, str]]:
+def _hits(answer: TopK) -> list[tuple[int, float, str]]:
     return [(hit.sample, hit.score, str(hit.columns)) for hits in answer.hits for hit in hits]

@@ -12,7 +12,7 @@ import torch
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.search import build_index
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import ParameterFacts, ProjectionFacts, Store, create, open_store, weights_beside
+from dmin_trace.store import ParameterFacts, ProjectionFacts, Store, create, open_store, quantise, weights_beside
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from stores import make_header
@@ -55,7 +55,7 @@ def make_store(
         here = np.arange(writer.rows(chunk).start, writer.rows(chunk).stop)
         writer.write(
             chunk,
-            grad[here],
+            *quantise(grad[here], dtype),
             1 + generator.random((len(here), timesteps), np.float32),
             generator.random((len(here), timesteps), np.float32),
             here.astype(np.int64),

@@ -8,7 +8,7 @@ from dmin_trace import search as index
 from dmin_trace import store
 from dmin_trace import store as integrity
 from dmin_trace.errors import TraceError, WeightsError
-from dmin_trace.store import Damage, Header, Progress, Store, Verified
+from dmin_trace.store import Damage, Header, Progress, Verified
 
 
 def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
@@ -20,19 +20,18 @@ def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
     if integrity.size_of(path) is None:
         store.read_header(path)  # says that there is none
     try:
-        header, complete = store.read_header(path)
+        header, finished = store.read_header(path)
     except TraceError as error:
         found.damages.append(Damage(file=f"{path.name}/zarr.json", what=str(error)))
         found.notes.append("Nothing else can be told without the header of the store.")
         return found
     try:
-        found = integrity.verify_chunks(path, header, complete, progress=progress)
-        done = store.marks(path, header)
+        found = integrity.verify_chunks(path, header, finished, progress=progress)
     except TraceError as error:
         found.damages.append(Damage(file=f"{path.name}/done", what=str(error)))
         return found
     if not found.bad_arrays:
-        damaged, why = index.damage(Store(path, header, found.complete, done))
+        damaged, why = index.damage(store.open_store(path, unfinished=True))
         folder = index.index_beside(path)
         found.damages += [Damage(file=f"{folder.name}/{name}", what=what) for name, what in damaged]
         of_index = [file.lstat().st_size for file in folder.iterdir()] if folder.is_dir() else []

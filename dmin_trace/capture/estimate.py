@@ -1,73 +1,125 @@
-"""What a whole capture would take, from a trial of two samples: time, disk and memory, before anyone commits to it."""
+"""What a whole capture would cost, estimated from a trial of two samples: time, disk and memory."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch
 from rich.filesize import decimal
 
-from dmin_trace.capture.accelerate.attach import Capture
+from dmin_trace.capture.recorder import Recorder
 from dmin_trace.store import bytes_of
 
-NUMBER = 4
-"""Bytes of a float32."""
+FLOAT32_BYTES = 4
 
 
-def facts(trial: Capture) -> Sequence[tuple[str, str]]:
-    """Names and values for a person to read.
+@dataclass(frozen=True, kw_only=True)
+class CaptureCost:
+    """What a capture would cost, in seconds and bytes.
+
+    samples, timesteps, draws: N, T and D.
+    parameters, tensors: the number of trained parameters (elements), and of the tensors that hold them.
+    seconds_per_sample: with one process.
+    store: the size of the store.
+    weights: the size of the file of trained weights beside it.
+    gradients: the size that all gradients would have as float32, not projected.
+    memory: the peak of the process's memory.
+    waiting: the part of `memory` that holds rows before they are on disk.
+    mean: the part of `memory` that holds the mean of the draws; 0 if D is 1.
+    gpu_memory: the peak of the GPU memory, or None without a GPU.
+    free_disk, free_memory: what is free now.
+    """
+
+    samples: int
+    timesteps: int
+    draws: int
+    parameters: int
+    tensors: int
+    seconds_per_sample: float
+    store: int
+    weights: int
+    gradients: int
+    memory: int
+    waiting: int
+    mean: int
+    gpu_memory: int | None
+    free_disk: int
+    free_memory: int
+
+
+def estimate_cost(recorder: Recorder, seconds_per_sample: float, folder: Path) -> CaptureCost:
+    """Estimates the cost of a capture.
 
     Args:
-        trial: a finished capture of mode "estimate".
+        recorder: the recorder of a finished trial.
+        seconds_per_sample: what the trial's last sample took.
+        folder: where the store would be written.
     """
-    recorder = trial.recorder
-    header = recorder.header()
-    samples, timesteps = header.samples, len(header.timesteps)
-    length = recorder.trainable.length
-    stored = bytes_of(header)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in recorder.trainable.tensors)
-    whole = samples * timesteps * length * NUMBER
-    a_sample = decimal(stored // samples)
-    # The rows of a chunk are gathered as float32 before they are written.
-    waiting = header.chunk_rows * timesteps * header.dimension * NUMBER
-    draws = header.draws
-    # The trial had that gradient too.
-    summed = f", {decimal(length * NUMBER)} are the mean of the draws" if draws > 1 else ""
+    header, trainable = recorder.header(), recorder.trainable
+    # One chunk is written while the next is recorded.
+    waiting = min(2, header.chunks) * header.chunk_rows * header.sample_bytes
+    gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return CaptureCost(
+        samples=header.samples,
+        timesteps=len(header.timesteps),
+        draws=header.draws,
+        parameters=trainable.length,
+        tensors=len(trainable.names),
+        seconds_per_sample=seconds_per_sample,
+        store=bytes_of(header),
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in trainable.tensors),
+        gradients=header.samples * len(header.timesteps) * trainable.length * FLOAT32_BYTES,
+        memory=_peak_memory() + waiting,
+        waiting=waiting,
+        mean=trainable.length * FLOAT32_BYTES if header.draws > 1 else 0,
+        gpu_memory=torch.cuda.max_memory_allocated() if gpu else None,
+        free_disk=shutil.disk_usage(folder if folder.is_dir() else ".").free,
+        free_memory=psutil.virtual_memory().available,
+    )
+
+
+def describe_cost(cost: CaptureCost) -> Sequence[tuple[str, str]]:
+    """Returns the names and values of a cost for a person to read."""
+    draws = f", {cost.draws} draws each" if cost.draws > 1 else ""
+    mean = f", {decimal(cost.mean)} are the mean of the draws" if cost.mean else ""
+    time = timedelta(seconds=max(1, round(cost.seconds_per_sample * cost.samples)))
     rows = [
-        ("samples x timesteps", f"{samples:,} x {timesteps}" + (f", {draws} draws each" if draws > 1 else "")),
-        ("trained parameters", f"{length:,} in {len(recorder.trainable.names)} tensors"),
-        ("time", f"{_time(trial.seconds_a_sample * samples)} ({trial.seconds_a_sample:.3g} s a sample, one process)"),
+        ("samples x timesteps", f"{cost.samples:,} x {cost.timesteps}{draws}"),
+        ("trained parameters", f"{cost.parameters:,} in {cost.tensors} tensors"),
+        ("time", f"{time} ({cost.seconds_per_sample:.3g} s a sample, one process)"),
         (
             "disk",
-            f"{decimal(stored)} for the store ({a_sample} a sample), {decimal(weights)} for the weights",
+            f"{decimal(cost.store)} for the store ({decimal(cost.store // cost.samples)} a sample), "
+            f"{decimal(cost.weights)} for the weights",
         ),
-        ("uncompressed", f"{decimal(whole)} would be the gradients as float32, {whole / stored:,.0f} times as much"),
         (
-            "memory",
-            f"{decimal(_peak_memory() + waiting)} at the peak, of which {decimal(waiting)} wait for the disk{summed}",
+            "uncompressed",
+            f"{decimal(cost.gradients)} would be the gradients as float32, {cost.gradients / cost.store:,.0f} times as "
+            "much",
         ),
+        ("memory", f"{decimal(cost.memory)} at the peak, of which {decimal(cost.waiting)} wait for the disk{mean}"),
     ]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        rows.append(("GPU memory", f"{decimal(torch.cuda.max_memory_allocated())} at the peak"))
-    free = shutil.disk_usage(trial.out.parent if trial.out and trial.out.parent.is_dir() else ".").free
-    if free < stored + weights:
-        rows.append(("but", f"only {decimal(free)} are free on the disk"))
+    if cost.gpu_memory is not None:
+        rows.append(("GPU memory", f"{decimal(cost.gpu_memory)} at the peak"))
+    if cost.free_disk < cost.store + cost.weights:
+        rows.append(("but", f"only {decimal(cost.free_disk)} are free on the disk"))
+    if cost.free_memory < cost.waiting:
+        rows.append(("but", f"only {decimal(cost.free_memory)} of memory are free"))
     return rows
 
 
 def _peak_memory() -> int:
-    """The most bytes of memory that this process has had."""
+    """The largest memory that this process has had, in bytes."""
     if sys.platform == "win32":
-        return 0
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB.
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=max(1, round(seconds))))

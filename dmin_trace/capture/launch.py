@@ -1,7 +1,7 @@
 """Runs a training script for a capture: at the end of its training, on demand, or for a query.
 
-The script is run as `python script.py ARGS` would run it; the job attaches when the script makes its Accelerator, so no
-line in the script is needed, and a line that is there joins the same capture.
+The script is run as `python script.py ARGS` runs it. The job attaches when the script makes its Accelerator, so the
+script needs no line of ours; if it has one, that line joins the same capture.
 
 `python -m dmin_trace.capture.launch JOB.json` runs a job in a process of its own, which is how queries are captured: a
 script may change any global state of its process, and may end it.
@@ -20,13 +20,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dmin_trace.capture.accelerate.attach import Capture, attach_job
+from dmin_trace.capture.accelerate.attach import attach_job
 from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.capture.accelerate.script_capture import ScriptCapture
 from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
 
 
-def run_script(job: Job) -> Capture:
+def run_script(job: Job) -> ScriptCapture:
     """Runs the job's script in this process, attached.
 
     Returns:
@@ -39,7 +40,7 @@ def run_script(job: Job) -> Capture:
     command = job.command
     if not Path(command.script).is_file():
         raise ScriptError(f"There is no script at {command.script}. Give the training script's path after `--`.")
-    captures: list[Capture] = []
+    captures: list[ScriptCapture] = []
     with _as_main(command), _attaching(lambda accelerator: captures.append(attach_job(accelerator, job))):
         try:
             runpy.run_path(command.script, run_name="__main__")
@@ -52,7 +53,7 @@ def run_script(job: Job) -> Capture:
                 raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
         except Exception as error:
             if job.mode == "final":
-                # The user's training failed by itself: its traceback is what they need.
+                # The user's training failed: its traceback is what they need.
                 raise
             raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
     if not captures:
@@ -66,7 +67,7 @@ def run_script(job: Job) -> Capture:
 
 @contextmanager
 def _as_main(command: Command) -> Iterator[None]:
-    """Arguments, import path and working folder as `python script.py` has them."""
+    """Sets the arguments, the import path and the working folder that `python script.py` has."""
     before = sys.argv, sys.path[:], Path.cwd()
     sys.argv = [command.script, *command.arguments]
     sys.path.insert(0, str(Path(command.script).parent))
@@ -80,7 +81,7 @@ def _as_main(command: Command) -> Iterator[None]:
 
 @contextmanager
 def _attaching(attach: Callable[[Accelerator], None]) -> Iterator[None]:
-    """While entered, every new Accelerator is attached to as soon as it is made."""
+    """While entered, attaches to every new Accelerator as soon as it is made."""
     make = Accelerator.__init__
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
@@ -95,7 +96,7 @@ def _attaching(attach: Callable[[Accelerator], None]) -> Iterator[None]:
 
 
 def main() -> int:
-    """Runs the job in the file named by the first argument; a refusal goes to standard error as one JSON line."""
+    """Runs the job in the file that the first argument names. Prints a refusal to standard error as one JSON line."""
     job = Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         run_script(job)

@@ -1,20 +1,80 @@
-"""The processes that fill one store together."""
+"""Several processes fill one store: they meet, and exchange errors and signals, so that all stop at the same step.
+
+A training step may gather values from all processes, so each of them must run the same number of steps. A process that
+fails therefore runs on until the next meeting, and its rows are discarded. The processes meet before and after the
+store is opened, after every chunk, and after the last row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from dmin_trace.errors import CaptureError, message_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """The processes that fill one store together, each its own chunks.
 
     rank: the number of this process, from 0. The first makes the store, and the others open it.
     count: how many there are.
     gather: waits until every process has called it, and returns the message of each, by rank.
+    error: the error of this process that the others do not know yet.
+    meeting: whether the other processes expect this one at their next meeting.
     """
 
     rank: int = 0
     count: int = 1
     gather: Callable[[str], list[str]] = lambda message: [message]
+    error: Exception | None = field(default=None, init=False)
+    meeting: bool = field(default=False, init=False)
+
+    def hold(self, error: Exception) -> bool:
+        """Keeps an error until the next meeting. Returns False, and keeps nothing, if nobody waits for this process."""
+        if not self.meeting or self.count == 1:
+            return False
+        self.error = self.error or error
+        return True
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keeps an error that is raised in the block until the next meeting. A single process raises it at once."""
+        try:
+            yield
+        except Exception as error:
+            if self.count == 1:
+                raise
+            self.error = self.error or error
+
+    def meet(self, signal: int = 0) -> int:
+        """Waits for the other processes.
+
+        Args:
+            signal: the number of the signal that this process caught, or 0.
+
+        Returns:
+            The number of the signal that any of them caught, or 0.
+
+        Raises:
+            CaptureError: one of them has failed or ended. The error of this process itself is raised as it is.
+        """
+        if self.count == 1:
+            return signal
+        message = json.dumps({"error": "" if self.error is None else message_of(self.error), "signal": signal})
+        try:
+            messages = [json.loads(text) for text in self.gather(message)]
+        except Exception as error:
+            self.meeting = False
+            raise CaptureError(
+                f"Process {self.rank} of {self.count} no longer reaches the others, so one of them has ended "
+                f"({message_of(error).splitlines()[0][:200]}). Run the capture again: it continues with the chunks "
+                "that are not in the store."
+            ) from None
+        for rank, told in enumerate(messages):
+            if told["error"]:
+                self.meeting = False
+                raise self.error or CaptureError(f"Process {rank} of {self.count} failed: {told['error']}")
+        return max(int(told["signal"]) for told in messages)

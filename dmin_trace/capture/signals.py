@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM during a capture: the first is noted, so that the chunk in hand can be finished.
+"""Ctrl-C and SIGTERM during a capture: the first one is noted, so that the chunk in hand can be finished.
 
-The handlers that were there come back with the first signal, so a second one does what it would have done without us.
+The first signal also puts the earlier handlers back, so a second one does what it would have done without a capture.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from types import FrameType
 
 
 class FirstSignal:
-    """While held, the first Ctrl-C or SIGTERM is noted instead of ending the process.
+    """While held, the first Ctrl-C or SIGTERM is noted and does not end the process.
 
-    Only where nobody else has a handler for it, and in the main thread, which is where python runs them.
+    A signal for which another handler is set is left alone. So are all signals outside the main thread, which is where
+    python runs handlers.
 
-    caught: the signal's number, 0 until one came.
+    caught: the number of the signal, 0 before one came.
     """
 
     def __init__(self) -> None:
-        """Nothing is held yet."""
+        """Holds nothing yet."""
         self.caught = 0
         self._before: dict[signal.Signals, object] = {}
 
     @property
     def name(self) -> str:
-        """Of the signal that was caught, as a person knows it."""
+        """The name of the caught signal for a person to read; "" before one came."""
         return "Ctrl-C" if self.caught == signal.SIGINT else signal.Signals(self.caught).name if self.caught else ""
 
     def hold(self) -> None:
@@ -38,11 +39,11 @@ class FirstSignal:
                 self._before[number] = signal.signal(number, self._note)
 
     def let_go(self) -> None:
-        """Puts the handlers back that were there; a second call does nothing."""
+        """Puts the earlier handlers back. A second call does nothing."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number, handler in self._before.items():
-            # Somebody else may have set another one meanwhile.
+            # Another part of the program may have set its own in the meantime.
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)  # type: ignore[arg-type]
         self._before.clear()

@@ -1,52 +1,84 @@
-"""One run of the code that computes a loss, on one sample at one timestep: what it drew, what it saw, what it gave."""
+"""One run of a training step for a capture, on one sample at one timestep: `CaptureStep`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from dmin_trace.capture.randomness import PinnedDraws, PinnedTimestep
+from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep
+from dmin_trace.errors import CaptureError
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
 
 
 @dataclass
 class CaptureStep:
-    """One run of a loop's body for a capture.
+    """One run of a training step for a capture.
+
+    A loop that draws its timestep by torch.randint or torch.multinomial needs nothing of this: those are pinned. One
+    that takes its timestep from outside takes it from `timestep` or `fraction`.
 
     sample: the dataset index.
-    slot: the timestep slot.
-    draws: what the body drew.
-    timestep: what reached the denoiser, a tensor on its device, or None if nothing did.
-    backwards: how often the body asked for the gradient.
-    sketch, norm, loss: what the capture made of the loss in `backward`; None until then.
-    versions: how often each of the models' parameters had been changed in place before.
+    pinned: the timestep, with its seed.
+    draws: the random calls of the step.
+    seen: the timestep that the denoiser was called with, a tensor on its device; None before that.
+    given: the timestep that `timestep` or `fraction` gave first; None before that.
+    backwards: how often the step called backward.
+    gradient, norm, loss: the projected gradient (v,), the norm of the gradient, and the loss; None before backward.
     """
 
     sample: int
-    slot: PinnedTimestep
+    pinned: PinnedTimestep
     draws: PinnedDraws
-    timestep: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    given: float | None = None
     backwards: int = 0
-    sketch: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
     norm: torch.Tensor | None = None
     loss: torch.Tensor | None = None
-    versions: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The sample and the number of the timestep, for a person to read."""
+        return f"the training step of sample {self.sample}, timestep {self.pinned.number}"
+
+    def timestep(self, steps: int) -> int:
+        """The timestep, in a schedule of so many steps.
+
+        Raises CaptureError if timesteps were given as a list, and this one lies beyond the schedule.
+        """
+        timestep = self.pinned.index_in(steps)
+        self._give(timestep)
+        return timestep
+
+    def fraction(self) -> float:
+        """The time, in a schedule that runs from 0 to 1.
+
+        Raises CaptureError if timesteps were given as a list.
+        """
+        if self.pinned.timestep is not None:
+            raise CaptureError("Timesteps were given as a list, which has no fractions of a schedule. Give a count.")
+        self._give(self.pinned.fraction)
+        return self.pinned.fraction
+
+    def _give(self, timestep: float) -> None:
+        self.given = timestep if self.given is None else self.given
+        self.draws.hand_out("timestep")
 
     def see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Notes the timestep that a module is called with, if it is the first that is seen."""
-        if self.timestep is not None:
+        """Keeps the timestep that a module is called with, if it is the first one."""
+        if self.seen is not None:
             return
         names = _forward_names(module)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         for name in TIMESTEP_ARGUMENTS:
             if given.get(name) is not None:
-                self.timestep = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
+                self.seen = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
                 return
 
 

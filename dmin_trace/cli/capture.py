@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from dmin_trace.command import Job
 def run(
     *,
     context: typer.Context,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
     out: Out = None,
     max_train_steps: Annotated[
         int | None, typer.Option(help="Optimizer steps after which the training ends. Default: the script's argument.")
@@ -51,7 +50,7 @@ def capture(
     *,
     context: typer.Context,
     weights: Annotated[Path, typer.Option(help="The trained weights: a safetensors file, or a folder with one.")],
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
     out: Out = None,
     edited_script: EditedScript = False,
     verbose: Verbose = False,
@@ -73,14 +72,16 @@ def capture(
 
 
 @with_settings
-def estimate(*, context: typer.Context, settings: Mapping[str, Any], verbose: Verbose = False) -> None:
+def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbose = False) -> None:
     """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take."""
-    from dmin_trace.capture.estimate import facts
+    from dmin_trace.capture.estimate import describe_cost, estimate_cost
     from dmin_trace.capture.launch import run_script
     from dmin_trace.views import facts_table
 
     show_log(verbose)
     trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
+    folder = Path() if trial.out is None else trial.out.parent
+    cost = describe_cost(estimate_cost(trial.recorder, trial.seconds_a_sample, folder))
     console = Console()
     title = "A whole capture of this script, estimated from two samples"
-    console.print(facts_table(facts(trial), title, ascii_only=console.options.ascii_only))
+    console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))

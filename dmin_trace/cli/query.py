@@ -68,8 +68,8 @@ def query(
 
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
-    from dmin_trace.query import check_score, generate_images, open_trace, read_inputs
-    from dmin_trace.search import check_k
+    from dmin_trace.query import generate_images, open_trace, read_inputs
+    from dmin_trace.search import check_k, score_method
     from dmin_trace.views import hits_csv, hits_json, hits_table
 
     if bool(images or prompt) == bool(sample):
@@ -81,7 +81,7 @@ def query(
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
     # A capture that still runs can be queried for the samples that are done; the answer says how many.
     opened = open_trace(trace, unfinished=True)
-    check_score(opened.store, score)
+    score_method(opened.store, score)
     check_k(opened.store, k)
     if sample:
         queries = opened.query_samples(sample)

@@ -1,11 +1,27 @@
-"""A gradient becomes v numbers: pure torch and numpy, no files.
+"""A gradient becomes v numbers: torch and numpy, no files.
 
     loss -> gradients -> transform (sign) -> compress -> projected gradient (v,) and norm
 
-`gradients` takes the gradient of a loss, `plan` fixes the random projection, and `compress` projects and normalises.
+`gradients` takes the gradient of a loss, `plan` fixes the random projection, and `compress` projects and normalises, in
+C (`backend_c`) or in torch (`backend_torch`). A plan needs no torch, so the other names are imported when first used.
 """
 
-from dmin_trace.project.compress import Plan, compress_gradient, make_plan, project
-from dmin_trace.project.gradients import LOSS_SCALE, Mean, take_gradient
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dmin_trace.project.plan import Plan, make_plan
+
+if TYPE_CHECKING:
+    from dmin_trace.project.compress import compress_gradient, project
+    from dmin_trace.project.gradients import LOSS_SCALE, Mean, take_gradient
 
 __all__ = ["LOSS_SCALE", "Mean", "Plan", "compress_gradient", "make_plan", "project", "take_gradient"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "compress" if name in ("compress_gradient", "project") else "gradients"
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,4 +1,4 @@
-/* The inner loops of compress.py's rotation, for a CPU. `_rows.pyi` says what the functions take.
+/* The inner loops of rotation (plan.py) on a CPU, called by backend_c.py. `_rows.pyi` documents the functions.
 
 Every buffer's length is checked here against the others; a tensor is an address, whose length the caller knows. */
 

@@ -1,4 +1,4 @@
-"""The compiled kernel of `compress`: rotation on a CPU."""
+"""The compiled kernel of `backend_c`: rotation on a CPU."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,7 +1,7 @@
 """The gradient of a loss with respect to the trained parameters, one tensor after another.
 
-Paper, equation 3: the gradient is taken at the final parameters. `torch.autograd.grad` leaves `.grad`, the GradScaler,
-the division for gradient accumulation and DDP's synchronisation alone.
+Paper, equation 3: the gradient is taken at the final parameters. `torch.autograd.grad` does not touch `.grad`, the
+GradScaler, the division for gradient accumulation or DDP's synchronisation.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 LOSS_SCALE = 1024.0
-"""Under float16 autocast the loss is scaled by this constant, so that small gradients do not vanish; a GradScaler's own
-scale moves during training, and would round the gradients of a query otherwise than those of the trace."""
+"""Under float16 autocast the loss is multiplied by this constant, so that small gradients do not vanish. A GradScaler's
+own scale changes during training, so a query's gradients would be rounded differently from those of the trace."""
 
 
 def take_gradient(
@@ -20,16 +20,16 @@ def take_gradient(
 ) -> tuple[Iterator[torch.Tensor], list[bool]]:
     """Takes the gradient of a scalar.
 
-    The tensors are handed out one at a time and let go, so that compressing them needs no second copy.
+    The tensors are yielded one at a time and then freed, so that compressing them needs no second copy.
 
     Args:
         loss: the script's loss; a scalar.
         parameters: the trained parameters.
-        scale: multiplies the loss before the backward pass and is divided out again.
+        scale: the loss is multiplied by it before the backward pass, and the gradients are divided by it.
 
     Returns:
-        An iterator over the gradients, each of its parameter's shape, zeros where the loss does not depend on the
-        parameter; and for each parameter whether the loss reached it.
+        An iterator over the gradients, each with its parameter's shape, zeros if the loss does not depend on the
+        parameter; and for each parameter whether the loss depends on it.
     """
     taken: list[torch.Tensor | None] = list(
         torch.autograd.grad(loss * scale if scale != 1.0 else loss, parameters, allow_unused=True)
@@ -41,38 +41,38 @@ def take_gradient(
         for parameter in parameters:
             gradient = taken.pop()
             if gradient is None:
-                # One zero seen at every place: no memory.
+                # One zero, expanded to the shape: no memory.
                 gradient = torch.zeros((), device=parameter.device).expand(parameter.shape)
             elif scale != 1.0:
                 gradient = gradient.float() / scale
             yield gradient
-            # Without this it would live on while the next is made.
+            # Without this it would stay alive while the next is made.
             del gradient
 
     return hand_out(), reached
 
 
 class Mean:
-    """The mean of several gradients, which are added one tensor at a time: one gradient in float32 is kept."""
+    """The mean of several gradients, which are added one tensor at a time. It holds one gradient in float32."""
 
     def __init__(self, count: int) -> None:
-        """The mean of so many."""
+        """Begins the mean of `count` gradients."""
         self._count = count
         self._sums: list[torch.Tensor] = []
 
     def add(self, taken: Iterator[torch.Tensor]) -> None:
-        """Adds a gradient, its tensors in the order of those before."""
+        """Adds a gradient. Its tensors come in the order of those before."""
         if self._sums:
             for total, gradient in zip(self._sums, taken, strict=True):
                 total.add_(gradient)
         else:
-            # Copies of their own: autograd may give one tensor for two parameters, or a number seen at every place.
+            # Copies: autograd may give one tensor for two parameters, or an expanded number.
             self._sums = [
                 gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for gradient in taken
             ]
 
     def hand_out(self) -> Iterator[torch.Tensor]:
-        """The mean, one tensor after another, each let go before the next is asked for."""
+        """Yields the mean, one tensor after another. Each is freed before the next is made."""
         sums, self._sums = self._sums[::-1], []
         while sums:
             yield sums.pop().div_(self._count)

@@ -4,27 +4,16 @@
 training samples, by the index or by a scan, and `hits` and `topk` say what is known of them.
 """
 
-from dmin_trace.query.answer import (
-    Answer,
-    AnsweredBy,
-    FittedScore,
-    answer_queries,
-    check_score,
-    fitted_score,
-)
-from dmin_trace.query.capture import capture_queries, query_rows, sample_queries
-from dmin_trace.query.columns import Columns
+from dmin_trace.query.answer import answer_queries
+from dmin_trace.query.capture import sample_queries
 from dmin_trace.query.generate import generate_images
-from dmin_trace.query.hits import Hit, hits_of
+from dmin_trace.query.hits import Hit
 from dmin_trace.query.inputs import QueryInput, read_inputs
-from dmin_trace.query.topk import TopK
+from dmin_trace.query.topk import AnsweredBy, TopK
 from dmin_trace.query.trace import ScoreMethod, Trace, attribute, open_trace
 
 __all__ = [
-    "Answer",
     "AnsweredBy",
-    "Columns",
-    "FittedScore",
     "Hit",
     "QueryInput",
     "ScoreMethod",
@@ -32,13 +21,8 @@ __all__ = [
     "Trace",
     "answer_queries",
     "attribute",
-    "capture_queries",
-    "check_score",
-    "fitted_score",
     "generate_images",
-    "hits_of",
     "open_trace",
-    "query_rows",
     "read_inputs",
     "sample_queries",
 ]

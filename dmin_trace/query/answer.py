@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmin_trace.query.hits import hits_of
+from dmin_trace.query.topk import AnsweredBy, TopK
 from dmin_trace.search import (
     DeflatedScore,
+    Index,
     Ranking,
-    Score,
     Unavailable,
     check_k,
     check_queries,
@@ -34,41 +36,6 @@ class FittedScore(Protocol):
         """The changed queries, (Q, T, v)."""
 
 
-@dataclass(frozen=True)
-class AnsweredBy:
-    """What found the training samples of an answer.
-
-    recall: (depth, part): the part of the true `depth` best that the index found when it was calibrated; None where
-        all rows were scanned.
-    description: the same in words, on one line; it may hold text from the index file.
-    """
-
-    recall: tuple[int, float] | None
-    description: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The best rows for each query, and how they were found.
-
-    ranking: rows, scores and scores per timestep.
-    score: the name of the score.
-    deflation: what was taken out of the queries, in words; "" if the score is not the deflated one.
-    answered_by: the index, or a scan.
-    """
-
-    ranking: Ranking
-    score: str
-    deflation: str
-    answered_by: AnsweredBy
-
-
-def check_score(store: Store, name: str) -> Score:
-    """The score with this name. Raises QueryError if there is none, or the store is too large for it."""
-    score_method(store, cast(Score, name))
-    return cast(Score, name)
-
-
 def fitted_score(store: Store, name: str) -> FittedScore:
     """The built-in score with this name, fitted to a store.
 
@@ -76,7 +43,7 @@ def fitted_score(store: Store, name: str) -> FittedScore:
         QueryError: there is no such score, or the store is too large for it.
         TraceError: the store is damaged.
     """
-    method = score_method(store, cast(Score, name))
+    method = score_method(store, name)
     method.fit(store)
     return method
 
@@ -87,9 +54,12 @@ def answer_queries(
     *,
     k: int,
     score: str | FittedScore = "deflated",
+    names: Sequence[str] = (),
+    prompts: Sequence[str | None] = (),
     largest: bool = True,
     exact: bool = False,
-) -> Answer:
+    index: Index | Unavailable | None = None,
+) -> TopK:
     """The training samples with the largest influence scores for queries, or with the smallest.
 
     The index answers if it is there, matches the store, and is calibrated for k and the score. Otherwise all rows are
@@ -100,8 +70,11 @@ def answer_queries(
         gradients: (Q, T, v) float32, of queries.
         k: how many training samples for each query.
         score: the name of a built-in score; or a fitted one, which saves fitting it for each call.
+        names: Q names to show; "query 0" and so on if not given.
+        prompts: the Q prompts, if there are any.
         largest: False for the smallest scores, smallest first. The index does not answer for them.
         exact: scan all rows even if there is an index.
+        index: the result of `open_index`, which saves opening the index for each call.
 
     Raises:
         QueryError: k is out of range, the gradients are not finite or not of the store's shape, there is no such score,
@@ -112,26 +85,42 @@ def answer_queries(
     check_queries(store, gradients)
     method = fitted_score(store, score) if isinstance(score, str) else score
     queries = method.transform(gradients)
-    ranking, answered_by = _ranked(store, queries, k, method.name, largest=largest, exact=exact)
-    deflation = method.description if isinstance(method, DeflatedScore) else ""
-    return Answer(ranking, method.name, deflation, answered_by)
+    ranking, answered_by = _ranked(store, queries, k, method.name, largest, exact, index)
+    hits = hits_of(store, ranking)
+    return TopK(
+        samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
+        scores=ranking.scores,
+        per_timestep=ranking.per_timestep,
+        hits=hits,
+        names=tuple(names) or tuple(f"query {n}" for n in range(len(hits))),
+        prompts=tuple(prompts) or (None,) * len(hits),
+        timesteps=store.header.timesteps,
+        score=method.name,
+        deflation=method.description if isinstance(method, DeflatedScore) else "",
+        answered_by=answered_by,
+    )
 
 
 def _ranked(
-    store: Store, queries: NDArray[np.float32], k: int, score: str, *, largest: bool, exact: bool
+    store: Store,
+    queries: NDArray[np.float32],
+    k: int,
+    score: str,
+    largest: bool,
+    exact: bool,
+    index: Index | Unavailable | None,
 ) -> tuple[Ranking, AnsweredBy]:
     """The ranking for transformed queries, and what found it."""
     if exact or not largest or not store.complete:
         return exact_top_k(store, queries, k, largest=largest), _scanned(store, "")
-    index = open_index(store)
+    index = open_index(store) if index is None else index
     if isinstance(index, Unavailable):
         return exact_top_k(store, queries, k), _scanned(store, index.reason)
     # Of a score of the user's own, no depth is calibrated.
-    kind = cast(Score, score)
-    depth = index.facts.depth(k, kind)
+    depth = index.facts.depth(k, score)
     if depth is None:
-        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(kind))
-    return search(index, queries, k, kind=kind), AnsweredBy(
+        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(score))
+    return search(index, queries, k, kind=score), AnsweredBy(
         (depth.k, depth.recall),
         f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all",
     )
@@ -139,7 +128,8 @@ def _ranked(
 
 def _scanned(store: Store, reason: str) -> AnsweredBy:
     """A scan, and why the index did not answer."""
-    searched = len(store.rows_done)
+    count = store.header.samples
     if not store.complete:
-        return AnsweredBy(None, f"searched {searched:,} of {store.header.samples:,} samples; the capture is unfinished")
-    return AnsweredBy(None, f"scanned all {searched:,} samples" + (f": {reason}" if reason else ""))
+        done = len(store.rows_done)
+        return AnsweredBy(None, f"searched {done:,} of {count:,} samples; the capture is unfinished")
+    return AnsweredBy(None, f"scanned all {count:,} samples" + (f": {reason}" if reason else ""))

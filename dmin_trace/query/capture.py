@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dmin_trace import errors
 from dmin_trace.capture.host import script_host
@@ -116,7 +115,10 @@ def capture_queries(
                     f"The script made {captured.header.samples} samples of {len(group)} images, so which sample is "
                     "which image is not known. Leave repeats and extra data out of its arguments."
                 )
-            gradients[group] = query_rows(captured, [names[k] for k in group])
+            if not captured.valid.all():
+                name = names[group[int(np.argmin(captured.valid))]]
+                raise QueryError(f"The gradient of {name} is zero or not finite, so it has no scores.")
+            gradients[group] = captured.gradients(np.arange(len(group)))
     return Queries(gradients, names, tuple(prompts), store.header.id)
 
 
@@ -181,17 +183,6 @@ def _check_conditioning(name: str, source: ImageInput | None, column: str | None
         raise QueryError(
             f"A conditioning image was given for {name}, but the model takes none. Leave --conditioning out."
         )
-
-
-def query_rows(captured: Store, names: Sequence[str]) -> NDArray[np.float32]:
-    """The gradients of a capture of queries, one for each name.
-
-    Raises QueryError if a gradient is zero or not finite.
-    """
-    unusable = np.flatnonzero(~captured.valid)
-    if unusable.size:
-        raise QueryError(f"The gradient of {names[unusable[0]]} is zero or not finite, so it has no scores.")
-    return captured.gradients(np.arange(len(names)))
 
 
 def _run(job: Job, folder: Path) -> None:

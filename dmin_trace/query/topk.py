@@ -12,12 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError
-from dmin_trace.query.answer import Answer, AnsweredBy
-from dmin_trace.query.hits import Hit, hits_of
-from dmin_trace.store import Queries, Store
+from dmin_trace.query.hits import Hit
 
 if TYPE_CHECKING:
     import pandas
+
+MAX_SHOWN_QUERIES = 3
+MAX_SHOWN_HITS = 10
+"""What a TopK shows of itself."""
+
+
+@dataclass(frozen=True)
+class AnsweredBy:
+    """What found the training samples of an answer.
+
+    recall: (depth, part): the part of the true `depth` best that the index found when it was calibrated; None where
+        all rows were scanned.
+    description: the same in words, on one line; it may hold text from the index file.
+    """
+
+    recall: tuple[int, float] | None
+    description: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,27 +108,6 @@ class TopK:
             self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
         except OSError as error:
             raise QueryError(f"{path} cannot be written: {error.strerror or error}.") from None
-
-
-MAX_SHOWN_QUERIES = 3
-MAX_SHOWN_HITS = 10
-
-
-def top_k_of(store: Store, queries: Queries, answer: Answer) -> TopK:
-    """An answer with what the store and the queries know of its rows."""
-    hits = hits_of(store, answer.ranking)
-    return TopK(
-        samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
-        scores=answer.ranking.scores,
-        per_timestep=answer.ranking.per_timestep,
-        hits=hits,
-        names=queries.names,
-        prompts=queries.prompts,
-        timesteps=store.header.timesteps,
-        score=answer.score,
-        deflation=answer.deflation,
-        answered_by=answer.answered_by,
-    )
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError, brief
-from dmin_trace.query.answer import FittedScore, answer_queries, check_score, fitted_score
+from dmin_trace.query.answer import FittedScore, answer_queries, fitted_score
 from dmin_trace.query.by_sample import rows_by_sample, scores_by_sample, self_influence
 from dmin_trace.query.capture import capture_queries, sample_queries
 from dmin_trace.query.columns import Columns
 from dmin_trace.query.hits import Hit
 from dmin_trace.query.images import ImageInput
-from dmin_trace.query.topk import TopK, top_k_of
-from dmin_trace.search import Score, check_k, has_direction
+from dmin_trace.query.topk import TopK
+from dmin_trace.search import Index, Score, Unavailable, check_k, has_direction, open_index, score_method
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class Trace:
     def __repr__(self) -> str:
         if self._store is None:
             return "Trace(closed)"
-        header, done = self.store.header, len(self.store.rows_done)
-        state = "complete" if self.complete else f"unfinished: {done:,} done"
+        header = self.store.header
+        state = "complete" if self.complete else f"unfinished: {len(self.store.rows_done):,} done"
         return (
             f"Trace({header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}, {header.dtype}, "
             f"{state})"
@@ -115,6 +115,7 @@ class Trace:
         """Frees the files of the trace. It cannot be used afterwards."""
         self._store = None
         self._fitted = []
+        self.__dict__.pop("_index", None)
 
     # -- the training samples --------------------------------------------------------------------------------------
 
@@ -297,14 +298,27 @@ class Trace:
         check_k(self.store, k)
         self._check_queries(queries)
         method = self._fitted_score(score)
-        answer = answer_queries(self.store, queries.gradients, k=k, score=method, largest=largest, exact=exact)
-        return top_k_of(self.store, queries, answer)
+        return answer_queries(
+            self.store,
+            queries.gradients,
+            k=k,
+            score=method,
+            names=queries.names,
+            prompts=queries.prompts,
+            largest=largest,
+            exact=exact,
+            index=self._index if largest and not exact and self.complete else None,
+        )
 
     # -- within ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
         return rows_by_sample(self.store)
+
+    @cached_property
+    def _index(self) -> Index | Unavailable:
+        return open_index(self.store)
 
     def _check_queries(self, queries: Queries) -> None:
         """Raises QueryError for queries of another trace."""
@@ -373,7 +387,7 @@ def attribute(
     # Before the images are captured, which takes long.
     check_k(opened.store, k)
     if isinstance(score, str):
-        check_score(opened.store, score)
+        score_method(opened.store, score)
     queries = opened.query_images(
         images,
         prompts,

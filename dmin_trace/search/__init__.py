@@ -1,49 +1,31 @@
 """Rows in, ranked samples out.
 
-`exact` scores every row, `deflation` takes out of queries what all samples share, and `index` proposes candidates.
+`exact` scores every row; `deflation` takes out of queries what all samples share; `scores` names what samples are
+ranked by. `build` makes an index beside a store, whose graph proposes candidates, and `index` searches it.
 """
 
-from dmin_trace.search.deflation import FOUND, Directions, Score, choose_directions, principal_directions
-from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk, self_influence
+from dmin_trace.search.build import build_index
+from dmin_trace.search.deflation import Directions, Score, choose_directions, principal_directions
+from dmin_trace.search.exact import exact_top_k, scores_by_chunk
 from dmin_trace.search.graph import GraphError, load_graph
-from dmin_trace.search.index import (
-    DIRECTIONS,
-    Depth,
-    Facts,
-    Index,
-    Unavailable,
-    build_index,
-    damage,
-    graph_memory,
-    index_beside,
-    open_directions,
-    open_index,
-    read_facts,
-    search,
-)
+from dmin_trace.search.index import Index, open_directions, open_index, search
+from dmin_trace.search.index_files import Depth, Facts, Unavailable, damage, index_beside, read_facts
 from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
-from dmin_trace.search.scores import DeflatedScore, DminScore, ScoreMethod, score_method
+from dmin_trace.search.scores import MAX_QUERY_NUMBERS, DeflatedScore, DminScore, score_method
 
 __all__ = [
     "DeflatedScore",
-    "DminScore",
-    "ScoreMethod",
-    "score_method",
-    "scores_by_chunk",
-    "self_influence",
     "Depth",
     "Directions",
-    "FOUND",
+    "DminScore",
     "Facts",
     "GraphError",
     "Index",
+    "MAX_QUERY_NUMBERS",
     "Ranking",
     "Score",
     "Unavailable",
-    "all_scores",
-    "DIRECTIONS",
     "build_index",
-    "graph_memory",
     "check_k",
     "check_queries",
     "choose_directions",
@@ -57,5 +39,7 @@ __all__ = [
     "principal_directions",
     "read_facts",
     "rerank",
+    "score_method",
+    "scores_by_chunk",
     "search",
 ]

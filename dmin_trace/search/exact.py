@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import QueryError, TraceError
-from dmin_trace.search.products import ChunkProducts, squared_norms
+from dmin_trace.search.products import ChunkProducts
 from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
-from dmin_trace.store import Store
-from dmin_trace.store.cores import core_count
+from dmin_trace.store import Store, core_count
 
 R = TypeVar("R")
 Progress = Callable[[int], None]
@@ -73,50 +72,6 @@ def exact_top_k(
     return rerank(store, queries, first_pass.candidates(), k, largest=largest)
 
 
-def all_scores(
-    store: Store,
-    queries: NDArray[np.float32],
-    *,
-    per_timestep: bool = False,
-    out: NDArray[np.float32] | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> NDArray[np.float32]:
-    """The score of every row for each query: (Q, N) float32, or (Q, N, T) per timestep.
-
-    NaN for a row that is not done or has no gradient to rank. Sums are in float32, so the scores of equal rows may
-    differ in the last digit; `exact_top_k` ranks exactly.
-
-    Args:
-        store: the store.
-        queries: (Q, T, v), projected gradients.
-        per_timestep: give the inner product at each timestep, not their sum.
-        out: where the scores are written, of the shape above: a memory map, say, where they do not fit into memory.
-        threads: the number of threads; one for each core if not given.
-        progress: called with the number of rows of each chunk that is scored.
-
-    Returns:
-        `out`, or a new array if it is not given.
-
-    Raises:
-        QueryError: the queries are not finite or not of the store's shape, or `out` is of another shape or dtype.
-        TraceError: a chunk is damaged.
-    """
-    shape = (len(queries), store.header.samples, len(store.header.timesteps))[: 3 if per_timestep else 2]
-    if out is not None and (out.shape != shape or out.dtype != np.float32):
-        raise QueryError(f"out is {out.dtype} of shape {out.shape}; expected float32 of shape {shape}.")
-    scores = np.empty(shape, np.float32) if out is None else out
-    for chunk in np.flatnonzero(~store.done):
-        rows = store.header.rows(int(chunk))
-        scores[:, rows.start : rows.stop] = np.nan
-    with closing(
-        scores_by_chunk(store, queries, per_timestep=per_timestep, threads=threads, progress=progress)
-    ) as chunks:
-        for rows, of_chunk in chunks:
-            scores[:, rows.start : rows.stop] = of_chunk
-    return scores
-
-
 def scores_by_chunk(
     store: Store,
     queries: NDArray[np.float32],
@@ -127,7 +82,19 @@ def scores_by_chunk(
 ) -> Generator[tuple[range, NDArray[np.float32]], None, None]:
     """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep.
 
-    NaN for a row that has no gradient to rank. Arguments and errors are those of `all_scores`.
+    NaN for a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last
+    digit; `exact_top_k` ranks exactly. Few chunks are scored ahead, so that memory is bounded.
+
+    Args:
+        store: the store.
+        queries: (Q, T, v), projected gradients.
+        per_timestep: give the inner product at each timestep, not their sum.
+        threads: the number of threads; one for each core if not given.
+        progress: called with the number of rows of each chunk that is scored.
+
+    Raises:
+        QueryError: the queries are not finite or not of the store's shape.
+        TraceError: a chunk is damaged.
     """
     check_queries(store, queries)
     products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
@@ -140,27 +107,6 @@ def scores_by_chunk(
     with closing(_each_chunk(store, of_chunk, threads, progress)) as chunks:
         for chunk, scores in zip(store.chunks_done, chunks, strict=True):
             yield store.header.rows(chunk), scores
-
-
-def self_influence(
-    store: Store, *, threads: int | None = None, progress: Progress | None = None
-) -> NDArray[np.float32]:
-    """(N,) float32: each row's score with itself, the sum over timesteps of the squared norm of its stored numbers.
-
-    NaN for a row that is not done or has no gradient to rank. Arguments and errors are those of `all_scores`.
-    """
-    found = np.full(store.header.samples, np.nan, np.float32)
-
-    def of_chunk(chunk: int) -> None:
-        rows = store.header.rows(chunk)
-        numbers = store.numbers(np.arange(rows.start, rows.stop))
-        squares = squared_norms(store, chunk, numbers.scale)
-        found[rows.start : rows.stop] = np.where(has_direction(numbers.norm), squares, np.nan)
-
-    with closing(_each_chunk(store, of_chunk, threads, progress)) as chunks:
-        for _ in chunks:
-            pass
-    return found
 
 
 _Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
@@ -221,9 +167,8 @@ def _chunk_scores(
     store: Store, products: ChunkProducts, chunk: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32]]:
     """A chunk's rows (n,), which of them can be ranked, and their products (S, n, Q)."""
-    place = store.header.rows(chunk)
-    rows = np.arange(place.start, place.stop)
-    numbers = store.numbers(rows)
+    numbers = store.numbers_of(chunk)
+    rows = np.arange(len(numbers.scale)) + store.header.rows(chunk).start
     valid = has_direction(numbers.norm)
     with np.errstate(invalid="ignore", over="ignore"):  # damaged numbers give an error below, and no warning
         scores = products(chunk, numbers.scale)

@@ -73,21 +73,6 @@ class ChunkProducts:
         return products
 
 
-def squared_norms(store: Store, chunk: int, scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n,) the products of a chunk's n rows, whose scales are (n, T), with themselves, summed over timesteps."""
-    header = store.header
-    numbers = header.dimension * len(header.timesteps)
-    rows = min(max(1, TILE_NUMBERS // numbers), header.chunk_rows)
-    read = np.empty(rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
-    tile = np.empty(rows * numbers, np.float32)
-    squares: list[NDArray[np.float32]] = []
-    for part in store.grad_parts(chunk, rows, read):
-        converted = as_float32(part, tile)
-        squares.append(np.vecdot(converted, converted))
-    total: NDArray[np.float32] = (np.concatenate(squares) * scale**2).sum(axis=1)
-    return total
-
-
 def as_float32(numbers: NDArray[Any], memory: NDArray[np.float32]) -> NDArray[np.float32]:
     """Stored numbers as float32: themselves if they are, or converted in `memory`, which has room for them."""
     if numbers.dtype == np.float32:

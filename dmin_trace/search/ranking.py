@@ -32,16 +32,10 @@ def check_k(store: Store, k: int) -> None:
     """Raises QueryError if the store does not hold k rows that can be ranked."""
     if k < 1:
         raise QueryError(f"k is {k}; expected 1 or more.")
-    if k > store.header.samples:
-        raise QueryError(f"k is {k}, but the trace holds {store.header.samples} samples. Give a smaller k.")
-    usable = store.valid_count
-    if k > usable and not store.complete:
-        raise QueryError(
-            f"k is {k}, but the capture is unfinished: {usable} of {store.header.samples} samples are done and have "
-            "gradients to rank. Give a smaller k, or finish the capture."
-        )
-    if k > usable:
-        raise QueryError(f"k is {k}, but only {usable} samples of the trace have gradients to rank. Give a smaller k.")
+    if k > store.valid_count:
+        held = f"only {store.valid_count} of the trace's {store.header.samples} samples have gradients to rank"
+        unfinished = "" if store.complete else " (the capture is unfinished)"
+        raise QueryError(f"k is {k}, but {held}{unfinished}. Give a smaller k.")
 
 
 def check_queries(store: Store, queries: NDArray[np.float32]) -> None:
@@ -84,6 +78,8 @@ def rerank(
     """
     of = np.repeat(np.arange(len(queries)), [len(rows) for rows in candidates])
     rows = np.concatenate(candidates)
+    if min(len(each) for each in candidates) < k:
+        raise TraceError(f"{store.path} is damaged: fewer rows can be ranked than its metadata says.")
     numbers = store.numbers(rows)
     if not has_direction(numbers.norm).all():
         raise TraceError(

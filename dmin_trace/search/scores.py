@@ -1,39 +1,24 @@
 """What samples are ranked by: how queries are changed before they are multiplied with the rows of the store.
 
-A score is a method with a name. It is fitted to a store once, and then changes the gradients of queries; the inner
-products of changed queries with the stored rows are the influence scores. Two methods are built in, "dmin" (the paper's
-sum of inner products) and "deflated" (`deflation`); a program may give a method of its own.
+A score method has a name. It is fitted to a store once, and then changes the gradients of queries; the inner products
+of changed queries with the stored rows are the influence scores.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError
 from dmin_trace.search.deflation import Directions, Score, principal_directions
-from dmin_trace.search.index import Unavailable, open_directions, read_facts
+from dmin_trace.search.index import open_directions
+from dmin_trace.search.index_files import Unavailable, read_facts
 from dmin_trace.store import Store
 
 MAX_QUERY_NUMBERS = 2**31
 """Numbers of gradients, N T v, up to which a query finds the principal directions itself: in about a minute."""
-
-
-class ScoreMethod(Protocol):
-    """A score that samples are ranked by.
-
-    name: a word for it; `dmin` and `deflated` are taken.
-    """
-
-    name: str
-
-    def fit(self, store: Store) -> None:
-        """Prepares for queries of this store; called once, before `transform`."""
-
-    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The queries to multiply with the rows: (Q, T, v) float32 for gradients (Q, T, v). Leaves its argument."""
 
 
 class DminScore:
@@ -88,25 +73,21 @@ class DeflatedScore:
         return f"{count} principal directions of each timestep, {self._source}"
 
 
-def score_method(store: Store, score: Score | ScoreMethod) -> ScoreMethod:
-    """The method of a name, or the given one, checked before anything is computed; `fit` is still to be called.
+def score_method(store: Store, name: str) -> DminScore | DeflatedScore:
+    """The built-in score with this name; `fit` is still to be called.
 
-    Raises QueryError if there is no score of this name, if a method takes the name of a built-in one, or if the store
-    is too large for it.
+    Raises QueryError, before anything is computed, if there is no such score or the store is too large for it.
     """
-    if isinstance(score, str):
-        if score not in get_args(Score):
-            raise QueryError(f"score is {score!r}; expected dmin or deflated.")
-        score = DminScore() if score == "dmin" else DeflatedScore()
-    elif score.name in get_args(Score) and not isinstance(score, DminScore | DeflatedScore):
-        raise QueryError(f"The score method {score!r} has the name of a built-in one, {score.name}. Give it another.")
-    if isinstance(score, DeflatedScore):
-        facts = read_facts(store)
-        if isinstance(facts, Unavailable):
-            _check_small(store, facts.reason)
-        elif not facts.principal:
-            _check_small(store, "")
-    return score
+    if name not in get_args(Score):
+        raise QueryError(f"score is {name!r}; expected dmin or deflated.")
+    if name == "dmin":
+        return DminScore()
+    facts = read_facts(store)
+    if isinstance(facts, Unavailable):
+        _check_small(store, facts.reason)
+    elif not facts.principal:
+        _check_small(store, "")
+    return DeflatedScore()
 
 
 def _check_small(store: Store, why: str) -> None:

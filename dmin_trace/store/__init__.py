@@ -1,60 +1,46 @@
 """The files on disk: numpy and zarr, no torch.
 
-    projected gradients -> Writer -> trace.zarr -> Store -> rows
+    projected gradients -> quantise -> Writer -> trace.zarr -> Store -> rows
 
-`header` says what a store holds, `writer` writes it chunk by chunk, `reader` opens it, and `integrity` checks it.
+`layout` says what lies where, `header` what a store holds, `writer` writes it chunk by chunk, `reader` opens it, and
+`integrity` finds damage.
 """
 
+from dmin_trace.store.cores import core_count
+from dmin_trace.store.files import check_free, make_folder, sweep, sync, sync_tree
 from dmin_trace.store.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
-from dmin_trace.store.integrity import Damage, Progress, Verified, mendable, size_of, verify_chunks
+from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, size_of, verify_chunks
+from dmin_trace.store.layout import FAILED, bytes_of, choose_chunk_rows, chunk_file, weights_beside
 from dmin_trace.store.lock import StoreLock
+from dmin_trace.store.marks import DONE, done_chunks
+from dmin_trace.store.metadata import CHECKSUMS, Finished, header_digest, keep_digests, read_header
 from dmin_trace.store.pack import pack_store
+from dmin_trace.store.provenance import check_data, check_script
+from dmin_trace.store.quantisation import quantise, row_checksum
 from dmin_trace.store.queries import Queries
-from dmin_trace.store.reader import (
-    CHECKSUMS,
-    DONE,
-    FAILED,
-    Store,
-    UnrankedSamples,
-    Writer,
-    bytes_of,
-    check_data,
-    check_free,
-    check_script,
-    choose_chunk_rows,
-    chunk_file,
-    create,
-    header_digest,
-    keep_digests,
-    make_folder,
-    marks,
-    open_store,
-    quantise,
-    read_header,
-    resume,
-    row_checksum,
-    sweep,
-    sync,
-    sync_tree,
-    weights_beside,
-)
+from dmin_trace.store.reader import RowNumbers, Store, UnrankedSamples, open_store
 from dmin_trace.store.untrusted import digest, parse, size_within
 from dmin_trace.store.untrusted_npz import ArrayHeader, read_arrays
+from dmin_trace.store.writer import Writer, create, resume
 
 __all__ = [
     "ArrayHeader",
+    "Queries",
+    "read_arrays",
     "CHECKSUMS",
     "DONE",
     "Damage",
     "FAILED",
+    "Finished",
     "Header",
     "NoiseFacts",
     "ParameterFacts",
     "Progress",
     "ProjectionFacts",
-    "Queries",
+    "RowNumbers",
     "Store",
     "StoreLock",
+    "UnrankedSamples",
     "Verified",
     "Writer",
     "bytes_of",
@@ -63,19 +49,19 @@ __all__ = [
     "check_script",
     "choose_chunk_rows",
     "chunk_file",
+    "core_count",
     "create",
     "digest",
-    "UnrankedSamples",
+    "done_chunks",
+    "drop_damaged",
+    "drop_failed",
     "header_digest",
     "keep_digests",
     "make_folder",
-    "marks",
-    "mendable",
     "open_store",
     "pack_store",
     "parse",
     "quantise",
-    "read_arrays",
     "read_header",
     "resume",
     "row_checksum",

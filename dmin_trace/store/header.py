@@ -1,19 +1,20 @@
-"""What is known of a capture before its first chunk is written: the attributes of the store's group.
+"""What a store holds, known before its first chunk is written: the attributes of its Zarr group.
 
-A store can come from anybody, so every attribute is checked when it is read, and the first that is wrong is named.
+A store can come from anybody, so every attribute is checked when it is read, and the first wrong one is named.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.settings import (
@@ -27,101 +28,117 @@ from dmin_trace.settings import (
     Transform,
 )
 
-MOST_SAMPLES = 2**40
-MOST_CHUNKS = 2**22
-"""64 TiB of chunks; beyond that a header is a lie, and a flag for each chunk an allocation to refuse."""
-FRAME_HEADER = 16
-"""Bytes of Blosc's header, which is also the most by which it makes a chunk longer."""
-LARGEST_FRAME = 2**31 - 1 - FRAME_HEADER
-LARGEST_CHUNK = 2**25
-"""A chunk of more than one sample is at most so large: no writer makes one of twice CHUNK_BYTES, and what is allocated
-for a chunk is in proportion."""
+MAX_CHUNKS = 2**22
+"""A flag is kept in memory for each chunk."""
+MAX_CHUNK_BYTES = 2**27
+"""The largest chunk of more than one sample. Memory is allocated for a whole chunk."""
+FRAME_HEADER_BYTES = 16
+"""Bytes of Blosc's header, which is also the most by which Blosc makes a chunk longer."""
+MAX_PACKED_BYTES = 2**31 - 1 - FRAME_HEADER_BYTES
+"""The largest chunk that Blosc takes."""
+MAX_SAMPLE_INDEX = 2**53
+"""The largest integer up to which float64, in which indices are stored, holds all of them."""
 
 ColumnKind = Literal["string", "integer", "number"]
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+MaybeDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Length = Annotated[int, Meta(ge=1, le=2**62)]
+Shape = tuple[Annotated[int, Meta(ge=0, le=2**62)], ...]
+Names = Annotated[tuple[str, ...], Meta(max_length=10**6)]
+Decoded = TypeVar("Decoded")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": get_args(Dtype),
+    "codec": get_args(Codec),
+    "transform": get_args(Transform),
+    "projection.kind": get_args(Projection),
+    "columns": get_args(ColumnKind),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionFacts:
-    """How gradients were compressed; see `compress.Plan`."""
+    """How gradients were projected; see `project.Plan`."""
 
     kind: Projection
-    seed: int
-    length: int
-    width: int
-    fingerprint: str
+    seed: Seed
+    length: Length
+    width: Length
+    fingerprint: Digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterFacts:
-    """What a gradient's elements belong to."""
+    """The trained parameters, in the order of a gradient's elements."""
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    fingerprint: str
+    names: Names
+    shapes: Annotated[tuple[Shape, ...], Meta(max_length=10**6)]
+    fingerprint: Digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFacts:
-    """What the loop body drew: for each slot its random calls, name and shape, in order."""
+    """What a training step draws: for each timestep its random calls, name and shape, in order."""
 
-    seed: int
-    draws: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]
+    seed: Seed
+    draws: Annotated[tuple[tuple[tuple[str, Shape], ...], ...], Meta(max_length=MAX_TIMESTEPS)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is known of a capture before its first chunk is written; the group's attributes.
+    """What a store holds.
 
     id: 32 hexadecimal digits, the store's name in the user's own records.
     samples: N.
     timesteps: as the denoiser saw them.
-    dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is packed, R.
+    dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is compressed, and R.
     weights: fingerprint of the trained parameters.
     draws: D, the number of noises at each timestep over which a gradient is the mean.
-    transform: what was done to gradients before they were compressed.
+    transform: what was done to gradients before the projection.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns: the readable columns and their kinds.
     settings: the capture's settings, as JSON.
     writers: versions of the packages that wrote the store.
-    script, script_sha256: the name of the file whose loop was run, and the fingerprint of its bytes; "" if not known.
-    data_sha256: fingerprint of the data set, by a few of its batches (`identity`); "" if not known.
-    unreached: the trained parameters on which the loss did not depend.
+    script, script_sha256: the name of the script and the SHA-256 of its file; "" if not known.
+    data_sha256: fingerprint of the data set; "" if not known.
+    unreached: the trained parameters on which the loss does not depend.
     """
 
-    id: str
-    samples: int
-    timesteps: tuple[float, ...]
-    dimension: int
+    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    samples: Annotated[int, Meta(ge=1, le=2**40)]
+    timesteps: Annotated[tuple[float, ...], Meta(min_length=1, max_length=MAX_TIMESTEPS)]
+    dimension: Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
     dtype: Dtype
-    chunk_rows: int
+    chunk_rows: Annotated[int, Meta(ge=1, le=2**40)]
     projection: ProjectionFacts
     parameters: ParameterFacts
-    weights: str
+    weights: Digest
     noise: NoiseFacts
     transform: Transform
-    batch: dict[str, tuple[int, ...]]
+    batch: dict[str, Shape]
     columns: dict[str, ColumnKind]
     settings: dict[str, Any]
     writers: dict[str, str]
     codec: Codec
-    draws: int
-    script: str
-    script_sha256: str
-    data_sha256: str
-    unreached: tuple[str, ...]
+    draws: Annotated[int, Meta(ge=1, le=MAX_DRAWS)]
+    script: Annotated[str, Meta(pattern=r"\A[^/\\]{0,255}\Z")]
+    script_sha256: MaybeDigest
+    data_sha256: MaybeDigest
+    unreached: Names
 
     @property
     def sample_bytes(self) -> int:
-        """The size of a sample's compressed gradients, before the codec."""
+        """The bytes of a sample's projected gradients, before the codec."""
         return len(self.timesteps) * self.dimension * np.dtype(self.dtype).itemsize
 
     @property
     def chunks(self) -> int:
-        """How many chunks of rows there are."""
+        """The number of chunks of rows."""
         return -(-self.samples // self.chunk_rows)
 
     def rows(self, chunk: int) -> range:
-        """The slots of a chunk; the last one may be short."""
+        """The rows of a chunk. The last chunk may hold fewer than R."""
         return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.samples))
 
     def to_attributes(self) -> dict[str, Any]:
@@ -131,139 +148,61 @@ class Header:
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Header:
-        """The header in the attributes of the store at `path`, every value checked.
+        """The header in the attributes of the store at `path`.
 
         Raises TraceError that names the first attribute that is wrong.
         """
-        reader = _Attributes(attributes, str(path))
-        projection, parameters, noise = (reader.inside(name) for name in ("projection", "parameters", "noise"))
-        header = cls(
-            id=reader.text("id", r"[0-9a-f]{32}"),
-            samples=reader.number("samples", 1, MOST_SAMPLES),
-            timesteps=reader.numbers("timesteps", MAX_TIMESTEPS),
-            dimension=reader.number("dimension", 1, MAX_DIMENSION),
-            dtype=reader.choice("dtype", get_args(Dtype)),
-            chunk_rows=reader.number("chunk_rows", 1, MOST_SAMPLES),
-            projection=ProjectionFacts(
-                kind=projection.choice("kind", get_args(Projection)),
-                seed=projection.number("seed", 0, 2**32 - 1),
-                length=projection.number("length", 1, 2**62),
-                width=projection.number("width", 1, 2**62),
-                fingerprint=projection.text("fingerprint", r"[0-9a-f]{64}"),
-            ),
-            parameters=ParameterFacts(
-                names=tuple(parameters.listed("names", (str,), 10**6)),
-                shapes=tuple(
-                    parameters.shape("shapes", shape) for shape in parameters.listed("shapes", (list,), 10**6)
-                ),
-                fingerprint=parameters.text("fingerprint", r"[0-9a-f]{64}"),
-            ),
-            weights=reader.text("weights", r"[0-9a-f]{64}"),
-            noise=NoiseFacts(
-                seed=noise.number("seed", 0, 2**32 - 1),
-                draws=tuple(noise.calls(slot) for slot in noise.listed("draws", (list,), MAX_TIMESTEPS)),
-            ),
-            transform=reader.choice("transform", get_args(Transform)),
-            batch={name: reader.shape("batch", shape) for name, shape in reader.mapping("batch", list).items()},
-            columns={name: _column_kind(reader, kind) for name, kind in reader.mapping("columns", str).items()},
-            settings=reader.mapping("settings", object),
-            writers=reader.mapping("writers", str),
-            codec=reader.choice("codec", get_args(Codec)),
-            draws=reader.number("draws", 1, MAX_DRAWS),
-            script=reader.text("script", r"[^/\\]{0,255}"),
-            script_sha256=reader.text("script_sha256", r"|[0-9a-f]{64}"),
-            data_sha256=reader.text("data_sha256", r"|[0-9a-f]{64}"),
-            unreached=tuple(reader.listed("unreached", (str,), 10**6)),
-        )
-        if header.codec != "none" and header.chunk_rows == 1 and header.sample_bytes > LARGEST_FRAME:
-            raise reader.wrong("codec", f"none for chunks of more than {LARGEST_FRAME} bytes")
-        if header.chunk_rows > 1 and header.chunk_rows * header.sample_bytes > LARGEST_CHUNK:
-            raise reader.wrong("chunk_rows", f"1, or chunks of {LARGEST_CHUNK} bytes at most")
-        if header.chunks > MOST_CHUNKS:
-            raise reader.wrong("chunk_rows", f"at most {MOST_CHUNKS} chunks for {header.samples} samples")
-        for name in header.columns:
-            # A column's name is a folder's name in meta/.
-            if not COLUMN_NAME.fullmatch(name):
-                raise reader.wrong("columns", "names of letters, digits, '_', '-', '.' and spaces")
-        if len(header.parameters.shapes) != len(header.parameters.names):
-            raise parameters.wrong("shapes", f"one for each of the {len(header.parameters.names)} names")
-        if len(header.noise.draws) != len(header.timesteps):
-            raise noise.wrong("draws", f"one list for each of the {len(header.timesteps)} timesteps")
+        header = decode(attributes, cls, path)
+        sample = max(header.sample_bytes, number_bytes(len(header.timesteps)))
+
+        def check(right: bool, name: str, expected: str) -> None:
+            if not right:
+                raise _wrong(attributes, name, expected, path)
+
+        small = header.codec == "none" or header.chunk_rows > 1 or header.sample_bytes <= MAX_PACKED_BYTES
+        check(small, "codec", f"none for chunks of more than {MAX_PACKED_BYTES} bytes")
+        small = header.chunk_rows == 1 or header.chunk_rows * sample <= MAX_CHUNK_BYTES
+        check(small, "chunk_rows", f"1, or chunks of {MAX_CHUNK_BYTES} bytes at most")
+        few = header.chunks <= MAX_CHUNKS
+        check(few, "chunk_rows", f"at most {MAX_CHUNKS} chunks for {header.samples} samples")
+        # A column's name is the name of a folder in meta/.
+        named = all(COLUMN_NAME.fullmatch(name) for name in header.columns)
+        check(named, "columns", "names of letters, digits, '_', '-', '.' and spaces")
+        count = len(header.parameters.names)
+        check(len(header.parameters.shapes) == count, "parameters.shapes", f"one for each of the {count} names")
+        count = len(header.timesteps)
+        check(len(header.noise.draws) == count, "noise.draws", f"one list for each of the {count} timesteps")
         return header
 
 
-class _Attributes:
-    """Reads attributes that anybody may have written: each is checked, and a wrong one is named."""
-
-    def __init__(self, values: Mapping[str, Any], path: str, prefix: str = "") -> None:
-        self._values, self._path, self._prefix = values, path, prefix
-
-    def wrong(self, name: str, expected: str) -> TraceError:
-        found = brief(self._values.get(name, "missing"))
-        return TraceError(
-            f"{self._path} is damaged: its attribute {self._prefix}{name} is {found}; expected {expected}."
-        )
-
-    def number(self, name: str, least: int, most: int) -> int:
-        value = self._values.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self.wrong(name, f"an integer from {least} to {most}")
-        return value
-
-    def numbers(self, name: str, most: int) -> tuple[float, ...]:
-        try:
-            values = tuple(float(value) for value in self.listed(name, (int, float), most))
-        except OverflowError:
-            raise self.wrong(name, "finite numbers, one at least") from None
-        if not values or not all(math.isfinite(value) for value in values):
-            raise self.wrong(name, "finite numbers, one at least")
-        return values
-
-    def text(self, name: str, pattern: str) -> str:
-        value = self._values.get(name)
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise self.wrong(name, f"text like {pattern}")
-        return value
-
-    def choice(self, name: str, choices: Sequence[str]) -> Any:
-        value = self._values.get(name)
-        if not isinstance(value, str) or value not in choices:
-            raise self.wrong(name, f"one of {', '.join(choices)}")
-        return value
-
-    def listed(self, name: str, kinds: tuple[type, ...], most: int) -> list[Any]:
-        value = self._values.get(name)
-        if (
-            not isinstance(value, list)
-            or len(value) > most
-            or not all(isinstance(item, kinds) and not isinstance(item, bool) for item in value)
-        ):
-            raise self.wrong(name, f"a list of at most {most}")
-        return value
-
-    def mapping(self, name: str, kind: type) -> dict[str, Any]:
-        value = self._values.get(name)
-        if not isinstance(value, dict) or not all(isinstance(item, kind) for item in value.values()):
-            raise self.wrong(name, "names and values")
-        return value
-
-    def inside(self, name: str) -> _Attributes:
-        """The attributes within one."""
-        return _Attributes(self.mapping(name, object), self._path, f"{self._prefix}{name}.")
-
-    def shape(self, name: str, value: Any) -> tuple[int, ...]:
-        if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**62 for n in value):
-            raise self.wrong(name, "shapes")
-        return tuple(value)
-
-    def calls(self, slot: list[Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        if not all(isinstance(call, list) and len(call) == 2 and isinstance(call[0], str) for call in slot):
-            raise self.wrong("draws", "names and shapes")
-        return tuple((call[0], self.shape("draws", call[1])) for call in slot)
+def number_bytes(timesteps: int) -> int:
+    """The bytes of a sample's index, norms, losses and scales."""
+    return 8 * (1 + 3 * timesteps)
 
 
-def _column_kind(reader: _Attributes, kind: str) -> ColumnKind:
-    for known in get_args(ColumnKind):
-        if kind == known:
-            return known  # type: ignore[no-any-return]
-    raise reader.wrong("columns", f"kinds {', '.join(get_args(ColumnKind))}")
+def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> Decoded:
+    """Attributes of the store at `path` as a dataclass, types and limits checked; others are passed over.
+
+    Raises TraceError that names the first attribute that is wrong.
+    """
+    try:
+        return msgspec.convert(attributes, kind, strict=True)
+    except msgspec.ValidationError as error:
+        # Such as "Expected `int` >= 0, got `str` - at `$.noise.draws[0][1]`".
+        said, _, place = str(error).partition(" - at ")
+        name = re.sub(r"\[.*|`.*", "", place.partition("$.")[2])
+    if missing := re.search(r"missing required field `(\w+)`", said):
+        raise _wrong(attributes, f"{name}.{missing[1]}".lstrip("."), "a value", path)
+    expected = said.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
+    if said.startswith("Invalid enum value"):
+        expected = f"one of {', '.join(_CHOICES[name])}"
+    elif said.startswith("Number out of range"):
+        expected = "finite numbers"
+    raise _wrong(attributes, name, expected, path)
+
+
+def _wrong(attributes: Mapping[str, Any], name: str, expected: str, path: Path) -> TraceError:
+    found: Any = attributes
+    for part in name.split("."):
+        found = found.get(part, "missing") if isinstance(found, Mapping) else "missing"
+    return TraceError(f"{path} is damaged: its attribute {name} is {brief(found)}; expected {expected}.")

@@ -1,17 +1,13 @@
-"""Finds what has rotted: compares every checksum of a store, of its index, and of the weights beside it.
+"""Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew.
 
-    store, index, weights -> Verified -> report, or a capture that repairs
-
-Readers compare what they use (`store`). This reads everything, as fast as the disk gives it, and names all that is not
-what was written, down to the chunk and the samples in it.
+Readers compare what they use. This reads everything, and names each file that is not what was written, down to the
+chunk and its samples.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +16,22 @@ import google_crc32c
 import numpy as np
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import reader as store
 from dmin_trace.store import untrusted
+from dmin_trace.store.cores import core_count
 from dmin_trace.store.header import Header
-from dmin_trace.store.reader import TRAILER, Store
+from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
+from dmin_trace.store.lock import StoreLock
+from dmin_trace.store.marks import done_chunks, remove_marks
+from dmin_trace.store.metadata import Finished, damaged_arrays, read_header, set_finished
+from dmin_trace.store.reader import Store, open_store
 
-logger = logging.getLogger(__name__)
-
-BLOCK = 2**20
+BLOCK_BYTES = 2**20
 """Bytes that are read at a time: they are in a core's cache when their checksum is taken."""
-THREADS = 8
-"""Files that are read at a time; a disk gives the more the more it is asked for."""
+PARALLEL_READS = 8
+"""Files that are read in parallel; the throughput of a disk grows with the depth of its queue."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that were compared, and those that there are."""
+"""Called with the number of bytes that were compared, and of all bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +39,10 @@ class Damage:
     """A file that is not what was written.
 
     file: its path from the folder in which the store lies.
-    array, chunk: what it is of, if it is a chunk's.
-    rows: the rows of the store that are lost with it.
-    samples: their dataset indices, if those can still be read.
     what: what is wrong with it.
+    array, chunk: those that it holds, if it is the file of a chunk; the array alone for metadata.
+    rows: the rows of the store that are lost with it.
+    samples: their data set indices, if those can still be read.
     """
 
     file: str
@@ -59,11 +57,11 @@ class Damage:
 class Verified:
     """What was compared, and what was found.
 
-    complete: whether the store says that it is finished, and all its marks are there.
-    chunks, done: of the store.
+    complete: whether the store says that it is complete, and all its marks are there.
+    chunks, done: how many chunks there are, and how many are done.
     files, bytes: how many were compared.
     damages: in the order of the files.
-    notes: what is no damage, but to be known.
+    notes: what is no damage, but should be known.
     """
 
     complete: bool = False
@@ -85,117 +83,146 @@ class Verified:
         return [damage.array for damage in self.damages if damage.chunk is None and damage.array]
 
 
-def verify_chunks(path: Path, header: Header, complete: bool, *, progress: Progress | None = None) -> Verified:
-    """The same of the store's arrays alone: their metadata, their marks, and every file of a chunk that is done."""
-    done = store.marks(path, header)
-    trace = Store(path, header, complete, done)
-    found = Verified(complete=complete and bool(done.all()), chunks=header.chunks, done=int(done.sum()))
-    for name, what in store.damaged_arrays(path, header):
+def verify_chunks(
+    path: Path, header: Header, finished: Finished | None, *, progress: Progress | None = None
+) -> Verified:
+    """Compares the arrays of a store: their metadata, their marks, and every file of a done chunk.
+
+    Args:
+        path: the store.
+        header, finished: from `read_header`.
+        progress: see `Progress`.
+
+    Raises TraceError if the marks are reached by a link.
+    """
+    done = done_chunks(path, header)
+    store = Store(path, header, done, finished)
+    found = Verified(complete=store.complete, chunks=header.chunks, done=int(done.sum()))
+    for name, what in damaged_arrays(path, header).items():
         found.damages.append(Damage(file=f"{path.name}/{name}/zarr.json", array=name, what=what))
-    found.damages += [
-        _bad_mark(trace, int(chunk)) for chunk in np.flatnonzero(~done) if complete or _marked(path, int(chunk))
-    ]
-    files = {
-        (name, chunk): size_of(path, store.chunk_names(name, chunk, axes))
-        for chunk in trace.chunks_done
-        for name, (axes, _) in store.chunk_bytes(header).items()
-    }
+    for chunk in map(int, np.flatnonzero(~done)):
+        marked = chunk_file(path, "done", chunk, 1).exists()
+        if finished is not None or marked:
+            what = "is not the mark of a chunk that is done" if marked else "is missing"
+            found.damages.append(_chunk_damage(store, "done", chunk, what))
+    names = [name for name in array_layouts(header) if name != "done"]
+    files = {(name, chunk): size_of(path, _names(header, name, chunk)) for chunk in store.chunks_done for name in names}
     of = sum(size or 0 for size in files.values())
     memory = threading.local()
 
     def compare(place: tuple[str, int]) -> str:
-        name, chunk = place
         if not hasattr(memory, "block"):
-            memory.block = np.empty(BLOCK, np.uint8)
-        axes, expected = store.chunk_bytes(header)[name]
-        try:
-            size = untrusted.size_within(path, store.chunk_names(name, chunk, axes))
-            if size is None or (size != expected if expected is not None else size < TRAILER):
-                return f"has {size or 0} bytes" + ("" if expected is None else f", expected {expected}")
-            return _compare(store.chunk_file(path, name, chunk, axes), size, memory.block)
-        except (OSError, ValueError) as error:
-            return f"cannot be read ({error})"
+            memory.block = np.empty(BLOCK_BYTES, np.uint8)
+        return _file_damage(path, header, *place, memory.block)
 
-    with ThreadPoolExecutor(max(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(PARALLEL_READS, core_count())) as pool:
         for place, what in zip(files, pool.map(compare, files), strict=True):
             found.files += 1
             found.bytes += files[place] or 0
             if what:
-                found.damages.append(_bad_chunk(trace, *place, what))
+                found.damages.append(_chunk_damage(store, *place, what))
             if progress is not None:
                 progress(found.bytes, of)
-    if not complete:
+    if finished is None:
         found.notes.append(f"The store is unfinished: {found.done} of {found.chunks} chunks are done.")
+    elif not found.damages and store.compute_state() != store.state:
+        what = "does not hold the state of these chunks: some are not those with which the store was finished"
+        found.damages.append(Damage(file=f"{path.name}/zarr.json", what=what))
     return found
 
 
-def mendable(path: Path) -> list[int]:
-    """The damaged chunks of the store at `path`, which a capture can make anew, with the arrays' metadata mended; where
-    none is damaged, those with samples that could not be loaded.
+def drop_damaged(path: Path) -> list[int]:
+    """Takes away the marks of damaged chunks, so that an ordinary capture makes them anew.
 
-    Raises TraceError if there is damage that no capture mends.
+    Returns:
+        The numbers of those chunks.
+
+    Raises:
+        TraceError: there is no store, a capture is writing it, its metadata is damaged, or the disk refuses.
     """
-    header, complete = store.read_header(path)
-    found = verify_chunks(path, header, complete)
+    header, finished = read_header(path)
+    found = verify_chunks(path, header, finished)
     if found.bad_arrays:
-        store.restore_arrays(path, header, found.bad_arrays)
-        logger.warning("The metadata of %s in %s was damaged, and is made anew.", ", ".join(found.bad_arrays), path)
-    chunks = found.bad_chunks
-    if not chunks:
-        slots = store.open_store(path, unfinished=True).rows_failed
-        chunks = sorted({int(slot) // header.chunk_rows for slot in slots})
-        again = "" if not chunks else f" {len(slots)} samples could not be loaded, and their chunks are made anew."
-        logger.warning("No chunk of %s is damaged: %d files were compared.%s", path, found.files, again)
-        return chunks
-    logger.warning("%d of %d chunks of %s are damaged, and are made anew.", len(chunks), found.chunks, path)
+        raise TraceError(
+            f"{path} is damaged: the metadata of {', '.join(found.bad_arrays)} is not what was written. No capture "
+            "makes that anew: restore it from a copy, or capture to another path."
+        )
+    _drop(path, found.bad_chunks)
+    return found.bad_chunks
+
+
+def drop_failed(path: Path) -> list[int]:
+    """Takes away the marks of chunks with samples that could not be loaded, so that a capture tries those again.
+
+    Returns and raises as `drop_damaged`, and raises TraceError if the numbers of the store are damaged.
+    """
+    store = open_store(path, unfinished=True)
+    chunks = sorted({int(row) // store.header.chunk_rows for row in store.rows_failed})
+    _drop(path, chunks)
     return chunks
 
 
-def size_of(path: Path, names: list[str] | None = None) -> int | None:
-    """The size of a file of the store, its metadata if no other is named; None if it is none, or reached by a link."""
+def _drop(path: Path, chunks: Sequence[int]) -> None:
+    if not chunks:
+        return
+    lock = StoreLock(path.absolute())
+    lock.take()
     try:
-        return untrusted.size_within(path, names or ["zarr.json"])
+        # The marks go first: killed at any moment, a store that lacks one is not complete.
+        remove_marks(path, chunks)
+        set_finished(path, None)
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
+    finally:
+        lock.release()
+
+
+def size_of(path: Path, names: Sequence[str] = ("zarr.json",)) -> int | None:
+    """The size of a file of the store, by the names that lead to it; None if it is none, or reached by a link."""
+    try:
+        return untrusted.size_within(path, names)
     except ValueError:
         return None
 
 
-def _compare(file: Path, size: int, block: np.ndarray) -> str:
-    """Reads a chunk's file; what is wrong with it, or ""."""
-    crc, left = 0, size - TRAILER
-    with file.open("rb", buffering=0) as opened:
-        while left:
-            read = opened.readinto(block[: min(left, BLOCK)].data)
-            if not read:
-                return "became shorter while read"
-            crc = google_crc32c.extend(crc, block[:read])
-            left -= read
-        trailer = opened.read(TRAILER)
-    return "" if crc == int.from_bytes(trailer, "little") else "does not have the numbers of its checksum"
+def _names(header: Header, name: str, chunk: int) -> list[str]:
+    return chunk_names(name, chunk, len(array_layouts(header)[name].shape))
 
 
-def _marked(path: Path, chunk: int) -> bool:
-    return store.chunk_file(path, "done", chunk, 1).exists()
+def _file_damage(path: Path, header: Header, name: str, chunk: int, block: np.ndarray) -> str:
+    """What is wrong with the file of a done chunk; "" if nothing is. Reads it through `block`."""
+    expected = array_layouts(header)[name].file_bytes
+    names = _names(header, name, chunk)
+    try:
+        size = untrusted.size_within(path, names)
+        if size is None or (size != expected if expected is not None else size < CHECKSUM_BYTES):
+            return f"has {size or 0} bytes" + ("" if expected is None else f", expected {expected}")
+        crc, left = 0, size - CHECKSUM_BYTES
+        with path.joinpath(*names).open("rb", buffering=0) as opened:
+            while left:
+                read = opened.readinto(block[: min(left, BLOCK_BYTES)].data)
+                if not read:
+                    return "became shorter while read"
+                crc = google_crc32c.extend(crc, block[:read])
+                left -= read
+            checksum = opened.read(CHECKSUM_BYTES)
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+    return "" if crc == int.from_bytes(checksum, "little") else "does not have the numbers of its checksum"
 
 
-def _bad_mark(trace: Store, chunk: int) -> Damage:
-    what = "is not the mark of a chunk that is done" if _marked(trace.path, chunk) else "is gone"
-    return _bad_chunk(trace, "done", chunk, what)
-
-
-def _bad_chunk(trace: Store, name: str, chunk: int, what: str) -> Damage:
-    axes = 1 if name == "done" else store.chunk_bytes(trace.header)[name][0]
-    rows = trace.header.rows(chunk)
+def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
     samples: tuple[int, ...] = ()
-    if name != "sample" and trace.done[chunk]:
+    if name != "numbers" and store.done[chunk]:
         try:
-            samples = tuple(int(sample) for sample in trace.samples_of(chunk))
+            samples = tuple(int(sample) for sample in store.samples_of(chunk))
         except (TraceError, OSError):
             samples = ()
     return Damage(
-        file="/".join([trace.path.name, *store.chunk_names(name, chunk, axes)]),
+        file="/".join([store.path.name, *_names(store.header, name, chunk)]),
+        what=what,
         array=name,
         chunk=chunk,
-        rows=rows,
+        rows=store.header.rows(chunk),
         samples=samples,
-        what=what,
     )

@@ -1,11 +1,10 @@
-"""Rewrites a finished store: another codec, another dtype, or fewer dimensions.
+"""Rewrites a finished store with another codec, another dtype, or fewer dimensions.
 
-A projection folds (`compress`): adding bins j and j + v/2 gives the sketch that the plan of v/2 makes, so that a store
-can be made smaller without another capture. Folded sketches are divided by their own norms, as those of a capture are.
-The new store holds the same samples, norms, losses and columns, has an id of its own, and answers the same questions:
-the weights are put beside it, and the command of the traced run is remembered for it.
+A projection folds: adding bins j and j + v/2 gives the projected gradient of the plan of v/2 dimensions, so a store can
+be made smaller without another capture. Folded gradients are normalised again, as those of a capture are. The new store
+has the same samples, norms, losses and columns, an id of its own, and the same weights and command for queries.
 
-Chunk by chunk, as a capture writes, under a name of its own until it is whole.
+It is written chunk by chunk, as a capture writes, under a temporary name until it is complete.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +22,19 @@ from numpy.typing import NDArray
 from dmin_trace.command import recall, remember
 from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.settings import Codec, Dtype, make_settings
-from dmin_trace.store import reader as store
+from dmin_trace.store.files import check_free
 from dmin_trace.store.header import Header, ProjectionFacts
-from dmin_trace.store.reader import Store, Writer
+from dmin_trace.store.layout import choose_chunk_rows, weights_beside
+from dmin_trace.store.quantisation import quantise
+from dmin_trace.store.reader import Store, open_store
+from dmin_trace.store.writer import Writer, create
 
-PART = 2**20
+FOLDED_NUMBERS = 2**20
 """Numbers that are folded at a time."""
 
 
 def pack_store(
-    trace: Store,
+    store: Store,
     out: Path,
     *,
     codec: Codec | None = None,
@@ -43,10 +44,10 @@ def pack_store(
 ) -> Store:
     """Writes a finished store anew at `out`, whole or not at all.
 
-    What is stored is copied as it is unless the dtype or the dimension changes.
+    Stored numbers are copied as they are unless the dtype or the dimension changes.
 
     Args:
-        trace: the store.
+        store: the store.
         out: the new one.
         codec, dtype, dimension: of the new store; those of the old one where not given. The dimension is v, v/2, v/4
             and so on.
@@ -56,25 +57,23 @@ def pack_store(
         The new store.
 
     Raises:
-        SettingsError: a codec, dtype or dimension that cannot be meant, or to which the store does not fold, or none
-            that differs.
-        TraceError: the store is unfinished or damaged, something is at `out`, or the disk does not take it.
+        SettingsError: a codec, dtype or dimension is invalid, the store does not fold to it, or none differs.
+        TraceError: the store is unfinished or damaged, something is at `out`, or the disk refuses.
     """
-    if not trace.complete:
-        raise TraceError(f"{trace.path} is unfinished. Finish the capture before it is packed.")
-    header = _packed_header(trace, codec, dtype, dimension)
-    store.check_free(out)
+    if not store.complete:
+        raise TraceError(f"{store.path} is unfinished. Finish the capture before it is packed.")
+    header = _packed_header(store, codec, dtype, dimension)
+    check_free(out)
     # Queries need the weights.
-    weights, beside = store.weights_beside(trace.path), store.weights_beside(out)
+    weights, beside = weights_beside(store.path), weights_beside(out)
     has_weights = weights.exists()
     if has_weights and (beside.exists() or beside.is_symlink()):
         raise TraceError(f"{beside} exists already, where a copy of {weights} is to lie. Give another --out.")
     partial = out.with_name(f".{out.name}.{header.id}.packing")
     try:
-        columns = {name: trace.column(name) for name in header.columns}
-        writer = store.create(partial, header)
+        writer = create(partial, header)
         for chunk in range(writer.chunks):
-            _write(trace, writer, chunk, columns)
+            _write(store, writer, chunk)
             if progress is not None:
                 progress(len(writer.rows(chunk)))
         writer.finish()
@@ -90,19 +89,19 @@ def pack_store(
         raise TraceError(f"{out} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if (command := recall(trace.header.id)) is not None:
+    if (command := recall(store.header.id)) is not None:
         remember(header.id, command)
-    return store.open_store(out)
+    return open_store(out)
 
 
-def _packed_header(trace: Store, codec: Codec | None, dtype: Dtype | None, dimension: int | None) -> Header:
-    old = trace.header
+def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimension: int | None) -> Header:
+    old = store.header
     changed = {"codec": codec or old.codec, "dtype": dtype or old.dtype, "dimension": dimension or old.dimension}
-    # The settings of an old store may come from anybody; a query reads them.
+    # Queries read the settings, and a store may come from anybody: they are checked.
     settings = make_settings({**old.settings, **changed})
     if (settings.codec, settings.dtype, settings.dimension) == (old.codec, old.dtype, old.dimension):
         raise SettingsError(
-            f"{trace.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
+            f"{store.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
             "another --codec, --dtype or --dimension."
         )
     projection = old.projection
@@ -114,14 +113,14 @@ def _packed_header(trace: Store, codec: Codec | None, dtype: Dtype | None, dimen
         dimension=settings.dimension,
         dtype=settings.dtype,
         codec=settings.codec,
-        chunk_rows=store.choose_chunk_rows(old.samples, len(old.timesteps), settings.dimension, settings.dtype),
+        chunk_rows=choose_chunk_rows(old.samples, len(old.timesteps), settings.dimension, settings.dtype),
         projection=projection,
         settings={**old.settings, **changed},
     )
 
 
 def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
-    """The plan that the folded sketches are of. Raises SettingsError if there is none."""
+    """The projection of the folded gradients. Raises SettingsError if there is none."""
     facts = old.projection
     if dimension > old.dimension:
         raise SettingsError(
@@ -130,10 +129,10 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
         )
     if facts.kind != "rotation":
         raise SettingsError(
-            f"The projection is {facts.kind}, whose folded sketches are those of no plan, so no query could be "
-            "compared with them. Capture again with the dimension that is wanted."
+            f"The projection is {facts.kind}, which does not fold: no query could be projected like the folded "
+            "gradients. Capture again with the dimension that is wanted."
         )
-    # torch is imported where a plan is needed, and nowhere else.
+    # This imports torch, which nothing else in the store needs.
     from dmin_trace.project import make_plan
 
     whole = make_plan(facts.length, old.dimension, facts.seed, facts.kind, facts.width)
@@ -146,46 +145,45 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
     return replace(facts, width=folded.width, fingerprint=folded.fingerprint)
 
 
-def _write(trace: Store, writer: Writer, chunk: int, columns: Mapping[str, list[Any]]) -> None:
-    """Writes one chunk of the new store from those of the old one that hold its samples."""
-    old, new = trace.header, writer.header
-    slots = writer.rows(chunk)
-    shape = (len(slots), len(new.timesteps))
-    values = np.empty((*shape, new.dimension), new.dtype)
-    scale = np.ones(shape, np.float32)
-    for number in range(slots.start // old.chunk_rows, (slots.stop - 1) // old.chunk_rows + 1):
+def _write(store: Store, writer: Writer, chunk: int) -> None:
+    """Writes one chunk of the new store from the chunks of the old one that hold its rows."""
+    old, new = store.header, writer.header
+    rows = writer.rows(chunk)
+    values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
+    kept = store.numbers(rows)
+    scale = kept.scale
+    for number in range(rows.start // old.chunk_rows, (rows.stop - 1) // old.chunk_rows + 1):
         held = old.rows(number)
-        first, last = max(held.start, slots.start), min(held.stop, slots.stop)
-        grad, own = trace.grad_chunk(number), trace.scale_chunk(number)
-        rows = max(1, PART // (shape[1] * old.dimension))
-        for start in range(first, last, rows):
-            stop = min(start + rows, last)
-            there, here = slice(start - held.start, stop - held.start), slice(start - slots.start, stop - slots.start)
+        first, last = max(held.start, rows.start), min(held.stop, rows.stop)
+        grad = store.grad_chunk(number)
+        step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            there, here = slice(start - held.start, stop - held.start), slice(start - rows.start, stop - rows.start)
             if (old.dtype, old.dimension) == (new.dtype, new.dimension):
-                values[here], scale[here] = grad[there], own[there]
-            else:
-                with np.errstate(over="ignore", invalid="ignore"):  # numbers of a damaged store; an error below
-                    folded = _folded(grad[there].astype(np.float32) * own[there][:, :, None], new.dimension)
-                if not np.isfinite(folded).all():
-                    raise TraceError(f"{trace.path} is damaged: chunk {number} holds numbers that are not finite.")
-                values[here], scale[here] = store.quantise(folded, new.dtype)
-    here = slice(slots.start, slots.stop)
-    texts = {name: column[here] for name, column in columns.items()}
-    writer.write_stored(chunk, values, scale, trace.norm[here], trace.loss[here], trace.sample[here], texts)
+                values[here] = grad[there]
+                continue
+            with np.errstate(over="ignore", invalid="ignore"):  # numbers of a damaged store; an error below
+                folded = _folded(grad[there].astype(np.float32) * scale[here][:, :, None], new.dimension)
+            if not np.isfinite(folded).all():
+                raise TraceError(f"{store.path} is damaged: chunk {number} holds numbers that are not finite.")
+            values[here], scale[here] = quantise(folded, new.dtype)
+    columns = {name: store.column_at(name, rows) for name in new.columns}
+    writer.write(chunk, values, scale, kept.norm, kept.loss, kept.sample, columns)
 
 
-def _folded(sketches: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
-    """Sketches (n, T, v) folded to fewer bins and divided by their norms; one that is zero stays so."""
-    if sketches.shape[2] == dimension:
-        return sketches
-    folded = sketches.reshape(*sketches.shape[:2], -1, dimension).sum(axis=2)
+def _folded(grad: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
+    """Projected gradients (n, T, v) folded to fewer dimensions and divided by their norms; zeros stay zeros."""
+    if grad.shape[2] == dimension:
+        return grad
+    folded = grad.reshape(*grad.shape[:2], -1, dimension).sum(axis=2)
     norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
     unit: NDArray[np.float32] = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)
     return unit
 
 
 def _link(file: Path, beside: Path) -> None:
-    """A second name for a file, which may be gigabytes; a copy where the two stores lie on different disks."""
+    """Gives a file, which may have gigabytes, a second name; copies it where that is on another disk."""
     try:
         os.link(file, beside)
     except OSError:

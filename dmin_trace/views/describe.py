@@ -93,7 +93,7 @@ def describe_index(facts: Facts, store: Store) -> list[tuple[str, str]]:
             (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
             for depth in facts.depths
         ),
-        ("measured with", f"{facts.asked} samples that were not in the graph, and mixtures of them"),
+        ("measured with", f"{facts.queries} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / store.bytes:.1%} of the store's"),
         ("serves", served or "nothing: queries scan"),
     ]

@@ -10,17 +10,14 @@ from dmin_trace.integrations.diffusers.arguments import value_of
 
 
 def generate(arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str, int]]) -> list[Any]:
-    """Makes an image of each prompt and seed with the pipeline, or the LoRA, that a training command line saved.
+    """Makes a PIL image of each prompt and seed with the pipeline, or the LoRA, that a training command line saved.
 
-    Only files that are on this machine are read, and no weights but safetensors.
+    Only files on this machine are read, and of weights only safetensors.
 
     Args:
-        arguments: the script's arguments, as it was trained with.
+        arguments: the script's arguments in the training.
         folder: where it was started.
         wanted: prompts and seeds.
-
-    Returns:
-        PIL images.
 
     Raises:
         ValueError: the command line names no model, or its output folder holds none.
@@ -54,6 +51,6 @@ def generate(arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str,
     for prompt, seed in wanted:
         made = pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **size)
         if any(getattr(made, "nsfw_content_detected", None) or ()):
-            raise ValueError(f"the pipeline's safety checker blacked the image of {prompt!r}, seed {seed}, out.")
+            raise ValueError(f"the pipeline's safety checker blacked out the image of {prompt!r}, seed {seed}.")
         images.append(made.images[0])
     return images

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 DENSITY_FUNCTION = "compute_density_for_timestep_sampling"
-"""What the flow-matching scripts draw their timesteps with."""
+"""The function by which the flow-matching scripts draw their timesteps."""
 
 
 @contextmanager
@@ -69,13 +69,7 @@ def averaged_models(values: Iterable[Any]) -> list[Any]:
 
 @contextmanager
 def averaged_weights(ema: Any, parameters: Sequence[torch.nn.Parameter], step_first: bool) -> Iterator[None]:
-    """While entered, the parameters hold the average; afterwards they and the average are as before, bit for bit.
-
-    Args:
-        ema: an `EMAModel` over exactly these parameters.
-        parameters: all parameters of the model, in the model's order.
-        step_first: average the last optimizer step in first, where the script has yet to do so.
-    """
+    """While entered, the parameters hold the average of an `EMAModel`; afterwards both are as before, bit for bit."""
     average = [shadow.clone() for shadow in ema.shadow_params]
     counters = {name: getattr(ema, name) for name in ("optimization_step", "cur_decay_value")}
     weights = [parameter.detach().clone() for parameter in parameters]
@@ -105,9 +99,9 @@ def schedule_length(values: Iterable[Any]) -> int | None:
 
 
 def refusal(args: Any, variables: Mapping[str, Any]) -> str | None:
-    """Why a run cannot be attributed, by its arguments and its loop's variables; None if nothing is known against it.
+    """Why a run cannot be attributed; None if it can be.
 
-    Several DreamBooth scripts encode latents, and some captions too, once before the loop, and look them up by the
+    Several DreamBooth scripts encode latents, and some encode captions, once before the loop, and look them up by the
     number of the step in its epoch: batches in another order get those of other samples. The newer ones look them up
     by the sample's index, which their batches hold.
     """
@@ -120,17 +114,17 @@ def refusal(args: Any, variables: Mapping[str, Any]) -> str | None:
     if not caches and not getattr(args, "cache_latents", False):
         return None
     return (
-        f"The script looks up {' and '.join(caches) or 'latents'} by the number of the batch, not of the sample, so a "
-        "sample's own cannot be told. Leave --cache_latents out, and with captions that are encoded in advance "
-        "(--caption_column) give one --instance_prompt instead; for the capture alone if you like: dmin-trace capture "
-        "--weights DIR -- SCRIPT ARGS."
+        f"The script looks up {' and '.join(caches) or 'latents'} by the number of the batch, not of the sample, so it "
+        "is not known which belong to a sample. Leave --cache_latents out; with captions that are encoded in advance "
+        "(--caption_column), give one --instance_prompt instead. It is enough to do so for the capture: dmin-trace "
+        "capture --weights DIR -- SCRIPT ARGS."
     )
 
 
 def parameter_key(key: str) -> str:
-    """Turns a key of an older LoRA file (`lora.down`, `to_q_lora.up`), or of a DoRA, into PEFT's name."""
+    """PEFT's name for a key of an older LoRA file (`lora.down`, `to_q_lora.up`), or of a DoRA."""
     if key.endswith(".lora_magnitude_vector"):
-        # A module whose only parameter is its weight; files leave that out.
+        # A module whose only parameter is its weight, which files do not name.
         return key + ".weight"
     key = re.sub(r"\.to_(q|k|v)_lora\.", r".to_\1.lora.", key).replace(".to_out_lora.", ".to_out.0.lora.")
     return re.sub(r"\.lora(_linear_layer)?\.(down|up)\.", lambda m: ".lora_A." if m[2] == "down" else ".lora_B.", key)

@@ -1,4 +1,4 @@
-"""How queries reach the scripts: a folder with the images in it, and the script's command line pointed at that."""
+"""Query images in a folder that the script can read, and the script's command line pointed at that folder."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dmin_trace.integrations.diffusers.arguments import has_argument, value_of, 
 from dmin_trace.capture.host import QueryColumns, QueryRun
 
 DATA_ARGUMENTS = ("--instance_data_dir", "--instance_data_root", "--train_data_dir", "--dataset_name")
-"""The arguments that say where the data is; of those that a command has, the first is pointed at the queries."""
+"""The arguments that name the data. The first of them that a command has is pointed at the queries."""
 
 REPLACED_ARGUMENTS = (
     *("--dataset_config_name", "--image_column", "--max_train_samples", "--repeats"),
     *("--train_batch_size", "--class_data_dir", "--num_class_images", "--prior_loss_weight"),
     *("--resume_from_checkpoint", "--output_dir"),
 )
-"""With a value; meaningless or harmful where the data is a folder of queries and nothing is trained."""
+"""Arguments with a value that make no sense for a folder of queries, or for a run that does not train."""
 
 DROPPED_FLAGS = ("--push_to_hub",)
 
 VIDEO_LISTS = ("prompts.txt", "videos.txt")
-"""What the video scripts read a folder's captions and files from, line by line."""
+"""The files with a folder's captions and video names, line by line, for the video scripts."""
 
 
 def takes_prompts(arguments: Sequence[str]) -> bool:
@@ -40,7 +40,7 @@ def takes_one_prompt(arguments: Sequence[str]) -> bool:
 
 
 def words_its_own_prompts(arguments: Sequence[str]) -> bool:
-    """Whether the script makes the captions up itself, as textual inversion's does around its new word."""
+    """Whether the script makes the captions itself, as textual inversion does around its new word."""
     return has_argument(arguments, "--placeholder_token")
 
 
@@ -50,11 +50,9 @@ def takes_videos(arguments: Sequence[str]) -> bool:
 
 
 def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:
-    """The columns that a script reads, by its command line and, where that is silent, the scripts' defaults.
+    """The columns that a script reads: those in its command line, or else the scripts' defaults.
 
-    Args:
-        arguments: the script's arguments.
-        entries: the names of its batches' entries, which tell a ControlNet's script and InstructPix2Pix's apart.
+    The entries of its batches distinguish the scripts of ControlNet and InstructPix2Pix.
     """
     names = " ".join(entries)
     if has_argument(arguments, "--original_image_column") or "original_pixel_values" in names:
@@ -78,19 +76,19 @@ def prepare_queries(
     conditioning: Sequence[Path | None],
     folder: Path,
 ) -> list[QueryRun]:
-    """Copies the queries to where the script can read them, and says how to run it on them.
+    """Copies the queries to where the script can read them, and gives its runs on them.
 
     Args:
-        arguments: the script's arguments, as it was trained with. `{data}` in one of them stands for the folder.
-        columns: how the script calls what a query consists of.
+        arguments: the script's arguments in the training. `{data}` in one of them stands for the folder.
+        columns: the columns that the script reads.
         images, prompts, conditioning: the queries.
-        folder: where the copies and the script's output may lie.
+        folder: holds the copies and the script's output.
 
-    Raises OSError where a file cannot be copied.
+    Raises OSError if a file cannot be copied.
     """
     every_file = has_argument(arguments, "--instance_data_dir") or words_its_own_prompts(arguments)
     if every_file:
-        # These scripts take every file of a folder for an image, in no order.
+        # These scripts take every file of a folder for an image, in any order.
         groups = [[k] for k in range(len(images))]
     elif takes_one_prompt(arguments):
         groups = [[k for k, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)]
@@ -99,14 +97,18 @@ def prepare_queries(
     runs = []
     for n, group in enumerate(groups):
         data = folder / f"data{n}"
-        chosen, said, behind = [images[k] for k in group], [prompts[k] for k in group], [conditioning[k] for k in group]
+        chosen, texts, sources = (
+            [images[k] for k in group],
+            [prompts[k] for k in group],
+            [conditioning[k] for k in group],
+        )
         if takes_videos(arguments):
-            _write_videos(data, chosen, said)
+            _write_videos(data, chosen, texts)
         else:
-            write_queries(data, chosen, said, columns, behind, metadata=not every_file)
-        pointed = query_arguments(arguments, data, folder / f"output{n}", said[0])
+            write_queries(data, chosen, texts, columns, sources, metadata=not every_file)
+        pointed = query_arguments(arguments, data, folder / f"output{n}", texts[0])
         if has_argument(arguments, "--with_prior_preservation"):
-            # The class images that the batch has besides: any picture, with no weight in the loss.
+            # The class images that the batch also has: any picture, with no weight in the loss.
             (folder / f"class{n}").mkdir()
             shutil.copyfile(chosen[0], folder / f"class{n}" / f"0{chosen[0].suffix.lower()}")
             pointed += ["--class_data_dir", str(folder / f"class{n}"), "--num_class_images", "1"]
@@ -116,13 +118,13 @@ def prepare_queries(
 
 
 def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt: str | None = None) -> list[str]:
-    """A training command line, pointed at a folder with the queries and at an output folder of its own.
+    """A training command line, pointed at a folder of queries and an output folder.
 
     Args:
-        arguments: the script's arguments, as it was trained with. `{data}` in one of them stands for the folder.
+        arguments: the script's arguments in the training. `{data}` in one of them stands for the folder.
         folder: holds the queries' images.
         output: where the script may write.
-        prompt: goes in the place of the one prompt of a DreamBooth command line.
+        prompt: replaces the one prompt of a DreamBooth command line.
     """
     if prompt is not None and takes_one_prompt(arguments):
         # In one argument: a prompt may begin with a dash.
@@ -160,10 +162,10 @@ def write_queries(
     *,
     metadata: bool = True,
 ) -> None:
-    """Copies the images into a folder, in order, and names them with their prompts in `metadata.jsonl`.
+    """Copies the images into a folder, in order, and lists them with their prompts in `metadata.jsonl`.
 
-    An image of a column `x` that is not the usual `image` goes by `x_file_name` there, as `datasets` has it. Without
-    `metadata` there is nothing in the folder but the images. Raises OSError where a file cannot be copied.
+    An image of a column `x` other than `image` is named by `x_file_name` there, as in `datasets`. Without `metadata`
+    the folder holds nothing but the images. Raises OSError if a file cannot be copied.
     """
     folder.mkdir(parents=True)
     lines = []
@@ -175,13 +177,13 @@ def write_queries(
         if prompt is not None:
             row[columns.caption] = prompt
         if source is not None and columns.conditioning is not None:
-            # In a folder of its own, where no reader of a folder's images takes it for one of them.
+            # In a folder of its own, where it is not taken for one of the images.
             within = f"conditioning/{k:06d}{source.suffix.lower()}"
             (folder / "conditioning").mkdir(exist_ok=True)
             shutil.copyfile(source, folder / within)
             row[f"{columns.conditioning}_file_name"] = within
         lines.append(json.dumps(row))
-    if metadata and any(said is not None for said in (*prompts, *conditioning)):
+    if metadata and any(given is not None for given in (*prompts, *conditioning)):
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

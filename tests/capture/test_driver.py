@@ -86,7 +86,7 @@ def test_a_script_ends_as_it_would_have_bit_for_bit(tmp_path: Path, warm: Warm, 
 
 def check_against_plain_autograd(path: Path, state: Path) -> None:
     """Norm, loss and direction of every captured gradient, from the weights that the script saved itself."""
-    from dmin_trace.capture.randomness import pinned_timesteps
+    from dmin_trace.capture.pinning import pinned_timesteps
     from dmin_trace.project import compress_gradient, make_plan
     from dmin_trace.settings import make_settings
 
@@ -97,11 +97,11 @@ def check_against_plain_autograd(path: Path, state: Path) -> None:
     facts = trace.header.projection
     plan = make_plan(facts.length, trace.header.dimension, facts.seed, "rotation", facts.width)
     rows = trace.gradients(np.arange(10))
-    for slot in pinned_timesteps(make_settings(trace.header.settings)):
-        t = torch.tensor([slot.index_in(1000)])
-        assert trace.header.timesteps[slot.number] == t.item()
+    for pinned in pinned_timesteps(make_settings(trace.header.settings)):
+        t = torch.tensor([pinned.index_in(1000)])
+        assert trace.header.timesteps[pinned.number] == t.item()
         for sample in range(10):
-            torch.manual_seed(slot.seed)
+            torch.manual_seed(pinned.seed)
             noise = torch.randn(1, 16)
             noisy = points[sample : sample + 1] + noise * t.reshape(-1, 1) / 1000
             hidden = torch.cat([noisy, t.reshape(-1, 1).float() / 1000], 1)
@@ -110,9 +110,9 @@ def check_against_plain_autograd(path: Path, state: Path) -> None:
             gradients = torch.autograd.grad(loss, list(weights.values()))
             norm = torch.cat([g.flatten() for g in gradients]).norm()
             sketch, _ = compress_gradient(iter(gradients), plan)
-            assert trace.norm[sample, slot.number] == pytest.approx(norm.item(), rel=1e-5)
-            assert trace.loss[sample, slot.number] == pytest.approx(loss.item(), rel=1e-5)
-            difference = np.linalg.norm(rows[sample, slot.number] - sketch.numpy())
+            assert trace.norm[sample, pinned.number] == pytest.approx(norm.item(), rel=1e-5)
+            assert trace.loss[sample, pinned.number] == pytest.approx(loss.item(), rel=1e-5)
+            difference = np.linalg.norm(rows[sample, pinned.number] - sketch.numpy())
             assert difference <= 1e-5 * np.linalg.norm(sketch.numpy())
 
 
@@ -124,7 +124,7 @@ WRONG = {
     ),
     "an unpinned draw": (
         {"body": BODY.replace(DRAW, "torch.tensor([random.randint(0, 999)] * len(clean))")},
-        "timestep draw was not pinned",
+        "timestep was not pinned in the training step of sample 0",
     ),
     "noise that differs": (
         {"body": BODY.replace("noise = torch", "torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch")},
@@ -150,7 +150,7 @@ WRONG = {
     "another end": ({"attach": "dmin_trace.attach(accelerator, args, num_epochs=99)"}, "not recognised"),
     "a timestep beyond the schedule": (
         {"attach": "dmin_trace.attach(accelerator, args, timesteps=[5, 1000])"},
-        "Timestep 1000 was asked for",
+        "The settings have timestep 1000",
     ),
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipelines import tiny_text_model, tiny_tokenizer, tiny_vae
 
-from dmin_trace.capture.encoder_cache import HOPELESS, MOST_ANSWERS, EncoderCache
+from dmin_trace.capture.encoder_cache import MAX_CACHE_MISSES, MAX_CACHED_CALLS, EncoderCache
 
 
 class Counting(torch.nn.Module):
@@ -147,22 +147,22 @@ def test_left_alone(kind: str) -> None:
 def test_a_module_that_never_hears_a_question_twice_is_let_be() -> None:
     module = frozen()
     with EncoderCache([module], []) as modules:
-        for k in range(HOPELESS + 2):
+        for k in range(MAX_CACHE_MISSES + 2):
             module(torch.full((3,), float(k)))
             modules.forget()
         module(torch.ones(3)), module(torch.ones(3))
-        assert module.ran == HOPELESS + 4
+        assert module.ran == MAX_CACHE_MISSES + 4
 
 
 def test_memory_is_bounded() -> None:
     module = frozen()
     with EncoderCache([module], []):
-        for k in range(MOST_ANSWERS + 1):
+        for k in range(MAX_CACHED_CALLS + 1):
             module(torch.full((3,), float(k)))
-        module(torch.full((3,), float(MOST_ANSWERS)))
-        assert module.ran == MOST_ANSWERS + 1
+        module(torch.full((3,), float(MAX_CACHED_CALLS)))
+        assert module.ran == MAX_CACHED_CALLS + 1
         module(torch.zeros(3))
-        assert module.ran == MOST_ANSWERS + 2
+        assert module.ran == MAX_CACHED_CALLS + 2
 
 
 def test_a_forward_of_the_instance_is_put_back() -> None:

@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 
 import dmin_trace
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, SettingsError, TraceError, WeightsError
+from dmin_trace.settings import Settings
 from dmin_trace.store import open_store
 
 CLI = ("-m", "dmin_trace.cli.app")
@@ -37,7 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 
 def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path, dict[str, Any]]) -> None:
     folder, names = page
-    hits = names["asking"].hits(score="dmin", k=3)
+    hits = names["trace"].top_k(names["queried"], 3, "dmin").hits
     assert [row[0].sample for row in hits] == [7, 19]
     assert all(row[0].score == pytest.approx(5, abs=0.05) and row[1].score < 4.97 for row in hits)
     assert [row[0].columns["label"] for row in hits] == [7, 9]
@@ -54,7 +55,7 @@ def test_the_command_line_reads_the_trace_and_says_how_it_is_asked(page: tuple[P
     assert "48" in run([*CLI, "info", "out/trace.zarr"], folder).stdout
     Image.new("L", (8, 8)).save(folder / "image.png")
     ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "image.png"], folder, code=1)
-    assert "dmin_trace.recording(model, like=" in ran.stderr and "Traceback" not in ran.stderr
+    assert "Trace.query_loss(model, items, loss)" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ KILLED = """
 import os, sys, time, torch
 sys.path.insert(0, {tests!r})
 import dmin_trace
-from test_plain import POINTS, denoiser, loss_of
+from points import POINTS, denoiser, loss_of
 model, stop, seen = denoiser(), int(sys.argv[1]), []
 settings = dict(timesteps=3, dimension=64, dtype="float32", transform="none")
 with dmin_trace.recording(model, samples=12, out="trace.zarr", **settings) as recording:
@@ -181,7 +182,7 @@ print(seen)
 
 def test_after_a_kill_only_what_is_missing_is_recorded(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
+    script.write_text(KILLED.format(tests=str(Path(__file__).parents[1])))
     run([script, 10], tmp_path, code=7)
     assert open_store(tmp_path / "trace.zarr", unfinished=True).done.tolist() == [True, False]
     first = (tmp_path / "trace.zarr" / "grad" / "c" / "0" / "0" / "0").stat()
@@ -234,14 +235,14 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
         with dmin_trace.recording(model, samples=12, out=out, **settings) as recording:
             for i in recording.samples:
                 for k in recording.timesteps:
-                    with recording.step(i, k) as place:
+                    with recording.step(i, k) as step:
                         clean = POINTS[i : i + 1]
                         noise = torch.randn_like(clean)
-                        t = torch.tensor([ask(place)])
+                        t = torch.tensor([ask(step)])
                         mse_loss(model(clean + noise * t.reshape(-1, 1) / 1000, t), noise).backward()
         return open_store(out)
 
-    given = asked(model, tmp_path / "asked.zarr", lambda place: place.timestep(1000))
+    given = asked(model, tmp_path / "asked.zarr", lambda step: step.timestep(1000))
     assert given.header.timesteps == drawn.header.timesteps == (166, 500, 833)
     assert np.array_equal(given.gradients(np.arange(12)), drawn.gradients(np.arange(12)))
 
@@ -255,7 +256,7 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
         def forward(self, sample: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
             return sample * self.weight * when
 
-    named = asked(Inner(), tmp_path / "named.zarr", lambda place: place.fraction())
+    named = asked(Inner(), tmp_path / "named.zarr", lambda step: step.fraction())
     assert named.header.timesteps == pytest.approx([1 / 6, 1 / 2, 5 / 6])
 
 
@@ -362,22 +363,22 @@ def not_a_scalar(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
 
 
 WRONG_LOSSES: dict[Callable[..., torch.Tensor], str] = {
-    unpinned: "timestep was not pinned in the body of sample 0, slot 0",
-    unseen: "not called with a timestep in the body of sample 0",
+    unpinned: "timestep was not pinned in the training step of sample 0, timestep 0",
+    unseen: "No model was called with a timestep in the training step of sample 0",
     several_draws: "On sample 3 the script drew randn",
     shifted: "denoiser saw timestep 167.0 for sample 3",
     half_reached: "does not depend on 3 of the 4",
-    twice: "called twice in the body of sample 0, slot 0",
-    stepping: "An optimizer stepped inside the recording",
-    writing: "parameters were changed in the body of sample 0",
-    by_another_way: "reached .grad in the body of sample 0",
+    twice: "called twice in the training step of sample 0, timestep 0",
+    stepping: "An optimizer stepped during the capture",
+    writing: "parameters were changed in the training step of sample 0",
+    by_another_way: "reached .grad in the training step of sample 0",
     without_gradient: "has no gradient",
     not_a_scalar: "has shape",
 }
 
 
 @pytest.mark.parametrize(("loss", "message"), WRONG_LOSSES.items(), ids=lambda v: getattr(v, "__name__", ""))
-def test_a_body_that_would_give_wrong_gradients_is_refused(
+def test_a_training_step_that_would_give_wrong_gradients_is_refused(
     tmp_path: Path, loss: Callable[..., torch.Tensor], message: str
 ) -> None:
     model = denoiser()
@@ -392,13 +393,13 @@ def no_backward(recording: Any) -> None:
         loss_of(recording._models[0], POINTS[:1])
 
 
-def body_twice(recording: Any) -> None:
+def step_twice(recording: Any) -> None:
     for _ in range(2):
         with recording.step(0, 0):
             loss_of(recording._models[0], POINTS[:1]).backward()
 
 
-def body_in_body(recording: Any) -> None:
+def step_in_step(recording: Any) -> None:
     with recording.step(0, 0), recording.step(0, 1):
         pass
 
@@ -408,7 +409,7 @@ def out_of_range(recording: Any) -> None:
         pass
 
 
-def no_such_slot(recording: Any) -> None:
+def no_such_timestep(recording: Any) -> None:
     with recording.step(0, 3):
         pass
 
@@ -434,21 +435,21 @@ def inputs_given(recording: Any) -> None:
         loss.backward(inputs=list(recording._models[0].parameters()))
 
 
-def asked_of_a_trace_in_the_making(recording: Any) -> None:
-    recording.hits()
+def queries_of_a_trace_in_the_making(recording: Any) -> None:
+    assert recording.queries
 
 
 WRONG_LOOPS: dict[Callable[[Any], None], str] = {
-    no_backward: r"was not called in the body of sample 0, slot 0",
-    body_twice: "Sample 0, slot 0 was recorded already",
-    body_in_body: "opened inside that of sample 0, slot 0",
-    out_of_range: "There is no sample 12, slot 0: samples go from 0 to 11",
-    no_such_slot: "There is no sample 0, slot 3",
-    out_of_turn: "Sample 0, slot 1 came where sample 0, slot 0 is next",
+    no_backward: "was called 0 times in the training step of sample 0, timestep 0",
+    step_twice: "Sample 0, timestep 0 came where sample 0, timestep 1 is next",
+    step_in_step: "opened inside the training step of sample 0, timestep 0",
+    out_of_range: "Sample 12, timestep 0 came where sample 0, timestep 0 is next",
+    no_such_timestep: "Sample 0, timestep 3 came where sample 0, timestep 0 is next",
+    out_of_turn: "Sample 0, timestep 1 came where sample 0, timestep 0 is next",
     entered_twice: "was entered already",
     forgotten: "12 of 12 samples were not recorded",
     inputs_given: "given a gradient or inputs",
-    asked_of_a_trace_in_the_making: "There are no hits",
+    queries_of_a_trace_in_the_making: "There are no queries",
 }
 
 
@@ -469,7 +470,7 @@ def test_no_row_is_filled_up_after_an_error(tmp_path: Path) -> None:
     ):
         with pytest.raises(CaptureError, match="was not pinned"), recording.step(0, 0):
             unpinned(model, POINTS[:1]).backward()
-        with pytest.raises(CaptureError, match="An earlier body failed"), recording.step(0, 0):
+        with pytest.raises(CaptureError, match="An earlier training step failed"), recording.step(0, 0):
             loss_of(model, POINTS[:1]).backward()
 
 
@@ -479,6 +480,7 @@ def test_no_row_is_filled_up_after_an_error(tmp_path: Path) -> None:
         ({"samples": 12}, "out='...'"),
         ({"samples": 12, "out": "a", "like": "TRACE"}, "out='...'"),
         ({"samples": 12, "like": "TRACE", "timesteps": 3}, "timesteps was given with like"),
+        ({"samples": 12, "like": "TRACE", "settings": Settings()}, "was given with like"),
         ({"samples": -1, "out": "a"}, "samples is -1"),
         ({"samples": 12, "out": "a", "dimension": 1000}, "power of two"),
         ({"samples": 12, "out": "a", "columns": {"label": [1, 2]}}, "label has 2 values"),
@@ -486,7 +488,7 @@ def test_no_row_is_filled_up_after_an_error(tmp_path: Path) -> None:
         ({"samples": 12, "out": "a", "optimizer": [3]}, "optimizer is a list"),
     ],
 )
-def test_arguments_that_cannot_be_meant(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+def test_recording_refuses_invalid_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     if arguments.get("like"):
         arguments = arguments | {"like": record(denoiser(), tmp_path / "trace.zarr")}
     with pytest.raises(SettingsError, match=message):
@@ -514,12 +516,11 @@ def test_queries_must_be_comparable(tmp_path: Path) -> None:
     model = denoiser()
     like = record(model, tmp_path / "trace.zarr", columns={"caption": [f"point {i}" for i in range(12)]})
     recording = ask(model, like, POINTS[[9, 2]])
-    hits = recording.hits(score="dmin", k=4)
+    assert recording.queries.names == ("query 0", "query 1") and recording.queries.gradients.shape == (2, 3, 64)
+    hits = dmin_trace.open_trace(like).top_k(recording.queries, 4, "dmin").hits
     assert [[row[0].sample, row[0].columns["caption"]] for row in hits] == [[9, "point 9"], [2, "point 2"]]
     assert [len(row) for row in hits] == [4, 4]
     assert np.isclose(hits[0][0].score, 3, atol=1e-4)
-    with pytest.raises(QueryError, match="k is 13"):
-        recording.hits(score="dmin", k=13)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trace.weights.safetensors", "trace.zarr"]
     with pytest.raises(WeightsError, match="not those of the trace"):
         ask(denoiser(1), like, POINTS[:1])
@@ -535,11 +536,11 @@ def test_queries_must_be_comparable(tmp_path: Path) -> None:
         pytest.raises(CaptureError, match="1 of 2 samples were not recorded"),
         dmin_trace.recording(model, samples=2, like=like) as unfinished,
     ):
-        for k in unfinished.rows:
-            with unfinished.body(0, k):
+        for k in unfinished.timesteps:
+            with unfinished.step(0, k):
                 loss_of(model, POINTS[:1]).backward()
-    with pytest.raises(QueryError, match="no hits"):
-        unfinished.hits()
+    with pytest.raises(QueryError, match="no queries"):
+        assert unfinished.queries
 
 
 def drawn() -> torch.Tensor:

@@ -135,5 +135,5 @@ def test_weights_that_fit_twice_are_refused(tmp_path: Path) -> None:
     for name in ("unet", "unet_ema"):
         (tmp_path / name).mkdir()
         save_file(torch.nn.Linear(3, 2).state_dict(), tmp_path / name / "model.safetensors")
-    with pytest.raises(WeightsError, match="fit more than once: unet, unet_ema"):
+    with pytest.raises(WeightsError, match="holds several weights that fit: unet, unet_ema"):
         trainable_of(model).load(tmp_path)

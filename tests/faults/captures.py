@@ -16,7 +16,7 @@ SETTINGS = ["--timesteps", "3", "--dimension", "64"]
 
 def small_chunks(rows: int) -> str:
     """Has a capture of SETTINGS write chunks of so many samples: its own would be one chunk for all."""
-    return f"import dmin_trace.store.reader; dmin_trace.store.reader.CHUNK_BYTES = {rows} * 3 * 64\n"
+    return f"import dmin_trace.store.layout; dmin_trace.store.layout.CHUNK_BYTES = {rows} * 3 * 64\n"
 
 
 class Capture:

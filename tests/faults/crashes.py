@@ -11,8 +11,7 @@ from disk import Disk, Mode, build, recording
 from stores import make_rows, write
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import Header, create, open_store, resume
-from dmin_trace.store import reader as store
+from dmin_trace.store import Header, create, open_store, resume, sweep
 
 
 def record(folder: Path, header: Header) -> Disk:
@@ -68,7 +67,7 @@ def wrong(place: Path, expected: dict[str, bytes], promised: list[str]) -> str:
 
 def go_on(path: Path, header: Header) -> None:
     """Finishes whatever is there, as a capture does."""
-    store.sweep(path)
+    sweep(path)
     header = dataclasses.replace(header, id="f" * 32)
     writer = resume(path, header) if path.exists() else create(path, header)
     for chunk in writer.pending():

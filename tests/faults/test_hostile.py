@@ -23,13 +23,13 @@ from rich.console import Console
 from stores import change, make_header, make_rows, write, write_store
 from torture_stores import make_store
 
-from dmin_trace import views
+from dmin_trace import query, views
 from dmin_trace.audit import read_retrained, verify_store
-from dmin_trace.capture.weights import places, read, weight_files
+from dmin_trace.capture.weight_files import list_saved, read, weight_files
 from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, EvaluationError, QueryError, TraceError, WeightsError
 from dmin_trace.query import Hit, read_inputs
-from dmin_trace.query import answer as query
+from dmin_trace.query.images import image_file
 from dmin_trace.search import Unavailable, open_index
 from dmin_trace.store import DONE, Store, chunk_file, create, open_store, resume, untrusted
 
@@ -70,14 +70,14 @@ LINKED: dict[str, int] = {
     "grad/c/1/0/0": 3,
     "grad/c/1": 3,
     "grad/c": 3,
-    "norm/c/1/0": 1,
+    "numbers/c/1/0": 1,
     "meta/caption/c/1": 1,
     "meta/caption/c": 1,
     "grad": 5,
     "meta": 5,
     "done/c": 5,
     "done": 5,
-    "norm/zarr.json": 5,
+    "numbers/zarr.json": 5,
     "zarr.json": 5,
 }
 
@@ -102,7 +102,7 @@ def test_nothing_is_written_where_a_link_leads(tmp_path: Path) -> None:
     write(writer, rows, 0)
     outside = tmp_path / "outside"
     outside.mkdir()
-    (tmp_path / "trace.zarr" / "norm" / "c" / "1").symlink_to(outside)
+    (tmp_path / "trace.zarr" / "numbers" / "c" / "1").symlink_to(outside)
     with pytest.raises(TraceError, match="symbolic link"):
         write(resume(tmp_path / "trace.zarr", header), rows, 1)
     assert not list(outside.iterdir())
@@ -221,11 +221,11 @@ def test_memory_is_bounded_whatever_the_metadata_claims(trace: Store, name: str)
         attributes = json.loads((trace.path / "zarr.json").read_text())["attributes"]
         count, rows, slots = (attributes[name] for name in ("samples", "chunk_rows", "timesteps"))
         shape, grid = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
-        new = [count, len(slots), attributes["dimension"]][: len(shape)]
+        new = [count, len(slots), attributes["dimension"]] if len(shape) == 3 else [count, *shape[1:]]
         metadata["shape"] = new
         metadata["chunk_grid"]["configuration"]["chunk_shape"] = [rows, *new[1:]] if grid != [1] else grid
 
-    for array in ("grad", "norm", "loss", "scale", "sample", "meta/caption", "meta/label", "meta/weight"):
+    for array in ("grad", "numbers", "meta/caption", "meta/label", "meta/weight"):
         change(trace.path / array, agree)
     change(trace.path / "done", lambda metadata: metadata.update(shape=[-(-(2**40) // 2**18)]))
     code = """
@@ -234,12 +234,12 @@ import numpy as np
 from dmin_trace.store import open_store
 from dmin_trace.views import describe_store
 from dmin_trace.errors import DminTraceError
-from dmin_trace.query import answer as query
+from dmin_trace import query
 from dmin_trace.store import integrity as verify
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, now + 2**31))
 for read in (lambda t: t.norm, lambda t: t.valid, lambda t: t.column("caption"), lambda t: t.gradients(np.array([0])),
-             lambda t: query.answer(t, np.ones((1, 3, 64), np.float32), k=3, score="dmin"), facts,
+             lambda t: query.answer_queries(t, np.ones((1, 3, 64), np.float32), k=3, score="dmin"), describe_store,
              lambda t: verify.verify(t.path)):
     try:
         read(open_store(sys.argv[1], unfinished=True))
@@ -255,7 +255,7 @@ def test_a_few_rows_do_not_vouch_for_many(tmp_path: Path) -> None:
     """An unfinished store of one chunk that claims a thousand times as much; its files may be holes in a disk."""
     header = make_header(samples=999 * 2**19, rows=2**19, timesteps=1, dimension=16)
     path = create(tmp_path / "trace.zarr", header).path
-    for name, axes, size in (("sample", 1, 8), ("norm", 2, 4), ("grad", 3, 16), ("scale", 2, 4), ("loss", 2, 4)):
+    for name, axes, size in (("numbers", 2, 32), ("grad", 3, 16)):
         file = chunk_file(path, name, 0, axes)
         file.parent.mkdir(parents=True)
         with file.open("wb") as opened:
@@ -285,10 +285,8 @@ def test_image_bombs_are_refused_before_they_are_unpacked(tmp_path: Path, side: 
     assert file.stat().st_size < 2**17
     for write_to in ("given0.png", "source0.png"):
         tracemalloc.start()
-        with pytest.raises(
-            QueryError, match=r"bomb.png is larger than any image to ask about: .* Give a smaller one\."
-        ):
-            query._as_file(file, tmp_path / write_to)
+        with pytest.raises(QueryError, match=r"bomb.png is too large for a query: .* Give a smaller image\."):
+            image_file(file, tmp_path / write_to)
         assert tracemalloc.get_traced_memory()[1] < 2**20
         tracemalloc.stop()
 
@@ -300,10 +298,10 @@ def test_an_image_is_what_its_bytes_are_and_no_program(tmp_path: Path) -> None:
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(victim) deletefile\nshowpage\n"
     )
     with pytest.raises(QueryError, match="cannot be read as an image: cannot identify"):
-        query._as_file(file, tmp_path / "out.png")
+        image_file(file, tmp_path / "out.png")
     good = tmp_path / "good.png"
     Image.new("RGB", (8, 8)).save(good)
-    assert query._as_file(good, tmp_path / "out.png") == good
+    assert image_file(good, tmp_path / "out.png") == good
 
 
 def test_a_text_in_an_image_that_unpacks_to_much_is_one_line(tmp_path: Path) -> None:
@@ -312,7 +310,7 @@ def test_a_text_in_an_image_that_unpacks_to_much_is_one_line(tmp_path: Path) -> 
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     assert (tmp_path / "a.png").stat().st_size < 2**16
     with pytest.raises(QueryError, match="cannot be read as an image: Decompressed data too large"):
-        query._as_file(tmp_path / "a.png", tmp_path / "out.png")
+        image_file(tmp_path / "a.png", tmp_path / "out.png")
 
 
 def test_images_of_broken_bytes_are_one_line(tmp_path: Path) -> None:
@@ -328,9 +326,9 @@ def test_images_of_broken_bytes_are_one_line(tmp_path: Path) -> None:
             file = tmp_path / f"harmed{good.suffix}"
             file.write_bytes(bytes(harmed[: generator.integers(1, len(harmed) + 1)]))
             try:
-                query._as_file(file, tmp_path / "out.png")
+                image_file(file, tmp_path / "out.png")
             except QueryError as error:
-                assert "cannot be read as an image" in str(error) or "larger than any" in str(error)
+                assert "cannot be read as an image" in str(error) or "is too large for a query" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -349,9 +347,9 @@ def test_names_that_no_file_has_are_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "list.jsonl").write_text(json.dumps({"file_name": name}), encoding="utf-8")
     [asked] = read_inputs([tmp_path / "list.jsonl"])
     with pytest.raises(QueryError, match="There is no image at|cannot be read as an image"):
-        query._as_file(asked.image, tmp_path / "out.png")
+        image_file(asked.image, tmp_path / "out.png")
     with pytest.raises(QueryError):
-        [query._as_file(asked.image, tmp_path / "out.png") for asked in read_inputs([Path(name)])]
+        [image_file(asked.image, tmp_path / "out.png") for asked in read_inputs([Path(name)])]
 
 
 def test_a_list_that_is_huge_is_not_read(tmp_path: Path) -> None:
@@ -392,21 +390,21 @@ def test_weight_files_from_anybody_are_one_line(tmp_path: Path, name: str) -> No
     file.write_bytes(WEIGHTS[name])
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
         [files] = weight_files(file)
-        list(read(places(files, file).values()))
+        list(read(list_saved(files, file).values()))
 
 
 def test_a_pipe_of_weights_blocks_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     code = """
 import pathlib, sys
-from dmin_trace.capture.weights import places, weight_files
+from dmin_trace.capture.weight_files import list_saved, weight_files
 folder = pathlib.Path(sys.argv[1])
-places(weight_files(folder)[0], folder)
+list_saved(weight_files(folder)[0], folder)
 """
     ran = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert "WeightsError" in ran.stderr and "it is no file" in ran.stderr
+    assert "WeightsError" in ran.stderr and "it is not a regular file" in ran.stderr
 
 
 def test_arrays_of_objects_are_refused(genuine: Store, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_the_script_of_a_query_is_that_of_the_trace(warm: Warm, tmp_path: Path) 
     warm.run([trained, "--train_data_dir", images], tmp_path)
     store = tmp_path / "trace.zarr"
     command = ["dmin-trace", "capture", "--weights", "w.safetensors", *SETTINGS, "--out", store, "--", script]
-    rows = "import dmin_trace.store.reader; dmin_trace.store.reader.CHUNK_BYTES = 2 * 3 * 64\n"
+    rows = "import dmin_trace.store.layout; dmin_trace.store.layout.CHUNK_BYTES = 2 * 3 * 64\n"
     warm.run([*command, "--train_data_dir", images], tmp_path, 143, rows + STOP)
     ask = ["dmin-trace", "query", store, images / "03.png", "-k", "3", "--score", "dmin"]
     asked = warm.start(ask, tmp_path)

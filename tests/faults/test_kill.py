@@ -53,9 +53,9 @@ def test_a_capture_that_is_killed_again_and_again_is_the_whole_one(capture: Capt
 @pytest.mark.parametrize(
     ("moment", "left"),
     [
-        ("dmin_trace.store.reader.sync_tree = kill", ".trace.zarr.*.partial"),
+        ("dmin_trace.store.writer.sync_tree = kill", ".trace.zarr.*.partial"),
         ("save = w.save_file; w.save_file = lambda *a, **o: (save(*a, **o), kill())", ".trace.weights.*.partial"),
-        ("dmin_trace.store.reader.Writer.finish = kill", "trace.zarr"),
+        ("dmin_trace.store.Writer.finish = kill", "trace.zarr"),
     ],
 )
 def test_what_is_killed_where_it_leaves_something_is_swept(
@@ -63,7 +63,7 @@ def test_what_is_killed_where_it_leaves_something_is_swept(
 ) -> None:
     store = tmp_path / "out" / "trace.zarr"
     kill = (
-        "import os, signal, dmin_trace.capture.weights as w\n"
+        "import os, signal, dmin_trace.capture.weight_files as w\n"
         f"kill = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n{moment}\n"
     )
     # What the store itself holds of such files, a killed write left in a chunk that is done later.
@@ -84,7 +84,7 @@ def test_a_signal_finishes_the_chunk_in_hand_and_says_how_to_go_on(
     # Chunks of 16, so that one is in hand; the first sample of the second asks for the signal itself.
     signals = (
         "import os, signal, dmin_trace.capture.recorder as r\n"
-        "dmin_trace.store.reader.CHUNK_BYTES = 16 * 3 * 64\n"
+        "dmin_trace.store.layout.CHUNK_BYTES = 16 * 3 * 64\n"
         "sample = r.Recorder.sample\n"
         "def seen(self, number, *rest):\n"
         f"    if number == 19: os.kill(os.getpid(), {int(which)})\n"
@@ -107,7 +107,7 @@ def test_a_second_signal_stops_at_once(capture: Capture, tmp_path: Path) -> None
     store = tmp_path / "out" / "trace.zarr"
     slow = (
         "import time, dmin_trace.capture.recorder as r\n"
-        "dmin_trace.store.reader.CHUNK_BYTES = 32 * 3 * 64\n"
+        "dmin_trace.store.layout.CHUNK_BYTES = 32 * 3 * 64\n"
         "take = r.Recorder.take\n"
         "r.Recorder.take = lambda self, body: (time.sleep(0.1), take(self, body))\n"
     )

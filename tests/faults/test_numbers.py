@@ -11,18 +11,17 @@ import torch
 from dmin_trace.integrations import lightning
 from lightning_points import SMALL, Points
 from lightning_points import Denoiser as Module
+from points import POINTS, denoiser, loss_of, record
 from stores import make_header, make_rows, write_store
-from test_plain import POINTS, denoiser, loss_of, record
 
 import dmin_trace
+from dmin_trace import query
 from dmin_trace.audit import measure_labels
 from dmin_trace.errors import CaptureError, QueryError
 from dmin_trace.query import Trace
-from dmin_trace.query import answer as query
 from dmin_trace.search import deflation as kernel
 from dmin_trace.search import exact_top_k
-from dmin_trace.store import FAILED, Store, open_store
-from dmin_trace.store import reader as store
+from dmin_trace.store import FAILED, Store, UnrankedSamples, drop_failed, open_store
 from dmin_trace.views import describe_store
 
 ODD = {3: np.nan, 17: np.inf, 18: 0.0, 40: FAILED, 61: FAILED, 62: -np.inf}
@@ -46,7 +45,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_they_are_counted_each_with_its_own_line(odd: Store) -> None:
-    assert odd.unranked == store.Numbers(failed=(40, 61), infinite=3, zero=1)
+    assert odd.unranked == UnrankedSamples(failed=(40, 61), infinite=3, zero=1)
     shown = dict(describe_store(odd))
     assert shown["failed to load"] == "2 samples: 40, 61; never ranked"
     assert shown["not finite"] == "3 samples have a gradient with NaN or infinity; never ranked"
@@ -60,7 +59,7 @@ def test_no_score_ranks_them(odd: Store) -> None:
     for name in ("dmin", "deflated"):
         answer = query.answer_queries(odd, asked, k=most, score=name)  # type: ignore[arg-type]
         assert all({hit.sample for hit in hits}.isdisjoint(ODD) and len(hits) == most for hits in answer.hits), name
-    with pytest.raises(QueryError, match=f"only {most} samples of the trace have gradients to rank"):
+    with pytest.raises(QueryError, match=f"only {most} of the trace's"):
         query.answer_queries(odd, asked, k=most + 1, score="dmin")
     assert set(exact_top_k(odd, asked, most).rows[0]) == set(range(64)) - set(ODD)
     directions = kernel.principal_directions(odd, 4)
@@ -76,8 +75,8 @@ def test_the_measures_leave_them_out(odd: Store) -> None:
     measured = measure_labels(Trace(odd), "label", queries=64, ks=[5], exact=True)
     assert set(measured.values["queries"]) == set(range(64)) - set(ODD)
     for slot in ODD:
-        with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to ask with"):
-            query.sample_gradients(odd, [5, slot])
+        with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to use as a query"):
+            query.sample_queries(odd, [5, slot])
 
 
 def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
@@ -100,12 +99,13 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
     assert np.array_equal(trace.gradients(np.array(good)), whole.gradients(np.array(good)))
     assert trace.column("caption") == [captions[k] if k in good else "" for k in range(12)]
 
-    # They can be loaded now, at first but for one: a repair tries them again, with what else is in their chunks.
+    # They can be loaded now, at first but for one: drop_failed has them tried again, with what else is in their chunks.
     chunks = [trace.path / "grad" / "c" / str(k) / "0" / "0" for k in (0, 1)]
     for torn, tried in (([1], range(12)), ([], range(8))):
         before, again = [chunk.stat().st_ino for chunk in chunks], []
+        assert drop_failed(trace.path) == ([0, 1] if torn else [0])
         with dmin_trace.recording(
-            denoiser(), samples=12, out=tmp_path / "trace.zarr", columns={"caption": captions}, repair=True, **settings
+            denoiser(), samples=12, out=tmp_path / "trace.zarr", columns={"caption": captions}, **settings
         ) as recording:
             for i in recording.samples:
                 again.append(i)
@@ -115,10 +115,10 @@ def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:
                 for k in recording.timesteps:
                     with recording.step(i, k):
                         loss_of(recording._models[0], POINTS[i : i + 1]).backward()
-        mended, found = open_store(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
-        assert again == list(tried) and mended.unranked.failed == tuple(torn)
-        assert np.array_equal(mended.gradients(np.array(found)), whole.gradients(np.array(found)))
-        assert mended.column("caption") == [captions[k] if k in found else "" for k in range(12)]
+        whole_again, found = open_store(tmp_path / "trace.zarr"), [k for k in range(12) if k not in torn]
+        assert again == list(tried) and whole_again.unranked.failed == tuple(torn)
+        assert np.array_equal(whole_again.gradients(np.array(found)), whole.gradients(np.array(found)))
+        assert whole_again.column("caption") == [captions[k] if k in found else "" for k in range(12)]
         anew = [chunk.stat().st_ino != inode for chunk, inode in zip(chunks, before, strict=True)]
         assert anew == [True, len(tried) == 12]
 

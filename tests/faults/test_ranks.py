@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from captures import Capture, check_same, done, kept, small_chunks, stamps, start_ranks
-from test_several_processes import GATHER
+from rank_scripts import GATHER
 from tiny import plain_script, without_the_line
 from warm import Running, Warm
 
@@ -47,9 +47,9 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
     assert done(store) == {0, 1, 2, 3}
 
     # Pending are 4 to 9, so rank 1 has 5, 7 and 9.
-    broken = "import dmin_trace.store.reader as s; write = s.Writer._write_chunks\n"
+    broken = "import dmin_trace.store.writer as s; write = s.Writer._write_files\n"
     broken += "def fail(self, chunk, *rest):\n    if chunk == 7: raise OSError(28, 'No space left on device')\n"
-    broken += "    write(self, chunk, *rest)\ns.Writer._write_chunks = fail"
+    broken += "    write(self, chunk, *rest)\ns.Writer._write_files = fail"
     group = start_ranks(capture, store, 2, RANK_1 + broken.replace("\n", "\n    ") + "\n")
     assert ended(group) == [1, 1], [running.said() for running in group]
     assert "Process 1 of 2 could not go on: Chunk 7 of" in group[0].said()
@@ -88,12 +88,12 @@ def test_in_a_training_an_error_of_one_ends_the_capture_of_both_and_neither_trai
     bare = without_the_line(script, tmp_path / "bare.py")
     assert ended(start_scripts(warm, bare, tmp_path, "without")) == [0, 0]
     hook = (
-        "import dmin_trace.capture.recorder as r; compress, n = r.compress, []\n"
+        "import dmin_trace.capture.recorder as r; compress, n = r.compress_gradient, []\n"
         "def fail(*a, **o):\n"
         "    n.append(1)\n"
         "    if len(n) == 4: raise RuntimeError('the hook is broken')\n"
         "    return compress(*a, **o)\n"
-        "r.compress = fail"
+        "r.compress_gradient = fail"
     )
     group = start_scripts(warm, script, tmp_path, "with", RANK_1 + hook.replace("\n", "\n    ") + "\n")
     assert ended(group) == [0, 0], [running.said() for running in group]
@@ -110,11 +110,11 @@ def test_a_sample_that_one_cannot_load_keeps_nobody_waiting(warm: Warm, tmp_path
     line = "dmin_trace.attach(accelerator, args, timesteps=3, dimension=64, out='trace.zarr')"
     script = plain_script(tmp_path / "script.py", body=GATHER, attach=line)
     torn = (
-        "import dmin_trace.capture.accelerate.driver as l; fetch = l.LoopDriver.fetch\n"
-        "def fail(self, sample):\n"
+        "import dmin_trace.capture.accelerate.training_run as l; fetch = l.TrainingRun.fetch\n"
+        "def fail(self, sample, seed):\n"
         "    if sample in (2, 7): raise OSError('torn')\n"
-        "    return fetch(self, sample)\n"
-        "l.LoopDriver.fetch = fail\n"
+        "    return fetch(self, sample, seed)\n"
+        "l.TrainingRun.fetch = fail\n"
     )
     group = start_scripts(warm, script, tmp_path, "with", torn)
     assert ended(group) == [0, 0], [running.said() for running in group]

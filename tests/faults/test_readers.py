@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 from torture_stores import make_store
 
+from dmin_trace import query
 from dmin_trace.audit import verify_store
-from dmin_trace.query import answer as query
 from dmin_trace.search import build_index
 from dmin_trace.store import Store, open_store
 
 ASK = """
 import sys
 import numpy as np
-from dmin_trace.query import answer as query
+from dmin_trace import query
 from dmin_trace.store import open_store
 for _ in range(int(sys.argv[2])):
     trace = open_store(sys.argv[1])
     for exact in (True, False):
-        answer = query.answer(trace, trace.gradients(np.array([3, 77])), k=4, score="dmin", exact=exact)
+        answer = query.answer_queries(trace, trace.gradients(np.array([3, 77])), k=4, score="dmin", exact=exact)
         print([(hit.sample, hit.score) for hits in answer.hits for hit in hits])
 """
 
@@ -39,9 +39,11 @@ def asked(trace: Store) -> list[tuple[list[tuple[int, float, str]], bool]]:
     """The hits of two samples by the scan and by the index, and whether the index answered."""
     found = []
     for exact in (True, False):
-        answer = query.answer_queries(trace, query.sample_gradients(trace, [3, 77]), k=4, score="dmin", exact=exact)
+        answer = query.answer_queries(
+            trace, query.sample_queries(trace, [3, 77]).gradients, k=4, score="dmin", exact=exact
+        )
         hits = [(hit.sample, hit.score, str(hit.columns)) for of_one in answer.hits for hit in of_one]
-        found.append((hits, answer.recall is not None))
+        found.append((hits, answer.answered_by.recall is not None))
     return found
 
 

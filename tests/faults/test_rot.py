@@ -10,21 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from points import denoiser, loss_of, record
 from stores import content, make_header, make_rows, write, write_store
-from test_plain import denoiser, loss_of, record
 from tiny import plain_script, run
 from torture_rot import attack
 from torture_stores import make_store
 
+from dmin_trace import query
 from dmin_trace.audit import verify_store
 from dmin_trace.cli.app import main
 from dmin_trace.errors import TraceError
-from dmin_trace.query import answer as query
 from dmin_trace.search import Index, open_index, search
 from dmin_trace.search import exact as score
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import Store, chunk_file, create, open_store, pack_store, resume, untrusted
-from dmin_trace.store import reader as store
+from dmin_trace.store import Store, chunk_file, create, drop_damaged, open_store, pack_store, untrusted
 
 CLI = ("-m", "dmin_trace.cli.app")
 KINDS: list[tuple[Dtype, Codec]] = [("int8", "none"), ("float32", "blosc")]
@@ -51,10 +50,9 @@ def test_every_harm_is_named_and_no_answer_is_made_with_it(tmp_path: Path, dtype
 
 
 READS: dict[str, Callable[[Store], object]] = {
-    "scale": lambda trace: trace.scale_chunk(3),
-    "norm": lambda trace: trace.norm,
-    "loss": lambda trace: trace.loss,
-    "sample": lambda trace: trace.sample,
+    "numbers": lambda trace: trace.norm,
+    "numbers, scales of a chunk": lambda trace: trace.scale_chunk(3),
+    "numbers, some rows": lambda trace: trace.numbers([100]),
     "meta/caption": lambda trace: trace.column("caption"),
     "meta/label": lambda trace: trace.column("label"),
     "grad": lambda trace: trace.grad_chunk(3),
@@ -70,7 +68,7 @@ def parts_of_plain(trace: Store, chunk: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", READS)
 def test_each_array_is_compared_with_its_checksum(trace: Store, name: str) -> None:
-    array, axes = name.split(",")[0], {"grad": 3, "scale": 2, "norm": 2, "loss": 2}.get(name.split(",")[0], 1)
+    array, axes = name.split(",")[0], {"grad": 3, "numbers": 2}.get(name.split(",")[0], 1)
     READS[name](open_store(trace.path))
     for at in (0, -1, 40):
         flip(chunk_file(trace.path, array, 3, axes), at)
@@ -93,7 +91,7 @@ def test_a_scan_stops_before_it_answers(trace: Store) -> None:
     queries = trace.gradients(np.array([5]))
     for chunk in range(5):
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)
-        for ask in (score.exact_top_k, lambda trace, queries, k: score.all_scores(trace, queries)):
+        for ask in (score.exact_top_k, lambda trace, queries, k: list(score.scores_by_chunk(trace, queries))):
             with pytest.raises(TraceError, match=f"chunk {chunk} of grad"):
                 ask(open_store(trace.path), queries, 3)
         flip(chunk_file(trace.path, "grad", chunk, 3), 7)
@@ -128,7 +126,7 @@ def _opened(trace: Store) -> Index:
 def test_metadata_has_digests(trace: Store) -> None:
     group = trace.path / "zarr.json"
     facts = json.loads(group.read_text())
-    assert set(facts["attributes"]["checksums"]["arrays"]) >= {"grad", "norm", "done", "meta", "meta/caption"}
+    assert set(facts["attributes"]["checksums"]["arrays"]) >= {"grad", "numbers", "done", "meta", "meta/caption"}
     for name, value in (("weights", "d" * 64), ("timesteps", [1, 2, 3]), ("note", "mine")):
         changed = {**facts, "attributes": {**facts["attributes"], name: value}}
         group.write_text(json.dumps(changed))
@@ -138,13 +136,13 @@ def test_metadata_has_digests(trace: Store) -> None:
     with pytest.raises(TraceError, match="its attribute checksums is 'missing'; expected digests"):
         open_store(trace.path)
     group.write_text(json.dumps(facts))
-    norm = trace.path / "norm" / "zarr.json"
-    whole = norm.read_text()
-    norm.write_text(whole.replace('"NaN"', '"NaM"'))
-    with pytest.raises(TraceError, match="metadata of norm is not what was written"):
+    numbers = trace.path / "numbers" / "zarr.json"
+    whole = numbers.read_text()
+    numbers.write_text(whole.replace('"NaN"', '"NaM"'))
+    with pytest.raises(TraceError, match="metadata of numbers is not what was written"):
         open_store(trace.path)
     # Other white space and another order are the same metadata.
-    norm.write_text(json.dumps(dict(reversed(json.loads(whole).items())), indent=1))
+    numbers.write_text(json.dumps(dict(reversed(json.loads(whole).items())), indent=1))
     group.write_text(json.dumps(facts, indent=7))
     assert np.array_equal(open_store(trace.path).norm, trace.norm)
     for digests in ({}, {"header": "a" * 64}, {"header": "a" * 64, "arrays": []}, None):
@@ -167,7 +165,7 @@ def test_a_mark_that_rots_is_no_mark(trace: Store) -> None:
     whole = mark.read_bytes()
     for harmed in (b"", whole[:4], whole + b"x", bytes([0]) + whole[1:], whole[:4] + bytes([whole[4] ^ 8])):
         mark.write_bytes(harmed)
-        with pytest.raises(TraceError, match="unfinished: 4 of 5 chunks are done; it was whole once, and marks were"):
+        with pytest.raises(TraceError, match="4 of 5 chunks are done; it was complete once, and marks were"):
             open_store(trace.path)
         assert [(d.array, d.chunk) for d in verify_store(trace.path).damages] == [("done", 2)]
 
@@ -177,7 +175,7 @@ def test_verify_names_all_damage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["verify", "trace.zarr"]) == 0
-    assert "all is whole; 48 files," in capsys.readouterr().out.replace("\n", " ")
+    assert "all is whole; 33 files," in capsys.readouterr().out.replace("\n", " ")
     for file in (
         chunk_file(trace.path, "grad", 1, 3),
         chunk_file(trace.path, "meta/caption", 4, 1),
@@ -185,16 +183,16 @@ def test_verify_names_all_damage(
         tmp_path / "trace.weights.safetensors",
     ):
         flip(file, -3)
-    chunk_file(trace.path, "norm", 0, 2).unlink()
-    chunk_file(trace.path, "sample", 3, 1).write_bytes(b"")
+    chunk_file(trace.path, "meta/label", 0, 1).unlink()
+    chunk_file(trace.path, "numbers", 3, 2).write_bytes(b"")
     assert main(["verify", "trace.zarr", "--json", "found.json"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["format"], found["version"], found["whole"], found["done"]) == ("dmin_trace.verified", 1, False, 5)
     assert [(d["file"], d["array"], d["chunk"], len(d["samples"])) for d in found["damages"]] == [
-        ("trace.zarr/norm/c/0/0", "norm", 0, 32),
+        ("trace.zarr/meta/label/c/0", "meta/label", 0, 32),
         ("trace.zarr/grad/c/1/0/0", "grad", 1, 32),
-        ("trace.zarr/sample/c/3", "sample", 3, 0),
+        ("trace.zarr/numbers/c/3/0", "numbers", 3, 0),
         ("trace.zarr/meta/caption/c/4", "meta/caption", 4, 32),
         ("trace.index/graph.hnsw", None, None, 0),
         ("trace.weights.safetensors", None, None, 0),
@@ -219,135 +217,69 @@ def test_what_is_not_damage_is_said(tmp_path: Path) -> None:
     assert "There are no weights at" in found.notes[1]
 
 
-def test_marks_go_before_anything_else_when_chunks_are_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed at any step of it, the store reads as unfinished or as it was, and never as whole with a chunk undone."""
-    header = make_header()
-    rows = make_rows(header)
-    path = write_store(tmp_path / "trace.zarr", header, rows).path
-    steps = 0
-    for name in ("sync", "_set_complete"):
-        real = getattr(store, name)
-
-        def counted(*given: object, real: Callable[..., None] = real) -> None:
-            nonlocal steps
-            if steps == 0:
-                raise KeyboardInterrupt
-            steps -= 1
-            real(*given)
-
-        monkeypatch.setattr(store, name, counted)
-    for killed_at in range(4):
-        copied = tmp_path / f"{killed_at}.zarr"
-        shutil.copytree(path, copied)
-        steps = killed_at
-        with pytest.raises(KeyboardInterrupt):
-            resume(copied, header).undo([0, 2])
-        steps = 99
-        with pytest.raises(TraceError, match="is unfinished: 1 of 3"):
-            open_store(copied)
-        writer = resume(copied, header)
-        assert writer.pending() == [0, 2]
-        for chunk in writer.pending():
-            write(writer, rows, chunk)
-        writer.finish()
-        assert content(copied) == content(path)
-
-
-def test_repair_makes_the_damaged_chunks_anew_and_no_other(tmp_path: Path) -> None:
+def test_drop_damaged_and_the_capture_again_make_the_damaged_chunks_anew_and_no_others(tmp_path: Path) -> None:
     script = plain_script(tmp_path / "train.py")
     run([script, "--count", "10"], tmp_path)
     path = tmp_path / "out" / "trace.zarr"
     before = content(tmp_path / "out")
-    repair = [
-        *CLI,
-        "capture",
-        "--weights",
-        "saved.safetensors",
-        "--out",
-        path,
-        "--repair",
-        "--",
-        script,
-        "--count",
-        "10",
-    ]
+    again = [*CLI, "capture", "--weights", "saved.safetensors", "--out", path, "--", script, "--count", "10"]
     shutil.copy(tmp_path / "out" / "trace.weights.safetensors", tmp_path / "saved.safetensors")
     flip(chunk_file(path, "grad", 1, 3), 50)
     flip(tmp_path / "out" / "trace.weights.safetensors", -1)
-    flip(path / "loss" / "zarr.json", 40)
-    assert [d.file for d in verify_store(path).damages] == [
-        "trace.zarr/loss/zarr.json",
-        "trace.zarr/grad/c/1/0/0",
-        "trace.weights.safetensors",
-    ]
+    assert [d.file for d in verify_store(path).damages] == ["trace.zarr/grad/c/1/0/0", "trace.weights.safetensors"]
+    assert "is complete" in run(again, tmp_path, code=1).stderr
     touched = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()}
+    said = run([*CLI, "verify", path, "--drop-damaged"], tmp_path, code=1).stdout
+    assert "1 chunks are no longer done" in said
     # Another training's weights cannot make them anew, and change nothing.
     run([script, "--count", "10", "--num_epochs", "1", "--output_dir", "other"], tmp_path)
     harmed = content(path)
-    other = [*repair]
+    other = [*again]
     other[4] = "other/trace.weights.safetensors"
     assert "belongs to another capture: its weights are" in run(other, tmp_path, code=1).stderr
-    assert {name for name, data in content(path).items() if data != harmed[name]} == {"loss/zarr.json"}
+    assert content(path) == harmed
 
-    ran = run(repair, tmp_path)
-    assert "1 of 2 chunks of" in ran.stderr
+    run(again, tmp_path)
     after = content(tmp_path / "out")
     assert {name for name in before if after.get(name) != before[name]} == set()
     assert set(after) == set(before)
     assert not verify_store(path).damages
     new = {file for file, stamp in touched.items() if (file.stat().st_ino, file.stat().st_mtime_ns) != stamp}
-    chunk = {chunk_file(path, "caption" if name == "x" else name, 1, axes) for name, axes in ARRAYS.items()}
-    assert new == chunk | {path / "zarr.json", path / "loss" / "zarr.json"}
-    # A whole store is left alone.
-    assert "No chunk of" in run(repair, tmp_path).stderr
-    assert content(tmp_path / "out") == before
+    arrays = {"grad": 3, "numbers": 2, "done": 1, "meta/caption": 1}
+    assert new == {chunk_file(path, name, 1, axes) for name, axes in arrays.items()} | {path / "zarr.json"}
 
 
-def test_a_loop_of_ones_own_repairs_its_trace(tmp_path: Path) -> None:
+def test_a_loop_of_ones_own_makes_its_damaged_chunks_anew(tmp_path: Path) -> None:
     out = record(denoiser(), tmp_path / "trace.zarr")
     before = content(out)
     flip(chunk_file(out, "grad", 1, 3), 50)
     with pytest.raises(TraceError, match="is complete"):
         record(denoiser(), out)
+    assert drop_damaged(out) == [1]
     with pytest.raises(TraceError, match="belongs to another capture"):
-        record(denoiser(1), out, repair=True)
+        record(denoiser(1), out)
     seen: list[int] = []
 
     def counted(model: torch.nn.Module, clean: torch.Tensor) -> torch.Tensor:
         seen.append(1)
         return loss_of(model, clean)
 
-    record(denoiser(), out, counted, repair=True)
+    record(denoiser(), out, counted)
     assert content(out) == before
     assert len(seen) == 3 * 4  # T of each of the last four of twelve samples
 
 
-ARRAYS = {"grad": 3, "norm": 2, "loss": 2, "sample": 1, "done": 1, "meta/caption": 1}
-
-
-def test_a_header_that_rots_cannot_be_repaired_and_says_so(trace: Store) -> None:
-    facts = json.loads((trace.path / "zarr.json").read_text())
-    facts["attributes"]["weights"] = "e" * 64
-    (trace.path / "zarr.json").write_text(json.dumps(facts))
-    from dmin_trace.store import mendable
-
-    with pytest.raises(TraceError, match="Restore the file from a copy"):
-        mendable(trace.path)
-
-
 def test_an_answer_of_the_index_is_the_scans_after_rot_in_the_index(trace: Store) -> None:
     queries = trace.gradients(np.array([5]))
-    for name in ("graph.hnsw", "shared.f32", "copies.i64", "rows.u32", "index.json"):
+    for name in ("graph.hnsw", "common.f32", "copies.i64", "rows.u32", "index.json"):
         file = trace.path.parent / "trace.index" / name
         if file.stat().st_size == 0:
             continue
         flip(file, 60)
         answer = query.answer_queries(open_store(trace.path), queries, k=3, score="dmin")
-        assert answer.recall is None and answer.hits[0][0].sample == 5, name
+        assert answer.answered_by.recall is None and answer.hits[0][0].sample == 5, name
         flip(file, 60)
-    assert query.answer_queries(open_store(trace.path), queries, k=3, score="dmin").recall is not None
+    assert query.answer_queries(open_store(trace.path), queries, k=3, score="dmin").answered_by.recall is not None
 
 
 def test_a_digest_is_of_what_is_said_and_not_of_how(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from captures import done, small_chunks
-from test_loop import BREAK
+from loop_scripts import BREAK
 from tiny import plain_script, without_the_line
 from warm import Warm
 
@@ -19,7 +19,7 @@ SETTINGS = "timesteps=3, dimension=64, transform='none'"
 PARTS = {
     "attach": f"dmin_trace.attach(accelerator, args, {SETTINGS})",
     "accelerator": "accelerator = Accelerator(); args.max_train_steps = 5",
-    # What the script's own body does on capture batches alone is in its environment.
+    # What the script's own step does on capture batches alone is in its environment.
     "imports": "import os, builtins\nimport dmin_trace",
     "body": BREAK.replace(
         "noise = torch.randn_like(clean)",
@@ -31,7 +31,7 @@ DATA = 'return {{"point": self.points[index], "index": index}}'.replace("{{", "{
 
 # Whether a capture asks for the item, and not the training.
 FETCHED = (
-    "any(f.filename.endswith('dmin_trace/capture/accelerate/driver.py') and f.name == 'fetch' "
+    "any(f.filename.endswith('dmin_trace/capture/accelerate/training_run.py') and f.name == 'fetch' "
     "for f in __import__('traceback').extract_stack())"
 )
 
@@ -78,20 +78,20 @@ os.fsync = fsync
 """
 LATER = """
 import dmin_trace.capture.recorder as r
-compress, count = r.compress, []
+compress, count = r.compress_gradient, []
 def fail(*given, **named):
     count.append(1)
     if len(count) > 3 * 5: raise RuntimeError("the hook is broken")
     return compress(*given, **named)
-r.compress = fail
+r.compress_gradient = fail
 """
 STOPS = {
     "raise in the hook": (
-        raising("RuntimeError('the hook is broken')", "dmin_trace.capture.recorder.compress"),
+        raising("RuntimeError('the hook is broken')", "dmin_trace.capture.recorder.compress_gradient"),
         "broken",
     ),
     "no memory in the hook": (
-        raising("MemoryError('no memory')", "dmin_trace.capture.recorder.gradients"),
+        raising("MemoryError('no memory')", "dmin_trace.capture.recorder.take_gradient"),
         "no memory",
     ),
     "raise where the model is looked at": (
@@ -99,11 +99,11 @@ STOPS = {
         "no su",
     ),
     "raise where a random call is seen": (
-        raising("TypeError('odd')", "dmin_trace.capture.randomness._schedule_length"),
+        raising("TypeError('odd')", "dmin_trace.capture.pinning._schedule_length"),
         "odd",
     ),
     "raise where variables are kept": (
-        raising("ValueError('f')", "dmin_trace.capture.accelerate.driver.LoopVariables"),
+        raising("ValueError('f')", "dmin_trace.capture.accelerate.capture_batches.LoopVariables"),
         "ValueError: f",
     ),
     "full disk for a chunk": (SYNC.format(part="/grad/c/2", number=28), "No space left on device"),
@@ -111,7 +111,7 @@ STOPS = {
     "full disk for the new store": (SYNC.format(part=".partial/", number=28), "No space left on device"),
     "full disk for the weights": (SYNC.format(part="safetensors.partial", number=28), "No space left on device"),
     "no permission": (
-        raising("PermissionError(13, 'Permission denied')", "dmin_trace.store.reader._create_arrays"),
+        raising("PermissionError(13, 'Permission denied')", "dmin_trace.store.writer.create_arrays"),
         "denied",
     ),
     "raise after some samples": (LATER, "the hook is broken"),
@@ -126,7 +126,7 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
     assert words in said and said.count("dmin_trace could not capture this run; the training goes on.") == 1
     assert len(said.strip().splitlines()) == 1, said
     # An error of ours is caught where it is, and not by what catches the script's own.
-    assert "own loop body" not in said
+    assert "own code" not in said
     check_files(folder, out)
     chunks = {"full disk for a chunk": 2, "an error of the disk": 2, "raise after some samples": 2}.get(name)
     if chunks is None:
@@ -148,11 +148,13 @@ def check_rows(folder: Path, out: str) -> None:
     assert np.array_equal(found.norm, whole.norm) and np.array_equal(found.loss, whole.loss)
 
 
-def test_a_body_that_fails_on_a_capture_batch_changes_nothing_of_the_training(warm: Warm, folder: Path) -> None:
-    """An accelerator that is out of memory raises in the script's own body, within accumulate."""
+def test_a_training_step_that_fails_on_a_capture_batch_changes_nothing_of_the_training(
+    warm: Warm, folder: Path
+) -> None:
+    """An accelerator that is out of memory raises in the script's own code, within accumulate."""
     fail = "if batch['index'][0] == 3: raise MemoryError('out of memory')"
     said = warm.run([folder / "script.py", "--output_dir", "body"], folder, ON_CAPTURE=fail, prelude=small_chunks(2))
-    assert "own loop body failed on the capture batch of sample 3, timestep slot 0: MemoryError: out of memory" in said
+    assert "own code failed in the training step of sample 3, timestep 0: MemoryError: out of memory" in said
     assert len(said.strip().splitlines()) == 1
     check_files(folder, "body")
     assert done(folder / "body" / "trace.zarr") == {0}

@@ -10,7 +10,7 @@ from tiny import digit_folder, run
 from tiny_pipelines import command_line
 
 import dmin_trace
-from dmin_trace.query import capture_queries
+from dmin_trace.query.capture import capture_queries
 from dmin_trace.store import open_store
 
 SCRIPT = """
@@ -86,7 +86,7 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     with pytest.raises(dmin_trace.DminTraceError, match="came without its prompt"):
         dmin_trace.attribute(path, [images[2]], k=1)
     asked = [(images[2], "a sks digit"), (images[2], "-- a cat"), (images[1], "a sks digit")]
-    found = capture_queries(trace, [image for image, _ in asked], [prompt for _, prompt in asked])
+    found = capture_queries(trace, [image for image, _ in asked], [prompt for _, prompt in asked]).gradients
     for query, sample in ((0, 2), (2, 1)):
         assert np.allclose(found[query], trace.gradients(np.array([sample]))[0], atol=1e-6), query
     assert not np.allclose(found[1], found[0], atol=1e-2)

@@ -21,9 +21,10 @@ from tiny import run, without_the_line
 from tiny_pipelines import caption, captioned_images, command_line, picture, tiny_pipeline
 from transformers import CLIPTextModel
 
+import dmin_trace
+from dmin_trace import store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.store import open_store
-from dmin_trace.store import reader as store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text_to_image_lora.py"
 COUNT = 8
@@ -177,6 +178,31 @@ def test_images_with_their_captions_find_themselves_first(made: Path) -> None:
     assert [ranking[0] for ranking in found[:3]] == [5, 2, 6]
     assert found[3] != found[2]
     assert caption(1) in said
+
+
+def test_the_examples_of_the_face_for_programs(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(made / "with" / "state"))
+    trace = dmin_trace.open_trace(made / "with" / "out" / "trace.zarr")
+    assert repr(trace) == f"Trace({COUNT} samples, T=3, v=8,192, float32, complete)"
+    queries = trace.query_images([picture(5), made / "images" / "0002.png"], [caption(5), caption(2)])
+    assert queries.names == ("image 0", "0002.png") and queries.prompts == (caption(5), caption(2))
+    queries.save(tmp_path / "queries.npz")
+    queries = dmin_trace.Queries.load(tmp_path / "queries.npz")
+    scores = trace.scores(queries)
+    assert scores.shape == (2, COUNT)
+    np.testing.assert_allclose(trace.scores(queries, per_timestep=True).sum(axis=2), scores, atol=1e-5)
+    top = trace.top_k(queries, COUNT)
+    assert top.samples[:, 0].tolist() == [5, 2] and top.per_timestep.shape == (2, COUNT, 3)
+    assert [hit.columns["text"] for hit in top.hits[0]] == [caption(sample) for sample in top.samples[0]]
+    assert trace.top_k(queries, COUNT, largest=False).samples[:, -1].tolist() == [5, 2]
+    assert top.to_pandas()["prompt"][0] == caption(5)
+    gradients = trace.gradients([3, 5])
+    assert gradients.shape == (2, 3, 8192)
+    assert np.linalg.norm(gradients[1] - queries.gradients[0]) <= 1e-5 * np.linalg.norm(gradients[1])
+    assert trace.self_influence().shape == (COUNT,)
+    assert trace.columns["text"] == [caption(k) for k in range(COUNT)]
+    hits = dmin_trace.attribute(trace, [picture(5)], [caption(5)], k=3)
+    assert [hit.sample for hit in hits[0]] == top.samples[0, :3].tolist()
 
 
 def test_a_prompt_is_asked_for(made: Path) -> None:

@@ -14,20 +14,20 @@ import pytest
 import torch
 
 from dmin_trace.errors import CaptureError, SettingsError
-from dmin_trace.project import compress as room
-from dmin_trace.project.compress import JOINED, Plan, compress_gradient, make_plan, project
+from dmin_trace.project import Plan, backend_c, compress, compress_gradient, make_plan, project
+from dmin_trace.project.backend_torch import MAX_JOINED_SIZE
 from dmin_trace.settings import Projection
 
 KINDS: tuple[Projection, ...] = ("rotation", "uniform")
 
-needs_kernel = pytest.mark.skipif(room.KERNEL is None, reason="THE COMPILED KERNEL WAS NOT BUILT: is there a compiler?")
+needs_kernel = pytest.mark.skipif(backend_c.KERNEL is None, reason="_rows was not built: is there a compiler?")
 
 
 @pytest.fixture(params=[pytest.param("rotation", marks=needs_kernel), "rotation in torch", "uniform"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Projection:
     """Both kinds; rotation by the compiled kernel, and as where that is missing."""
     if request.param == "rotation in torch":
-        monkeypatch.setattr(room, "KERNEL", None)
+        monkeypatch.setattr(backend_c, "KERNEL", None)
     return "uniform" if request.param == "uniform" else "rotation"
 
 
@@ -129,7 +129,7 @@ def test_channels_last_count_in_the_order_of_the_elements(
     kind: Projection, shape: tuple[int, ...], dtype: torch.dtype, signs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Several rows, and blocks of rows, that begin and end inside a channel.
-    monkeypatch.setattr("dmin_trace.project.compress.TINY", 1)
+    monkeypatch.setattr("dmin_trace.project.backend_c.MIN_CHANNELS_LAST_SIZE", 1)
     count = math.prod(shape)
     x = normal(count + 300).to(dtype)
     inner = x[37 : 37 + count].view(shape).contiguous(memory_format=torch.channels_last)
@@ -158,7 +158,7 @@ def test_the_kernel_and_torch_differ_in_rounding_alone(
     tensors += [x[-150:-50].view(10, 10).t(), torch.ones((), dtype=dtype).expand(5, 9), x[-5:]]
     tensors = tensors if width < 1000 else [x]
     ours, square = project(tensors, plan)
-    monkeypatch.setattr(room, "KERNEL", None)
+    monkeypatch.setattr(backend_c, "KERNEL", None)
     theirs, _ = project(tensors, plan)
     torch.testing.assert_close(ours, theirs, atol=1e-6 * length**0.5, rtol=0)
     exact = sum(tensor.double().square().sum() for tensor in tensors)
@@ -169,7 +169,7 @@ def test_the_kernel_and_torch_differ_in_rounding_alone(
 @pytest.mark.parametrize("kernel", [True, False])
 def test_signs_are_taken_on_the_way(dtype: torch.dtype, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernel:
-        monkeypatch.setattr(room, "KERNEL", None)
+        monkeypatch.setattr(backend_c, "KERNEL", None)
     plan, x = small_plan("rotation", 2560, 64, 4, 256), normal(2560).to(dtype)
     x[::7] = 0
     tensors = [x[:77], x[77:300], x[300:2400], x[2400:2500].view(10, 10).t(), x[2500:]]
@@ -189,11 +189,11 @@ def test_the_kernel_is_what_adds_up_on_a_cpu(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*arguments: object) -> None:
         raise AssertionError("in torch")
 
-    monkeypatch.setattr(room, "_TorchSums", fail)
+    monkeypatch.setattr(compress, "TorchSums", fail)
     project([torch.ones(500), torch.ones(500, dtype=torch.float16)], small_plan("rotation"))
     with pytest.raises(AssertionError, match="in torch"):
         project([torch.ones(1000)], small_plan("uniform"))
-    monkeypatch.setattr(room, "KERNEL", None)
+    monkeypatch.setattr(backend_c, "KERNEL", None)
     with pytest.raises(AssertionError, match="in torch"):
         project([torch.ones(1000)], small_plan("rotation"))
 
@@ -355,7 +355,7 @@ def test_each_tensor_is_let_go_before_the_next_is_asked_for(kind: Projection, dt
     alive: list[weakref.ref[np.ndarray]] = []
 
     def make() -> torch.Tensor:
-        array = np.ones((10, JOINED // 10 + 1), dtype)
+        array = np.ones((10, MAX_JOINED_SIZE // 10 + 1), dtype)
         alive.append(weakref.ref(array))
         # The tensor's memory is the array's, and so are the views of it.
         return torch.from_numpy(array)
@@ -365,7 +365,7 @@ def test_each_tensor_is_let_go_before_the_next_is_asked_for(kind: Projection, dt
             assert all(array() is None for array in alive)
             yield make()
 
-    project(stream(), small_plan(kind, 40 * (JOINED // 10 + 1)))
+    project(stream(), small_plan(kind, 40 * (MAX_JOINED_SIZE // 10 + 1)))
     assert len(alive) == 4
 
 

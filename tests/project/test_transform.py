@@ -16,7 +16,7 @@ from tiny import EXAMPLE, digit_folder, run, without_the_line
 
 import dmin_trace
 from dmin_trace.errors import QueryError, TraceError
-from dmin_trace.project.compress import signs_of
+from dmin_trace.project.transform import signs_of
 from dmin_trace.store import open_store
 
 CLI = ("-m", "dmin_trace.cli.app")
@@ -188,7 +188,8 @@ def test_parameters_of_every_dtype(tmp_path: Path, kind: str, dtype: torch.dtype
 def test_queries_of_a_recording_are_transformed_alike(tmp_path: Path, kind: str) -> None:
     model, _ = trained_denoiser()
     record(model, out=tmp_path / "trace.zarr", transform=kind)
-    hits = record(model, like=tmp_path / "trace.zarr").hits(score="dmin", k=2)
+    queries = record(model, like=tmp_path / "trace.zarr").queries
+    hits = dmin_trace.open_trace(tmp_path / "trace.zarr").top_k(queries, 2, "dmin").hits
     assert [row[0].sample for row in hits] == list(range(6))
     assert all(row[0].score == pytest.approx(2, abs=1e-5) and row[1].score < 1.999 for row in hits)
 
@@ -197,7 +198,7 @@ def test_a_recording_goes_on_with_the_same_transform_alone(tmp_path: Path) -> No
     model, _ = trained_denoiser()
     record(model, out=tmp_path / "whole.zarr", transform="none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dmin_trace.store.reader.CHUNK_BYTES", 2 * 2 * 1024 * 4)
+        patch.setattr("dmin_trace.store.layout.CHUNK_BYTES", 2 * 2 * 1024 * 4)
         with pytest.raises(KeyboardInterrupt):
             record(model, stop=3, out=tmp_path / "trace.zarr", transform="none")
     with pytest.raises(

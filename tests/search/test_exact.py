@@ -6,6 +6,7 @@ import dataclasses
 import tracemalloc
 from pathlib import Path
 
+import numcodecs.blosc
 import numpy as np
 import pytest
 from stores import DTYPES, dequantised, make_header, make_rows, with_checksum, write, write_store
@@ -13,9 +14,9 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search import products
-from dmin_trace.search.exact import all_scores, exact_top_k, scores_by_chunk, self_influence
+from dmin_trace.search.exact import exact_top_k, scores_by_chunk
 from dmin_trace.settings import Dtype
-from dmin_trace.store import Store, chunk_file, create, open_store
+from dmin_trace.store import Store, chunk_file, create, open_store, quantise
 
 
 def make_queries(trace: Store, count: int, seed: int = 5) -> np.ndarray:
@@ -26,12 +27,20 @@ def make_queries(trace: Store, count: int, seed: int = 5) -> np.ndarray:
     return queries
 
 
+def all_scores(trace: Store, queries: np.ndarray) -> np.ndarray:
+    """(Q, N) by `scores_by_chunk`; NaN for rows that are not done."""
+    scores = np.full((len(queries), trace.header.samples), np.nan, np.float32)
+    for rows, of_chunk in scores_by_chunk(trace, queries):
+        scores[:, rows.start : rows.stop] = of_chunk
+    return scores
+
+
 def by_hand(path: Path, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The slots of the k best of all rows, ties by slot, and every timestep's inner products (Q, N, T)."""
+    """The k best of all rows, ties by row, and every timestep's inner products (Q, N, T)."""
     products = np.einsum("ntv,qtv->qnt", dequantised(path), queries.astype(np.float64))
     totals = products.sum(axis=2)
-    slots = np.array([sorted(range(len(row)), key=lambda slot: (-row[slot], slot))[:k] for row in totals])
-    return slots, products
+    best = np.array([sorted(range(len(of)), key=lambda row: (-of[row], row))[:k] for of in totals])
+    return best, products
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -51,13 +60,13 @@ def test_scores_are_those_of_plain_numpy(
     monkeypatch.setattr(products, "TILE_NUMBERS", tile)
     queries = make_queries(stored, count)
     ranking = exact_top_k(stored, queries, k)
-    slots, every = by_hand(stored.path, queries, k)
+    best, every = by_hand(stored.path, queries, k)
     dtypes = [str(values.dtype) for values in (ranking.rows, ranking.scores, ranking.per_timestep)]
     assert dtypes == ["int64", "float32", "float32"]
-    assert np.array_equal(ranking.rows, slots)
-    shares = np.take_along_axis(every, slots[:, :, None], 1)
-    assert np.allclose(ranking.per_timestep, shares, rtol=1e-5, atol=1e-6)
-    assert np.allclose(ranking.scores, shares.sum(axis=2), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(ranking.rows, best)
+    by_timestep = np.take_along_axis(every, best[:, :, None], 1)
+    assert np.allclose(ranking.per_timestep, by_timestep, rtol=1e-5, atol=1e-6)
+    assert np.allclose(ranking.scores, by_timestep.sum(axis=2), rtol=1e-5, atol=1e-6)
     assert np.allclose(ranking.per_timestep.sum(axis=2), ranking.scores, rtol=1e-5, atol=1e-6)
     assert (np.diff(ranking.scores, axis=1) <= 0).all()
 
@@ -69,25 +78,15 @@ def test_a_packed_store_gives_the_same_answer(tmp_path: Path, dtype: Dtype, monk
     packed = write_store(tmp_path / "packed", dataclasses.replace(header, codec="blosc"), make_rows(header))
     queries = make_queries(plain, 9)
     unpacked: list[int] = []
-    real = Store._unpacked
-    monkeypatch.setattr(Store, "_unpacked", lambda self, chunk: (unpacked.append(chunk), real(self, chunk))[1])
+    real = numcodecs.blosc.decompress
+    monkeypatch.setattr(
+        numcodecs.blosc, "decompress", lambda frame, out: (unpacked.append(len(frame)), real(frame, out))[1]
+    )
     one, other = exact_top_k(plain, queries, 7), exact_top_k(packed, queries, 7, threads=1)
     for name in ("rows", "scores", "per_timestep"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
-    # Once for the scan and once for the candidates, however many there are in a chunk.
-    assert sorted(unpacked) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_half_precision_is_converted_as_numpy_does() -> None:
-    """Every float16 there is."""
-    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    finite = every[np.isfinite(every)]
-    memory = np.empty(2**16, np.float32)
-    for numbers in (finite, finite[::3], finite[: 2 * 31000].reshape(2, -1)[:, ::2]):
-        converted, expected = products.as_float32(numbers, memory), numbers.astype(np.float32)
-        assert np.array_equal(converted.view(np.int32), expected.view(np.int32))
-    for value in every[~np.isfinite(every)]:
-        assert not np.isfinite(products.as_float32(np.array([[1, value, 2]], np.float16), memory)[0, 1])
+    # Each of 4 chunks once for the scan and once for the candidates, however many there are in it.
+    assert len(unpacked) == 8
 
 
 def test_the_threads_of_the_users_process_are_as_before(stored: Store) -> None:
@@ -128,15 +127,15 @@ def test_the_number_of_threads_changes_nothing(stored: Store) -> None:
 
 
 def test_a_row_finds_itself_first(stored: Store) -> None:
-    slots = np.array([0, 17, 202])
-    ranking = exact_top_k(stored, stored.gradients(slots), 2)
-    assert ranking.rows[:, 0].tolist() == slots.tolist()
-    assert np.allclose(ranking.scores[:, 0], (stored.gradients(slots) ** 2).sum(axis=(1, 2)), rtol=1e-5)
+    some = np.array([0, 17, 202])
+    ranking = exact_top_k(stored, stored.gradients(some), 2)
+    assert ranking.rows[:, 0].tolist() == some.tolist()
+    assert np.allclose(ranking.scores[:, 0], (stored.gradients(some) ** 2).sum(axis=(1, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_of_equal_scores_the_first_slot_comes_first(tmp_path: Path, dtype: Dtype) -> None:
-    """The same image many times in a dataset, across chunks, and more often than is asked for."""
+def test_of_equal_scores_the_lowest_row_comes_first(tmp_path: Path, dtype: Dtype) -> None:
+    """The same image many times in a dataset, across chunks, and more often than hits are wanted."""
     header = make_header(samples=90, timesteps=3, dimension=256, dtype=dtype, rows=16)
     rows = make_rows(header)
     same = [3, 4, 15, 16, 31, 33, 64, 80, 88, 89]
@@ -162,7 +161,7 @@ def test_the_rounding_of_float32_decides_nothing(tmp_path: Path) -> None:
         assert np.array_equal(exact_top_k(trace, queries, k).rows, by_hand(trace.path, queries, k)[0])
 
 
-def test_when_all_scores_are_equal_slots_are_in_order(tmp_path: Path) -> None:
+def test_when_all_scores_are_equal_rows_are_in_order(tmp_path: Path) -> None:
     header = make_header(samples=300, rows=64)
     rows = make_rows(header)
     trace = write_store(tmp_path / "trace.zarr", header, rows)
@@ -175,12 +174,12 @@ def test_rows_without_a_direction_are_never_ranked(tmp_path: Path) -> None:
     header = make_header(samples=40, rows=8)
     rows = make_rows(header)
     bad = {2: 0.0, 9: np.nan, 16: np.inf, 39: -1.0}
-    for slot, norm in bad.items():
-        rows.norm[slot, slot % 3] = norm
+    for row, norm in bad.items():
+        rows.norm[row, row % 3] = norm
     # A whole chunk of them too.
     rows.norm[24:32] = 0
-    for slot in bad:
-        rows.grad[slot] *= 100
+    for row in bad:
+        rows.grad[row] *= 100
     rows.grad[9, 0, 0] = np.nan
     trace = write_store(tmp_path / "trace.zarr", header, rows)
     left = sorted(set(range(40)) - set(bad) - set(range(24, 32)))
@@ -189,7 +188,7 @@ def test_rows_without_a_direction_are_never_ranked(tmp_path: Path) -> None:
     assert [sorted(row) for row in ranking.rows.tolist()] == [left] * 5
     # In their place a bad row's huge scores would come first, and every score below would be lost.
     assert np.isfinite(ranking.scores).all()
-    with pytest.raises(QueryError, match="k is 29, but only 28 samples of the trace have gradients to rank"):
+    with pytest.raises(QueryError, match="k is 29, but only 28 of the trace's 40 samples have gradients to rank"):
         exact_top_k(trace, queries, 29)
 
 
@@ -206,7 +205,7 @@ def test_of_an_unfinished_trace_what_is_done_is_ranked(tmp_path: Path) -> None:
     ranking = exact_top_k(trace, rows.grad[[20, 10]], 24)
     assert [sorted(row) for row in ranking.rows.tolist()] == [here, here]
     assert ranking.rows[0, 0] == 20
-    with pytest.raises(QueryError, match="k is 25, but the capture is unfinished: 24 of 40 samples are done"):
+    with pytest.raises(QueryError, match=r"only 24 of the trace's 40 samples .* \(the capture is unfinished\)"):
         exact_top_k(trace, rows.grad[:1], 25)
 
 
@@ -215,7 +214,7 @@ def test_of_an_unfinished_trace_what_is_done_is_ranked(tmp_path: Path) -> None:
     [
         (0, "k is 0; expected 1 or more"),
         (-3, "k is -3; expected 1 or more"),
-        (250, "k is 250, but the trace holds 203 samples"),
+        (250, "k is 250, but only 203 of the trace's 203 samples"),
     ],
 )
 def test_a_k_that_cannot_be_shown_is_refused(stored: Store, k: int, line: str) -> None:
@@ -240,20 +239,21 @@ def test_damage_is_an_error_and_no_ranking(tmp_path: Path) -> None:
     header = make_header(samples=40, rows=8)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     queries = make_queries(trace, 2)
-    scale = chunk_file(trace.path, "scale", 3, 2)
-    whole = scale.read_bytes()
+    numbers = chunk_file(trace.path, "numbers", 3, 2)
+    whole = numbers.read_bytes()
+    scale = 8 * (1 + 2 * 3)
     for value in (np.nan, np.inf):
-        scale.write_bytes(with_checksum(np.float32(value).tobytes() + whole[4:-4]))
+        numbers.write_bytes(with_checksum(whole[:scale] + np.float64(value).tobytes() + whole[scale + 8 : -4]))
         with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
             exact_top_k(open_store(trace.path), queries, 1)
-    scale.write_bytes(whole)
+    numbers.write_bytes(whole)
     for dtype in ("float16", "float32"):
         header = make_header(samples=40, rows=8, dtype=dtype)  # type: ignore[arg-type]
         floats = write_store(tmp_path / dtype, header, make_rows(header))
         grad = chunk_file(floats.path, "grad", 3, 3)
         for value in (np.nan, np.inf, -np.inf):
-            numbers = np.array(value, dtype).tobytes() + grad.read_bytes()[np.dtype(dtype).itemsize : -4]
-            grad.write_bytes(with_checksum(numbers))
+            changed = np.array(value, dtype).tobytes() + grad.read_bytes()[np.dtype(dtype).itemsize : -4]
+            grad.write_bytes(with_checksum(changed))
             with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
                 exact_top_k(floats, queries, 1)
     grad = chunk_file(trace.path, "grad", 3, 3)
@@ -278,7 +278,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
         few = make_rows(make_header(samples=512, timesteps=2, dimension=4096, rows=512))
         for chunk in writer.pending():
             grad = np.roll(few.grad, int(generator.integers(4096)), axis=2)
-            writer.write(chunk, grad, few.norm, few.loss, few.sample, few.columns)
+            writer.write(chunk, *quantise(grad, "int8"), few.norm, few.loss, few.sample, few.columns)
         writer.finish()
         trace = open_store(tmp_path / f"{samples}")
         queries = make_queries(trace, 8)
@@ -319,21 +319,16 @@ def test_exact_top_k_keeps_any_number_of_near_equal_rows(tmp_path: Path, count: 
 
 
 @pytest.mark.parametrize("part, tile", [(products.PART_NUMBERS, products.TILE_NUMBERS), (5 * 4 * 128, 250)])
-def test_all_scores_are_those_of_plain_numpy(
-    stored: Store, part: int, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_scores_by_chunk_are_those_of_plain_numpy(
+    stored: Store, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "PART_NUMBERS", part)
     monkeypatch.setattr(products, "TILE_NUMBERS", tile)
     queries = make_queries(stored, 5)
     every = np.einsum("ntv,qtv->qnt", dequantised(stored.path), queries.astype(np.float64))
     assert np.allclose(all_scores(stored, queries), every.sum(axis=2), rtol=1e-4, atol=1e-5)
-    mapped = np.memmap(tmp_path / "scores", np.float32, "w+", shape=every.shape)
-    assert all_scores(stored, queries, per_timestep=True, out=mapped) is mapped
-    assert np.allclose(np.fromfile(tmp_path / "scores", np.float32).reshape(every.shape), every, rtol=1e-4, atol=1e-5)
-    with pytest.raises(QueryError, match=r"out is float32 of shape \(5, 203, 4\); expected .* \(5, 203\)"):
-        all_scores(stored, queries, out=mapped)
-    with pytest.raises(QueryError, match="out is float64"):
-        all_scores(stored, queries, out=np.empty((5, 203)))  # type: ignore[arg-type]
+    by_timestep = np.concatenate([scores for _, scores in scores_by_chunk(stored, queries, per_timestep=True)], axis=1)
+    assert np.allclose(by_timestep, every, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_without_gradients_have_no_score(tmp_path: Path) -> None:
@@ -345,15 +340,9 @@ def test_rows_without_gradients_have_no_score(tmp_path: Path) -> None:
         write(writer, rows, chunk)
     trace = open_store(writer.path, unfinished=True)
     missing = np.isin(np.arange(40), [13, *range(16, 32)])
-    for scores in (all_scores(trace, rows.grad[:3]), all_scores(trace, rows.grad[:3], per_timestep=True)):
-        assert (np.isnan(scores).reshape(3, 40, -1).all(axis=2) == missing).all()
-        assert not np.isnan(scores[:, ~missing]).any()
-    assert np.array_equal(np.isnan(self_influence(trace)), missing)
-
-
-def test_self_influence_is_the_score_of_a_row_with_itself(stored: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "TILE_NUMBERS", 5 * 4 * 128)  # several parts of a chunk
-    assert np.allclose(self_influence(stored), (dequantised(stored.path) ** 2).sum(axis=(1, 2)), rtol=1e-5)
+    assert (np.isnan(all_scores(trace, rows.grad[:3])) == missing).all()
+    for place, scores in scores_by_chunk(trace, rows.grad[:3], per_timestep=True):
+        assert (np.isnan(scores) == missing[place][:, None]).all()
 
 
 def test_scores_by_chunk_runs_few_chunks_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

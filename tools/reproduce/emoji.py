@@ -358,9 +358,9 @@ class Experiment:
                 for k in recording.timesteps:
                     with recording.step(i, k):
                         kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
+        opened, k = dmin_trace.open_trace(trace), min(max(KS), len(self.tuning.names))
         for score in SCORES:
-            found = recording.hits(score=score, k=min(max(KS), len(self.tuning.names)), exact=True)
-            np.save(folder / f"{score}.npy", np.array([[hit.sample for hit in row] for row in found]))
+            np.save(folder / f"{score}.npy", opened.top_k(recording.queries, k, score, exact=True).samples)
 
     def found(self, way: str, *, swapped: bool = False) -> dict[str, np.ndarray]:
         """By score, the samples (Q, at least the largest of KS) found for each query, best first."""

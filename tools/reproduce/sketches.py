@@ -31,6 +31,7 @@ from dmin_trace.store import (
     choose_chunk_rows,
     create,
     open_store,
+    quantise,
     resume,
 )
 
@@ -140,7 +141,9 @@ def capture(
                 continue
             grads, norms = (np.concatenate([batch[name][part] for batch in done]) for part in (0, 1))
             number = np.arange(rows_of.start, rows_of.stop)
-            writer.write(chunk, grads, norms, np.zeros_like(norms), number, {"label": labels[here].tolist()})
+            writer.write(
+                chunk, *quantise(grads, "int8"), norms, np.zeros_like(norms), number, {"label": labels[here].tolist()}
+            )
     for writer in writers.values():
         writer.finish()
 

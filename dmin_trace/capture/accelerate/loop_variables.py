@@ -1,13 +1,12 @@
-"""Puts a loop's own variables back.
+"""Restores the variables of the script's loop.
 
-Capture batches run through the script's own loop body, so they leave their traces in its variables: `loss` is the last
-capture's, `train_loss` has captures added to it, a list of losses has grown. What the script does next (its log line,
-its last checkpoint, its final print) must see the values that the last training batch left. A frame's variables are
-therefore remembered before the first capture batch and put back after the last.
+The script's own training step runs on capture batches, and changes the loop's variables: `loss` is the last capture's,
+`train_loss` has captures added to it, a list of losses has grown. What the script does next (its log line, its last
+checkpoint) must see the values that the last training batch left. They are remembered before the first capture batch,
+and restored after the last.
 
-Remembered are the bindings of every frame from the loop outwards, the items of their lists, dicts and sets, and the
-values of small tensors: what a loop body changes in place when it keeps its own records. Objects with a state of their
-own (a meter class, say) are not looked into.
+Remembered are the variables of every frame from the loop outwards, the items of their lists, dicts and sets, and the
+values of small tensors. The state of other objects (a meter class, say) is not.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-LARGEST_TENSOR = 4096
-_HERE = str(Path(__file__).parents[2])
+MAX_TENSOR_ELEMENTS = 4096
+"""The largest tensor that is remembered: one that holds records of the loop, and no weights or images."""
+_PACKAGE = str(Path(__file__).parents[2])
 
 
 class LoopVariables:
-    """The variables of the script's loop, as they were when this was made."""
+    """The variables of the script's loop at the moment when this is made."""
 
     def __init__(self, frame: FrameType) -> None:
-        """Remembers the variables of the frames from `frame` outwards, those of this package left out."""
+        """Remembers the variables of the frames from `frame` outwards, without those of this package."""
         self._frames = [(f, dict(f.f_locals)) for f in _script_frames(frame)]
         self._undo: dict[int, Callable[[], None]] = {}
         for value in self.values():
@@ -40,46 +40,46 @@ class LoopVariables:
                 self._undo[id(value)] = undo
 
     def values(self) -> Iterator[Any]:
-        """Every remembered value, the loop's own first."""
+        """Returns every remembered value, those of the loop's own frame first."""
         for _, variables in self._frames:
             yield from variables.values()
 
     def named(self) -> dict[str, Any]:
-        """The remembered values by name; of the same names those of the innermost frame."""
+        """Returns the remembered values by name; if a name is in several frames, that of the innermost."""
         return {name: value for _, variables in reversed(self._frames) for name, value in variables.items()}
 
     def globals(self) -> list[dict[str, Any]]:
-        """The module variables of the script's frames, each module once."""
+        """Returns the global variables of the script's frames, each module once."""
         found: dict[int, dict[str, Any]] = {id(frame.f_globals): frame.f_globals for frame, _ in self._frames}
         return list(found.values())
 
     def restore(self) -> None:
-        """Puts bindings and in-place changes back. Variables born since then are left."""
+        """Restores variables and what was changed in place. Variables that are new since then stay."""
         for frame, variables in self._frames:
             current = frame.f_locals
             changed = {name: old for name, old in variables.items() if current.get(name, self) is not old}
             if changed:
                 current.update(changed)
                 if sys.version_info < (3, 13) and current is not frame.f_globals:
-                    # Before PEP 667 a function's f_locals is a copy, and this call is what writes it back.
+                    # Before PEP 667 a function's f_locals is a copy, and this call writes it back.
                     ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
         for undo in self._undo.values():
             undo()
 
 
 def script_frame() -> FrameType:
-    """The innermost frame on the stack that belongs to the script rather than to this package or to a generator."""
+    """Returns the innermost frame on the stack that belongs to the script, not to this package or to a generator."""
     return next(_script_frames(sys._getframe(1)))
 
 
 def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """The loop's frame and those outside it that run the same file: its function, the module around it."""
+    """The loop's frame, and those outside it that run the same file: its function, the module around it."""
     script: str | None = None
     while frame is not None:
         name = frame.f_code.co_filename
-        # Generators in between (a tqdm around the loader), contextlib and this package are not the loop.
+        # Generators between them (a tqdm around the loader), contextlib and this package are not the loop.
         is_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
-        ours = name.startswith(_HERE) and not name.startswith(f"{_HERE}/examples")
+        ours = name.startswith(_PACKAGE) and not name.startswith(f"{_PACKAGE}/examples")
         if not is_generator and not ours and frame.f_globals.get("__name__") != "contextlib":
             script = script or name
             if name == script:
@@ -88,7 +88,7 @@ def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def undo_of(value: Any) -> Callable[[], None] | None:
-    """What puts `value` back in place, for the kinds of value that a loop body changes in place."""
+    """Returns what restores `value` in place; None for a kind of value that training steps do not change in place."""
     if type(value) is list:
         return partial(_restore_list, value, list(value))
     if type(value) is dict:
@@ -97,7 +97,7 @@ def undo_of(value: Any) -> Callable[[], None] | None:
         return partial(_restore_set, value, set(value))
     if isinstance(value, LRScheduler):
         return partial(_restore_scheduler, value, value.state_dict(), [g["lr"] for g in value.optimizer.param_groups])
-    if type(value) is torch.Tensor and not value.requires_grad and value.numel() <= LARGEST_TENSOR:
+    if type(value) is torch.Tensor and not value.requires_grad and value.numel() <= MAX_TENSOR_ELEMENTS:
         return partial(_restore_tensor, value, value.clone())
     return None
 

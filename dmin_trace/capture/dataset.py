@@ -1,7 +1,8 @@
-"""What a person reads about a sample: its caption, label, file name and the like, from the dataset.
+"""The data set: its readable columns, and what its collated batches hold.
 
-A column is looked for in the dataset's item, then in the raw row of a `datasets.Dataset` (whose transform usually drops
-it), then in an attribute of the dataset that is a sequence of N values.
+A column is what a person reads about a sample: a caption, a label, a file name. It is looked for in the dataset's item,
+then in the raw row of a `datasets.Dataset` (whose transform usually drops it), then in an attribute of the dataset that
+is a sequence of N values.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from dmin_trace.errors import CaptureError
 
 Kind = Literal["string", "integer", "number"]
 
-USUAL = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
-"""The columns that are kept where none are asked for."""
+USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
+"""The columns that are kept if the settings name none."""
 
-MISSING: dict[Kind, str | int | float] = {"string": "", "integer": -1, "number": float("nan")}
+MISSING_VALUES: dict[Kind, str | int | float] = {"string": "", "integer": -1, "number": float("nan")}
 
 
 class Columns:
-    """The readable columns of one dataset; their kinds are settled by the first sample."""
+    """The readable columns of one dataset. The first sample determines their kinds."""
 
     def __init__(self, dataset: Any, names: tuple[str, ...] | None) -> None:
-        """Keeps these columns, or those of the usual names that the dataset has."""
+        """Keeps the columns of these names; with None, those of the usual names that the dataset has."""
         self._dataset = dataset
-        self._asked = names
+        self._names = names
         self._plain = _without_images(dataset)
         self._kinds: dict[str, Kind] | None = None
 
@@ -37,19 +38,19 @@ class Columns:
         return self._kinds or {}
 
     def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
-        """The columns of one sample.
+        """Returns the columns of one sample.
 
         Args:
             sample: its dataset index.
             item: what the dataset gave for it.
 
         Raises:
-            CaptureError: a column was asked for by name, and the dataset does not have it.
+            CaptureError: the dataset lacks a column that was named.
         """
         if self._kinds is None:
-            found = {name: self._find(name, sample, item) for name in self._asked or USUAL}
+            found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
             missing = [name for name, value in found.items() if value is None]
-            if self._asked is not None and missing:
+            if self._names is not None and missing:
                 raise CaptureError(
                     f"The dataset has no readable column {', '.join(missing)}. Name columns that hold text or numbers, "
                     "or leave columns out to keep those of the usual names."
@@ -60,11 +61,11 @@ class Columns:
     def _value(self, name: str, kind: Kind, sample: int, item: Any) -> str | int | float:
         value = self._find(name, sample, item)
         if value is None:
-            return MISSING[kind]
+            return MISSING_VALUES[kind]
         if kind == "string":
             return str(value)
         if isinstance(value, str):
-            return MISSING[kind]
+            return MISSING_VALUES[kind]
         return int(value) if kind == "integer" else float(value)
 
     def _find(self, name: str, sample: int, item: Any) -> str | int | float | None:
@@ -79,7 +80,7 @@ class Columns:
 
 
 def _without_images(dataset: Any) -> Any:
-    """The raw rows of a `datasets.Dataset`, less the columns that would be decoded at every look."""
+    """The raw rows of a `datasets.Dataset`, without the columns that are decoded at every access."""
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "features"):
         return None
     readable = [n for n, f in dataset.features.items() if getattr(f, "dtype", None) not in (None, "PIL.Image.Image")]
@@ -103,3 +104,36 @@ def _readable(value: Any) -> str | int | float | None:
 
 def _kind(value: str | int | float) -> Kind:
     return "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"
+
+
+def named_entries(batch: Any) -> dict[str, Any]:
+    """Returns the entries of a collated batch by name, or by number if they have no names."""
+    if isinstance(batch, Mapping):
+        return {str(name): value for name, value in batch.items()}
+    values = batch if isinstance(batch, (list, tuple)) else [batch]
+    return {str(k): value for k, value in enumerate(values)}
+
+
+def image_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the image-like tensors (floating point, three dimensions or more) of a batch."""
+    return {
+        name: tuple(value.shape)
+        for name, value in entries.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
+    }
+
+
+def text_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the texts in a batch: rows of tokens (integers in two dimensions), and lists of text.
+
+    A named list of text counts only if its name says that it holds prompts: a batch may have file names.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in entries.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
+            shapes[name] = tuple(value.shape)
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+            if not name.isdigit() and not any(word in name for word in ("caption", "prompt", "text")):
+                continue
+            shapes[name] = (len(value),)
+    return shapes

@@ -1,46 +1,45 @@
-"""Pins and records the random calls of a loop body.
+"""Pins the timestep of a training step, and records its random calls.
 
 A gradient of the training loss depends on the noise and on the timestep that the script draws. For the gradients of
-two samples to be comparable both must be the same (paper, equations 7 to 9), so before each run of the loop body the
-generators are seeded with the slot's seed, and the timestep draw is replaced by the slot's timestep. Every random call
-is recorded by name and shape: two samples that did not draw the same sequence did not see the same noise.
+two samples to be comparable both must be the same (paper, equations 7 to 9), so before each training step the
+generators are seeded with the timestep's seed, and the draw of the timestep is replaced by the pinned one. Every random
+call is recorded by name and shape: two samples with other sequences of calls did not get the same noise.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from dmin_trace.capture.random_state import seed_of
 from dmin_trace.errors import CaptureError
 from dmin_trace.settings import Settings
 
 Call = tuple[str, tuple[int, ...]]
 """One random call: its name, with a star where its result was pinned, and the shape that it gave."""
 
-RECORDED = frozenset(
+RECORDED_CALLS = frozenset(
     {"bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal"}
     | {"normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_"}
     | {"randperm", "uniform_", "dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
 )
-SHORTEST_SCHEDULE = 50
+MIN_SCHEDULE_LENGTH = 50
 """A draw from fewer values than this is not taken for a timestep draw (a crop corner, a flip, a class)."""
 
 
 @dataclass(frozen=True)
 class PinnedTimestep:
-    """One run of a loop's body for a sample: one of the T timesteps of a capture, with one of the D noises drawn there.
+    """One of the T timesteps of a capture, with one of the D noises drawn there: one training step for each sample.
 
     number: k of the timestep, from 0.
-    fraction: the place in the schedule, (k + 1/2) / T, where no timestep is given.
+    fraction: the place in the schedule, (k + 1/2) / T, if no timestep is given.
     timestep: the timestep itself, as the script's draw would give it, or None.
-    seed: of every generator at the start of the loop body.
+    seed: of every generator at the start of the training step.
     draw: d of the noise, from 0.
     """
 
@@ -51,19 +50,19 @@ class PinnedTimestep:
     draw: int = 0
 
     def index_in(self, length: int) -> int:
-        """The slot's timestep in a schedule of `length` steps. Raises CaptureError if the schedule is shorter."""
+        """The timestep in a schedule of `length` steps. Raises CaptureError if the schedule is shorter."""
         if self.timestep is None:
             return int(self.fraction * length)
         if self.timestep >= length:
             raise CaptureError(
-                f"Timestep {self.timestep} was asked for, but the script draws its timesteps from 0 to {length - 1}. "
-                "Give timesteps within the schedule."
+                f"The settings have timestep {self.timestep}, but the script draws its timesteps from 0 to "
+                f"{length - 1}. Give timesteps within the schedule."
             )
         return self.timestep
 
 
 def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
-    """The slots of a capture: T timesteps in the order they are stored, each with its D draws one after the other."""
+    """The T timesteps of a capture in the order they are stored, each with its D draws one after the other."""
     given = settings.timesteps
     listed: Sequence[int | None] = [None] * given if isinstance(given, int) else given
     count = len(listed)
@@ -74,86 +73,18 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     )
 
 
-def seed_of(seed: int, stream: int, draw: int = 0) -> int:
-    """An independent 32-bit seed for each stream of a capture: 0 for the samples' augmentation, k + 1 for timestep k.
-
-    A timestep's first draw has the stream's own seed, whatever the number of draws.
-    """
-    return int(np.random.SeedSequence([seed, stream, *([draw] if draw else [])]).generate_state(1)[0])
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the generators of torch (all devices), numpy and python."""
-    if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    else:
-        # Before each loop body: torch.manual_seed writes down a whole stack trace for the day that a GPU wakes up.
-        torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """Where every global generator stood at one moment, to be put back."""
-
-    torch_cpu: torch.Tensor
-    torch_cuda: list[torch.Tensor]
-    torch_mps: torch.Tensor | None
-    numpy: dict[str, Any]
-    python: tuple[Any, ...]
-
-    @classmethod
-    def take(cls) -> RandomState:
-        """Copies the states of all global generators."""
-        return cls(
-            torch_cpu=torch.get_rng_state(),
-            # Asking an uninitialised CUDA would start it, which the script may not have wanted.
-            torch_cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-            torch_mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-            numpy=dict(np.random.get_state(legacy=False)),
-            python=random.getstate(),
-        )
-
-    def is_now(self) -> bool:
-        """Whether all global generators stand where they stood: nothing was drawn since."""
-        now = RandomState.take()
-        mine, others = self._tensors(), now._tensors()
-        key, other_key = self.numpy["state"]["key"], now.numpy["state"]["key"]
-        return (
-            len(mine) == len(others)
-            and all(map(torch.equal, mine, others))
-            and np.array_equal(key, other_key)
-            and all(self.numpy[name] == now.numpy[name] for name in ("has_gauss", "gauss"))
-            and self.numpy["state"]["pos"] == now.numpy["state"]["pos"]
-            and self.python == now.python
-        )
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [self.torch_cpu, *self.torch_cuda, *([] if self.torch_mps is None else [self.torch_mps])]
-
-    def restore(self) -> None:
-        """Puts all global generators back."""
-        torch.set_rng_state(self.torch_cpu)
-        if self.torch_cuda:
-            torch.cuda.set_rng_state_all(self.torch_cuda)
-        if self.torch_mps is not None:
-            torch.mps.set_rng_state(self.torch_mps)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-
-
 @dataclass
 class PinnedDraws(TorchFunctionMode):
-    """While entered: records torch's random calls, and pins those that draw a timestep to the slot's.
+    """While entered: records torch's random calls, and replaces draws of a timestep by the pinned one.
 
+    timestep: the pinned one.
     backward: what is called instead of `Tensor.backward`, with the same arguments; None leaves it as it is.
     calls: the random calls so far, in order; a pinned one is marked with a star.
     pins: how many draws were pinned.
-    error: why a draw could not be pinned, if one could not.
+    error: why a draw could not be pinned, or None.
     """
 
-    slot: PinnedTimestep
+    timestep: PinnedTimestep
     backward: Callable[..., None] | None = None
     calls: list[Call] = field(default_factory=list)
     pins: int = 0
@@ -175,61 +106,58 @@ class PinnedDraws(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if self.backward is not None and func is torch.Tensor.backward:
             return self.backward(*args, **(kwargs or {}))
-        if name not in RECORDED:
+        if name not in RECORDED_CALLS:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
         try:
             self._seed_own_generator(kwargs.get("generator"))
         except Exception as error:
-            self._keep(error)
+            self.keep(error)
         result = func(*args, **kwargs)
         try:
             return self._noted(name, args, kwargs, result)
         except Exception as error:
-            self._keep(error)
+            self.keep(error)
             return result
 
     def _noted(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-        """What a random call gives, recorded, or pinned."""
+        """The result of a random call, which is recorded or pinned."""
         if "dropout" in name and not _dropout_draws(args, kwargs):
             return result
         length = _schedule_length(name, args, kwargs, result)
         if length is not None:
-            return self.pin(result, lambda: self.slot.index_in(length), name)
+            return self.pin(result, lambda: self.timestep.index_in(length), name)
         shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
         self.calls.append((name, shape))
         return result
 
-    def _keep(self, error: Exception) -> None:
-        """Keeps an error of ours for later: raised inside the script's own call it would end the script."""
+    def keep(self, error: Exception) -> None:
+        """Keeps an error until the step is checked: raised inside the script's own call it would end the script."""
         if not isinstance(error, CaptureError):
-            error = CaptureError(f"A random call was not seen: {type(error).__name__}: {error}")
+            error = CaptureError(f"A call in the training step was not understood: {type(error).__name__}: {error}")
         self.error = self.error or error
 
     def pin(self, drawn: torch.Tensor, value: Callable[[], float], name: str) -> torch.Tensor:
-        """Replaces a timestep draw by the slot's timestep, and records that it was.
-
-        An error in finding that timestep is kept for later.
-        """
+        """Replaces a draw of a timestep by a value, and records that. An error of `value` is kept."""
         self.pins += 1
         self.calls.append((name + "*", tuple(drawn.shape)))
         try:
             return torch.full_like(drawn, value())
         except Exception as error:
-            self._keep(error)
+            self.keep(error)
             return drawn
 
     def hand_out(self, name: str) -> None:
-        """Records that the body was told something of the slot, rather than drawing it."""
+        """Records that the loop was given the timestep instead of drawing it."""
         self.pins += 1
         self.calls.append((name + "*", ()))
 
     def start(self) -> None:
-        """Enters the mode. Not a `with` block, since the loop body that it covers is the script's."""
+        """Enters the mode. Not a `with` block, since the training step that it covers is the script's."""
         self._enter()
 
     def stop(self) -> None:
-        """Leaves the mode for good, and puts the script's own generator objects back where they stood before."""
+        """Leaves the mode for good, and puts back the states of the script's own generator objects."""
         self._leave()
         self._stopped = True
         for generator, state in self._generators.values():
@@ -238,7 +166,7 @@ class PinnedDraws(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the mode for the length of a `with` block; what is stopped in it stays stopped."""
+        """Leaves the mode during a `with` block; if it is stopped in the block, it stays stopped."""
         self._leave()
         try:
             yield
@@ -256,10 +184,15 @@ class PinnedDraws(TorchFunctionMode):
             self._entered = False
 
     def _seed_own_generator(self, generator: object) -> None:
-        # A generator object of the script's own is not reached by seeding the global ones.
+        # Seeding the global generators does not reach one of the script's own.
         if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
             self._generators[id(generator)] = (generator, generator.get_state())
-            generator.manual_seed(self.slot.seed)
+            generator.manual_seed(self.timestep.seed)
+
+
+def show_calls(calls: Sequence[Call]) -> str:
+    """Random calls for a person to read."""
+    return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
 
 
 def _dropout_draws(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -268,7 +201,7 @@ def _dropout_draws(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _schedule_length(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> int | None:
-    """How long the schedule is that this call draws a timestep from, or None if it draws something else."""
+    """The length of the schedule that this call draws a timestep from; None if it draws something else."""
     if not isinstance(result, torch.Tensor) or result.dim() != 1:
         return None
     length: object = None
@@ -281,7 +214,7 @@ def _schedule_length(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         low = kwargs.get("low", bounds[0] if len(bounds) == 2 else 0)
         high = kwargs.get("high", bounds[-1] if bounds else None)
         length = high if low == 0 else None
-    # A schedule length may be a 0-d tensor: reading it is a host sync, but only where the script itself made it so.
+    # A schedule length may be a 0-d tensor. Reading it waits for the device, but only if the script made it so.
     if isinstance(length, torch.Tensor):
         length = int(length)
-    return length if isinstance(length, int) and length >= SHORTEST_SCHEDULE else None
+    return length if isinstance(length, int) and length >= MIN_SCHEDULE_LENGTH else None

@@ -1,35 +1,32 @@
-"""The random calls of a loop body: pinned, recorded, and put back."""
+"""The random calls of a training step: pinned and recorded."""
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
-from dmin_trace.capture.randomness import PinnedDraws, PinnedTimestep, RandomState, pinned_timesteps, seed_everything
+from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep, pinned_timesteps
 from dmin_trace.errors import CaptureError
 from dmin_trace.settings import Settings
 
-SLOT = PinnedTimestep(number=1, fraction=0.25, timestep=None, seed=7)
+TIMESTEP = PinnedTimestep(number=1, fraction=0.25, timestep=None, seed=7)
 
 
-def test_slots_are_spread_evenly_and_have_seeds_of_their_own() -> None:
-    slots = pinned_timesteps(Settings(timesteps=4))
-    assert [slot.index_in(1000) for slot in slots] == [125, 375, 625, 875]
-    assert len({slot.seed for slot in slots}) == 4
-    assert pinned_timesteps(Settings(timesteps=4)) == slots
-    assert {slot.seed for slot in slots}.isdisjoint(
-        slot.seed for slot in pinned_timesteps(Settings(timesteps=4, seed=1))
+def test_pinned_timesteps_are_spread_evenly_and_have_seeds_of_their_own() -> None:
+    timesteps = pinned_timesteps(Settings(timesteps=4))
+    assert [timestep.index_in(1000) for timestep in timesteps] == [125, 375, 625, 875]
+    assert len({timestep.seed for timestep in timesteps}) == 4
+    assert pinned_timesteps(Settings(timesteps=4)) == timesteps
+    assert {timestep.seed for timestep in timesteps}.isdisjoint(
+        timestep.seed for timestep in pinned_timesteps(Settings(timesteps=4, seed=1))
     )
 
 
 def test_given_timesteps_are_drawn_as_they_are() -> None:
-    slots = pinned_timesteps(Settings(timesteps=(999, 0, 17)))
-    assert [slot.index_in(1000) for slot in slots] == [999, 0, 17]
-    with pytest.raises(CaptureError, match="Timestep 999 was asked for"):
-        slots[0].index_in(500)
+    timesteps = pinned_timesteps(Settings(timesteps=(999, 0, 17)))
+    assert [timestep.index_in(1000) for timestep in timesteps] == [999, 0, 17]
+    with pytest.raises(CaptureError, match="The settings have timestep 999"):
+        timesteps[0].index_in(500)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +41,7 @@ def test_given_timesteps_are_drawn_as_they_are() -> None:
     ],
 )
 def test_a_timestep_draw_is_pinned_whatever_its_form(draw: object) -> None:
-    draws = PinnedDraws(SLOT)
+    draws = PinnedDraws(TIMESTEP)
     draws.start()
     try:
         drawn = draw()  # type: ignore[operator]
@@ -69,7 +66,7 @@ def test_a_timestep_draw_is_pinned_whatever_its_form(draw: object) -> None:
 def test_other_draws_are_recorded_and_left(draw: object) -> None:
     torch.manual_seed(3)
     expected = draw()  # type: ignore[operator]
-    draws = PinnedDraws(SLOT)
+    draws = PinnedDraws(TIMESTEP)
     torch.manual_seed(3)
     draws.start()
     try:
@@ -82,7 +79,7 @@ def test_other_draws_are_recorded_and_left(draw: object) -> None:
 
 
 def test_calls_are_recorded_in_order_with_their_shapes() -> None:
-    draws = PinnedDraws(SLOT)
+    draws = PinnedDraws(TIMESTEP)
     draws.start()
     x = torch.randn(2, 3)
     torch.randn_like(x)
@@ -101,19 +98,9 @@ def test_a_generator_of_the_scripts_own_is_seeded_and_put_back() -> None:
     expected_next = torch.randn(3, generator=torch.Generator().set_state(generator.get_state()))
     drawn = []
     for _ in range(2):
-        draws = PinnedDraws(SLOT)
+        draws = PinnedDraws(TIMESTEP)
         draws.start()
         drawn.append(torch.randn(4, generator=generator))
         draws.stop()
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(torch.randn(3, generator=generator), expected_next)
-
-
-def test_every_global_generator_is_put_back() -> None:
-    seed_everything(1)
-    before = RandomState.take()
-    first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random())
-    seed_everything(2)
-    torch.rand(5), np.random.randn(), random.random()
-    before.restore()
-    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random()) == first

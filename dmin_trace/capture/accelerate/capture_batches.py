@@ -1,0 +1,277 @@
+"""Runs the training step of the script's loop on capture batches: one dataset item at one timestep each.
+
+A failure in here after the training ends the capture and not the script, also a failure of the script's own code on a
+capture batch. A capture on demand, or one that is `strict`, raises instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import recursively_apply, send_to_device
+
+from dmin_trace.capture.accelerate.loop_variables import LoopVariables, script_frame
+from dmin_trace.capture.accelerate.training_run import TrainingRun
+from dmin_trace.capture.guard import Advice, StepGuard
+from dmin_trace.capture.pinning import PinnedTimestep
+from dmin_trace.capture.random_state import RandomState
+from dmin_trace.capture.step import CaptureStep
+from dmin_trace.errors import CaptureError, DminTraceError
+
+if TYPE_CHECKING:
+    from dmin_trace.capture.accelerate.script_capture import ScriptCapture
+
+logger = logging.getLogger(__name__)
+
+MAX_UNLOADABLE = 20
+"""One of so many samples at the beginning must load."""
+
+_ADVICE = Advice(
+    backward="accelerator.backward(loss)",
+    once="Gradients are taken there: call it instead of loss.backward(), once for each batch.",
+    changed="Its optimizer did not wait for accelerator.sync_gradients: pass the optimizer to accelerator.prepare.",
+    pinned="Of diffusers, compute_density_for_timestep_sampling is pinned too.",
+    seen="Is this a diffusion model?",
+)
+
+
+class CaptureBatches:
+    """The capture batches of one capture, and all that changes in the script's process while they last.
+
+    variables: the loop's variables before the first capture batch; None before and after the capture.
+    failed: an error ended the capture.
+    is_last: the batch that is under way is the last one.
+    """
+
+    def __init__(self, run: TrainingRun, capture: ScriptCapture, *, raising: bool) -> None:
+        """Changes nothing yet.
+
+        Args:
+            run: the training run.
+            capture: what is done with the losses.
+            raising: raise errors, although that ends the script.
+        """
+        self.variables: LoopVariables | None = None
+        self.failed = False
+        self.is_last = False
+        self._run = run
+        self._capture = capture
+        self._raising = raising
+        self._guard = StepGuard((), (), _ADVICE)
+        self._batch: Any = None
+        self._random_state: RandomState | None = None
+        self._undo = ExitStack()
+
+    @property
+    def step(self) -> CaptureStep | None:
+        """The training step that is under way on a capture batch, if one is."""
+        return self._guard.step
+
+    def remember(self) -> bool:
+        """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
+        self._guarded(self._remember)
+        return not self.failed
+
+    def __iter__(self) -> Iterator[Any]:
+        """The capture batches. The script's loop runs its training step on each before it takes the next."""
+        if self.variables is None:
+            self.remember()
+        samples = [] if self.failed else self._guarded(self._begin) or []
+        timesteps = self._capture.timesteps
+        for n, (sample, timestep) in enumerate(product(samples, timesteps)):
+            batch = self._next_batch(sample, timestep)
+            if self.failed:
+                break
+            self.is_last = n == len(samples) * len(timesteps) - 1
+            self.open_step(sample, timestep)
+            yield batch
+            self.close_step()
+        self._batch = None
+
+    def open_step(self, sample: int, timestep: PinnedTimestep) -> None:
+        """Begins a training step."""
+        self._run.set_sync(False)
+        self._guard.open(sample, timestep)
+
+    def open_empty_step(self) -> None:
+        """Begins a training step that is not captured: the capture has failed, and the script's loop must go on."""
+        self.is_last = True
+        self.open_step(-1, self._capture.timesteps[0])
+
+    @contextmanager
+    def script_code(self) -> Iterator[None]:
+        """Around the script's code in a training step: its errors end the capture, and not the script."""
+        step = self.step
+        self._run.set_sync(False)
+        try:
+            yield
+        except Exception as error:
+            where = f"The script's own code failed in {step.name if step else 'a training step'}"
+            if self._raises:
+                logger.error("%s.", where)
+                self._abandon()
+                raise
+            # The script's variables are put back, so it can go on.
+            failure = CaptureError(f"{where}: {type(error).__name__}: {error}")
+            if not self._capture.hold(failure):
+                self._fail(failure)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The script's `accelerator.backward(loss)` in the step that is under way."""
+        step = self.step
+        if step is None:
+            raise CaptureError("No capture batch is under way. This is an error of dmin_trace; report it.")
+        step.backwards += 1
+        if not self.failed:
+            # No random call of ours is to be seen; and looking at every call of torch takes time.
+            with step.draws.paused():
+                self._guarded(partial(self._capture.backward, step, loss))
+
+    def close_step(self) -> None:
+        """Ends the step that is under way, if one is, and hands it to the capture."""
+        step = self.step
+        if step is not None:
+            self._guard.close()
+            if not self.failed:
+                self._guarded(partial(self._take, step))
+
+    def leave(self) -> None:
+        """Puts everything back, after the last step or after a failure. A second call does nothing."""
+        self._guarded(self._undo.close)
+        if self.variables is not None:
+            self._guarded(self.variables.restore)
+        if self._random_state is not None:
+            self._guarded(self._random_state.restore)
+        self.variables = self._random_state = None
+
+    # -- beginning -------------------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        self._random_state = RandomState.take()
+        self.variables = LoopVariables(script_frame())
+
+    def _begin(self) -> list[int]:
+        run = self._run
+        if not run.optimizers:
+            raise CaptureError(
+                "No optimizer was passed to accelerator.prepare, so capture batches would train the model. Prepare the "
+                "optimizer."
+            )
+        if not self._capture.on_demand and not run.backwards:
+            raise CaptureError(
+                "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
+                "Call it instead of loss.backward()."
+            )
+        adjust = run.accelerator.gradient_state.plugin_kwargs
+        # Otherwise accelerate counts a scheduler step for every skipped optimizer step.
+        self._undo.callback(
+            partial(adjust.update, adjust_scheduler=adjust["adjust_scheduler"])
+            if "adjust_scheduler" in adjust
+            else partial(adjust.pop, "adjust_scheduler")
+        )
+        adjust["adjust_scheduler"] = False
+        self._undo.callback(run.set_sync, run.accelerator.sync_gradients)
+        run.set_sync(False)
+        values = self.variables.values() if self.variables else ()
+        modules = list(dict.fromkeys(value for value in values if isinstance(value, torch.nn.Module)))
+        self._guard = self._undo.enter_context(StepGuard(run.models, run.denoisers(modules), _ADVICE))
+        for model in run.models:
+            # DDP would wait for gradients that never come.
+            self._undo.enter_context(run.accelerator.no_sync(model))
+        self._undo.callback(self._capture.leave)
+        return self._capture.begin()
+
+    # -- samples ---------------------------------------------------------------------------------------------------
+
+    def _next_batch(self, sample: int, timestep: PinnedTimestep) -> Any:
+        """The batch of the next step; None once the capture has failed."""
+        if not self.failed and timestep == self._capture.timesteps[0]:
+            self._guarded(partial(self._load, sample))
+        if self.failed:
+            return None
+        # A step may change its batch in place; each gets its own.
+        return self._guarded(partial(recursively_apply, torch.clone, self._batch))
+
+    def _load(self, sample: int) -> None:
+        """Makes a sample's batch the one that steps run on; that of another remains if it cannot be loaded."""
+        try:
+            item, batch = self._run.fetch(sample, self._capture.item_seed)
+        except Exception as error:
+            self._capture.recorder.missing(sample, error)
+            if self._batch is None:
+                self._load_another(sample, error)
+                # The other sample was reported last; the recorder needs to hear that this one is missing.
+                self._capture.recorder.missing(sample, error)
+        else:
+            self._take_batch(sample, item, batch)
+
+    def _load_another(self, sample: int, error: Exception) -> None:
+        """Loads one of the samples that follow, where none was loaded so far. Raises CaptureError if none can be."""
+        count = self._run.samples
+        for step in range(1, min(MAX_UNLOADABLE, count)):
+            other = (sample + step) % count
+            try:
+                item, batch = self._run.fetch(other, self._capture.item_seed)
+            except Exception:
+                continue
+            self._take_batch(other, item, batch)
+            return
+        raise CaptureError(
+            f"Sample {sample} could not be loaded, nor could those that follow it: {type(error).__name__}: {error}"
+        ) from error
+
+    def _take_batch(self, sample: int, item: Any, batch: Any) -> None:
+        self._batch = send_to_device(batch, self._run.accelerator.device)
+        self._capture.sample(sample, item, self._batch)
+
+    def _take(self, step: CaptureStep) -> None:
+        try:
+            self._guard.check(step, self._capture.recorder.moved)
+        except Exception as error:
+            if not self._capture.hold(error):
+                raise
+        self._capture.take(step)
+        if self.is_last:
+            self._capture.recorder.finish()
+
+    # -- errors ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _raises(self) -> bool:
+        return self._raising or self._capture.strict
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        """The result of an action of ours; None if it failed and the script goes on."""
+        try:
+            return action()
+        except Exception as error:
+            if self._capture.hold(error):
+                return None
+            if self._raises:
+                self.failed = True
+                self._abandon()
+                raise
+            self._fail(error)
+            return None
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the capture, and not the script: the step under way runs on, and the loop ends as it would have."""
+        self.failed = True
+        if not isinstance(error, DminTraceError):
+            logger.debug("The capture failed.", exc_info=True)
+        self._capture.failed(error)
+        self.is_last = True
+
+    def _abandon(self) -> None:
+        """Puts back what can be put back while an error ends the script."""
+        self._guard.close()
+        self._undo.close()

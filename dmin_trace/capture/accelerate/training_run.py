@@ -1,0 +1,94 @@
+"""What the training script passed to `accelerator.prepare`: its models, its optimizers and its dataloader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from dmin_trace.capture.random_state import seed_everything
+from dmin_trace.capture.step import takes_timestep
+from dmin_trace.errors import AttachError
+
+UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA}
+"""Kinds of distributed runs in which no process has whole gradients."""
+
+
+class TrainingRun:
+    """A training script's accelerator, and what was prepared with it.
+
+    models, optimizers: those that were prepared, in order.
+    loader: the first dataloader that was prepared, or None; it is taken for the one with the training data.
+    backwards: how often the script called `accelerator.backward` in its training.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.models: list[torch.nn.Module] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.loader: Any = None
+        self.backwards = 0
+
+    def add(self, prepared: Any) -> bool:
+        """Adds what one call of `prepare` returned. Gives whether the training dataloader was in it.
+
+        Raises AttachError for a run or a dataloader that cannot be captured.
+        """
+        prepared = prepared if isinstance(prepared, (tuple, list)) else [prepared]
+        self.models += [one for one in prepared if isinstance(one, torch.nn.Module)]
+        optimizers = [one for one in prepared if isinstance(one, torch.optim.Optimizer)]
+        self.optimizers += [optimizer for optimizer in optimizers if optimizer not in self.optimizers]
+        loaders = [one for one in prepared if isinstance(one, torch.utils.data.DataLoader)]
+        if not loaders or self.loader is not None:
+            return False
+        self.loader = loaders[0]
+        self._refuse()
+        return True
+
+    def _refuse(self) -> None:
+        if self.accelerator.distributed_type in UNSUPPORTED:
+            raise AttachError(
+                f"This run is distributed with {self.accelerator.distributed_type.value}, which splits gradients in a "
+                "way that cannot be captured yet. Capture on demand in one process: dmin-trace capture."
+            )
+        if isinstance(self.loader.dataset, torch.utils.data.IterableDataset):
+            raise AttachError(
+                "The training data is an IterableDataset, whose samples have no index to attribute to. Use a dataset "
+                "with __len__ and __getitem__."
+            )
+        if self.loader.collate_fn is None:
+            raise AttachError("The dataloader has no collate_fn, so a batch of one sample cannot be made.")
+
+    @property
+    def samples(self) -> int:
+        """N, the number of training samples."""
+        return len(self.loader.dataset)
+
+    def fetch(self, sample: int, seed: int) -> tuple[Any, Any]:
+        """A sample's dataset item and the batch collated from it, with all generators seeded.
+
+        Raises whatever the data set and its collate_fn raise.
+        """
+        seed_everything(seed)
+        dataset = self.loader.dataset
+        items = dataset.__getitems__([sample]) if hasattr(dataset, "__getitems__") else [dataset[sample]]
+        return items[0], self.loader.collate_fn(items)
+
+    def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The script's own module inside DDP's or torch.compile's."""
+        inner: torch.nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return inner
+
+    def denoisers(self, others: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """The models that take a timestep; where only models without one are trained, those of `others` that do."""
+        models = [self.unwrap(model) for model in self.models]
+        for modules in (models, others):
+            if found := [module for module in modules if takes_timestep(module)]:
+                return found
+        return models
+
+    def set_sync(self, sync: bool) -> None:
+        """Sets `accelerator.sync_gradients`: while it is False, prepared optimizers and schedulers do not step."""
+        self.accelerator.gradient_state._set_sync_gradients(sync)

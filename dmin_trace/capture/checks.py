@@ -1,0 +1,237 @@
+"""What makes rows comparable is checked for every sample. A check that fails ends the capture.
+
+At each timestep, every sample must reach the denoiser with the same timestep, and its training step must make the same
+random calls. Both are kept in the store, and queries must meet them too. Queries, and a capture that continues a store,
+must also have the weights, the parameters, the settings and the projection of that store.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmin_trace.capture.chunks import Row
+from dmin_trace.capture.dataset import image_shapes, named_entries, text_shapes
+from dmin_trace.capture.pinning import Call, show_calls
+from dmin_trace.capture.source import CaptureSource
+from dmin_trace.capture.step import CaptureStep
+from dmin_trace.capture.weights import Trainable
+from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
+from dmin_trace.project import Plan
+from dmin_trace.settings import Settings
+from dmin_trace.store import Header, Store, check_data, check_script
+
+logger = logging.getLogger(__name__)
+
+
+class RowChecks:
+    """Compares each sample's training steps with those of the first sample, and of the trace that a query is for.
+
+    timesteps: the timesteps that reached the denoiser, (T,); empty before the first row.
+    calls: the random calls of the first sample's training steps, T x D of them; empty before the first row.
+    batch_shapes: the shapes of the images and texts in the first batch.
+    reached: for each parameter whether a loss has depended on it.
+    """
+
+    def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, like: Store | None) -> None:
+        """Has seen nothing yet."""
+        self.timesteps: tuple[float, ...] = ()
+        self.calls: list[list[Call]] = []
+        self.batch_shapes: dict[str, tuple[int, ...]] = {}
+        self.reached = [False] * len(trainable.names)
+        self._draws = settings.draws
+        self._trainable = trainable
+        self._source = source
+        self._like = None if like is None else like.header
+        self._first_sample = 0
+
+    def check_batch(self, batch: Any) -> None:
+        """Raises QueryError if the images of a query's batch have other shapes than those of the trace."""
+        entries = named_entries(batch)
+        shapes = image_shapes(entries)
+        if self._like is not None:
+            # The number of texts may differ.
+            expected = {name: shape for name, shape in self._like.batch.items() if len(shape) >= 3}
+            if shapes != expected:
+                raise QueryError(
+                    f"The query has images of shape {_show_shapes(shapes)}, but those of the trace have "
+                    f"{_show_shapes(expected)}. Give an image of the size that the model was trained on."
+                )
+        self.batch_shapes = self.batch_shapes or shapes | text_shapes(entries)
+
+    def note_reached(self, reached: Sequence[bool]) -> None:
+        """Notes for each parameter whether a loss depends on it."""
+        self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
+
+    def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
+        """Checks the random calls of a training step.
+
+        Args:
+            step: the step.
+            row: the earlier steps of the same sample.
+
+        Raises:
+            CaptureError: the calls differ from those of the first sample, or of the timestep's first draw.
+            QueryError: the calls differ from those of the trace.
+        """
+        calls = show_calls(step.draws.calls)
+        draw = step.pinned.draw
+        if self._like is not None:
+            expected = self._like.noise.draws[step.pinned.number]
+            if tuple(step.draws.calls) != expected:
+                raise QueryError(
+                    f"On the query the script drew {calls}, on the training samples {show_calls(expected)}, so their "
+                    "noise differs. Give an image of the size that the model was trained on, and the same arguments."
+                )
+        elif self.calls and step.draws.calls != (first := self.calls[len(row)]):
+            raise CaptureError(
+                f"On sample {step.sample} the script drew {calls}, on sample {self._first_sample} {show_calls(first)}, "
+                "so their noise differs. Samples of different sizes (buckets) or a random branch cannot be captured."
+            )
+        elif draw and step.draws.calls != (first := row[-draw].draws.calls):
+            raise CaptureError(
+                f"In draw {draw} of timestep {step.pinned.number} the script drew {calls}, in its first draw "
+                f"{show_calls(first)}. A random branch cannot be captured."
+            )
+
+    def check_row(self, steps: Sequence[CaptureStep]) -> Row:
+        """Makes a row of a sample's T x D training steps, if their timesteps are those of the other samples.
+
+        Raises:
+            CaptureError: the timesteps differ, or the first sample's losses do not depend on a trained parameter.
+            QueryError: the timesteps differ from those of the trace.
+        """
+        if not self.calls:
+            self._check_reached()
+        row, seen = _to_cpu(steps, self._draws)
+        timesteps = seen[:: self._draws]
+        if any(timestep != timesteps[at // self._draws] for at, timestep in enumerate(seen)):
+            raise CaptureError(
+                f"The denoiser saw the timesteps {seen} for sample {steps[0].sample}; expected each {self._draws} "
+                "times, once for each draw. The script draws timesteps in a way that is not pinned."
+            )
+        if not self.calls:
+            if self._like is not None and timesteps != self._like.timesteps:
+                raise QueryError(
+                    f"The denoiser saw the timesteps {timesteps} on the query, {self._like.timesteps} on the training "
+                    "samples. Repeat the command that made the trace, or its loop."
+                )
+            self.timesteps, self._first_sample = timesteps, steps[0].sample
+            self.calls = [step.draws.calls for step in steps]
+        elif timesteps != self.timesteps:
+            number = next(k for k, (a, b) in enumerate(zip(timesteps, self.timesteps, strict=True)) if a != b)
+            raise CaptureError(
+                f"At timestep {number} of the capture the denoiser saw timestep {timesteps[number]} for sample "
+                f"{steps[0].sample}, and {self.timesteps[number]} for sample {self._first_sample}. The script draws "
+                "timesteps in a way that is not pinned."
+            )
+        return row
+
+    def _check_reached(self) -> None:
+        """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""
+        named = zip(self._trainable.names, self._trainable.tensors, self.reached, strict=True)
+        never = [(name, tensor) for name, tensor, reached in named if not reached]
+        count = f"{len(never)} of the {len(self.reached)} trainable tensors"
+        names = ", ".join(name for name, _ in never[:3])
+        if len(never) == len(self.reached) or any(self._source.trained(tensor) for _, tensor in never):
+            raise CaptureError(
+                f"The loss does not depend on {count}, among them {names}, though the training moved them. Does the "
+                "training step skip a part of the model in eval mode, or for some batches? In a loop of your own, set "
+                "requires_grad=False for what is not trained."
+            )
+        if never:
+            logger.warning(
+                "The loss does not depend on %s, among them %s, and the training did not move them; their gradients "
+                "are zero.",
+                count,
+                names,
+            )
+
+
+def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> None:
+    """Refuses queries whose gradients are of another model than those of a trace, or are treated in another way.
+
+    Args:
+        settings, trainable, weights: of the queries; `weights` is the fingerprint of the weights.
+        trace: the finished store.
+
+    Raises:
+        QueryError: the parameters or the treatment of gradients differ.
+        WeightsError: the weights differ.
+    """
+    header, expected = trace.header, trace.header.parameters
+    if trainable.fingerprint != expected.fingerprint:
+        raise QueryError(
+            f"The script trains {len(trainable.names)} tensors with {trainable.length:,} numbers, but the trace is of "
+            f"{len(expected.names)} with {header.projection.length:,}. Repeat the command that made it, or give the "
+            "model that it is of."
+        )
+    if weights != header.weights:
+        raise WeightsError(
+            f"The weights are not those of the trace: their fingerprint is {weights[:16]}, that of the trace "
+            f"{header.weights[:16]}. Give the weights that were captured, which lie beside the trace."
+        )
+    if (ours := _treatment(settings)) != (theirs := _treatment(header)):
+        raise QueryError(
+            f"The query's gradients have {ours}, those of {trace.path} have {theirs}, so its header contradicts its "
+            "settings. The store was changed by hand: capture again."
+        )
+
+
+def refuse_other_projection(plan: Plan, trace: Store) -> None:
+    """Raises QueryError if the projection of queries is not that of the trace."""
+    expected = trace.header.projection.fingerprint
+    if plan.fingerprint != expected:
+        raise QueryError(
+            f"The projection's fingerprint is {plan.fingerprint[:16]}, that of the trace {expected[:16]}. The "
+            "trace was made by a version of dmin_trace that projects in another way; query it with that version."
+        )
+
+
+def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
+    """Raises TraceError if the store at `path` is complete, or belongs to another capture and cannot be continued.
+
+    Called before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
+    """
+    header = earlier.header
+    if earlier.complete:
+        raise TraceError(f"{path} exists already and is complete. Give another path (out, --out), or move it away.")
+    if not source.edited_script:
+        advice = "Run the script as it was; or, if its loss and its data are the same, continue with --edited-script."
+        check_script(path, header, source.script.name, source.script.sha256, advice)
+    check_data(path, header, source.samples, "")
+    if header.weights != weights:
+        raise _other_capture(path, f"weights are {header.weights[:16]}", weights[:16])
+    if (theirs := _treatment(header)) != (ours := _treatment(settings)):
+        raise _other_capture(path, f"gradients have {theirs}", ours)
+
+
+def _other_capture(path: Path, theirs: str, ours: str) -> TraceError:
+    return TraceError(
+        f"{path} belongs to another capture: its {theirs}, those of this run {ours}. Give another path (out, --out), "
+        "or move it away."
+    )
+
+
+def _treatment(facts: Settings | Header) -> str:
+    """What is done to gradients before they are compressed, for a person to read."""
+    return f"draws {facts.draws} and transform {facts.transform}"
+
+
+def _to_cpu(steps: Sequence[CaptureStep], draws: int) -> tuple[Row, tuple[float, ...]]:
+    """The row, and the T x D timesteps: one transfer of each kind for a sample."""
+    gradients = torch.stack([step.gradient for step in steps if step.gradient is not None]).cpu().numpy()
+    norms = torch.stack([step.norm.float() for step in steps if step.norm is not None]).cpu().numpy()
+    losses = torch.stack([step.loss for step in steps if step.loss is not None]).cpu().numpy()
+    # A batch of several rows (prior preservation) shows the same timestep in each.
+    seen = torch.stack([step.seen[0] for step in steps if step.seen is not None]).cpu().tolist()
+    return Row(gradients, norms, np.asarray(losses.reshape(-1, draws).mean(axis=1))), tuple(seen)
+
+
+def _show_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{'x'.join(map(str, shape))} ({name})" for name, shape in shapes.items()) or "no images"

@@ -1,0 +1,132 @@
+"""Rows are gathered into chunks. A chunk is written on another thread while the next one is recorded.
+
+A row is quantised when it arrives, so a waiting chunk takes no more memory than it will take on disk. An error in
+writing a chunk is raised a little later, at the next row or at `wait`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dmin_trace.settings import Dtype
+from dmin_trace.store import FAILED, Writer, quantise
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is recorded of one sample.
+
+    gradients: (T, v) float32, the projected gradients.
+    norms: (T,) float32, the norms of the gradients.
+    losses: (T,) float32.
+    """
+
+    gradients: np.ndarray
+    norms: np.ndarray
+    losses: np.ndarray
+
+
+@dataclass
+class _Chunk:
+    """A chunk while its rows arrive."""
+
+    number: int
+    rows: range
+    values: np.ndarray
+    scale: np.ndarray
+    norm: np.ndarray
+    loss: np.ndarray
+    columns: dict[str, list[Any]]
+    filled: int = 0
+
+
+class ChunkQueue:
+    """The chunks that this process has to fill, in order."""
+
+    def __init__(self, chunks: Sequence[tuple[int, range]], timesteps: int, dimension: int, dtype: Dtype) -> None:
+        """Fills these chunks.
+
+        Args:
+            chunks: the number and the rows of each.
+            timesteps: T.
+            dimension: v.
+            dtype: the dtype in which gradients are stored.
+        """
+        self.writer: Writer | None = None
+        self._chunks = list(chunks)
+        self._shape = timesteps, dimension
+        self._dtype: Dtype = dtype
+        self._chunk: _Chunk | None = None
+        self._pool = ThreadPoolExecutor(1, "dmin_trace writes")
+        self._writing: Future[None] | None = None
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of all chunks, in order."""
+        return [row for _, rows in self._chunks for row in rows]
+
+    @property
+    def missing_rows(self) -> int | None:
+        """How many rows the chunk in hand still lacks; None if no chunk is in hand."""
+        return None if self._chunk is None else len(self._chunk.rows) - self._chunk.filled
+
+    def add(self, row: Row | None, columns: Mapping[str, str | int | float], names: Sequence[str]) -> None:
+        """Adds a row, and hands its chunk to the writing thread if it is the chunk's last.
+
+        Args:
+            row: the numbers; None for a sample that could not be loaded.
+            columns: the row's readable columns, if it has numbers.
+            names: the names of all columns.
+
+        Raises:
+            TraceError: an earlier chunk could not be written.
+        """
+        chunk = self._chunk = self._chunk or self._next_chunk(names)
+        at = slice(chunk.filled, chunk.filled + 1)
+        if row is not None:
+            chunk.values[at], chunk.scale[at] = quantise(row.gradients[None], self._dtype)
+            chunk.norm[at], chunk.loss[at] = row.norms, row.losses
+        for name, values in chunk.columns.items():
+            values.append(None if row is None else columns[name])
+        chunk.filled += 1
+        if chunk.filled == len(chunk.rows) and self.writer is not None:
+            self.wait()
+            # Row i of a capture is sample i. The array of samples serves stores that are made in another order.
+            sample = np.arange(chunk.rows.start, chunk.rows.stop, dtype=np.int64)
+            stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, chunk.columns
+            self._writing = self._pool.submit(self.writer.write, chunk.number, *stored)
+            self._chunk = None
+
+    def _next_chunk(self, names: Sequence[str]) -> _Chunk:
+        number, rows = self._chunks.pop(0)
+        timesteps, dimension = self._shape
+        shape = len(rows), timesteps
+        return _Chunk(
+            number,
+            rows,
+            values=np.zeros((*shape, dimension), self._dtype),
+            scale=np.ones(shape, np.float32),
+            norm=np.full(shape, FAILED, np.float32),
+            loss=np.full(shape, np.nan, np.float32),
+            columns={name: [] for name in names},
+        )
+
+    def check(self, *, wait: bool) -> None:
+        """Raises what kept the last chunk from being written; without `wait`, only if that is known by now."""
+        if wait or self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the chunk in writing is on disk. Raises what kept it from being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Ends the writing thread, after the chunk that it writes."""
+        self._pool.shutdown()

@@ -1,0 +1,171 @@
+"""Keeps models as they are while training steps run on them for a capture, and checks each step: `StepGuard`.
+
+guard.open(sample, timestep)    generators seeded, draws of timesteps pinned
+  ...                           the training step, which is the loop's own code
+guard.close()                   its generators are put back
+guard.check(step, moved)        raises if its gradient cannot be compared with those of other samples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep, show_calls
+from dmin_trace.capture.random_state import seed_everything
+from dmin_trace.capture.step import TIMESTEP_ARGUMENTS, CaptureStep
+from dmin_trace.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a training step that cannot be captured, in terms of the loop that it belongs to.
+
+    backward: the call by which the loop computes gradients.
+    once: how to make that call, where a step does not make it once.
+    changed: where a step changes parameters.
+    pinned: where a step draws its timestep in a way that is not pinned.
+    seen: where a step calls no model with a timestep.
+    """
+
+    backward: str
+    once: str
+    changed: str
+    pinned: str
+    seen: str
+
+
+class StepGuard:
+    """Runs training steps of models in eval mode, and sees what they draw, change and call.
+
+    A context manager: on leaving it the models are as they were before.
+
+    step: the training step that is under way, or None.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[torch.nn.Module],
+        denoisers: Sequence[torch.nn.Module],
+        advice: Advice,
+        backward: Callable[..., None] | None = None,
+    ) -> None:
+        """Changes nothing yet.
+
+        Args:
+            models: all models that training steps may change.
+            denoisers: the modules that are called with the timestep.
+            advice: ends the errors of `check`.
+            backward: called in the place of `Tensor.backward`, for loops that call it themselves. No optimizer may
+                step then, and nothing may reach `.grad`.
+        """
+        self.step: CaptureStep | None = None
+        self._models = list(models)
+        self._denoisers = denoisers
+        self._advice = advice
+        self._backward = backward
+        self._parameters: list[torch.nn.Parameter] = []
+        self._versions: list[int] = []
+        self._undo = ExitStack()
+
+    def __enter__(self) -> StepGuard:
+        self._parameters = [parameter for model in self._models for parameter in model.parameters()]
+        with ExitStack() as undo:
+            for model in self._models:
+                for module in model.modules():
+                    undo.callback(setattr, module, "training", module.training)
+                model.eval()
+            for module in self._denoisers:
+                undo.callback(module.register_forward_pre_hook(self._see, with_kwargs=True).remove)
+            if self._backward is not None:
+                for parameter in self._parameters:
+                    undo.callback(setattr, parameter, "grad", parameter.grad)
+                    parameter.grad = None
+                undo.callback(register_optimizer_step_pre_hook(_refuse_optimizer_step).remove)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        self._undo.close()
+
+    def open(self, sample: int, timestep: PinnedTimestep) -> CaptureStep:
+        """Begins the training step of a sample at a timestep. Between here and `close` stands the loop's own code."""
+        step = CaptureStep(sample, timestep, PinnedDraws(timestep, backward=self._backward))
+        self._versions = [parameter._version for parameter in self._parameters]
+        seed_everything(timestep.seed)
+        step.draws.start()
+        self.step = step
+        return step
+
+    def close(self) -> None:
+        """Ends the training step that is under way, if one is."""
+        if self.step is not None:
+            self.step.draws.stop()
+            self.step = None
+
+    def check(self, step: CaptureStep, moved: Callable[[Sequence[torch.nn.Parameter]], bool]) -> None:
+        """Checks the step that was closed last.
+
+        Args:
+            step: that step.
+            moved: whether parameters that were written to have other values now than at the beginning.
+
+        Raises CaptureError if its gradient is missing, or cannot be compared with those of other samples.
+        """
+        if step.draws.error is not None:
+            raise step.draws.error
+        self._check_gradient(step)
+        written = [p for p, before in zip(self._parameters, self._versions, strict=True) if p._version != before]
+        # A step may write back what was there: textual inversion does so to the words that it does not train.
+        if written and moved(written):
+            raise CaptureError(f"The model's parameters were changed in {step.name}. {self._advice.changed}")
+        if not step.draws.pins:
+            raise CaptureError(
+                f"The timestep was not pinned in {step.name}, so every sample would have its own. Random calls in "
+                f"it: {show_calls(step.draws.calls)}. Pinned are torch.randint(0, steps, (batch,)) and "
+                f"torch.multinomial(weights, batch). {self._advice.pinned}"
+            )
+        if step.seen is None:
+            raise CaptureError(
+                f"No model was called with a timestep in {step.name} (an argument named "
+                f"{', '.join(TIMESTEP_ARGUMENTS)}), so it is not known whether it was the pinned one. "
+                f"{self._advice.seen}"
+            )
+
+    def _check_gradient(self, step: CaptureStep) -> None:
+        reached = [p for p in self._parameters if p.grad is not None] if self._backward is not None else []
+        for parameter in reached:
+            parameter.grad = None
+        if reached:
+            raise CaptureError(
+                f"Gradients reached .grad in {step.name} by another call than {self._advice.backward}, such as "
+                f"torch.autograd.backward. {self._advice.once}"
+            )
+        if step.backwards != 1:
+            raise CaptureError(
+                f"{self._advice.backward} was called {step.backwards} times in {step.name}; expected once. "
+                f"{self._advice.once}"
+            )
+
+    def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.step is not None:
+            try:
+                self.step.see_timestep(module, args, kwargs)
+            except Exception as error:
+                self.step.draws.keep(error)
+
+
+def _refuse_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    raise CaptureError(
+        "An optimizer stepped during the capture, which is of a model that is trained already. Compute the loss and "
+        "its gradient in the training step, and nothing more."
+    )

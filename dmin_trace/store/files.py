@@ -1,0 +1,76 @@
+"""Files and folders that stay on disk: fsync, new folders, and what killed captures leave."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from dmin_trace.errors import TraceError
+from dmin_trace.store.layout import weights_beside
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk keeps a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Waits until the disk keeps a folder and everything in it."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its missing parents, and waits until the disk keeps their names."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file anew in one step, and waits until the disk keeps it: a crash leaves the old file or the new."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed captures left beside the store at `path`: unfinished new stores and weights.
+
+    Call this only while the store's lock is held: otherwise another capture may be making one.
+    """
+    half_made = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
+    for left in path.parent.iterdir():
+        if half_made.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+    weights = weights_beside(path)
+    weights.with_name(f".{weights.name}.partial").unlink(missing_ok=True)
+
+
+def check_free(path: Path) -> None:
+    """Raises TraceError if something exists at `path`, or if nothing can be written there."""
+    parent = path.absolute().parent
+    try:
+        taken = path.exists() or path.is_symlink()
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
+    if taken:
+        raise TraceError(
+            f"{path} exists already and belongs to another run. Give another path (out, --out), or move it away."
+        )
+    if not writable:
+        raise TraceError(f"{path} cannot be written: {parent} is no folder that this user may write to.")

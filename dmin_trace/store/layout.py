@@ -1,0 +1,136 @@
+"""What lies where in a store, and how large it is.
+
+    trace.zarr/   a Zarr v3 group; its attributes are the Header, and what `metadata` adds to it
+      grad     (N, T, v) int8 | float16 | float32   projected gradients; chunks (R, T, v)
+      numbers  (N, 1 + 3 T) float64                 sample, norms, losses, scales; chunks (R, 1 + 3 T)
+      meta/    one array (N,) for each readable column: string, int64 or float64; chunks (R,)
+      done     (ceil(N / R),) uint8                 a mark for each chunk of rows; chunks (1,)
+
+Rows are numbered in order of arrival; `sample` maps a row to its data set index. Random projections do not compress,
+so the file of a chunk is the array in C order with a crc32c behind it: ordinary Zarr, and readable by memory map.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmin_trace.settings import Dtype
+from dmin_trace.store.header import MAX_CHUNK_BYTES, ColumnKind, Header, number_bytes
+
+CHUNK_BYTES = 2**24
+"""Bytes of a chunk of gradients in a small store."""
+CHUNKS_OF_LARGE_STORE = 2**10
+"""Beyond so many chunks of CHUNK_BYTES, chunks grow, up to MAX_CHUNK_BYTES: files cost time at each start."""
+CHECKSUM_BYTES = 4
+"""Bytes of crc32c behind each chunk."""
+FAILED = -1.0
+"""The norm of a sample that could not be loaded. No gradient has this norm, and a row with it is never ranked."""
+
+STORED: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}
+"""How the values of a readable column are stored."""
+MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "number": math.nan}
+"""The value of a sample that has none."""
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of a store.
+
+    shape, dtype, chunks: as Zarr has them.
+    fill: the value of chunks that are not written.
+    axes: a name for each dimension.
+    packed: whether Blosc compresses its chunks.
+    attributes: what a reader of plain Zarr needs to know.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    fill: str | int | float
+    axes: tuple[str, ...]
+    packed: bool = False
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file_bytes(self) -> int | None:
+        """The size of a chunk's file; None where it differs from chunk to chunk. The last chunk is padded."""
+        if self.packed or self.dtype == "string":
+            return None
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize + CHECKSUM_BYTES
+
+
+def array_layouts(header: Header) -> dict[str, ArrayLayout]:
+    """The arrays of a store by name, in the order in which a chunk of them is written."""
+    count, steps, rows = header.samples, len(header.timesteps), header.chunk_rows
+    columns = number_columns(steps)
+    layouts = {
+        "grad": ArrayLayout(
+            (count, steps, header.dimension),
+            header.dtype,
+            (rows, steps, header.dimension),
+            0 if header.dtype == "int8" else math.nan,
+            ("row", "timestep", "dimension"),
+            packed=header.codec != "none",
+            attributes={"values": "stored number times the scale of its row and timestep in the array numbers"},
+        ),
+        "numbers": ArrayLayout(
+            (count, 1 + 3 * steps),
+            "float64",
+            (rows, 1 + 3 * steps),
+            math.nan,
+            ("row", "column"),
+            attributes={"columns": {name: [place.start, place.stop] for name, place in columns.items()}},
+        ),
+    }
+    for name, kind in header.columns.items():
+        layouts[f"meta/{name}"] = ArrayLayout((count,), STORED[kind], (rows,), MISSING[kind], ("row",))
+    layouts["done"] = ArrayLayout((header.chunks,), "uint8", (1,), 0, ("chunk",))
+    return layouts
+
+
+def number_columns(timesteps: int) -> dict[str, slice]:
+    """Which columns of the array `numbers` hold what, for T timesteps."""
+    first = {"norm": 1, "loss": 1 + timesteps, "scale": 1 + 2 * timesteps}
+    return {"sample": slice(0, 1)} | {name: slice(start, start + timesteps) for name, start in first.items()}
+
+
+def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1) -> int:
+    """R, the rows of a chunk: a power of two, such that every one of the writers has a chunk.
+
+    A chunk has about CHUNK_BYTES; in large stores more, up to MAX_CHUNK_BYTES: a million samples of default size are
+    about 2,000 chunks.
+    """
+    row = max(timesteps * dimension * np.dtype(dtype).itemsize, number_bytes(timesteps))
+    size = min(max(CHUNK_BYTES, samples * row // CHUNKS_OF_LARGE_STORE), MAX_CHUNK_BYTES)
+    return 1 << max(1, min(size // row, samples // writers)).bit_length() - 1
+
+
+def bytes_of(header: Header) -> int:
+    """The bytes of a store's numbers on disk. Texts and metadata are not counted, and little beside them."""
+    layouts = array_layouts(header).values()
+    sizes = [
+        math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize + CHECKSUM_BYTES
+        for layout in layouts
+        if layout.dtype != "string"
+    ]
+    return sum(sizes) * header.chunks
+
+
+def chunk_names(name: str, chunk: int, axes: int) -> list[str]:
+    """The folders between a store and the file of a chunk of rows, and the file's name: Zarr v3's default keys."""
+    return [*name.split("/"), "c", str(chunk), *["0"] * (axes - 1)]
+
+
+def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
+    """The file of a chunk of rows of the array `name`, which has so many axes."""
+    return path.joinpath(*chunk_names(name, chunk, axes))
+
+
+def weights_beside(path: Path) -> Path:
+    """The file beside a store that holds the weights of its capture."""
+    return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")

@@ -1,0 +1,62 @@
+"""Which chunks are done: those with their mark, written last, in the array `done`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from dmin_trace.errors import TraceError
+from dmin_trace.store import untrusted
+from dmin_trace.store.files import sync
+from dmin_trace.store.header import Header
+from dmin_trace.store.layout import CHECKSUM_BYTES, chunk_file, chunk_names
+
+DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
+"""The content of a mark. A file with any other content is no mark."""
+
+
+def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
+    """(chunks,) which chunks are done. Raises TraceError if marks are reached by a link."""
+    done = np.zeros(header.chunks, np.bool_)
+    for folder in (path / "done", path / "done" / "c"):
+        if folder.is_symlink():
+            raise TraceError(f"{path} is damaged: {folder} is a symbolic link. A store holds none.")
+    if not folder.is_dir():
+        return done
+    with os.scandir(folder) as found:
+        for mark in found:
+            if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and (chunk := int(mark.name)) < header.chunks:
+                done[chunk] = mark.is_file(follow_symlinks=False) and _start_of(mark.path) == DONE
+    return done
+
+
+def _start_of(mark: str) -> bytes:
+    """The first bytes of a file, one more than a mark has. A query opens all marks: `Path` would take twice as long."""
+    handle = os.open(mark, os.O_RDONLY)
+    try:
+        return os.read(handle, len(DONE) + 1)
+    finally:
+        os.close(handle)
+
+
+def is_done(path: Path, chunk: int) -> bool:
+    """Whether a chunk has its mark."""
+    names = chunk_names("done", chunk, 1)
+    try:
+        return untrusted.size_within(path, names) == len(DONE) and path.joinpath(*names).read_bytes() == DONE
+    except ValueError:
+        return False
+
+
+def remove_marks(path: Path, chunks: Sequence[int]) -> None:
+    """Takes away the marks of chunks, so that a capture writes them again. Raises OSError if the disk refuses."""
+    for chunk in chunks:
+        chunk_file(path, "done", chunk, 1).unlink(missing_ok=True)
+    if (folder := path / "done" / "c").is_dir():
+        sync(folder)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from dmin_trace.cli.console import counted_progress
 from dmin_trace.cli.options import (
     Conditioning,
     EditedScript,
@@ -36,44 +35,40 @@ app = typer.Typer(
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
 
-def _add_column_command(name: str, description: str) -> None:
-    @app.command(name, help=description)
+def _add_column_command(kind: Literal["labels", "duplicates"], description: str) -> None:
+    @app.command(kind, help=f"{description} Samples are the queries, so no model is needed.")
     def evaluate_column(
         *,
         trace: TracePath,
-        column: Annotated[str, typer.Argument(help="The column of labels, or of values that duplicates share.")],
+        column: Annotated[str, typer.Argument(help="A column of labels, or of values that duplicates share.")],
         k: Annotated[
             list[int] | None,
             typer.Option("-k", help="Number of best samples to look at. May be repeated. Default: 5, 10, 50 and 100."),
         ] = None,
-        queries: Annotated[int, typer.Option(help="Number of stored samples used as queries, spread evenly.")] = 100,
+        queries: Annotated[int, typer.Option(help="Number of samples used as queries, spread evenly.")] = 100,
         seed: Seed = 0,
         score: ScoreName = "deflated",
         exact: Exact = False,
         json_path: JsonPath = None,
     ) -> None:
-        from dmin_trace.audit import measure_duplicates, measure_labels
+        from dmin_trace.audit import measure_column
         from dmin_trace.query import open_trace
 
-        measure = measure_labels if name == "labels" else measure_duplicates
         opened = open_trace(trace)
-        with counted_progress("Scoring the queries") as progress:
-            found = measure(
-                opened, column, ks=k, queries=queries, score=score, exact=exact, seed=seed, progress=progress
-            )
+        with Console(stderr=True).status("Scoring the queries"):
+            found = measure_column(opened, column, kind, ks=k, queries=queries, score=score, exact=exact, seed=seed)
         _show(found, opened, json_path)
 
 
 _add_column_command(
     "labels",
-    "Detection rate: the fraction of the k best samples that have the label of the query. Stored samples are the "
-    "queries, so no model is needed. It measures likeness, not influence.",
+    "Detection rate: the fraction of the k best samples that have the label of the query. It measures likeness, not "
+    "influence.",
 )
 _add_column_command(
     "duplicates",
-    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. Stored samples are "
-    "the queries, so no model is needed. A score that misses duplicates is broken; one that finds them may still rank "
-    "the rest badly.",
+    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. A score that misses "
+    "duplicates is broken.",
 )
 
 

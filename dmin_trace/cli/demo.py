@@ -1,4 +1,4 @@
-"""The whole way on handwritten digits: train, capture, generate, ask, show. What `dmin-trace demo` runs.
+"""The whole way on handwritten digits: train, capture, generate, query, show. What `dmin-trace demo` runs.
 
 The training script is the package's own example, `examples/train_digits.py`, run as a user would run it.
 """
@@ -31,7 +31,7 @@ BATCH = 64
 
 
 def run_demo(folder: Path, console: Console) -> float:
-    """Trains, captures, generates and asks; prints the tables and the path of a picture.
+    """Trains, captures, generates and queries; prints the tables and the path of a picture.
 
     Args:
         folder: a new folder for the model, the trace and the picture.

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from dmin_trace.audit import Measurement
     from dmin_trace.query import Trace
 
-app = typer.Typer(
-    help="Measure how good the scores of a trace are. Likeness and influence are different things; measure both.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode=None)
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
@@ -43,7 +39,7 @@ def _add_column_command(kind: Literal["labels", "duplicates"], description: str)
         column: Annotated[str, typer.Argument(help="A column of labels, or of values that duplicates share.")],
         k: Annotated[
             list[int] | None,
-            typer.Option("-k", help="Number of best samples to look at. May be repeated. Default: 5, 10, 50 and 100."),
+            typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100."),
         ] = None,
         queries: Annotated[int, typer.Option(help="Number of samples used as queries, spread evenly.")] = 100,
         seed: Seed = 0,
@@ -80,14 +76,12 @@ def lds(
     models: Annotated[
         Path,
         typer.Argument(
-            help="A file of numpy.savez about models that you trained again on subsets of the samples: subsets, bool "
-            "(models, samples), and losses (models, queries).",
+            help="A file of numpy.savez about retrained models: subsets, bool (models, samples), and losses (models, "
+            "queries)."
         ),
     ],
     images: ImagePaths = None,
-    sample: Annotated[
-        list[int] | None, typer.Option(help="A stored sample as the query, instead of images. May be repeated.")
-    ] = None,
+    sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
     conditioning: Conditioning = None,
     weights: TracedWeights = None,

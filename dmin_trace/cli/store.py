@@ -34,10 +34,7 @@ def verify(
     ] = False,
     failed: Annotated[
         bool,
-        typer.Option(
-            "--drop-failed",
-            help="Mark chunks with samples that could not be loaded as not done; the next capture tries them again.",
-        ),
+        typer.Option("--drop-failed", help="The same for chunks with samples that could not be loaded."),
     ] = False,
 ) -> None:
     """Compare all of a store, its index and its weights with their checksums, and name each damaged file.

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def test_the_demo_ends_with_tables_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setattr(demo, "TRAINING", ("--max_train_samples", "150", "--max_train_steps", "60"))
+    monkeypatch.setattr(demo, "TRAINING_ARGUMENTS", ("--max_train_samples", "150", "--max_train_steps", "60"))
     shown = io.StringIO()
     share = demo.run_demo(tmp_path / "demo", Console(file=shown, width=100))
     trace = open_store(tmp_path / "demo" / "trace.zarr")

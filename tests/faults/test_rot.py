@@ -197,7 +197,7 @@ def test_verify_names_all_damage(
         ("trace.index/graph.hnsw", None, None, 0),
         ("trace.weights.safetensors", None, None, 0),
     ]
-    for words in ("trace.zarr/grad/c/1/0/0 32-63 does not have", "slots 96-127 has 0 bytes", "6 files are damaged"):
+    for words in ("trace.zarr/grad/c/1/0/0 32-63 does not have", "rows 96-127 has 0 bytes", "6 files are damaged"):
         assert words in shown
     (trace.path / "zarr.json").write_text("{")
     assert main(["verify", "trace.zarr"]) == 1

@@ -1,5 +1,10 @@
 """A loss is run once for each training sample and timestep, and its gradients go to a store.
 
-`recorder` turns losses into rows of a store. Two drivers feed it: `recording`, for a loop of one's own, and
-`accelerate`, for scripts that train with accelerate. This package imports nothing by itself: most of it needs torch.
+    training step -> Recorder: gradient -> checks -> row -> chunk -> store
+
+`recorder` makes rows of losses: `checks` keeps them comparable, `chunks` writes them, `ranks` is where processes meet,
+and `provenance` tells where they come from. Two drivers run the training steps: `recording`, for a loop of one's own,
+and `accelerate`, for scripts. `pinning` fixes the timestep and the noise of a step. `launch` runs a script for a job.
+
+This package imports nothing by itself: most of it needs torch.
 """

@@ -328,6 +328,6 @@ class Recorder:
         done = 0 if writer is None else self.samples - sum(len(writer.rows(chunk)) for chunk in writer.pending())
         raise StoppedError(
             f"The capture was stopped by {self._signal.name or 'a signal to another process'}: {done:,} of "
-            f"{self.samples:,} samples are in {self.out}. It continues where it stopped when it is run again.",
+            f"{self.samples:,} samples are in {self.out}. Run it again: it continues where it stopped.",
             signal,
         )

@@ -102,7 +102,7 @@ def test_an_edited_script_is_refused_unless_that_is_meant(capture: Capture, stor
         now = script_of(capture.script).sha256
         said = capture.warm.run(capture.command(store), capture.folder, 1, capture.prelude)
         assert f"the SHA-256 of script.py is {now[:16]}, that of the trace's 'script.py' is {was[:16]}" in said
-        assert "go on with --edited-script" in said and len(said.splitlines()) == 1
+        assert "continue with --edited-script" in said and len(said.splitlines()) == 1
         assert (content(store), (store.parent / "trace.weights.safetensors").stat().st_mtime_ns) == before
         capture.warm.run(capture.command(store, "--edited-script"), capture.folder, prelude=capture.prelude)
     finally:

@@ -25,14 +25,14 @@ Every buffer's length is checked here against the others; a tensor is an address
 #define RESTRICT restrict
 #endif
 
-/* A short call keeps the GIL: to get it back from a busy thread can take longer than the work. */
-#define LONG 262144
+/* Calls on fewer elements keep the GIL: getting it back from a busy thread can take longer than the work. */
+#define LONG_TENSOR 262144
 
-/* Elements that are squared, then added: the first loop has nothing to do but to read, which is what brings memory to
-   the cache fastest, and the second finds them there. Squares are float32 within a block, and double beyond it. */
-#define BLOCK 1024
+/* Elements that are squared, then added. The first loop only reads, which brings memory to the cache fastest, and the
+   second finds the elements there. Squares are summed in float32 within a block, and in double beyond it. */
+#define BLOCK_SIZE 1024
 
-/* A row's shift and sign, or a sum's place and sign, are one number: a sign of minus one sets the highest bit. */
+/* A row's shift and sign, or a sum's place and sign, share one number: a sign of minus one sets the highest bit. */
 #define MINUS 0x80000000u
 #define PLACE 0x7FFFFFFFu
 
@@ -153,8 +153,8 @@ static Counted add_signs_bfloat16(float *RESTRICT sums, Part part, int64_t count
     return counted;
 }
 
-/* Adds the signs of at most BLOCK elements instead of the elements; returns how many are not zero, which is the sum of
-   their squares, or nan where one is not finite. */
+/* Adds the signs of at most BLOCK_SIZE elements instead of the elements. Returns how many are not zero, which is the
+   sum of their squares, or nan if one is not finite. */
 static double add_signs(float *sums, Part part, int64_t count, int64_t size)
 {
     Counted counted =
@@ -163,16 +163,16 @@ static double add_signs(float *sums, Part part, int64_t count, int64_t size)
 }
 
 FOR_EACH_PROCESSOR
-static void fold_sums(float *RESTRICT sketch, const float *RESTRICT sums, const uint32_t *RESTRICT places,
+static void fold_sums(float *RESTRICT projected, const float *RESTRICT sums, const uint32_t *RESTRICT places,
                       int64_t width, int64_t dimension)
 {
-    memset(sketch, 0, (size_t)dimension * sizeof *sketch);
+    memset(projected, 0, (size_t)dimension * sizeof *projected);
     for (int64_t first = 0; first < width; first += dimension) {
 #pragma omp simd
         for (int64_t bin = 0; bin < dimension; bin++) {
             uint32_t place = places[first + bin];
             /* Whatever number it is, it lies within the sums. */
-            sketch[bin] += with_sign(sums[place & (uint32_t)(width - 1)], 0, place & MINUS);
+            projected[bin] += with_sign(sums[place & (uint32_t)(width - 1)], 0, place & MINUS);
         }
     }
 }
@@ -196,7 +196,7 @@ static int64_t least(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-/* A tensor in memory: `count` elements, one after another where there is one channel; otherwise of float32, in groups of
+/* A tensor in memory: `count` elements, one after another if there is one channel; otherwise of float32, in groups of
    channels by places whose axes are exchanged: a convolution's gradient with its channels last. */
 typedef struct {
     const char *x;
@@ -230,7 +230,7 @@ static void lay(uint32_t *RESTRICT laid, Tensor tensor, int64_t from, int64_t co
 static double add_elements(float *sums, const int8_t *signs, const uint32_t *rows, int64_t width, int64_t at,
                            Tensor tensor, int64_t size, int as_signs)
 {
-    float wide[2][BLOCK];
+    float wide[2][BLOCK_SIZE];
     double squares = 0;
     const char *x = tensor.x;
     int64_t count = tensor.count;
@@ -243,7 +243,7 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
                 int64_t c = (place + width - (row[0] & PLACE)) % width, d = (place + width - (row[1] & PLACE)) % width;
                 Part first = {x + c * size, signs + c, row[0] & MINUS};
                 Part second = {x + (width + d) * size, signs + d, row[1] & MINUS};
-                length = least(least(width - c, width - d), least(width - place, BLOCK));
+                length = least(least(width - c, width - d), least(width - place, BLOCK_SIZE));
                 squares += square(&first, wide[0], length, size);
                 squares += square(&second, wide[1], length, size);
                 add_two_parts(sums + place, first, second, length);
@@ -252,7 +252,7 @@ static double add_elements(float *sums, const int8_t *signs, const uint32_t *row
         } else {
             /* As far as the row goes, and the sums before they begin again. */
             int64_t place = (column + (row[0] & PLACE)) % width;
-            int64_t length = least(least(width - column, width - place), least(count, BLOCK));
+            int64_t length = least(least(width - column, width - place), least(count, BLOCK_SIZE));
             Part part = {x, signs + column, row[0] & MINUS};
             if (tensor.channels > 1) {
                 lay((uint32_t *)wide[1], tensor, tensor.count - count, length);
@@ -328,20 +328,20 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
     if (PyErr_Occurred() || get_buffers(args, buffers, 3, sizes) < 0)
         return NULL;
     int64_t width = buffers[1].len, room = width * (buffers[2].len / 4);
-    int meant = buffers[0].len / 4 == width && at >= 0 && at <= room && (size == 2 || size == 4);
-    for (Py_ssize_t k = 0; meant && k < PyList_Size(args[4]); k++) {
+    int valid = buffers[0].len / 4 == width && at >= 0 && at <= room && (size == 2 || size == 4);
+    for (Py_ssize_t k = 0; valid && k < PyList_Size(args[4]); k++) {
         if (get_tensor(args[4], k, &tensor) < 0) {
             release(buffers, 3);
             return NULL;
         }
-        meant = tensor.count >= 0 && tensor.count <= room - at && tensor.channels > 0 && tensor.places > 0;
+        valid = tensor.count >= 0 && tensor.count <= room - at && tensor.channels > 0 && tensor.places > 0;
         /* Whole groups, none of which is larger than the tensor. */
-        if (meant && tensor.channels > 1)
-            meant = size == 4 && tensor.places <= tensor.count / tensor.channels &&
+        if (valid && tensor.channels > 1)
+            valid = size == 4 && tensor.places <= tensor.count / tensor.channels &&
                     tensor.count % (tensor.channels * tensor.places) == 0;
-        if (meant && tensor.count < LONG) {
+        if (valid && tensor.count < LONG_TENSOR) {
             squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, tensor, size, as_signs);
-        } else if (meant) {
+        } else if (valid) {
             Py_BEGIN_ALLOW_THREADS
             squares += add_elements(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, at, tensor, size, as_signs);
             Py_END_ALLOW_THREADS
@@ -349,7 +349,7 @@ static PyObject *add(PyObject *module, PyObject *const *args, Py_ssize_t given)
         at += tensor.count;
     }
     release(buffers, 3);
-    if (!meant) {
+    if (!valid) {
         PyErr_SetString(PyExc_ValueError, "expected a sign for each sum, and elements of 2 or 4 bytes within the rows, "
                                           "of 4 in whole groups where there are channels");
         return NULL;
@@ -369,18 +369,18 @@ static PyObject *fold(PyObject *module, PyObject *const *args, Py_ssize_t given)
     if (get_buffers(args, buffers, 3, sizes) < 0)
         return NULL;
     int64_t dimension = buffers[0].len / 4, width = buffers[1].len / 4;
-    int meant = buffers[2].len / 4 == width && width % dimension == 0 && !(width & (width - 1));
-    if (meant && width < LONG) {
+    int valid = buffers[2].len / 4 == width && width % dimension == 0 && !(width & (width - 1));
+    if (valid && width < LONG_TENSOR) {
         fold_sums(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, dimension);
-    } else if (meant) {
+    } else if (valid) {
         Py_BEGIN_ALLOW_THREADS
         fold_sums(buffers[0].buf, buffers[1].buf, buffers[2].buf, width, dimension);
         Py_END_ALLOW_THREADS
     }
     release(buffers, 3);
-    if (!meant) {
+    if (!valid) {
         PyErr_SetString(PyExc_ValueError, "expected a place for each sum, a power of two of both, and a multiple "
-                                          "of the sketch's");
+                                          "of the projected gradient's");
         return NULL;
     }
     Py_RETURN_NONE;

@@ -18,32 +18,32 @@ def add(
     Args:
         sums: (W,), written.
         columns: the sign of each column, (W,).
-        rows: the shift of each row, and 2^31 more where its sign is minus one.
-        at: where in the gradient the first tensor begins; the others follow it.
-        tensors: of each the address in this process's memory, where its elements lie one after another, and how many
-            there are; or also a number of channels C and of places P, where (..., C, P) lie as (..., P, C), float32.
+        rows: the shift of each row, plus 2^31 if its sign is minus one.
+        at: the first tensor's first element in the gradient; the other tensors follow it.
+        tensors: for each, the address of its elements in this process's memory, one after another, and their number; or
+            also a number of channels C and of places P, if (..., C, P) is stored as (..., P, C) in float32.
         size: 4 for float32, 2 for bfloat16.
-        signs: whether the signs of the elements are added in their place; nan for what is not finite.
+        signs: add the sign of each element in its place, and NaN for an element that is not finite.
 
     Returns:
-        The sum of the elements' squares; those of a block are added up in float32.
+        The sum of the elements' squares, in float32 within a block.
 
     Raises:
-        ValueError: the arrays do not fit each other, the elements run over the last row, or are in no whole groups of
-            C by P.
+        ValueError: the arrays do not fit each other, the elements run past the last row, or are not whole groups of C
+            by P.
     """
 
-def fold(sketch: npt.NDArray[np.float32], sums: npt.NDArray[np.float32], places: npt.NDArray[np.uint32], /) -> None:
+def fold(projected: npt.NDArray[np.float32], sums: npt.NDArray[np.float32], places: npt.NDArray[np.uint32], /) -> None:
     """Permutes the sums, multiplies them by their signs, and adds up bins.
 
     Args:
-        sketch: (v,), written.
+        projected: (v,), written.
         sums: (W,); W is a power of two, and a multiple of v.
-        places: which sum is k-th after permutation, and 2^31 more where its sign is minus one, (W,).
+        places: the sum that is k-th after permutation, plus 2^31 if its sign is minus one, (W,).
 
     Raises:
         ValueError: the arrays do not fit each other.
     """
 
 def divide(numbers: npt.NDArray[np.float32], divisor: float, /) -> float:
-    """Divides numbers, which are written, by one, and returns the sum of the squares of what is left."""
+    """Divides numbers in place, and returns the sum of the squares of the results."""

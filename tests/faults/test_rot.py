@@ -51,7 +51,7 @@ def test_every_harm_is_named_and_no_answer_is_made_with_it(tmp_path: Path, dtype
 
 READS: dict[str, Callable[[Store], object]] = {
     "numbers": lambda trace: trace.norm,
-    "numbers, scales of a chunk": lambda trace: trace.scale_chunk(3),
+    "numbers, a chunk": lambda trace: trace.numbers_of(3),
     "numbers, some rows": lambda trace: trace.numbers([100]),
     "meta/caption": lambda trace: trace.column("caption"),
     "meta/label": lambda trace: trace.column("label"),

@@ -185,7 +185,7 @@ def test_verify_names_all_damage(
         assert words in shown
     (trace.path / "zarr.json").write_text("{")
     assert main(["verify", "trace.zarr"]) == 1
-    assert "Nothing else can be told" in capsys.readouterr().out
+    assert "Nothing else can be checked" in capsys.readouterr().out
     assert main(["verify", "nowhere.zarr"]) == 1
     assert "There is no store at nowhere.zarr" in capsys.readouterr().err
     assert main(["verify", "trace.zarr", "--json", "no/where.json"]) == 1

@@ -188,9 +188,9 @@ def test_strange_json_is_one_line(trace: Store, name: str) -> None:
 
 def test_metadata_that_is_huge_is_not_parsed(trace: Store) -> None:
     with (trace.path / "zarr.json").open("ab") as file:
-        file.truncate(untrusted.LARGEST_JSON + 1)
+        file.truncate(untrusted.MAX_JSON_BYTES + 1)
     tracemalloc.start()
-    with pytest.raises(TraceError, match=f"expected at most {untrusted.LARGEST_JSON}"):
+    with pytest.raises(TraceError, match=f"expected at most {untrusted.MAX_JSON_BYTES}"):
         open_store(trace.path)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()

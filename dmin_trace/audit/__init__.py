@@ -12,9 +12,8 @@ from dmin_trace.audit.on_trace import (
     DEFAULT_QUERIES,
     Measurement,
     Retrained,
+    measure_column,
     measure_datamodeling,
-    measure_duplicates,
-    measure_labels,
     read_retrained,
 )
 from dmin_trace.audit.verify import verify_store
@@ -32,9 +31,8 @@ __all__ = [
     "detection_rate",
     "duplicate_recall",
     "linear_datamodeling_score",
+    "measure_column",
     "measure_datamodeling",
-    "measure_duplicates",
-    "measure_labels",
     "read_retrained",
     "verify_store",
 ]

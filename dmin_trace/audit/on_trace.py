@@ -5,17 +5,16 @@ For the first two, training samples are the queries, so no model is needed. A qu
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.audit.datamodeling import linear_datamodeling_score
-from dmin_trace.audit.detection import TopRate, detection_rate, duplicate_recall, without_query
+from dmin_trace.audit.detection import detection_rate, duplicate_recall, without_query
 from dmin_trace.audit.intervals import Estimate
 from dmin_trace.errors import EvaluationError
 from dmin_trace.query import TopK, Trace
@@ -28,9 +27,14 @@ DEFAULT_QUERIES = 100
 BATCH_NUMBERS = 2**26
 """Numbers in the gradients of queries that are scored at a time."""
 MAX_MODELS = 10_000
-
-Progress = Callable[[int, int], None]
-"""Called with how many queries are done, and of how many."""
+LABELS_MEANING = (
+    "Fraction of the k best samples that have the label of the query. It says whether the samples found are alike, not "
+    "whether they have influence: a score can have more of one and less of the other."
+)
+DUPLICATES_MEANING = (
+    "Fraction of a sample's duplicates that are among its k best. A score that misses duplicates is broken; one that "
+    "finds them may still rank the rest badly."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,106 +66,88 @@ class Retrained:
     losses: NDArray[np.float64]
 
 
-def measure_labels(
+def measure_column(
     trace: Trace,
     column: str,
+    kind: Literal["labels", "duplicates"],
     *,
     ks: Sequence[int] | None = None,
     queries: int = DEFAULT_QUERIES,
     score: Score = "deflated",
     exact: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Measurement:
-    """The fraction of a sample's best hits that have its label (`detection_rate`).
+    """Measures the best hits of samples by a column of the trace.
 
     Args:
         trace: the trace.
-        column: a column of labels; an empty text, the integer -1 and NaN mean no label, as in the store.
+        column: the column; an empty text, the integer -1 and NaN mean no value, as in the store.
+        kind: "labels" gives the fraction of the best hits that have the query's value (`detection_rate`). "duplicates"
+            takes samples with the same value as duplicates, and gives the fraction of them that is among the best hits
+            (`duplicate_recall`).
         ks: the numbers of best samples; `DEFAULT_KS` if not given.
-        queries: the number of samples used as queries, spread evenly over the dataset.
+        queries: the number of samples used as queries, spread evenly over those that have a value or a duplicate.
         score: the score that is measured.
         exact: scan all samples even if there is an index.
         seed: of the bootstrap of the interval.
-        progress: called with the number of queries that are done.
 
     Raises:
-        EvaluationError: there is no such column, all labels are equal or all are different, or there are fewer other
+        EvaluationError: there is no such column, its values are all equal or all different, or there are fewer other
             samples than some k.
         QueryError: the trace is too large for deflated scores without an index.
         TraceError: the trace is damaged.
     """
-    samples, values, ks = _samples_and_values(trace, column, ks)
-    present = [value for value in values if value is not None]
-    if len(set(present)) < 2:
-        raise EvaluationError(
-            f"The samples have {len(set(present))} different values in the column {column}; expected two or more, "
-            "since with one every ranking is right. Give a column of labels."
-        )
-    if len(set(present)) == len(present):
-        raise EvaluationError(
-            f"No two samples have the same value in the column {column}, so every ranking is wrong. Give a column of "
-            "labels."
-        )
-    chosen = _spread([position for position, value in enumerate(values) if value is not None], queries)
-    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact, progress)
-    labels = [values[position] for position in chosen]
-    rates = detection_rate(values, ranking, labels, ks, query_positions=chosen, seed=seed)
-    return _measurement(
-        f"Detection rate by {column}",
-        "Fraction of the k best samples that have the label of the query. It says whether the samples found are alike, "
-        "not whether they have influence: a score can have more of one and less of the other.",
-        rates,
-        {"measure": "detection_rate", "column": column, "seed": seed},
-        samples[chosen],
-        top,
-    )
-
-
-def measure_duplicates(
-    trace: Trace,
-    column: str,
-    *,
-    ks: Sequence[int] | None = None,
-    queries: int = DEFAULT_QUERIES,
-    score: Score = "deflated",
-    exact: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Measurement:
-    """The fraction of a sample's duplicates that are among its best hits (`duplicate_recall`).
-
-    Samples with the same value in the column are duplicates. Other arguments and errors are those of `measure_labels`;
-    at least two samples must be duplicates, and not all.
-    """
-    samples, values, ks = _samples_and_values(trace, column, ks)
-    sizes = Counter(value for value in values if value is not None)
-    members: dict[Any, list[int]] = {}
+    if column not in trace.columns:
+        raise EvaluationError(f"{trace.path} has no column {column}; it has {', '.join(trace.columns) or 'none'}.")
+    by_sample = trace.columns[column]
+    # A position in these is what the measures call a sample.
+    samples = np.sort(trace.store.sample[trace.store.valid])
+    values = [_value(by_sample[sample]) for sample in samples]
+    ks = _check_ks(ks, max(len(samples) - 1, 0))
+    groups: dict[Any, list[int]] = {}
     for position, value in enumerate(values):
-        if sizes[value] > 1:
-            members.setdefault(value, []).append(position)
-    if not members:
+        if value is not None:
+            groups.setdefault(value, []).append(position)
+    largest = max(map(len, groups.values()), default=0)
+    if largest < 2:
         raise EvaluationError(
-            f"No two samples have the same value in the column {column}, so none is a duplicate. Give a column whose "
-            "value duplicates share."
+            f"No two samples have the same value in the column {column}, and every ranking is wrong. Give another."
         )
-    if max(sizes.values()) == len(values):
+    if largest == len(values) or (kind == "labels" and len(groups) < 2):
         raise EvaluationError(
-            f"All samples have the same value in the column {column}, so all are duplicates. Give a column whose value "
-            "only duplicates share."
+            f"All samples have the same value in the column {column}, and every ranking is right. Give another."
         )
-    chosen = _spread(sorted(position for group in members.values() for position in group), queries)
-    duplicates = [[other for other in members[values[position]] if other != position] for position in chosen]
-    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact, progress)
-    rates = duplicate_recall(ranking, duplicates, ks, ranked=len(samples) - 1, seed=seed)
-    return _measurement(
-        f"Recall of duplicates by {column}",
-        "Fraction of a sample's duplicates that are among its k best. A score that misses duplicates is broken; one "
-        "that finds them may still rank the rest badly.",
-        rates,
-        {"measure": "duplicate_recall", "column": column, "seed": seed},
-        samples[chosen],
-        top,
+    smallest = 1 if kind == "labels" else 2
+    chosen = _spread(sorted(p for group in groups.values() if len(group) >= smallest for p in group), queries)
+    ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact)
+    if kind == "labels":
+        title, meaning = f"Detection rate by {column}", LABELS_MEANING
+        labels = [values[position] for position in chosen]
+        rates = detection_rate(values, ranking, labels, ks, query_positions=chosen, seed=seed)
+    else:
+        title, meaning = f"Recall of duplicates by {column}", DUPLICATES_MEANING
+        duplicates = [[other for other in groups[values[position]] if other != position] for position in chosen]
+        rates = duplicate_recall(ranking, duplicates, ks, ranked=len(samples) - 1, seed=seed)
+    answered_by = top.answered_by.description
+    return Measurement(
+        title=f"{title}, {score} scores, {len(chosen):,} samples as queries",
+        headings=("k", "rate", "95 % interval", "chance", "at best"),
+        rows=tuple((str(of.k), *_cells(of.rate), f"{of.chance:.3f}", f"{of.best:.3f}") for of in rates),
+        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
+        f"{answered_by[1:]}.",
+        values={
+            "measure": "detection_rate" if kind == "labels" else "duplicate_recall",
+            "column": column,
+            "seed": seed,
+            "scored_by": score,
+            "answered_by": "scan" if top.answered_by.recall is None else "index",
+            "index_recall": top.answered_by.recall,
+            "queries": samples[chosen].tolist(),
+            "rates": [
+                {"k": of.k, **asdict(of.rate), "chance": of.chance, "best": of.best, "each": of.each.tolist()}
+                for of in rates
+            ],
+        },
     )
 
 
@@ -218,11 +204,10 @@ def measure_datamodeling(
     scores = trace.scores(queries, score)
     without = int(np.isnan(scores).any(axis=0).sum())
     found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), retrained.subsets, retrained.losses, seed=seed)
-    row = (str(len(queries)), str(found.models), _decimals(found.score.value), _interval(found.score), "0.000")
     return Measurement(
         title=f"Linear datamodeling score of {score} scores",
         headings=("queries", "models", "LDS", "95 % interval", "chance"),
-        rows=(row,),
+        rows=((str(len(queries)), str(found.models), *_cells(found.score), "0.000"),),
         meaning="Rank correlation, over the models, of the summed scores of the samples that a model was trained on "
         "with minus its loss; the mean of the queries; 1 would be perfect. It says whether the scores predict what "
         "training on other samples does, for many samples together; not whether single samples have influence. The "
@@ -234,9 +219,7 @@ def measure_datamodeling(
             "seed": seed,
             "models": found.models,
             "samples_without_score": without,
-            "value": found.score.value,
-            "low": found.score.low,
-            "high": found.score.high,
+            **asdict(found.score),
             "chance": 0.0,
             "queries": list(queries.names),
             "each": found.each.tolist(),
@@ -244,18 +227,8 @@ def measure_datamodeling(
     )
 
 
-def _samples_and_values(
-    trace: Trace, column: str, ks: Sequence[int] | None
-) -> tuple[NDArray[np.int64], list[Any], Sequence[int]]:
-    """The samples that are ranked, in order, their values in a column (None for none), and the ks.
-
-    Positions in these arrays are what the measures call samples.
-    """
-    if column not in trace.columns:
-        raise EvaluationError(f"{trace.path} has no column {column}; it has {', '.join(trace.columns) or 'none'}.")
-    values = trace.columns[column]
-    samples = np.sort(trace.store.sample[trace.store.valid])
-    others = max(len(samples) - 1, 0)
+def _check_ks(ks: Sequence[int] | None, others: int) -> Sequence[int]:
+    """The numbers of best samples, where each sample is ranked with so many others."""
     if ks is None:
         ks = [k for k in DEFAULT_KS if k <= others]
         if not ks:
@@ -268,7 +241,7 @@ def _samples_and_values(
             f"k is {', '.join(map(str, ks))}; expected numbers from 1 to {others}, since a sample is ranked with so "
             "many others."
         )
-    return samples, [_value(values[sample]) for sample in samples], ks
+    return ks
 
 
 def _value(value: Any) -> Any:
@@ -285,13 +258,7 @@ def _spread(positions: Sequence[int], count: int) -> NDArray[np.int64]:
 
 
 def _rank_others(
-    trace: Trace,
-    samples: NDArray[np.int64],
-    chosen: NDArray[np.int64],
-    k: int,
-    score: Score,
-    exact: bool,
-    progress: Progress | None,
+    trace: Trace, samples: NDArray[np.int64], chosen: NDArray[np.int64], k: int, score: Score, exact: bool
 ) -> tuple[NDArray[np.int64], TopK]:
     """The positions of the k best other samples of each query, (Q, k), and the last answer."""
     header = trace.store.header
@@ -302,54 +269,10 @@ def _rank_others(
         # One hit more, for the query itself. A duplicate may be ranked before it.
         top = trace.top_k(trace.query_samples(samples[positions].tolist()), k + 1, score, exact=exact)
         ranking[first : first + batch] = without_query(np.searchsorted(samples, top.samples), positions)
-        if progress is not None:
-            progress(first + len(positions), len(chosen))
     return ranking, top
 
 
-def _measurement(
-    title: str,
-    meaning: str,
-    rates: Sequence[TopRate],
-    values: dict[str, Any],
-    samples: NDArray[np.int64],
-    top: TopK,
-) -> Measurement:
-    answered_by = top.answered_by.description
-    return Measurement(
-        title=f"{title}, {top.score} scores, {len(samples):,} samples as queries",
-        headings=("k", "rate", "95 % interval", "chance", "at best"),
-        rows=tuple(
-            (str(of.k), _decimals(of.rate.value), _interval(of.rate), _decimals(of.chance), _decimals(of.best))
-            for of in rates
-        ),
-        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
-        f"{answered_by[1:]}.",
-        values=values
-        | {
-            "scored_by": top.score,
-            "answered_by": "scan" if top.answered_by.recall is None else "index",
-            "index_recall": top.answered_by.recall,
-            "queries": samples.tolist(),
-            "rates": [
-                {
-                    "k": of.k,
-                    "value": of.rate.value,
-                    "low": of.rate.low,
-                    "high": of.rate.high,
-                    "chance": of.chance,
-                    "best": of.best,
-                    "each": of.each.tolist(),
-                }
-                for of in rates
-            ],
-        },
-    )
-
-
-def _decimals(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.low:.3f} to {estimate.high:.3f}" if estimate.low == estimate.low else "needs more queries"
+def _cells(estimate: Estimate) -> tuple[str, str]:
+    """The value and the interval as text."""
+    known = estimate.low == estimate.low
+    return f"{estimate.value:.3f}", f"{estimate.low:.3f} to {estimate.high:.3f}" if known else "needs more queries"

@@ -1,1 +1,1 @@
-"""The command line: parses, calls, prints. `app` holds the commands; one file for each group of them."""
+"""The command line: parses, calls, prints. `app` is the program; each group of commands has a file."""

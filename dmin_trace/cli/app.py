@@ -1,16 +1,4 @@
-"""The command line: parses, calls, prints.
-
-dmin-trace estimate -- SCRIPT ARGS              what a capture would take: time, disk, memory
-dmin-trace run -- SCRIPT ARGS                   train, and capture at the end
-dmin-trace capture --weights DIR -- SCRIPT ARGS capture a trained model
-dmin-trace query TRACE IMAGE...                 the most influential training samples for an image
-dmin-trace index TRACE                          make queries fast
-dmin-trace info TRACE                           what a store holds
-dmin-trace evaluate labels TRACE COLUMN         how good its scores are
-dmin-trace verify TRACE                         whether anything in it is damaged
-dmin-trace pack TRACE --out NEW                 copy a store: smaller, or with another codec
-dmin-trace demo                                 all of it on handwritten digits
-"""
+"""The command `dmin-trace`: all its commands, and what becomes of their errors."""
 
 from __future__ import annotations
 

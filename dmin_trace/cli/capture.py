@@ -19,12 +19,8 @@ def run(
     context: typer.Context,
     settings: dict[str, Any],
     out: Out = None,
-    max_train_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps after which the training ends. Default: the script's argument.")
-    ] = None,
-    num_epochs: Annotated[
-        int | None, typer.Option(help="Epochs after which the training ends. Default: the script's argument.")
-    ] = None,
+    max_train_steps: Annotated[int | None, typer.Option(help="Optimizer steps, if the script has no argument.")] = None,
+    num_epochs: Annotated[int | None, typer.Option(help="Epochs, if the script has no argument for them.")] = None,
     strict: Annotated[bool, typer.Option(help="An error in the capture ends the training.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -32,17 +28,16 @@ def run(
     from dmin_trace.capture.launch import run_script
 
     show_log(verbose)
-    run_script(
-        Job(
-            mode="final",
-            command=script_command(context),
-            settings=settings,
-            out=None if out is None else str(out.absolute()),
-            max_train_steps=max_train_steps,
-            num_epochs=num_epochs,
-            strict=strict,
-        )
+    job = Job(
+        mode="final",
+        command=script_command(context),
+        settings=settings,
+        out=_absolute(out),
+        max_train_steps=max_train_steps,
+        num_epochs=num_epochs,
+        strict=strict,
     )
+    run_script(job)
 
 
 @with_settings
@@ -59,16 +54,15 @@ def capture(
     from dmin_trace.capture.launch import run_script
 
     show_log(verbose)
-    run_script(
-        Job(
-            mode="now",
-            command=script_command(context),
-            settings=settings,
-            out=None if out is None else str(out.absolute()),
-            weights=str(weights.absolute()),
-            edited_script=edited_script,
-        )
+    job = Job(
+        mode="now",
+        command=script_command(context),
+        settings=settings,
+        out=_absolute(out),
+        weights=_absolute(weights),
+        edited_script=edited_script,
     )
+    run_script(job)
 
 
 @with_settings
@@ -85,3 +79,7 @@ def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbo
     console = Console()
     title = "A whole capture of this script, estimated from two samples"
     console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())

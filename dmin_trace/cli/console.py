@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -32,14 +30,6 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
     columns = columns or (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextmanager
-def counted_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for one task; the function that it yields takes how much is done, and of how much."""
-    with progress_bar() as progress:
-        task = progress.add_task(description)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def show_log(verbose: bool) -> None:

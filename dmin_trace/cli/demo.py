@@ -1,6 +1,6 @@
-"""The whole way on handwritten digits: train, capture, generate, ask, show. What `dmin-trace demo` runs.
+"""The whole way on handwritten digits: train, capture, generate, query, show. What `dmin-trace demo` runs.
 
-The training script is the package's own example, `examples/train_digits.py`, run as a user would run it.
+The training script is the example `examples/train_digits.py`, run as a user runs it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from rich.progress import track
 
 from dmin_trace.errors import QueryError, ScriptError
 from dmin_trace.query import Hit, open_trace
+from dmin_trace.store import core_count
 from dmin_trace.views import hits_table
 
-GENERATED = 40
-QUERIES = 5
-TOP = 10
-TRAINING = ("--num_epochs", "40", "--learning_rate", "2e-3", "--seed", "0")
-BATCH = 64
+GENERATED_COUNT = 40
+QUERY_COUNT = 5
+HIT_COUNT = 10
+TRAINING_ARGUMENTS = ("--num_epochs", "40", "--learning_rate", "2e-3", "--seed", "0")
+BATCH_SIZE = 64
 
 
 def run_demo(folder: Path, console: Console) -> float:
-    """Trains, captures, generates and asks; prints the tables and the path of a picture.
+    """Trains, captures, generates and queries; prints the tables and the path of a picture.
 
     Args:
         folder: a new folder for the model, the trace and the picture.
         console: where to print.
 
     Returns:
-        The share of the training samples shown that bear the same digit as their query.
+        The fraction of the training samples shown that have the same digit as their query.
 
     Raises:
         QueryError: the folder is there already, or the demo's packages are not installed.
@@ -54,15 +55,15 @@ def run_demo(folder: Path, console: Console) -> float:
 
     console.print("1. Train a small diffusion model on 1,797 digits, with one line of dmin_trace in the script.")
     with as_file(files("dmin_trace.examples") / "train_digits.py") as script:
-        # Layers this small keep several processes busy, but not several threads, which would wait for each other.
+        # The layers are too small for several threads, which would wait for each other.
         processes = _processes()
         launch = [sys.executable]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if processes > 1:
             launch += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             environment |= {"ACCELERATE_USE_CPU": "true"}
-        batch = ["--train_batch_size", str(BATCH // processes)]
-        command = [*launch, str(script), "--output_dir", str(folder), *TRAINING, *batch]
+        batch = ["--train_batch_size", str(BATCH_SIZE // processes)]
+        command = [*launch, str(script), "--output_dir", str(folder), *TRAINING_ARGUMENTS, *batch]
         if subprocess.run(command, check=False, env=environment).returncode:
             raise ScriptError(f"{script} failed; its own message is above.")
         trace = open_trace(folder / "trace.zarr")
@@ -77,7 +78,7 @@ def run_demo(folder: Path, console: Console) -> float:
         with Console(stderr=True).status("Capturing the gradients of the generated digits"):
             queries = trace.query_images(paths)
             names = tuple(f"{path.name} (a {digit})" for path, digit in zip(paths, digits, strict=True))
-            top = trace.top_k(replace(queries, names=names), TOP)
+            top = trace.top_k(replace(queries, names=names), HIT_COUNT)
 
     for number in range(len(top)):
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
@@ -89,27 +90,27 @@ def run_demo(folder: Path, console: Console) -> float:
     chance = float(np.mean([np.mean(labels == digit) for digit in digits]))
     picture = folder / "demo.png"
     draw_hits(images, top.hits).save(picture)
-    console.print(f"Same digit as the query: {share:.0%} of the top {TOP}; chance would give {chance:.0%}.")
+    console.print(f"Same digit as the query: {share:.0%} of the top {HIT_COUNT}; chance would give {chance:.0%}.")
     console.print(f"Picture: {picture}", soft_wrap=True)
     console.print(f"Ask more: dmin-trace query {trace.path} {paths[0]}", soft_wrap=True)
     return share
 
 
 def _processes() -> int:
-    """How many processes train and capture: two where there are two cores and no GPU."""
-    # Elsewhere than on Linux gloo may find no address of the machine's own name.
-    two = sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and not torch.cuda.is_available()
+    """The number of processes that train and capture: two if there are two cores and no GPU."""
+    # On other systems than Linux, gloo may not find the address of the machine.
+    two = sys.platform == "linux" and core_count() > 1 and not torch.cuda.is_available()
     return 2 if two else 1
 
 
 def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
-    """Generates digits, and picks the surest of each of the surest classes.
+    """Generates digits, and picks those that a classifier is surest of, each of another digit.
 
     Args:
         folder: holds the trained pipeline.
 
     Returns:
-        `QUERIES` images of 8x8, of as many digits, and the digits that the classifier sees in them.
+        `QUERY_COUNT` images of 8x8, of as many digits, and the digits that the classifier sees in them.
     """
     import diffusers
     from diffusers import DDIMScheduler, DDPMPipeline
@@ -120,7 +121,7 @@ def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
     model = pipeline.unet.eval()
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(100)
-    sample = torch.randn(GENERATED, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(GENERATED_COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for t in track(scheduler.timesteps, description="generate", console=Console(stderr=True), transient=True):
             sample = scheduler.step(model(sample, t).sample, t, sample).prev_sample
@@ -128,12 +129,12 @@ def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
 
     training, labels = training_digits()
     classifier = SVC(C=10, gamma=0.001).fit(training.reshape(len(training), -1) / 16, labels)
-    decisions = np.sort(classifier.decision_function(pixels.reshape(GENERATED, -1) / 16), axis=1)
+    decisions = np.sort(classifier.decision_function(pixels.reshape(GENERATED_COUNT, -1) / 16), axis=1)
     sureness = decisions[:, -1] - decisions[:, -2]
-    seen = classifier.predict(pixels.reshape(GENERATED, -1) / 16)
+    seen = classifier.predict(pixels.reshape(GENERATED_COUNT, -1) / 16)
     chosen: list[int] = []
     for k in np.argsort(-sureness):
-        if seen[k] not in seen[chosen] and len(chosen) < QUERIES:
+        if seen[k] not in seen[chosen] and len(chosen) < QUERY_COUNT:
             chosen.append(int(k))
     return [Image.fromarray(pixels[k]) for k in chosen], [int(seen[k]) for k in chosen]
 
@@ -151,7 +152,7 @@ def draw_hits(images: list[Image.Image], hits: list[list[Hit]]) -> Image.Image:
     tile, gap, left, top = 64, 12, 24, 44
     row = tile + 34
     training, _ = training_digits()
-    width = left * 2 + tile + 3 * gap + TOP * (tile + gap) - gap
+    width = left * 2 + tile + 3 * gap + HIT_COUNT * (tile + gap) - gap
     picture = Image.new("RGB", (width, top + len(images) * row), "white")
     draw = ImageDraw.Draw(picture)
     heading, font = ImageFont.load_default(15), ImageFont.load_default(12)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from dmin_trace.cli.console import counted_progress
 from dmin_trace.cli.options import (
     Conditioning,
     EditedScript,
@@ -27,53 +26,45 @@ if TYPE_CHECKING:
     from dmin_trace.audit import Measurement
     from dmin_trace.query import Trace
 
-app = typer.Typer(
-    help="Measure how good the scores of a trace are. Likeness and influence are different things; measure both.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode=None)
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
 
-def _add_column_command(name: str, description: str) -> None:
-    @app.command(name, help=description)
+def _add_column_command(kind: Literal["labels", "duplicates"], description: str) -> None:
+    @app.command(kind, help=f"{description} Samples are the queries, so no model is needed.")
     def evaluate_column(
         *,
         trace: TracePath,
-        column: Annotated[str, typer.Argument(help="The column of labels, or of values that duplicates share.")],
+        column: Annotated[str, typer.Argument(help="A column of labels, or of values that duplicates share.")],
         k: Annotated[
             list[int] | None,
-            typer.Option("-k", help="Number of best samples to look at. May be repeated. Default: 5, 10, 50 and 100."),
+            typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100."),
         ] = None,
-        queries: Annotated[int, typer.Option(help="Number of stored samples used as queries, spread evenly.")] = 100,
+        queries: Annotated[int, typer.Option(help="Number of samples used as queries, spread evenly.")] = 100,
         seed: Seed = 0,
         score: ScoreName = "deflated",
         exact: Exact = False,
         json_path: JsonPath = None,
     ) -> None:
-        from dmin_trace.audit import measure_duplicates, measure_labels
+        from dmin_trace.audit import measure_column
         from dmin_trace.query import open_trace
 
-        measure = measure_labels if name == "labels" else measure_duplicates
         opened = open_trace(trace)
-        with counted_progress("Scoring the queries") as progress:
-            found = measure(
-                opened, column, ks=k, queries=queries, score=score, exact=exact, seed=seed, progress=progress
-            )
+        with Console(stderr=True).status("Scoring the queries"):
+            found = measure_column(opened, column, kind, ks=k, queries=queries, score=score, exact=exact, seed=seed)
         _show(found, opened, json_path)
 
 
 _add_column_command(
     "labels",
-    "Detection rate: the fraction of the k best samples that have the label of the query. Stored samples are the "
-    "queries, so no model is needed. It measures likeness, not influence.",
+    "Detection rate: the fraction of the k best samples that have the label of the query. It measures likeness, not "
+    "influence.",
 )
 _add_column_command(
     "duplicates",
-    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. Stored samples are "
-    "the queries, so no model is needed. A score that misses duplicates is broken; one that finds them may still rank "
-    "the rest badly.",
+    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. A score that misses "
+    "duplicates is broken.",
 )
 
 
@@ -85,14 +76,12 @@ def lds(
     models: Annotated[
         Path,
         typer.Argument(
-            help="A file of numpy.savez about models that you trained again on subsets of the samples: subsets, bool "
-            "(models, samples), and losses (models, queries).",
+            help="A file of numpy.savez about retrained models: subsets, bool (models, samples), and losses (models, "
+            "queries)."
         ),
     ],
     images: ImagePaths = None,
-    sample: Annotated[
-        list[int] | None, typer.Option(help="A stored sample as the query, instead of images. May be repeated.")
-    ] = None,
+    sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
     conditioning: Conditioning = None,
     weights: TracedWeights = None,

@@ -16,18 +16,11 @@ def index(
     *,
     trace: TracePath,
     recall: Annotated[float, typer.Option(help="The part of the true 10 best that a query must find.")] = 0.99,
-    fold: Annotated[
-        str,
-        typer.Option(help="Numbers for each timestep in the index, or auto: the fewest that reach the recall."),
-    ] = "auto",
+    fold: Annotated[str, typer.Option(help="Numbers for each timestep, or auto: the fewest that suffice.")] = "auto",
     m: Annotated[int, typer.Option("--M", help="HNSW: links of each sample.")] = 16,
     ef_construction: Annotated[int, typer.Option(help="HNSW: candidates considered when a sample is linked.")] = 200,
     directions: Annotated[
-        int | None,
-        typer.Option(
-            help="Deflated scores: number of principal directions to take out; 0 keeps none. Default: those that "
-            "samples share."
-        ),
+        int | None, typer.Option(help="Principal directions that deflated scores take out. Default: as measured.")
     ] = None,
     verbose: Verbose = False,
 ) -> None:

@@ -29,21 +29,13 @@ def _check_folder(path: Path | None) -> Path | None:
     return path
 
 
-TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="The store.")]
+TracePath = Annotated[Path, typer.Argument(help="The store.")]
 ImagePaths = Annotated[
     list[Path] | None,
-    typer.Argument(
-        metavar="[IMAGES]...",
-        help="Generated images; folders of images, with prompts in metadata.jsonl; or JSON-lines files of "
-        '{"file_name": FILE, "text": PROMPT}.',
-    ),
+    typer.Argument(help="Images, folders (with prompts in metadata.jsonl), or JSON lines of file_name and text."),
 ]
 Conditioning = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="The image that each image was made from (ControlNet, InstructPix2Pix): repeated in their order, or one "
-        "for all."
-    ),
+    list[Path] | None, typer.Option(help="What each image was made from (ControlNet, InstructPix2Pix), or one for all.")
 ]
 TracedWeights = Annotated[Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")]
 Out = Annotated[Path | None, typer.Option(help="The store. Default: trace.zarr in the script's output_dir.")]
@@ -51,19 +43,11 @@ JsonPath = Annotated[Path | None, typer.Option("--json", callback=_check_folder,
 CsvPath = Annotated[Path | None, typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.")]
 ScoreName = Annotated[
     Literal["deflated", "dmin"],
-    typer.Option(
-        "--score",
-        help="deflated: without what all samples share; the best at finding influence. dmin: that of the paper; mostly "
-        "finds samples that look like the query.",
-    ),
+    typer.Option("--score", help="deflated: without what all samples share. dmin: the paper's; finds likeness more."),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")]
 EditedScript = Annotated[
-    bool,
-    typer.Option(
-        "--edited-script",
-        help="Accept a script that was edited after the trace was begun, if its loss and its data are the same.",
-    ),
+    bool, typer.Option("--edited-script", help="The script was edited, but its loss and its data are the same.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the whole log.")]
 

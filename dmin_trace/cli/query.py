@@ -36,20 +36,13 @@ def query(
     images: ImagePaths = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            help="The prompt of each image, repeated in their order, or one for all. Without images: images are made "
-            "from the prompts with the saved model, and are the queries."
-        ),
+        typer.Option(help="The prompt of each image, or one for all. Without images: what to make images from."),
     ] = None,
     conditioning: Conditioning = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
-    made: Annotated[
-        Path | None, typer.Option(help="A folder for the images made. Default: generated, beside the store.")
-    ] = None,
-    sample: Annotated[
-        list[int] | None, typer.Option(help="A training sample as the query. May be repeated. Needs no model.")
-    ] = None,
+    made: Annotated[Path | None, typer.Option(help="Folder for the images made. Default: generated.")] = None,
+    sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
     k: Annotated[int, typer.Option("-k", help="Number of training samples to show.")] = 10,
     weights: TracedWeights = None,
     json_path: JsonPath = None,
@@ -61,8 +54,6 @@ def query(
     """Show the most influential training samples for each image.
 
     dmin-trace query TRACE a.png b.png --prompt "a cat" --prompt "a dog"
-
-    dmin-trace query TRACE folder-with-metadata.jsonl
 
     dmin-trace query TRACE --prompt "a cat" --num 4
 

@@ -25,7 +25,18 @@ def info(*, trace: TracePath) -> None:
     console.print(facts_table(facts, str(trace), ascii_only=console.options.ascii_only))
 
 
-def verify(*, trace: TracePath, json_path: JsonPath = None) -> None:
+def verify(
+    *,
+    trace: TracePath,
+    json_path: JsonPath = None,
+    damaged: Annotated[
+        bool, typer.Option("--drop-damaged", help="Mark damaged chunks as not done; the next capture makes them anew.")
+    ] = False,
+    failed: Annotated[
+        bool,
+        typer.Option("--drop-failed", help="The same for chunks with samples that could not be loaded."),
+    ] = False,
+) -> None:
     """Compare all of a store, its index and its weights with their checksums, and name each damaged file.
 
     The exit code is 0 if everything is whole, and 1 if something is damaged.
@@ -33,6 +44,7 @@ def verify(*, trace: TracePath, json_path: JsonPath = None) -> None:
     from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from dmin_trace.audit import verify_store
+    from dmin_trace.store import drop_damaged, drop_failed
     from dmin_trace.views import damage_table, verified_json
 
     with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
@@ -49,6 +61,12 @@ def verify(*, trace: TracePath, json_path: JsonPath = None) -> None:
     print_note(console, f"{trace}: {result}; {compared}.", style="red" if count else "green")
     if json_path is not None:
         json_path.write_text(verified_json(found), encoding="utf-8")
+    dropped = (drop_damaged(trace) if damaged else []) + (drop_failed(trace) if failed else [])
+    if dropped:
+        numbers = ", ".join(map(str, dropped))
+        print_note(console, f"{len(dropped)} chunks are no longer done: {numbers}. Run the capture again.", style="")
+    elif damaged or failed:
+        print_note(console, "No chunk had to be made anew; nothing was changed.", style="")
     if count:
         raise typer.Exit(1)
 

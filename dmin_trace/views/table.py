@@ -1,6 +1,6 @@
 """Terminal tables: the hits of a query, the properties of a store, the results of a measure, the damage in a store.
 
-Each function returns a `rich` table; the command line prints it. Texts may come from anybody, so each cell is a
+Each function returns a renderable of `rich`; the command line prints it. Texts may come from anybody, so each cell is a
 `rich.text.Text`, which is never read as markup, made of `harmless` text. With `ascii_only` (give it
 `console.options.ascii_only`) a table has ASCII characters only.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +36,7 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "12345678"
 
 
-def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Table:
+def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
     """The most influential training samples for query number `query` of an answer, and what their score means.
 
     The scores at the timesteps are drawn as one bar each. All bars of a table have one scale; a negative score is a
@@ -47,7 +48,7 @@ def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Table:
     title.append(harmless(top.names[query], ascii_only=ascii_only), style="bold")
     if prompt is not None:
         title.append("\n").append(harmless(prompt, ascii_only=ascii_only), style="italic")
-    table = _table(title, caption=describe_score(top.score, len(top.timesteps)), ascii_only=ascii_only)
+    table = _table(None, caption=describe_score(top.score, len(top.timesteps)), ascii_only=ascii_only)
     table.add_column(Text("#"), justify="right", no_wrap=True)
     table.add_column(Text("score"), justify="right", no_wrap=True)
     table.add_column(Text(_timestep_heading(top.timesteps)), no_wrap=True)
@@ -72,7 +73,8 @@ def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Table:
             path = path if len(path) <= MAX_FILE_LENGTH else "…" + path[1 - MAX_FILE_LENGTH :]
             row.append(Text(harmless(path, MAX_FILE_LENGTH, ascii_only=ascii_only)))
         table.add_row(*row)
-    return table
+    # A title of the table itself would fold at its width.
+    return Group(title, table)
 
 
 def facts_table(facts: Sequence[tuple[str, str]], title: str, *, ascii_only: bool = False) -> Table:
@@ -117,10 +119,10 @@ def damage_table(found: Verified, title: str, *, ascii_only: bool = False) -> Ta
 
 
 def _table(
-    title: str | Text, *, caption: str | None = None, box_style: box.Box = box.SIMPLE_HEAD, ascii_only: bool
+    title: str | None, *, caption: str | None = None, box_style: box.Box = box.SIMPLE_HEAD, ascii_only: bool
 ) -> Table:
     return Table(
-        title=title if isinstance(title, Text) else Text(harmless(title, ascii_only=ascii_only), style="bold"),
+        title=None if title is None else Text(harmless(title, ascii_only=ascii_only), style="bold"),
         title_justify="left",
         title_style="",
         caption=None if caption is None else Text(harmless(caption, 2000, ascii_only=ascii_only)),

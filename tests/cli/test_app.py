@@ -1,9 +1,12 @@
-"""Mistakes on the command line: one clear line, exit code 1, and nothing touched."""
+"""`main`: mistakes are one clear line, exit code 1, and nothing touched; options are checked and completed."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import BODY, EXAMPLE, digit_folder, plain_script, run, without_the_line
+
+import dmin_trace
+from dmin_trace.cli.app import main
 
 CLI = ("-m", "dmin_trace.cli.app")
 
@@ -91,9 +97,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
         ("There are no weights at",),
     ),
     "k is too large": (nothing, ("query", "out/trace.zarr", "digits/0001.png", "-k", "13"), ("13", "12")),
-    "k is nothing": (nothing, ("query", "out/trace.zarr", "--sample", "1", "-k", "0"), ("0",)),
+    "k is zero": (nothing, ("query", "out/trace.zarr", "--sample", "1", "-k", "0"), ("0",)),
     "no such sample": (nothing, ("query", "out/trace.zarr", "--sample", "12"), ("12",)),
-    "no question": (nothing, ("query", "out/trace.zarr"), ("Give images",)),
+    "no query": (nothing, ("query", "out/trace.zarr"), ("Give images or prompts as queries",)),
     "a seed with an image": (
         nothing,
         ("query", "out/trace.zarr", "digits/0001.png", "--seed", "3"),
@@ -106,7 +112,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
     ),
     "no script": (nothing, ("run",), ("No script was given",)),
     "no such script": (nothing, ("run", "--", "gone.py"), ("There is no script at",)),
-    "no such setting": (nothing, ("run", "--dtype", "int4", "--", "train.py"), ("dtype is 'int4'",)),
     "timesteps that are none": (nothing, ("run", "--timesteps", "many", "--", "train.py"), ("--timesteps is 'many'",)),
     "out exists": (
         nothing,
@@ -143,7 +148,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
 
 
 @pytest.mark.parametrize(("prepare", "arguments", "messages"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_gives_one_clear_line(
+def test_main_reports_a_mistake_in_one_line(
     made: Path,
     tmp_path: Path,
     prepare: Callable[[Path], None],
@@ -186,7 +191,7 @@ PLAIN = {
 
 @pytest.mark.parametrize(("parts", "text", "message"), PLAIN.values(), ids=PLAIN.keys())
 @pytest.mark.parametrize("way", ["run", "capture"])
-def test_a_script_that_cannot_be_captured(
+def test_main_reports_a_script_that_cannot_be_captured(
     tmp_path: Path, way: str, parts: dict[str, str], text: str | None, message: str
 ) -> None:
     script = plain_script(tmp_path / "script.py", **{"imports": "", "attach": "", **parts})
@@ -203,3 +208,46 @@ def test_a_script_that_cannot_be_captured(
     assert "Traceback" not in ran.stderr
     assert not (tmp_path / "out" / "trace.zarr").exists()
     assert (tmp_path / "out" / "state.pt").exists() == (way == "run" and text is None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--dtype", "int4", "--", "train.py"), "'int4' is not one of"),
+        (("query", "out.zarr", "--score", "ridge", "--sample", "1"), "'ridge' is not one of"),
+        (("evaluate", "labels", "out.zarr", "label", "-k", "five"), "Invalid value for '-k'"),
+        (("evaluate", "labels", "out.zarr", "label", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("capture", "--", "train.py"), "Missing option '--weights'"),
+    ],
+)
+def test_main_shows_the_usage_for_a_wrong_option(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Usage: dmin-trace") and message in " ".join(said.split())
+
+
+def test_python_m_dmin_trace_is_the_command_line(tmp_path: Path) -> None:
+    ran = run(["-m", "dmin_trace", "--version"], tmp_path)
+    assert ran.stdout == f"dmin-trace {dmin_trace.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("dmin-trace ve", "verify"),
+        ("dmin-trace run --dtype flo", "float16"),
+        ("dmin-trace capture --tim", "--timesteps"),
+    ],
+)
+def test_main_completes_commands_options_and_choices(tmp_path: Path, words: str, completed: str) -> None:
+    environment = {
+        **os.environ,
+        "_DMIN_TRACE_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    command = [sys.executable, "-m", "dmin_trace"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert completed in ran.stdout.split(), ran.stderr

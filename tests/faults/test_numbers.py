@@ -16,7 +16,7 @@ from stores import make_header, make_rows, write_store
 
 import dmin_trace
 from dmin_trace import query
-from dmin_trace.audit import measure_labels
+from dmin_trace.audit import measure_column
 from dmin_trace.errors import CaptureError, QueryError
 from dmin_trace.query import Trace
 from dmin_trace.search import deflation as kernel
@@ -72,7 +72,7 @@ def test_no_score_ranks_them(odd: Store) -> None:
 
 def test_the_measures_leave_them_out(odd: Store) -> None:
     """Of the index see test_index.py."""
-    measured = measure_labels(Trace(odd), "label", queries=64, ks=[5], exact=True)
+    measured = measure_column(Trace(odd), "label", "labels", queries=64, ks=[5], exact=True)
     assert set(measured.values["queries"]) == set(range(64)) - set(ODD)
     for slot in ODD:
         with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to use as a query"):

@@ -11,7 +11,6 @@ from answers import ANY_TEXT, answer, hit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
-from rich.table import Table
 
 from dmin_trace.query import Hit
 from dmin_trace.views.table import BARS, MAX_BARS, facts_table, hits_table, measure_table
@@ -29,7 +28,7 @@ def table_of(
     prompt: str | None = "a red fox in the snow",
     score: str = "dmin",
     ascii_only: bool = False,
-) -> Table:
+) -> RenderableType:
     top = answer([hits], timesteps, names=(name,), prompts=(prompt,), score=score)
     return hits_table(top, 0, ascii_only=ascii_only)
 
@@ -48,7 +47,7 @@ def render(table: RenderableType, width: int = 80, terminal: bool = False) -> st
     return out.getvalue()
 
 
-def rows(table: Table) -> list[list[str]]:
+def rows(table: RenderableType) -> list[list[str]]:
     """The words of each row shown; a line of the caption may begin with a number too, but ends without one."""
     return [line.split() for line in render(table, 200).splitlines() if re.fullmatch(r" +\d+ .* \d+ *", line)]
 
@@ -188,7 +187,7 @@ def test_hits_table_aligns_the_decimals_of_scores(scores: tuple[float, ...], sho
     assert [row[1] for row in rows(table_of(hits, (1.0,)))] == shown
 
 
-def tables(text: str) -> list[Table]:
+def tables(text: str) -> list[RenderableType]:
     hits = [
         hit(1, None, caption=text, file_name=text),
         hit(2, None, **{"caption": "two", "file_name": "b.png", text: text}),

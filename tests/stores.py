@@ -14,6 +14,7 @@ import zarr
 
 from dmin_trace.settings import Dtype
 from dmin_trace.store import (
+    DIGEST,
     Header,
     NoiseFacts,
     ParameterFacts,
@@ -21,7 +22,7 @@ from dmin_trace.store import (
     Store,
     Writer,
     create,
-    keep_digests,
+    digest_of,
     open_store,
     quantise,
 )
@@ -125,11 +126,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Edits the metadata of a store or of an array in it, and writes the digests anew, as a forger would."""
+    """Edits the metadata of a store or of an array in it, and writes the digest anew, as a forger would."""
     metadata = json.loads((path / "zarr.json").read_text())
     edit(metadata)
+    if DIGEST in metadata["attributes"]:
+        metadata["attributes"][DIGEST] = digest_of(metadata["attributes"])
     (path / "zarr.json").write_text(json.dumps(metadata))
-    keep_digests([folder for folder in (path, *path.parents) if (folder / "zarr.json").is_file()][-1])
 
 
 def dequantised(path: Path) -> np.ndarray:

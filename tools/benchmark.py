@@ -677,27 +677,31 @@ def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
-def timed(module, name, part):
-    inside = getattr(module, name)
+def clocks():
+    return np.array([time.perf_counter(), time.process_time()])
+
+def timed(owner, name, part):
+    inside = getattr(owner, name)
     def call(*given, **named):
-        start = time.perf_counter()
+        start = clocks()
         try:
             return inside(*given, **named)
         finally:
-            taken[part] = taken.get(part, 0) + time.perf_counter() - start
-    setattr(module, name, call)
+            taken[part] = taken.get(part, 0) + clocks() - start
+    setattr(owner, name, call)
 
 def step(part, work):
-    start, before = time.perf_counter(), sum(taken.get(name, 0) for name in ("graph", "rerank"))
+    start, before = clocks(), sum(taken.get(name, 0) for name in inside)
     found = work()
-    within = sum(taken.get(name, 0) for name in ("graph", "rerank")) - before
-    taken[part] = time.perf_counter() - start - within
+    taken[part] = clocks() - start - (sum(taken.get(name, 0) for name in inside) - before)
     return found
 
 taken, before = {}, peak()
-timed(index, "check_file", "graph")
-timed(index, "load_graph", "graph")
-timed(index, "rerank", "rerank")
+inside = ("graph: checksum, checks, load", "graph: search", "rerank")
+timed(index, "check_file", inside[0])
+timed(index, "load_graph", inside[0])
+timed(index.Index, "candidates", inside[1])
+timed(index, "rerank", inside[2])
 store = step("open store", lambda: open_store(Path(sys.argv[1])))
 query = store.gradients([store.header.samples // 3])
 score = score_method(store, "deflated")
@@ -707,7 +711,8 @@ opened = step("index but graph", lambda: index.open_index(store))
 ranking = step("search", lambda: index.search(opened, deflated, 10, kind="deflated"))
 hits = step("hits", lambda: hits_of(store, ranking))
 assert len(hits[0]) == 10 and hits[0][0].columns["caption"]
-print(json.dumps({"seconds": taken, "imports": before, "peak": peak()}))
+seconds = {part: list(clock) for part, clock in taken.items()}
+print(json.dumps({"seconds": seconds, "inside": inside, "imports": before, "peak": peak()}))
 """
 """A query by the index in a process of its own, without the run of the script that makes its gradient."""
 
@@ -726,7 +731,7 @@ def query_overhead_command(
     result = Result(
         "query-overhead",
         f"query-overhead, N = {samples:,}, T = {timesteps}, v = {dimension}, int8, 2 columns of text; k = 10",
-        ("part", "ms"),
+        ("part", "ms", "of them CPU, ms"),
     )
     with scratch(folder) as made:
         kept = (folder or made) / "overhead.zarr"
@@ -745,13 +750,10 @@ def query_overhead_command(
         graph = (kept.with_name("overhead.index") / "graph.hnsw").stat().st_size
         opened = open_store(kept)
         result.notes.append(f"{opened.header.chunks:,} chunks; graph.hnsw has {graph / 1e6:.0f} MB.")
-    middle = {name: 1e3 * float(np.median([run["seconds"][name] for run in found])) for name in found[0]["seconds"]}
-    inside = {name: middle.pop(name) for name in ("graph", "rerank")}
-    for name, taken in middle.items():
-        result.add(name, taken)
-    result.add("all of these", sum(middle.values()))
-    result.add("graph: checksum, checks, load", inside["graph"])
-    result.add("rerank", inside["rerank"])
+    middle = {name: 1e3 * np.median([run["seconds"][name] for run in found], axis=0) for name in found[0]["seconds"]}
+    inside = {name: middle.pop(name) for name in found[0]["inside"]}
+    for name, taken in {**middle, "all of these": sum(middle.values()), **inside}.items():
+        result.add(name, *(float(clock) for clock in taken))
     imports, peak = (float(np.median([run[name] for run in found])) / 1e6 for name in ("imports", "peak"))
     result.notes.append(
         f"memory at its largest: {peak:.0f} MB, {peak - graph / 1e6:.0f} without the graph; imports: {imports:.0f} MB."

@@ -150,7 +150,7 @@ def targets(folder: Path) -> dict[str, Target]:
         chosen = random.Random(data)
         of_group = _edited(group, data) if chosen.random() < 0.8 else group
         of_array = _edited(array, data) if chosen.random() < 0.3 else array
-        _put(harmed / "trace.zarr" / "zarr.json", json.dumps(_with_digests(of_group, of_array)))
+        _put(harmed / "trace.zarr" / "zarr.json", json.dumps(_with_digest(of_group)))
         _put(harmed / "trace.zarr" / "grad" / "zarr.json", json.dumps(of_array))
         _read_all(open_store(harmed / "trace.zarr", unfinished=True))
 
@@ -188,7 +188,7 @@ def targets(folder: Path) -> dict[str, Target]:
         genuine = chunk_file(of.path, name, 1, axes).read_bytes()[:-4]
         frame = _spliced(genuine, data)
         _put(place, frame + google_crc32c.value(frame).to_bytes(4, "little"))
-        read(Store(harmed / of.path.parent.name / "trace.zarr", of.header, True, of.done))
+        read(Store(harmed / of.path.parent.name / "trace.zarr", of.header, of.done, None))
 
     def read_list(data: bytes) -> None:
         _put(harmed / "list.jsonl", data)
@@ -230,7 +230,9 @@ def targets(folder: Path) -> dict[str, Target]:
         "index": Target(1, edits, read_index),
         "graph": Target(3, edits, read_graph),
         "captions": Target(
-            3, edits, lambda data: read_chunk(data, "meta/caption", 1, trace, lambda t: t._texts("meta/caption", 1))
+            3,
+            edits,
+            lambda data: read_chunk(data, "meta/caption", 1, trace, lambda t: t.column_at("caption", t.header.rows(1))),
         ),
         "packed chunk": Target(3, edits, lambda data: read_chunk(data, "grad", 3, packed, lambda t: t.grad_chunk(1))),
         "list": Target(4, ["\n".join(lines).encode(), *(line.encode() for line in lines)], read_list),
@@ -332,19 +334,15 @@ def _put(file: Path, data: bytes | str) -> None:
     file.write_bytes(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data)
 
 
-def _with_digests(group: Any, array: Any) -> Any:
-    """The metadata of a store with the digests of itself and of `grad`; what holds an infinity keeps the old ones."""
+def _with_digest(group: Any) -> Any:
+    """The metadata of a store with its digest; what holds an infinity keeps the old one."""
     attributes = group.get("attributes") if isinstance(group, dict) else None
-    kept = attributes.get(store.CHECKSUMS) if isinstance(attributes, dict) else None
-    if not isinstance(kept, dict) or not isinstance(kept.get("arrays"), dict):
+    if not isinstance(attributes, dict):
         return group
     try:
-        digests = {"arrays": {**kept["arrays"], "grad": untrusted.digest(array)}}
-        signed = {**group, "attributes": {**attributes, store.CHECKSUMS: digests}}
-        digests["header"] = store.header_digest(signed)
+        return {**group, "attributes": {**attributes, store.DIGEST: store.digest_of(attributes)}}
     except ValueError:
         return group
-    return signed
 
 
 # -- changes -----------------------------------------------------------------------------------------------------------

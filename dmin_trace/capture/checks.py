@@ -69,21 +69,15 @@ class RowChecks:
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
-        """Checks the random calls of a training step.
+        """Compares the random calls of a training step; `row` is the earlier steps of the same sample.
 
-        Args:
-            step: the step.
-            row: the earlier steps of the same sample.
-
-        Raises:
-            CaptureError: the calls differ from those of the first sample, or of the timestep's first draw.
-            QueryError: the calls differ from those of the trace.
+        Raises CaptureError if they differ from those of the first sample, or of the timestep's first draw; QueryError
+        if they differ from those of the trace.
         """
         calls = show_calls(step.draws.calls)
-        draw = step.pinned.draw
+        draw, number = step.pinned.draw, step.pinned.number
         if self._like is not None:
-            expected = self._like.noise.draws[step.pinned.number]
-            if tuple(step.draws.calls) != expected:
+            if tuple(step.draws.calls) != (expected := self._like.noise.draws[number]):
                 raise QueryError(
                     f"On the query the script drew {calls}, on the training samples {show_calls(expected)}, so their "
                     "noise differs. Give an image of the size that the model was trained on, and the same arguments."
@@ -95,8 +89,8 @@ class RowChecks:
             )
         elif draw and step.draws.calls != (first := row[-draw].draws.calls):
             raise CaptureError(
-                f"In draw {draw} of timestep {step.pinned.number} the script drew {calls}, in its first draw "
-                f"{show_calls(first)}. A random branch cannot be captured."
+                f"In draw {draw} of timestep {number} the script drew {calls}, in its first draw {show_calls(first)}. "
+                "A random branch cannot be captured."
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
@@ -154,15 +148,9 @@ class RowChecks:
 
 
 def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> None:
-    """Refuses queries whose gradients are of another model than those of a trace, or are treated in another way.
+    """Raises if queries are of another model than a trace: WeightsError for other weights, QueryError for the rest.
 
-    Args:
-        settings, trainable, weights: of the queries; `weights` is the fingerprint of the weights.
-        trace: the finished store.
-
-    Raises:
-        QueryError: the parameters or the treatment of gradients differ.
-        WeightsError: the weights differ.
+    `weights` is the fingerprint of the weights that the queries have.
     """
     header, expected = trace.header, trace.header.parameters
     if trainable.fingerprint != expected.fingerprint:

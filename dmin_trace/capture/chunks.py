@@ -49,14 +49,7 @@ class ChunkQueue:
     """The chunks that this process has to fill, in order."""
 
     def __init__(self, chunks: Sequence[tuple[int, range]], timesteps: int, dimension: int, dtype: Dtype) -> None:
-        """Fills these chunks.
-
-        Args:
-            chunks: the number and the rows of each.
-            timesteps: T.
-            dimension: v.
-            dtype: the dtype in which gradients are stored.
-        """
+        """Fills chunks, each given by its number and its rows, with gradients (T, v) stored in a dtype."""
         self.writer: Writer | None = None
         self._chunks = list(chunks)
         self._shape = timesteps, dimension
@@ -76,15 +69,10 @@ class ChunkQueue:
         return None if self._chunk is None else len(self._chunk.rows) - self._chunk.filled
 
     def add(self, row: Row | None, columns: Mapping[str, str | int | float], names: Sequence[str]) -> None:
-        """Adds a row, and hands its chunk to the writing thread if it is the chunk's last.
+        """Adds a row, None for a sample that could not be loaded; a full chunk goes to the writing thread.
 
-        Args:
-            row: the numbers; None for a sample that could not be loaded.
-            columns: the row's readable columns, if it has numbers.
-            names: the names of all columns.
-
-        Raises:
-            TraceError: an earlier chunk could not be written.
+        `columns` are the row's readable columns, `names` the names of all. Raises TraceError if an earlier chunk could
+        not be written.
         """
         chunk = self._chunk = self._chunk or self._next_chunk(names)
         at = slice(chunk.filled, chunk.filled + 1)

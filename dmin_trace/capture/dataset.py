@@ -1,4 +1,4 @@
-"""The data set: its readable columns, and what its collated batches hold.
+"""The data set: its readable columns, its samples that fail to load, and what its collated batches hold.
 
 A column is what a person reads about a sample: a caption, a label, a file name. It is looked for in the dataset's item,
 then in the raw row of a `datasets.Dataset` (whose transform usually drops it), then in an attribute of the dataset that
@@ -7,6 +7,7 @@ is a sequence of N values.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,12 +15,20 @@ import torch
 
 from dmin_trace.errors import CaptureError
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["string", "integer", "number"]
 
 USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
 """The columns that are kept if the settings name none."""
 
 MISSING_VALUES: dict[Kind, str | int | float] = {"string": "", "integer": -1, "number": float("nan")}
+
+FIRST_SAMPLES = 20
+"""If more than half of these samples fail to load, the capture ends: the data set is wrong."""
+
+MAX_LOGGED_FAILURES = 10
+"""Samples that failed to load whose reasons are logged, one by one."""
 
 
 class Columns:
@@ -38,14 +47,9 @@ class Columns:
         return self._kinds or {}
 
     def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
-        """Returns the columns of one sample.
+        """Returns the columns of one sample; `item` is what the dataset gave for it.
 
-        Args:
-            sample: its dataset index.
-            item: what the dataset gave for it.
-
-        Raises:
-            CaptureError: the dataset lacks a column that was named.
+        Raises CaptureError if the dataset lacks a column that was named.
         """
         if self._kinds is None:
             found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
@@ -77,6 +81,40 @@ class Columns:
         if isinstance(values, (list, tuple, torch.Tensor)) and len(values) == len(self._dataset):
             return _readable(values[sample])
         return None
+
+
+class FailedSamples:
+    """The samples that could not be loaded. A capture skips them, unless they are most of the first ones."""
+
+    def __init__(self, samples: int) -> None:
+        """None has failed yet; `samples` is N."""
+        self._first = min(FIRST_SAMPLES, samples)
+        self._failed: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._failed)
+
+    def add(self, sample: int, error: Exception, done: int) -> None:
+        """Adds a sample with its error, unless it was added before; `done` samples came before it.
+
+        Raises CaptureError if more than half of the first samples failed.
+        """
+        if sample in self._failed:
+            return
+        self._failed.add(sample)
+        why = f"{type(error).__name__}: {error}"
+        if done < FIRST_SAMPLES and 2 * len(self) > self._first:
+            raise CaptureError(
+                f"{len(self)} of the first samples could not be loaded, among them sample {sample}: {why}. Fix the "
+                "dataset. A capture skips single samples that fail to load, but stops when more than half of the first "
+                f"{FIRST_SAMPLES} fail."
+            )
+        if len(self) <= MAX_LOGGED_FAILURES:
+            logger.warning(
+                "Sample %d could not be loaded: %s. It is never ranked, and dmin-trace info lists it.", sample, why
+            )
+        elif len(self) == MAX_LOGGED_FAILURES + 1:
+            logger.warning("More samples could not be loaded; dmin-trace info lists them.")
 
 
 def _without_images(dataset: Any) -> Any:

@@ -24,15 +24,12 @@ class CaptureCost:
     """What a capture would cost, in seconds and bytes.
 
     samples, timesteps, draws: N, T and D.
-    parameters, tensors: the number of trained parameters (elements), and of the tensors that hold them.
+    parameters, tensors: the number of trained elements, and of the tensors that hold them.
     seconds_per_sample: with one process.
-    store: the size of the store.
-    weights: the size of the file of trained weights beside it.
+    store, weights: the sizes of the store, and of the file of trained weights beside it.
     gradients: the size that all gradients would have as float32, not projected.
-    memory: the peak of the process's memory.
-    waiting: the part of `memory` that holds rows before they are on disk.
-    mean: the part of `memory` that holds the mean of the draws; 0 if D is 1.
-    gpu_memory: the peak of the GPU memory, or None without a GPU.
+    memory, waiting: the peak of the process's memory, and the part of it that holds rows before they are on disk.
+    gpu_memory: the peak of the GPU memory; 0 without a GPU.
     free_disk, free_memory: what is free now.
     """
 
@@ -47,24 +44,16 @@ class CaptureCost:
     gradients: int
     memory: int
     waiting: int
-    mean: int
-    gpu_memory: int | None
+    gpu_memory: int
     free_disk: int
     free_memory: int
 
 
 def estimate_cost(recorder: Recorder, seconds_per_sample: float, folder: Path) -> CaptureCost:
-    """Estimates the cost of a capture.
-
-    Args:
-        recorder: the recorder of a finished trial.
-        seconds_per_sample: what the trial's last sample took.
-        folder: where the store would be written.
-    """
+    """Estimates the cost of a capture to `folder` from the recorder of a finished trial and its time per sample."""
     header, trainable = recorder.header(), recorder.trainable
     # One chunk is written while the next is recorded.
     waiting = min(2, header.chunks) * header.chunk_rows * header.sample_bytes
-    gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return CaptureCost(
         samples=header.samples,
         timesteps=len(header.timesteps),
@@ -77,8 +66,7 @@ def estimate_cost(recorder: Recorder, seconds_per_sample: float, folder: Path) -
         gradients=header.samples * len(header.timesteps) * trainable.length * FLOAT32_BYTES,
         memory=_peak_memory() + waiting,
         waiting=waiting,
-        mean=trainable.length * FLOAT32_BYTES if header.draws > 1 else 0,
-        gpu_memory=torch.cuda.max_memory_allocated() if gpu else None,
+        gpu_memory=torch.cuda.max_memory_allocated(),
         free_disk=shutil.disk_usage(folder if folder.is_dir() else ".").free,
         free_memory=psutil.virtual_memory().available,
     )
@@ -86,26 +74,21 @@ def estimate_cost(recorder: Recorder, seconds_per_sample: float, folder: Path) -
 
 def describe_cost(cost: CaptureCost) -> Sequence[tuple[str, str]]:
     """Returns the names and values of a cost for a person to read."""
-    draws = f", {cost.draws} draws each" if cost.draws > 1 else ""
-    mean = f", {decimal(cost.mean)} are the mean of the draws" if cost.mean else ""
+    several = cost.draws > 1
+    mean = f", {decimal(cost.parameters * FLOAT32_BYTES)} are the mean of the draws" if several else ""
+    draws = f", {cost.draws} draws each" if several else ""
     time = timedelta(seconds=max(1, round(cost.seconds_per_sample * cost.samples)))
+    store = f"{decimal(cost.store)} for the store ({decimal(cost.store // cost.samples)} a sample)"
+    times = f"{cost.gradients / cost.store:,.0f} times as much"
     rows = [
         ("samples x timesteps", f"{cost.samples:,} x {cost.timesteps}{draws}"),
         ("trained parameters", f"{cost.parameters:,} in {cost.tensors} tensors"),
         ("time", f"{time} ({cost.seconds_per_sample:.3g} s a sample, one process)"),
-        (
-            "disk",
-            f"{decimal(cost.store)} for the store ({decimal(cost.store // cost.samples)} a sample), "
-            f"{decimal(cost.weights)} for the weights",
-        ),
-        (
-            "uncompressed",
-            f"{decimal(cost.gradients)} would be the gradients as float32, {cost.gradients / cost.store:,.0f} times as "
-            "much",
-        ),
+        ("disk", f"{store}, {decimal(cost.weights)} for the weights"),
+        ("uncompressed", f"{decimal(cost.gradients)} would be the gradients as float32, {times}"),
         ("memory", f"{decimal(cost.memory)} at the peak, of which {decimal(cost.waiting)} wait for the disk{mean}"),
     ]
-    if cost.gpu_memory is not None:
+    if cost.gpu_memory:
         rows.append(("GPU memory", f"{decimal(cost.gpu_memory)} at the peak"))
     if cost.free_disk < cost.store + cost.weights:
         rows.append(("but", f"only {decimal(cost.free_disk)} are free on the disk"))

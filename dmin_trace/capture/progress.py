@@ -11,33 +11,21 @@ class SampleProgress:
 
     def __init__(self) -> None:
         """Shows nothing yet."""
-        self._progress: Progress | None = None
+        console = Console(stderr=True)
+        texts = TextColumn("capture"), BarColumn(), MofNCompleteColumn(), TextColumn("samples")
+        times = TextColumn("[dim]{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn()
+        self._bar = Progress(*texts, *times, console=console, disable=not console.is_terminal)
 
     def start(self, samples: int) -> None:
         """Shows the bar."""
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("capture"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("samples"),
-            TextColumn("[dim]{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("capture", total=samples, rate="")
-        self._progress.start()
+        self._bar.add_task("capture", total=samples, rate="")
+        self._bar.start()
 
     def advance(self) -> None:
-        """Counts one sample."""
-        if self._progress is not None:
-            rate = self._progress.tasks[0].speed
-            self._progress.update(self._task, advance=1, rate=f"{rate:.1f}/s" if rate else "")
+        """Counts one sample, once the bar is shown."""
+        for task in self._bar.tasks:
+            self._bar.update(task.id, advance=1, rate=f"{task.speed:.1f}/s" if task.speed else "")
 
     def stop(self) -> None:
         """Ends the bar."""
-        if self._progress is not None:
-            self._progress.stop()
+        self._bar.stop()

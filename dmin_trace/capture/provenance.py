@@ -44,19 +44,14 @@ def make_header(
     chunk_rows: int,
     of_queries: bool,
 ) -> Header:
-    """Makes a store's header, once the first sample is recorded.
+    """Makes a store's header, once the first sample is recorded; `checks` holds what that sample has shown.
 
-    Args:
-        settings, source, trainable, plan: of the capture.
-        checks: what the first sample has shown.
-        weights: the fingerprint of the weights.
-        dtype: how gradients are stored.
-        chunk_rows: R.
-        of_queries: the store is a temporary one of queries: nothing compresses it, and its data is not remembered.
+    `weights` is their fingerprint. A store of queries is temporary: it is not compressed, and its data has no
+    fingerprint.
     """
     # Draws of one timestep make the same calls.
     calls = tuple(tuple(made) for made in checks.calls[:: settings.draws])
-    packages = dict.fromkeys(("torch", *source.packages, "zarr", "numpy"))
+    packages = dict.fromkeys(("torch", *source.packages, "numpy"))
     reached = zip(trainable.names, checks.reached, strict=True)
     fetch = None if of_queries else source.fetch
     kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
@@ -92,11 +87,9 @@ def make_header(
 
 
 def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
-    """Returns the fingerprint of a data set; "" if its batches vary, or hold what cannot be read.
+    """Returns the fingerprint of a data set of N samples; "" if its batches vary, or hold what cannot be read.
 
-    Args:
-        samples: N.
-        fetch: gives the batch of one sample, under the same seed each time.
+    `fetch` gives the batch of one sample, under the same seed each time.
     """
     last = FINGERPRINT_SAMPLES - 1
     chosen = sorted({round(k * (samples - 1) / last) for k in range(FINGERPRINT_SAMPLES)})

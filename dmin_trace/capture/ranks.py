@@ -50,16 +50,10 @@ class Ranks:
             self.error = self.error or error
 
     def meet(self, signal: int = 0) -> int:
-        """Waits for the other processes.
+        """Waits for the other processes, and returns the number of the signal that any of them caught, or 0.
 
-        Args:
-            signal: the number of the signal that this process caught, or 0.
-
-        Returns:
-            The number of the signal that any of them caught, or 0.
-
-        Raises:
-            CaptureError: one of them has failed or ended. The error of this process itself is raised as it is.
+        `signal` is the one that this process caught. Raises CaptureError if another process has failed or ended, and
+        an error of this process as it is.
         """
         if self.count == 1:
             return signal

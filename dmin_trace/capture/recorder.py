@@ -10,7 +10,6 @@ comparable, `chunks` writes them, and `ranks` is where several processes meet.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 
 from dmin_trace.capture.checks import RowChecks, refuse_other_capture, refuse_other_model, refuse_other_projection
 from dmin_trace.capture.chunks import ChunkQueue, Row
+from dmin_trace.capture.dataset import FailedSamples
+from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.progress import SampleProgress
 from dmin_trace.capture.provenance import make_header
 from dmin_trace.capture.ranks import Ranks
@@ -25,31 +26,12 @@ from dmin_trace.capture.signals import FirstSignal
 from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
-from dmin_trace.errors import CaptureError, StoppedError, TraceError
+from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
-from dmin_trace.store import (
-    Header,
-    StoreLock,
-    Writer,
-    bytes_of,
-    check_free,
-    choose_chunk_rows,
-    create,
-    make_folder,
-    open_store,
-    resume,
-    sweep,
-    weights_beside,
-)
+from dmin_trace.store import Header, Store, choose_chunk_rows
 
 logger = logging.getLogger(__name__)
-
-FIRST_SAMPLES = 20
-"""If more than half of these samples fail to load, the capture ends: the data set is wrong."""
-
-MAX_LOGGED_FAILURES = 10
-"""Samples that failed to load whose reasons are logged, one by one."""
 
 
 class Recorder:
@@ -79,8 +61,8 @@ class Recorder:
         like = target.like
         self.settings, self.trainable = settings, trainable
         self.out, self.samples, self.trial = target.out, source.samples, target.trial
-        self.weights_saved = False
         self._source, self._target, self._ranks = source, target, ranks or Ranks()
+        self._output = CaptureOutput(target, self._ranks)
         self._weights = trainable.weights_fingerprint()
         if like is None:
             self._make_plan(None)
@@ -98,13 +80,17 @@ class Recorder:
         self._row: list[CaptureStep] = []
         self._row_columns: dict[str, str | int | float] = {}
         self._row_missing = False
-        self._missing: set[int] = set()
+        self._failed = FailedSamples(self.samples)
         self._mean: Mean | None = None
         self._chunks: ChunkQueue | None = None
-        self._lock: StoreLock | None = None
         self._signal = FirstSignal()
         self._announced = False
         self._progress = SampleProgress()
+
+    @property
+    def weights_saved(self) -> bool:
+        """Whether the trained weights lie beside the store."""
+        return self._output.weights_saved
 
     # -- the beginning ---------------------------------------------------------------------------------------------
 
@@ -119,14 +105,13 @@ class Recorder:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
         if self.trial:
             return [0, min(1, self.samples - 1)]
-        ranks, captures_training = self._ranks, self._target.like is None
-        pending: list[int] = []
+        ranks, earlier, pending = self._ranks, None, list[int]()
         with ranks.holding():
-            pending = self._find_pending()
+            earlier = self._output.find()
+            pending = self._continue(earlier)
         ranks.meet()
         with ranks.holding():
-            if ranks.rank == 0 and captures_training:
-                self._prepare(finished=not pending)
+            self._output.prepare(self.trainable, earlier)
         ranks.meet()
         size = self._chunk_rows
         chunks = [(c, range(c * size, min((c + 1) * size, self.samples))) for c in pending]
@@ -136,29 +121,17 @@ class Recorder:
         # Every process must run as many training steps: one with fewer rows repeats its last sample.
         self._longest = max(sum(len(rows) for _, rows in share) for share in ours)
         self._kept = len(samples)
-        if captures_training:
+        if self._target.like is None:
             self._signal.hold()
         ranks.meeting = True
         if ranks.rank == 0:
             self._progress.start(self._longest)
         return samples + [samples[-1] if samples else 0] * (self._longest - len(samples))
 
-    def _find_pending(self) -> list[int]:
-        """Locks the store, and returns the chunks that are not done."""
-        if self._ranks.rank == 0 and self._target.like is None:
-            try:
-                make_folder(self.out.absolute().parent)
-            except OSError as error:
-                raise TraceError(f"{self.out} cannot be written: {error.strerror or error}.") from None
-            lock = StoreLock(self.out.absolute())
-            lock.take()
-            self._lock = lock
-        self._existing = self.out.exists()
-        if not self._existing:
+    def _continue(self, earlier: Store | None) -> list[int]:
+        """Takes over the projection and the chunks of the store that is continued, and returns the chunks to fill."""
+        if earlier is None:
             return list(range(-(-self.samples // self._chunk_rows)))
-        if not self._target.resume:
-            check_free(self.out)
-        earlier = open_store(self.out, unfinished=True)
         refuse_other_capture(self.out, earlier, self.settings, self._source, self._weights)
         header = earlier.header
         ours = self.settings.projection, self.settings.dimension, self.trainable.length
@@ -167,51 +140,10 @@ class Recorder:
         self._chunk_rows = header.chunk_rows
         return [chunk for chunk, done in enumerate(earlier.done) if not done]
 
-    def _prepare(self, finished: bool) -> None:
-        """Removes what killed captures left, and saves the weights, which queries need."""
-        sweep(self.out.absolute())
-        if finished:
-            # The capture ended between its last chunk and the mark that the store is complete.
-            Writer(self.out, open_store(self.out, unfinished=True).header).finish()
-        self.trainable.save(weights_beside(self.out))
-        self.weights_saved = True
-
     def _make_plan(self, width: int | None) -> None:
         """Fixes the projection, with the width of a store that exists."""
         settings = self.settings
         self._plan = make_plan(self.trainable.length, settings.dimension, settings.seed, settings.projection, width)
-
-    def _open_store(self, chunks: ChunkQueue) -> None:
-        """Creates the store, or opens the one that is continued, after the first sample."""
-        ranks = self._ranks
-        with ranks.holding():
-            header = self.header()
-            if ranks.rank == 0:
-                if not self._existing:
-                    self._check_room(header)
-                chunks.writer = resume(self.out, header) if self._existing else create(self.out, header)
-                self._target.created(chunks.writer.header)
-        ranks.meet()
-        with ranks.holding():
-            if ranks.rank != 0:
-                chunks.writer = resume(self.out, header)
-        ranks.meet()
-
-    def _check_room(self, header: Header) -> None:
-        """Raises CaptureError if the store would take the room that the script needs to save what it trained."""
-        needed, free = bytes_of(header), shutil.disk_usage(self.out.absolute().parent).free
-        if self._target.reserve is not None and free < needed + self._target.reserve:
-            raise CaptureError(
-                f"The trace would take {needed:,} bytes, and its disk has {free:,} free, of which the script may need "
-                f"{self._target.reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
-            )
-        if free < needed:
-            logger.warning(
-                "The trace will take %s bytes, and its disk has %s free. A full disk stops a capture, which continues "
-                "when there is room again.",
-                f"{needed:,}",
-                f"{free:,}",
-            )
 
     def header(self) -> Header:
         """Returns the header of the store, once the first sample is recorded."""
@@ -253,33 +185,12 @@ class Recorder:
     def missing(self, number: int, error: Exception) -> None:
         """Begins a sample that could not be loaded. Its row is marked as failed, whatever its training steps give.
 
-        Args:
-            number: its dataset index.
-            error: why it could not be loaded.
-
-        Raises:
-            CaptureError: most of the first samples could not be loaded.
-            Exception: the error itself, for a query.
+        Raises CaptureError if most of the first samples could not be loaded; for a query the error itself.
         """
         if self._target.like is not None or self.trial:
             raise error
         self._row_missing = True
-        if number in self._missing:
-            return
-        self._missing.add(number)
-        why = f"{type(error).__name__}: {error}"
-        if self._rows < FIRST_SAMPLES and 2 * len(self._missing) > min(FIRST_SAMPLES, self.samples):
-            raise CaptureError(
-                f"{len(self._missing)} of the first samples could not be loaded, among them sample {number}: {why}. "
-                f"Fix the dataset. A capture skips single samples that fail to load, but stops when more than half of "
-                f"the first {FIRST_SAMPLES} fail."
-            )
-        if len(self._missing) <= MAX_LOGGED_FAILURES:
-            logger.warning(
-                "Sample %d could not be loaded: %s. It is never ranked, and dmin-trace info lists it.", number, why
-            )
-        elif len(self._missing) == MAX_LOGGED_FAILURES + 1:
-            logger.warning("More samples could not be loaded; dmin-trace info lists them.")
+        self._failed.add(number, error, self._rows)
 
     def skip(self) -> None:
         """Ends the row of a sample that could not be loaded, and for which no training steps are run."""
@@ -340,7 +251,7 @@ class Recorder:
             return
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
-            self._open_store(self._chunks)
+            self._chunks.writer = self._output.open(self.header)
             for _ in range(self._before_first):
                 self._end_row(None)
         self._end_row(None if self._row_missing else row)
@@ -381,11 +292,11 @@ class Recorder:
                 writer.finish()
                 logger.info("The trace of %d samples is in %s.", self.samples, self.out)
         self._ranks.meet()
-        if self._missing:
+        if self._failed:
             logger.warning(
                 "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify "
                 "TRACE --drop-failed, then run the capture again.",
-                len(self._missing),
+                len(self._failed),
             )
 
     def stop(self) -> None:
@@ -394,8 +305,7 @@ class Recorder:
         self._progress.stop()
         if self._chunks is not None:
             self._chunks.close()
-        if self._lock is not None:
-            self._lock.release()
+        self._output.release()
 
     def _announce_signal(self) -> None:
         """Logs once that a signal was caught, and when the capture stops."""
@@ -418,6 +328,6 @@ class Recorder:
         done = 0 if writer is None else self.samples - sum(len(writer.rows(chunk)) for chunk in writer.pending())
         raise StoppedError(
             f"The capture was stopped by {self._signal.name or 'a signal to another process'}: {done:,} of "
-            f"{self.samples:,} samples are in {self.out}. Run it again: it continues where it stopped.",
+            f"{self.samples:,} samples are in {self.out}. It continues where it stopped when it is run again.",
             signal,
         )

@@ -67,7 +67,7 @@ def packed_numbers(plan: Plan) -> PackedNumbers:
 
 
 class CSums:
-    """The sums of one gradient; see `compress.Sums`."""
+    """The sums of one gradient in a plan's bins. `finish` and `finish_normalised` end them."""
 
     def __init__(self, plan: Plan, kernel: ModuleType, signs: bool) -> None:
         self._plan, self._kernel, self._signs = plan, kernel, signs
@@ -82,6 +82,7 @@ class CSums:
         self._held: list[torch.Tensor] = []
 
     def add(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Adds tensors up to the plan's length, and returns their number of elements, or one above that length."""
         # For a small model, the Python code for each tensor is a large part of the time: it is kept short.
         wait, hold, length = self._waiting.append, self._held.append, self._plan.length
         begin, end, dtype, size = 0, 0, None, 0
@@ -139,11 +140,13 @@ class CSums:
         self._square += self._kernel.add(self._sums, packed.columns, packed.rows, begin, tensors, size, self._signs)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what `project` returns."""
         projected = np.empty(self._plan.dimension, np.float32)
         self._fold_into(projected)
         return torch.from_numpy(projected), torch.tensor(self._square, dtype=torch.float64)
 
     def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what `compress_gradient` returns."""
         # The norm is kept behind the numbers: for a small model, making a tensor from a float takes noticeable time.
         numbers, norm = np.empty(self._plan.dimension + 1, np.float32), math.sqrt(self._square)
         projected = numbers[:-1]

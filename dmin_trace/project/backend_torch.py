@@ -52,7 +52,7 @@ def device_numbers(plan: Plan, device: torch.device) -> DeviceNumbers:
 
 
 class TorchSums:
-    """The sums of one gradient; see `compress.Sums`."""
+    """The sums of one gradient in a plan's bins. `finish` and `finish_normalised` end them."""
 
     def __init__(self, plan: Plan, device: torch.device, signs: bool) -> None:
         self._plan, self._numbers, self._signs = plan, device_numbers(plan, device), signs
@@ -63,6 +63,7 @@ class TorchSums:
         self._squares: list[torch.Tensor] = []
 
     def add(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Adds tensors up to the plan's length, and returns their number of elements, or one above that length."""
         add = self._add_rows if self._plan.kind == "rotation" else self._add_to_bins
         end = 0
         for tensor in _join_small(tensors):
@@ -80,6 +81,7 @@ class TorchSums:
         return end
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what `project` returns."""
         square = torch.stack(self._squares).to(_widest_float(self._sums.device)).sum()
         if self._plan.kind == "uniform":
             return self._sums, square
@@ -91,6 +93,7 @@ class TorchSums:
         return second.view(-1, self._plan.dimension).sum(0), square
 
     def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns what `compress_gradient` returns."""
         projected, square = self.finish()
         norm = square.sqrt().float()
         # Divided by the gradient's norm first: the squares of very small or large numbers would leave float32. If that

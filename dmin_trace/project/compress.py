@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Protocol
 
 import torch
 
@@ -68,26 +67,13 @@ def compress_gradient(
     return _added(tensors, plan, signs).finish_normalised()
 
 
-class Sums(Protocol):
-    """The sums of one gradient in a plan's bins; each backend has a class of its own."""
-
-    def add(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Adds tensors up to the plan's length, and returns their number of elements, or one above that length."""
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what `project` returns. The sums cannot be used afterwards."""
-
-    def finish_normalised(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what `compress_gradient` returns. The sums cannot be used afterwards."""
-
-
-def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> Sums:
+def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> CSums | TorchSums:
     """Returns the sums of a whole gradient. Raises CaptureError if the tensors do not hold L elements."""
     rest = iter(tensors)
     first = next(rest, None)
     if first is None:
         raise _wrong_length("0 elements", plan)
-    sums: Sums
+    sums: CSums | TorchSums
     rest = chain(_pop_all([first]), rest)
     if backend_c.KERNEL is not None and plan.kind == "rotation" and first.is_cpu:
         sums = CSums(plan, backend_c.KERNEL, signs)

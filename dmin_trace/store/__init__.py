@@ -13,7 +13,7 @@ from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged,
 from dmin_trace.store.layout import FAILED, bytes_of, choose_chunk_rows, chunk_file, weights_beside
 from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.marks import DONE, done_chunks
-from dmin_trace.store.metadata import CHECKSUMS, Finished, header_digest, keep_digests, read_header
+from dmin_trace.store.metadata import DIGEST, Finished, digest_of, read_header
 from dmin_trace.store.pack import pack_store
 from dmin_trace.store.provenance import check_data, check_script
 from dmin_trace.store.quantisation import quantise, row_checksum
@@ -27,7 +27,7 @@ __all__ = [
     "ArrayHeader",
     "Queries",
     "read_arrays",
-    "CHECKSUMS",
+    "DIGEST",
     "DONE",
     "Damage",
     "FAILED",
@@ -55,8 +55,7 @@ __all__ = [
     "done_chunks",
     "drop_damaged",
     "drop_failed",
-    "header_digest",
-    "keep_digests",
+    "digest_of",
     "make_folder",
     "open_store",
     "pack_store",

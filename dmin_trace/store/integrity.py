@@ -22,7 +22,7 @@ from dmin_trace.store.header import Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
 from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.marks import done_chunks, remove_marks
-from dmin_trace.store.metadata import Finished, damaged_arrays, read_header, set_finished
+from dmin_trace.store.metadata import Finished, damaged_metadata, read_header, restore_metadata, set_finished
 from dmin_trace.store.reader import Store, open_store
 
 BLOCK_BYTES = 2**20
@@ -98,7 +98,7 @@ def verify_chunks(
     done = done_chunks(path, header)
     store = Store(path, header, done, finished)
     found = Verified(complete=store.complete, chunks=header.chunks, done=int(done.sum()))
-    for name, what in damaged_arrays(path, header).items():
+    for name, what in damaged_metadata(path, header).items():
         found.damages.append(Damage(file=f"{path.name}/{name}/zarr.json", array=name, what=what))
     for chunk in map(int, np.flatnonzero(~done)):
         marked = chunk_file(path, "done", chunk, 1).exists()
@@ -134,20 +134,17 @@ def verify_chunks(
 def drop_damaged(path: Path) -> list[int]:
     """Takes away the marks of damaged chunks, so that an ordinary capture makes them anew.
 
+    Damaged metadata of arrays is written anew here: the header says all that is in it.
+
     Returns:
         The numbers of those chunks.
 
     Raises:
-        TraceError: there is no store, a capture is writing it, its metadata is damaged, or the disk refuses.
+        TraceError: there is no store, its header is damaged, a capture is writing it, or the disk refuses.
     """
     header, finished = read_header(path)
     found = verify_chunks(path, header, finished)
-    if found.bad_arrays:
-        raise TraceError(
-            f"{path} is damaged: the metadata of {', '.join(found.bad_arrays)} is not what was written. No capture "
-            "makes that anew: restore it from a copy, or capture to another path."
-        )
-    _drop(path, found.bad_chunks)
+    _drop(path, header, found.bad_chunks, found.bad_arrays)
     return found.bad_chunks
 
 
@@ -158,19 +155,21 @@ def drop_failed(path: Path) -> list[int]:
     """
     store = open_store(path, unfinished=True)
     chunks = sorted({int(row) // store.header.chunk_rows for row in store.rows_failed})
-    _drop(path, chunks)
+    _drop(path, store.header, chunks)
     return chunks
 
 
-def _drop(path: Path, chunks: Sequence[int]) -> None:
-    if not chunks:
+def _drop(path: Path, header: Header, chunks: Sequence[int], arrays: Sequence[str] = ()) -> None:
+    if not chunks and not arrays:
         return
     lock = StoreLock(path.absolute())
     lock.take()
     try:
-        # The marks go first: killed at any moment, a store that lacks one is not complete.
-        remove_marks(path, chunks)
-        set_finished(path, None)
+        restore_metadata(path, header, arrays)
+        if chunks:
+            # The marks go first: killed at any moment, a store that lacks one is not complete.
+            remove_marks(path, chunks)
+            set_finished(path, None)
     except OSError as error:
         raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
     finally:

@@ -25,7 +25,7 @@ from dmin_trace.store.gradient_chunks import GradientChunks
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.marks import done_chunks
-from dmin_trace.store.metadata import Finished, check_arrays, read_header
+from dmin_trace.store.metadata import Finished, read_header
 
 BELIEVED_NUMBERS = 2**20
 """Numbers that are allocated because the header says so, for rows of which no file says anything."""
@@ -346,7 +346,6 @@ def open_store(path: str | os.PathLike[str], *, unfinished: bool = False) -> Sto
     """
     path = Path(path)
     header, finished = read_header(path)
-    check_arrays(path, header)
     done = done_chunks(path, header)
     if not unfinished and not (finished is not None and done.all()):
         lost = "; it was complete once, and marks were damaged or lost since" if finished is not None else ""

@@ -31,15 +31,7 @@ from dmin_trace.store.layout import (
     chunk_names,
 )
 from dmin_trace.store.marks import DONE, done_chunks, is_done
-from dmin_trace.store.metadata import (
-    BLOSC,
-    Finished,
-    check_arrays,
-    create_arrays,
-    keep_digests,
-    read_header,
-    set_finished,
-)
+from dmin_trace.store.metadata import BLOSC, Finished, create_arrays, read_header, set_finished
 from dmin_trace.store.provenance import check_data
 from dmin_trace.store.reader import open_store
 
@@ -64,7 +56,6 @@ def create(path: Path, header: Header) -> Writer:
     try:
         make_folder(path.parent)
         create_arrays(partial, header)
-        keep_digests(partial)
         sync_tree(partial)
         partial.rename(path)
         sync(path.parent)
@@ -84,7 +75,6 @@ def resume(path: Path, header: Header) -> Writer:
     `check_script` compares.
     """
     existing = read_header(path)[0]
-    check_arrays(path, existing)
     check_data(path, existing, header.samples, header.data_sha256)
     found, expected = (_flat(facts.to_attributes()) for facts in (existing, header))
     for name in sorted(found | expected):

@@ -59,6 +59,12 @@ OWN_LOOPS = {
         "accelerator.init_trackers('run', {})",
         "body": TRACKED,
     },
+    "breaks, resumed from a checkpoint in a folder named like one": {
+        "accelerator": "accelerator = Accelerator(); args.max_train_steps = 7",
+        "prepare": "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler);"
+        "accelerator.save_state('checkpoint-100/checkpoint-2'); accelerator.load_state('checkpoint-100/checkpoint-2')",
+        "body": BREAK.replace("global_step >= args", "2 + global_step >= args"),
+    },
     "an unprepared scheduler": {
         "prepare": "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
     },
@@ -155,7 +161,7 @@ WRONG = {
 }
 
 
-def test_parameters_that_training_does_not_reach_either_are_captured_as_zeros(tmp_path: Path) -> None:
+def test_parameters_that_the_training_does_not_reach_are_captured_as_zeros(tmp_path: Path) -> None:
     body = BODY.replace(".pow(2).mean()", ".pow(2).mean().detach() + model.inner.weight.pow(2).sum()")
     ran = run([plain_script(tmp_path / "with.py", body=body), "--output_dir", "with"], tmp_path)
     assert "does not depend on 3 of the 4" in ran.stderr and "gradients are zero" in ran.stderr
@@ -165,7 +171,7 @@ def test_parameters_that_training_does_not_reach_either_are_captured_as_zeros(tm
     assert shown == "3 tensors, among them inner.bias, outer.weight, outer.bias; their gradients are zero"
 
 
-def test_writing_back_what_was_there_is_no_harm(tmp_path: Path) -> None:
+def test_a_step_may_write_back_what_was_there(tmp_path: Path) -> None:
     back = "\n            with torch.no_grad(): model.inner.bias[1:] = model.inner.bias[1:].clone()"
     run([plain_script(tmp_path / "with.py", body=BODY + back), "--output_dir", "with"], tmp_path)
     assert open_store(tmp_path / "with" / "trace.zarr").complete
@@ -242,14 +248,14 @@ def test_strict_ends_the_training(tmp_path: Path, warm: Warm) -> None:
         ("dmin_trace.attach(accelerator, args); dmin_trace.attach(accelerator, args)", "called twice"),
     ],
 )
-def test_a_line_that_cannot_be_meant_is_refused_before_the_training(
+def test_attach_refuses_an_invalid_line_before_the_training(
     tmp_path: Path, warm: Warm, attach: str, message: str
 ) -> None:
     script = plain_script(tmp_path / "script.py", attach=attach)
     assert message in warm.run([script], tmp_path, code=1)
 
 
-def test_remove_takes_every_trace_off(tmp_path: Path, warm: Warm) -> None:
+def test_remove_takes_every_wrapper_off(tmp_path: Path, warm: Warm) -> None:
     script = plain_script(
         tmp_path / "script.py",
         attach="before = set(vars(accelerator)); driver = dmin_trace.attach(accelerator, args)",

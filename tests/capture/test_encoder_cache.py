@@ -1,4 +1,4 @@
-"""Frozen modules answer from memory: what is remembered, what is not, and that answers are the same to the bit."""
+"""EncoderCache: what is cached, what is not, and that outputs are equal to the bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def frozen(**options: Any) -> Counting:
     return Counting(**options).requires_grad_(False).eval()
 
 
-def test_encoders_run_once_a_sample_and_answer_alike() -> None:
+def test_encoder_cache_runs_encoders_once_a_sample_with_equal_outputs() -> None:
     torch.manual_seed(0)
     vae, text = tiny_vae().requires_grad_(False), tiny_text_model(len(tiny_tokenizer())).requires_grad_(False)
     runs = {"vae": 0, "text": 0}
@@ -59,7 +59,7 @@ def test_encoders_run_once_a_sample_and_answer_alike() -> None:
         for sample in samples:
             modules.forget()
             remembered += [encode(*sample) for _ in range(4)]
-    # With and without return_dict are two questions.
+    # With and without return_dict are two calls.
     assert runs == {"vae": 2, "text": 4}
     assert all(
         torch.equal(a, b) for one, other in zip(plain, remembered, strict=True) for a, b in zip(one, other, strict=True)
@@ -67,7 +67,7 @@ def test_encoders_run_once_a_sample_and_answer_alike() -> None:
     assert "forward" not in vars(vae.encoder) and "forward" not in vars(text)
 
 
-def test_other_inputs_are_other_questions() -> None:
+def test_encoder_cache_compares_inputs() -> None:
     module, x = frozen(), torch.tensor([1.0, -2.0, 0.0])
     with EncoderCache([module], []):
         assert torch.equal(module(x), module(x.clone()))
@@ -76,7 +76,7 @@ def test_other_inputs_are_other_questions() -> None:
         assert module.ran == 6
 
 
-def test_a_sample_ends() -> None:
+def test_encoder_cache_forget_empties_the_cache() -> None:
     module, x = frozen(), torch.ones(3)
     with EncoderCache({"nested": [module]}.values(), []) as modules:
         module(x), module(x)
@@ -86,7 +86,7 @@ def test_a_sample_ends() -> None:
 
 
 @pytest.mark.parametrize("change", ["input", "output"])
-def test_what_was_changed_in_place_answers_nothing(change: str) -> None:
+def test_encoder_cache_drops_calls_whose_tensors_changed_in_place(change: str) -> None:
     module, x = frozen(), torch.ones(3)
     with EncoderCache([module], []):
         first = module(x)
@@ -96,7 +96,7 @@ def test_what_was_changed_in_place_answers_nothing(change: str) -> None:
         assert torch.equal(again, x * 2)
 
 
-def test_the_conditions_of_a_call_are_part_of_the_question() -> None:
+def test_encoder_cache_compares_grad_mode_and_autocast() -> None:
     module, x = frozen(), torch.ones(3)
     with EncoderCache([module], []):
         module(x)
@@ -107,7 +107,7 @@ def test_the_conditions_of_a_call_are_part_of_the_question() -> None:
         assert module.ran == 3
 
 
-def test_inputs_that_carry_a_gradient_are_not_remembered() -> None:
+def test_encoder_cache_skips_inputs_that_require_a_gradient() -> None:
     module, x = frozen(), torch.ones(3, requires_grad=True)
     with EncoderCache([module], []):
         for _ in range(2):
@@ -119,7 +119,7 @@ def test_inputs_that_carry_a_gradient_are_not_remembered() -> None:
 @pytest.mark.parametrize(
     "draw", [torch.rand_like, lambda x: x + torch.nn.functional.dropout(x), lambda x: torch.normal(x, 1.0)]
 )
-def test_what_draws_random_numbers_is_not_remembered(draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_encoder_cache_skips_calls_that_draw_random_numbers(draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
     module, x = frozen(work=draw), torch.ones(3)
     with EncoderCache([module], []):
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_what_draws_random_numbers_is_not_remembered(draw: Callable[[torch.Tenso
 
 
 @pytest.mark.parametrize("kind", ["trains", "part of what trains", "in train mode", "returns an object"])
-def test_left_alone(kind: str) -> None:
+def test_encoder_cache_skips_modules_that_are_not_frozen_or_comparable(kind: str) -> None:
     module, x = frozen(), torch.ones(3)
     whole = torch.nn.ModuleList([module, torch.nn.Linear(2, 2)])
     if kind == "trains":
@@ -144,7 +144,7 @@ def test_left_alone(kind: str) -> None:
     assert module.ran == 2
 
 
-def test_a_module_that_never_hears_a_question_twice_is_let_be() -> None:
+def test_encoder_cache_stops_after_max_cache_misses() -> None:
     module = frozen()
     with EncoderCache([module], []) as modules:
         for k in range(MAX_CACHE_MISSES + 2):
@@ -154,7 +154,7 @@ def test_a_module_that_never_hears_a_question_twice_is_let_be() -> None:
         assert module.ran == MAX_CACHE_MISSES + 4
 
 
-def test_memory_is_bounded() -> None:
+def test_encoder_cache_keeps_max_cached_calls() -> None:
     module = frozen()
     with EncoderCache([module], []):
         for k in range(MAX_CACHED_CALLS + 1):
@@ -165,7 +165,7 @@ def test_memory_is_bounded() -> None:
         assert module.ran == MAX_CACHED_CALLS + 2
 
 
-def test_a_forward_of_the_instance_is_put_back() -> None:
+def test_encoder_cache_restores_the_forward_of_an_instance() -> None:
     module = frozen()
     own = module.forward
     module.forward = own  # type: ignore[method-assign]

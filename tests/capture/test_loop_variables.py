@@ -17,7 +17,7 @@ def capturing_loader(batches: int) -> Iterator[int]:
     variables.restore()
 
 
-def test_a_functions_variables_stand_as_the_last_own_batch_left_them() -> None:
+def test_restore_gives_a_function_the_variables_of_its_last_own_batch() -> None:
     total, losses, by_name, kept = 0.0, [], {}, set()
     running = torch.zeros(())
     for step, batch in enumerate(capturing_loader(3)):
@@ -34,7 +34,7 @@ def test_a_functions_variables_stand_as_the_last_own_batch_left_them() -> None:
     assert running.item() == 4.5
 
 
-def test_closure_variables_are_put_back() -> None:
+def test_restore_puts_back_closure_variables() -> None:
     count = 0
 
     def read() -> int:
@@ -45,7 +45,7 @@ def test_closure_variables_are_put_back() -> None:
     assert count == read() == 1
 
 
-def test_a_schedulers_state_is_put_back() -> None:
+def test_undo_of_puts_back_the_state_of_a_scheduler() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     for _ in capturing_loader(2):
@@ -54,13 +54,13 @@ def test_a_schedulers_state_is_put_back() -> None:
     assert scheduler.last_epoch == 2
 
 
-def test_module_variables_are_put_back() -> None:
+def test_restore_puts_back_module_variables() -> None:
     module: dict[str, object] = {"capturing_loader": capturing_loader, "__name__": "script"}
     exec("total = 0\nfor batch in capturing_loader(3):\n    total += batch\n    last = batch", module)
     assert (module["total"], module["last"], module["batch"]) == (3, 2, 2)
 
 
-def test_an_outer_loop_over_a_dict_goes_on() -> None:
+def test_restore_lets_an_outer_loop_over_a_dict_continue() -> None:
     loaders = {"a": 2, "b": 3}
     seen = []
     for name, count in loaders.items():

@@ -1,4 +1,4 @@
-"""Plain PyTorch loops: right gradients, nothing disturbed, resumed, asked, and every mistake one clear error."""
+"""`recording`: right gradients, nothing disturbed, resumed, queried, and every mistake one clear error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss
 import dmin_trace
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError, SettingsError, TraceError, WeightsError
 from dmin_trace.settings import Settings
-from dmin_trace.store import open_store
+from dmin_trace.store import Writer, open_store
 
 CLI = ("-m", "dmin_trace.cli.app")
 
@@ -48,7 +48,7 @@ def test_on_the_page_a_copied_training_image_finds_itself_first(page: tuple[Path
     assert open_store(folder / "out" / "asked.zarr").header.timesteps == (100, 500, 900)
 
 
-def test_the_command_line_reads_the_trace_and_says_how_it_is_asked(page: tuple[Path, dict[str, Any]]) -> None:
+def test_the_command_line_reads_a_recorded_trace_and_names_query_loss(page: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = page
     ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "--sample", "17", "-k", "1"], folder)
     assert "17" in ran.stdout
@@ -89,18 +89,18 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     assert trace.header.timesteps == (0, 250, 999)
     for sample, file in enumerate(files):
         captured = unshuffled(trace, sample)
-        for slot, (loss, gradients) in enumerate(digit_gradients(reference, file, [0, 250, 999])):
-            assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-5)
+        for k, (loss, gradients) in enumerate(digit_gradients(reference, file, [0, 250, 999])):
+            assert trace.loss[sample, k] == pytest.approx(loss, rel=1e-5)
             total = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
             at = 0
             for name, expected in gradients.items():
-                found = torch.from_numpy(captured[slot, at : at + expected.numel()]).reshape(expected.shape)
+                found = torch.from_numpy(captured[k, at : at + expected.numel()]).reshape(expected.shape)
                 at += expected.numel()
                 if name.endswith("to_k.bias"):
                     # A softmax does not see a constant: this gradient is zero but for rounding, on both sides.
                     assert max(found.norm(), expected.norm()) <= 1e-8 * total
                 else:
-                    assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, slot, name)
+                    assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, k, name)
             assert at == trace.header.projection.length
 
 
@@ -124,7 +124,7 @@ def state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, generator: t
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_disturbed(tmp_path: Path, fails: bool) -> None:
+def test_recording_leaves_everything_as_it_was(tmp_path: Path, fails: bool) -> None:
     model = denoiser()
     model.inner.eval()
     model.outer.bias.requires_grad_(False)
@@ -180,7 +180,7 @@ print(seen)
 """
 
 
-def test_after_a_kill_only_what_is_missing_is_recorded(tmp_path: Path) -> None:
+def test_recording_after_a_kill_records_only_what_is_missing(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(KILLED.format(tests=str(Path(__file__).parents[1])))
     run([script, 10], tmp_path, code=7)
@@ -196,10 +196,17 @@ def test_after_a_kill_only_what_is_missing_is_recorded(tmp_path: Path) -> None:
     assert "exists already and is complete" in ran.stderr
 
 
-def test_a_kill_before_the_last_word_is_made_good(tmp_path: Path) -> None:
-    out = record(denoiser(), tmp_path / "trace.zarr")
-    text = (out / "zarr.json").read_text()
-    (out / "zarr.json").write_text(text.replace('"complete": true', '"complete": false'))
+def test_a_recording_killed_before_the_store_is_complete_only_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "trace.zarr"
+
+    def killed(writer: Writer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Writer, "finish", killed)
+        record(denoiser(), out)
     with pytest.raises(TraceError, match="unfinished"):
         open_store(out)
     with dmin_trace.recording(
@@ -209,7 +216,7 @@ def test_a_kill_before_the_last_word_is_made_good(tmp_path: Path) -> None:
     assert open_store(out).complete
 
 
-def test_an_unfinished_trace_of_other_weights_is_left_alone(tmp_path: Path) -> None:
+def test_recording_refuses_an_unfinished_trace_of_other_weights(tmp_path: Path) -> None:
     out = tmp_path / "trace.zarr"
     model, making = denoiser(), dmin_trace.recording
     with (
@@ -226,7 +233,7 @@ def test_an_unfinished_trace_of_other_weights_is_left_alone(tmp_path: Path) -> N
     assert (tmp_path / "trace.weights.safetensors").read_bytes() == weights
 
 
-def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
+def test_step_timestep_and_fraction_give_the_rows_of_a_pinned_draw(tmp_path: Path) -> None:
     model = denoiser()
     drawn = open_store(record(model, tmp_path / "drawn.zarr"))
 
@@ -260,7 +267,7 @@ def test_every_way_to_the_timestep_gives_the_same_rows(tmp_path: Path) -> None:
     assert named.header.timesteps == pytest.approx([1 / 6, 1 / 2, 5 / 6])
 
 
-def test_a_grad_scaler_and_an_outer_module_change_nothing(tmp_path: Path) -> None:
+def test_recording_with_a_grad_scaler_and_an_outer_module_gives_the_same_rows(tmp_path: Path) -> None:
     model = denoiser()
     plain = open_store(record(model, tmp_path / "plain.zarr"))
     scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
@@ -272,7 +279,7 @@ def test_a_grad_scaler_and_an_outer_module_change_nothing(tmp_path: Path) -> Non
     assert np.allclose(open_store(scaled).gradients(np.arange(12)), plain.gradients(np.arange(12)), atol=1e-6)
 
 
-def test_a_backward_inside_autocast_is_in_the_precision_of_its_forward(tmp_path: Path) -> None:
+def test_step_runs_backward_in_the_precision_of_its_forward(tmp_path: Path) -> None:
     model, rows = denoiser(), []
     for outer in (False, True):
         out = tmp_path / f"{outer}.zarr"
@@ -289,7 +296,7 @@ def test_a_backward_inside_autocast_is_in_the_precision_of_its_forward(tmp_path:
     assert np.array_equal(rows[0], rows[1])
 
 
-def test_what_an_optimizer_trains_is_recorded_and_of_several_modules(tmp_path: Path) -> None:
+def test_recording_takes_what_an_optimizer_trains_in_several_modules(tmp_path: Path) -> None:
     one, other = denoiser(), denoiser(1)
     optimizer = torch.optim.SGD([*one.outer.parameters(), other.inner.weight])
     out = tmp_path / "trace.zarr"
@@ -378,7 +385,7 @@ WRONG_LOSSES: dict[Callable[..., torch.Tensor], str] = {
 
 
 @pytest.mark.parametrize(("loss", "message"), WRONG_LOSSES.items(), ids=lambda v: getattr(v, "__name__", ""))
-def test_a_training_step_that_would_give_wrong_gradients_is_refused(
+def test_step_refuses_a_loss_that_would_give_wrong_gradients(
     tmp_path: Path, loss: Callable[..., torch.Tensor], message: str
 ) -> None:
     model = denoiser()
@@ -454,7 +461,7 @@ WRONG_LOOPS: dict[Callable[[Any], None], str] = {
 
 
 @pytest.mark.parametrize(("loop", "message"), WRONG_LOOPS.items(), ids=lambda v: getattr(v, "__name__", ""))
-def test_a_loop_that_went_wrong_is_refused(tmp_path: Path, loop: Callable[[Any], None], message: str) -> None:
+def test_recording_refuses_a_wrong_loop(tmp_path: Path, loop: Callable[[Any], None], message: str) -> None:
     recording = dmin_trace.recording(denoiser(), samples=12, out=tmp_path / "trace.zarr", timesteps=3, dimension=64)
     with pytest.raises(DminTraceError, match=message), recording:
         loop(recording)
@@ -462,7 +469,7 @@ def test_a_loop_that_went_wrong_is_refused(tmp_path: Path, loop: Callable[[Any],
         pass
 
 
-def test_no_row_is_filled_up_after_an_error(tmp_path: Path) -> None:
+def test_step_after_a_failed_step_is_refused(tmp_path: Path) -> None:
     model, making = denoiser(), dmin_trace.recording
     with (
         pytest.raises(CaptureError, match="12 of 12 samples were not recorded"),
@@ -495,7 +502,7 @@ def test_recording_refuses_invalid_arguments(tmp_path: Path, arguments: dict[str
         dmin_trace.recording(**({"model": denoiser()} | arguments))
 
 
-def test_no_samples_and_a_model_without_parameters(tmp_path: Path) -> None:
+def test_recording_refuses_no_samples_and_a_model_without_parameters(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="empty"), dmin_trace.recording(denoiser(), samples=0, out=tmp_path / "a"):
         pass
     none = torch.nn.Identity()
@@ -512,7 +519,7 @@ def ask(model: torch.nn.Module, like: Path, points: torch.Tensor, loss: Callable
     return recording
 
 
-def test_queries_must_be_comparable(tmp_path: Path) -> None:
+def test_queries_must_be_comparable_with_their_trace(tmp_path: Path) -> None:
     model = denoiser()
     like = record(model, tmp_path / "trace.zarr", columns={"caption": [f"point {i}" for i in range(12)]})
     recording = ask(model, like, POINTS[[9, 2]])
@@ -547,7 +554,7 @@ def drawn() -> torch.Tensor:
     return torch.randint(0, 1000, (1,))
 
 
-def test_the_same_augmentation_for_every_sample(tmp_path: Path) -> None:
+def test_samples_seeds_the_generators_alike_for_every_sample(tmp_path: Path) -> None:
     model, seen = denoiser(), []
     with dmin_trace.recording(model, samples=12, out=tmp_path / "a.zarr", timesteps=2, dimension=64) as recording:
         for i in recording.samples:

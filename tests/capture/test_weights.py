@@ -17,7 +17,7 @@ def model() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
 
 
-def test_only_what_is_trained_is_found_and_each_once() -> None:
+def test_find_trainable_returns_each_trained_parameter_once() -> None:
     net = model()
     net[0].bias.requires_grad_(False)
     shared = torch.nn.ModuleList([net, net])
@@ -29,7 +29,7 @@ def test_only_what_is_trained_is_found_and_each_once() -> None:
         find_trainable([model()], [torch.optim.SGD(net.parameters())])
 
 
-def test_written_and_read_back_bit_for_bit(tmp_path: Path) -> None:
+def test_trainable_load_restores_what_save_wrote(tmp_path: Path) -> None:
     net, other = model().bfloat16(), model().bfloat16()
     trainable = find_trainable([net], [torch.optim.SGD(net.parameters())])
     trainable.save(tmp_path / "weights.safetensors")
@@ -43,7 +43,7 @@ def test_written_and_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert copy.weights_fingerprint() == trainable.weights_fingerprint()
 
 
-def test_one_bit_changes_the_fingerprint() -> None:
+def test_weights_fingerprint_changes_with_one_bit() -> None:
     net = model()
     trainable = find_trainable([net], [torch.optim.SGD(net.parameters())])
     before = trainable.weights_fingerprint()
@@ -51,7 +51,7 @@ def test_one_bit_changes_the_fingerprint() -> None:
     assert trainable.weights_fingerprint() != before
 
 
-def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+def test_trainable_load_changes_nothing_if_weights_do_not_fit(tmp_path: Path) -> None:
     net = model()
     trainable = find_trainable([net], [torch.optim.SGD(net.parameters())])
     before = trainable.weights_fingerprint()

@@ -23,7 +23,7 @@ def test_a_crash_between_any_two_operations_leaves_a_store_that_is_right(tmp_pat
     for point, mode, place in crashes(disk, tmp_path, seeds=1):
         assert not wrong(place, expected, disk.promised(point)), (point, mode, disk.operations[point - 1])
         checked += 1
-        if checked % 50 == 0:
+        if checked % 25 == 0:
             finished += 1
             go_on(place / "trace.zarr", HEADER)
             assert content(place / "trace.zarr") == expected, (point, mode)

@@ -77,7 +77,7 @@ LINKED: dict[str, int] = {
     "meta": 5,
     "done/c": 5,
     "done": 5,
-    "numbers/zarr.json": 5,
+    "numbers/zarr.json": 0,
     "zarr.json": 5,
 }
 

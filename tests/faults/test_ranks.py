@@ -52,7 +52,7 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
     broken += "    write(self, chunk, *rest)\ns.Writer._write_files = fail"
     group = start_ranks(capture, store, 2, RANK_1 + broken.replace("\n", "\n    ") + "\n")
     assert ended(group) == [1, 1], [running.said() for running in group]
-    assert "Process 1 of 2 could not go on: Chunk 7 of" in group[0].said()
+    assert "Process 1 of 2 failed: Chunk 7 of" in group[0].said()
     assert "Chunk 7 of" in group[1].said() and "No space left on device" in group[1].said()
     assert all(len(running.said().strip().splitlines()) == 1 for running in group)
     # Chunk 8 was recorded while 7 was to be written.
@@ -97,7 +97,7 @@ def test_in_a_training_an_error_of_one_ends_the_capture_of_both_and_neither_trai
     )
     group = start_scripts(warm, script, tmp_path, "with", RANK_1 + hook.replace("\n", "\n    ") + "\n")
     assert ended(group) == [0, 0], [running.said() for running in group]
-    assert "could not go on: RuntimeError: the hook is broken" in group[0].said()
+    assert "failed: RuntimeError: the hook is broken" in group[0].said()
     assert all(running.said().count("the training goes on") == 1 for running in group)
     for rank in (0, 1):
         for name in ("state.pt", "log.txt"):

@@ -110,11 +110,11 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     reference = digits_model(blank)
     for sample, file in enumerate(files):
         captured = unshuffled(trace, sample)
-        for slot, (loss, gradients) in enumerate(digit_gradients(reference, file, [0, 250, 999])):
-            assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-5)
+        for k, (loss, gradients) in enumerate(digit_gradients(reference, file, [0, 250, 999])):
+            assert trace.loss[sample, k] == pytest.approx(loss, rel=1e-5)
             expected = torch.cat([g.flatten() for g in gradients.values()])
-            found = torch.from_numpy(captured[slot])
-            assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, slot)
+            found = torch.from_numpy(captured[k])
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, k)
 
 
 def facts(folder: Path, *callbacks: Any) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def facts(folder: Path, *callbacks: Any) -> dict[str, Any]:
     }
 
 
-def test_nothing_about_the_training_changes(tmp_path: Path) -> None:
+def test_trace_callback_changes_nothing_about_the_training(tmp_path: Path) -> None:
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
     out = tmp_path / "trace.zarr"
@@ -164,7 +164,7 @@ def test_nothing_about_the_training_changes(tmp_path: Path) -> None:
     assert lacking["loggers"] == ["CSVLogger"] and "by_hand" in lacking["log"] and lacking["steps"] == 6
 
 
-def test_the_mean_over_draws(tmp_path: Path) -> None:
+def test_trace_callback_records_the_mean_over_draws(tmp_path: Path) -> None:
     seed_everything(1)
     module, out, points = Denoiser(), tmp_path / "trace.zarr", Points()
     asked: dict[str, Any] = {
@@ -181,16 +181,16 @@ def test_the_mean_over_draws(tmp_path: Path) -> None:
     module.eval()
     for sample in range(12):
         clean = points[sample]["point"][None]
-        for slot, timestep in enumerate((100, 900)):
+        for k, timestep in enumerate((100, 900)):
             expected = torch.zeros(())
-            for entropy in ([0, slot + 1], [0, slot + 1, 1]):
+            for entropy in ([0, k + 1], [0, k + 1, 1]):
                 seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
                 noise = torch.randn(1, 16, generator=torch.Generator().manual_seed(seed))
                 output = module.denoiser(clean + noise * timestep / 1000, torch.tensor([timestep]))
                 gradients = torch.autograd.grad((output - noise).square().mean(), list(module.parameters()))
                 expected = expected + torch.cat([g.flatten() for g in gradients]) / 2
-            found = torch.from_numpy(unshuffled(trace, sample))[slot]
-            assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, slot)
+            found = torch.from_numpy(unshuffled(trace, sample))[k]
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), (sample, k)
     capture(module, loader(), out=tmp_path / "again.zarr", settings=Settings(**asked | {"timesteps": (100, 900)}))
     again = open_store(tmp_path / "again.zarr")
     assert np.array_equal(again.gradients(np.arange(12)), trace.gradients(np.arange(12)))
@@ -198,7 +198,7 @@ def test_the_mean_over_draws(tmp_path: Path) -> None:
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(2, abs=1e-5)
 
 
-def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, Path]) -> None:
+def test_trace_callback_keeps_each_gradient_under_its_data_set_index(trained: tuple[Denoiser, Path]) -> None:
     module, out = trained
     trace = open_store(out)
     assert trace.sample.tolist() == list(range(12))
@@ -210,7 +210,7 @@ def test_the_right_gradient_lies_under_the_right_index(trained: tuple[Denoiser, 
     assert all(row[0].score == pytest.approx(3, abs=1e-4) for row in hits)
 
 
-def test_a_frozen_encoder_is_asked_once_for_each_sample(tmp_path: Path) -> None:
+def test_capture_runs_a_frozen_encoder_once_for_each_sample(tmp_path: Path) -> None:
     asked: list[int] = []
 
     class Encoder(torch.nn.Module):
@@ -248,7 +248,7 @@ def test_a_frozen_encoder_is_asked_once_for_each_sample(tmp_path: Path) -> None:
     assert np.array_equal(rows[0], rows[1])
 
 
-def test_questions_that_cannot_be_asked(trained: tuple[Denoiser, Path]) -> None:
+def test_attribute_refuses_invalid_queries(trained: tuple[Denoiser, Path]) -> None:
     module, out = trained
     with pytest.raises(QueryError, match="No item"):
         attribute(module, out, [])
@@ -265,7 +265,7 @@ class Unpinned(Denoiser):
         return (torch.rand(len(clean)) * 1000).long()
 
 
-def test_an_error_in_the_capture_is_logged_and_the_training_stays(
+def test_trace_callback_logs_an_error_in_the_capture_and_the_training_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saving = ModelCheckpoint(tmp_path / "saved")
@@ -277,7 +277,7 @@ def test_an_error_in_the_capture_is_logged_and_the_training_stays(
     assert (tmp_path / "a.weights.safetensors").exists() and not (tmp_path / "a.zarr").exists()
 
 
-def test_strict_raises_after_the_checkpoints(tmp_path: Path) -> None:
+def test_trace_callback_strict_raises_after_the_checkpoints(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path / "saved", save_last=True)
     trainer = trainer_of(tmp_path, small(tmp_path / "a.zarr", strict=True), saving, enable_checkpointing=True)
     with pytest.raises(CaptureError, match="timestep was not pinned"):
@@ -285,14 +285,14 @@ def test_strict_raises_after_the_checkpoints(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "saved" / "last.ckpt", weights_only=False)["global_step"] == 6
 
 
-def test_on_demand_goes_on_where_it_stopped(trained: tuple[Denoiser, Path], tmp_path: Path) -> None:
+def test_capture_continues_where_it_stopped(trained: tuple[Denoiser, Path], tmp_path: Path) -> None:
     module, out = trained
     again = tmp_path / "again.zarr"
     seen: list[int] = []
     step = module.training_step
 
     class Stops(Points):
-        stop = 10  # none of those by which the data set is known again
+        stop = 10  # not a sample of the data set's fingerprint
 
         def __getitem__(self, index: int) -> dict[str, Any]:
             if index == self.stop:
@@ -314,7 +314,7 @@ def test_on_demand_goes_on_where_it_stopped(trained: tuple[Denoiser, Path], tmp_
         capture(module, data, out=again, settings=SMALL)
 
 
-def test_averaged_weights_are_captured_when_they_are_what_the_training_leaves(tmp_path: Path) -> None:
+def test_trace_callback_captures_averaged_weights_if_the_training_leaves_them(tmp_path: Path) -> None:
     module = Denoiser()
     trainer_of(tmp_path, small(tmp_path / "a.zarr", strict=True), EMAWeightAveraging(decay=0.5)).fit(module, loader())
     kept = load_file(tmp_path / "a.weights.safetensors")
@@ -322,7 +322,7 @@ def test_averaged_weights_are_captured_when_they_are_what_the_training_leaves(tm
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-def test_the_precision_of_the_trainer(tmp_path: Path, precision: Any) -> None:
+def test_trace_callback_uses_the_precision_of_the_trainer(tmp_path: Path, precision: Any) -> None:
     halves: list[bool] = []
 
     class Looks(Denoiser):
@@ -341,7 +341,7 @@ def test_the_precision_of_the_trainer(tmp_path: Path, precision: Any) -> None:
         assert hits[0][0].sample == 5 and hits[0][0].score == pytest.approx(3, abs=1e-3)
 
 
-def test_the_older_name_of_the_package(tmp_path: Path) -> None:
+def test_trace_callback_in_pytorch_lightning(tmp_path: Path) -> None:
     import pytorch_lightning
 
     class Older(pytorch_lightning.LightningModule):
@@ -380,7 +380,7 @@ class Endless(IterableDataset[Any]):
 
 
 WRONG: dict[str, tuple[type[Denoiser], Any, str]] = {
-    "manual optimisation": (ByHand, loader(), "optimises by hand"),
+    "manual optimisation": (ByHand, loader(), "automatic_optimization=False"),
     "no index": (Denoiser, DataLoader(Endless(), batch_size=2), "IterableDataset"),
     "several loaders": (Denoiser, [loader(), loader()], "expected one DataLoader"),
     "whole batches": (Denoiser, DataLoader([torch.ones(2, 16)], batch_size=None), "whole batches"),  # type: ignore[arg-type]
@@ -388,7 +388,7 @@ WRONG: dict[str, tuple[type[Denoiser], Any, str]] = {
 
 
 @pytest.mark.parametrize(("kind", "data", "message"), WRONG.values(), ids=WRONG.keys())
-def test_what_cannot_be_captured_is_refused_before_the_training(
+def test_trace_callback_refuses_before_the_training_what_cannot_be_captured(
     tmp_path: Path, kind: type[Denoiser], data: Any, message: str
 ) -> None:
     trainer = trainer_of(tmp_path, small(tmp_path / "a.zarr"))
@@ -397,7 +397,9 @@ def test_what_cannot_be_captured_is_refused_before_the_training(
     assert trainer.global_step == 0 and not (tmp_path / "a.zarr").exists()
 
 
-def test_several_processes_and_taken_stores_are_refused(trained: tuple[Denoiser, Path], tmp_path: Path) -> None:
+def test_trace_callback_refuses_several_processes_and_taken_stores(
+    trained: tuple[Denoiser, Path], tmp_path: Path
+) -> None:
     with pytest.raises(AttachError, match="runs 2 processes"):
         small(tmp_path / "a.zarr").setup(trainer_of(tmp_path, devices=2, strategy="ddp_spawn"), Denoiser(), "fit")
     with pytest.raises(TraceError, match="exists already"):
@@ -406,7 +408,7 @@ def test_several_processes_and_taken_stores_are_refused(trained: tuple[Denoiser,
         TraceCallback("a", dimension=3)
 
 
-def test_a_training_that_is_over_already_is_said_to_be_not_captured(
+def test_trace_callback_logs_that_a_training_without_steps_is_not_captured(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_of(tmp_path, small(tmp_path / "a.zarr"), max_epochs=0)
@@ -414,6 +416,8 @@ def test_a_training_that_is_over_already_is_said_to_be_not_captured(
     assert "captured nothing" in caplog.text and not (tmp_path / "a.zarr").exists()
 
 
-def test_a_fast_development_run_captures_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_trace_callback_captures_nothing_in_a_fast_development_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer_of(tmp_path, small(tmp_path / "a.zarr"), fast_dev_run=True).fit(Denoiser(), loader())
     assert "nothing is captured" in caplog.text and not (tmp_path / "a.zarr").exists()

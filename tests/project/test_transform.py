@@ -48,7 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_gradients_are_those_of_an_independent_reference_for_every_parameter(trained: Path) -> None:
+def test_transform_in_a_capture_equals_an_independent_reference(trained: Path) -> None:
     trace = open_store(trained / "out" / "trace.zarr")
     model = digits_model(trained / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert trace.header.transform == "sign"
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tra
             assert at == trace.header.projection.length
 
 
-def test_on_demand_is_as_at_the_end(trained: Path) -> None:
+def test_transform_is_the_same_on_demand_and_at_the_end(trained: Path) -> None:
     first = open_store(trained / "out" / "trace.zarr")
     bare = without_the_line(EXAMPLE, trained / "bare.py")
     weights = ("--weights", f"out/checkpoint-{STEPS}")
@@ -103,7 +103,7 @@ def test_a_copied_training_image_finds_itself_first(trained: Path) -> None:
     assert "sign" in next(line for line in shown.splitlines() if "transform" in line)
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_signs_of_keeps_what_is_not_finite() -> None:
     given = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -2.0, 1e-30])
     signs = signs_of(given)
     assert [*map(torch.isfinite, signs)] == [False, False, False, True, True, True]
@@ -162,7 +162,7 @@ def record(model: torch.nn.Module, scaled: bool = False, stop: int | None = None
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled loss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["sign", "none"])
-def test_parameters_of_every_dtype(tmp_path: Path, kind: str, dtype: torch.dtype, scaled: bool) -> None:
+def test_transform_in_a_recording_for_every_dtype(tmp_path: Path, kind: str, dtype: torch.dtype, scaled: bool) -> None:
     model, optimizer = trained_denoiser(dtype)
     before = repr(optimizer.state_dict())
     record(model, scaled, out=tmp_path / "trace.zarr", optimizer=optimizer, projection="uniform", transform=kind)
@@ -185,7 +185,7 @@ def test_parameters_of_every_dtype(tmp_path: Path, kind: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("kind", ["sign", "none"])
-def test_queries_of_a_recording_are_transformed_alike(tmp_path: Path, kind: str) -> None:
+def test_transform_of_queries_is_that_of_the_trace(tmp_path: Path, kind: str) -> None:
     model, _ = trained_denoiser()
     record(model, out=tmp_path / "trace.zarr", transform=kind)
     queries = record(model, like=tmp_path / "trace.zarr").queries
@@ -194,7 +194,7 @@ def test_queries_of_a_recording_are_transformed_alike(tmp_path: Path, kind: str)
     assert all(row[0].score == pytest.approx(2, abs=1e-5) and row[1].score < 1.999 for row in hits)
 
 
-def test_a_recording_goes_on_with_the_same_transform_alone(tmp_path: Path) -> None:
+def test_transform_of_a_continued_recording_must_be_the_same(tmp_path: Path) -> None:
     model, _ = trained_denoiser()
     record(model, out=tmp_path / "whole.zarr", transform="none")
     with pytest.MonkeyPatch.context() as patch:
@@ -211,7 +211,7 @@ def test_a_recording_goes_on_with_the_same_transform_alone(tmp_path: Path) -> No
     assert np.array_equal(resumed.gradients(np.arange(6)), whole.gradients(np.arange(6)))
 
 
-def test_a_header_that_contradicts_itself_is_damaged(tmp_path: Path) -> None:
+def test_transform_that_contradicts_the_settings_is_refused(tmp_path: Path) -> None:
     model, _ = trained_denoiser()
     path = tmp_path / "trace.zarr"
     record(model, out=path)

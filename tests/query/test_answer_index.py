@@ -122,14 +122,8 @@ def test_the_index_answers_deflated_queries_with_the_scores_of_the_scan(indexed:
     ours = query.answer_queries(trace, queries, k=10, score="deflated")
     true = query.answer_queries(trace, queries, k=10, score="deflated", exact=True)
     assert ours.answered_by.recall == (10, depth.recall) and true.answered_by.recall is None
-    pairs = [
-        [
-            dict(zip(rows.tolist(), scores.tolist(), strict=True))
-            for rows, scores in zip(a.samples, a.scores, strict=True)
-        ]
-        for a in (ours, true)
-    ]
-    both = list(zip(*pairs, strict=True))
+    found = [[{hit.sample: hit.score for hit in hits} for hits in top.hits] for top in (ours, true)]
+    both = list(zip(*found, strict=True))
     assert np.mean([len(some.keys() & all_.keys()) / 10 for some, all_ in both]) >= 0.7
     assert all(some[row] == all_[row] for some, all_ in both for row in some.keys() & all_.keys())
     build_index(trace, recall=0.8, directions=0)
@@ -152,8 +146,8 @@ def test_the_command_line_shows_which_score(
     read = json.loads(written[0].read_text())
     assert read["scored_by"] == "deflated" and words[9:] in read["trace"]["taken_out"]
     assert ",deflated," in written[1].read_text().splitlines()[1]
-    assert main(["query", path, "--sample", sample, "--score", "best"]) == 1
-    assert "score is 'best'" in capsys.readouterr().err
+    assert main(["query", path, "--sample", sample, "--score", "best"]) == 2
+    assert "'best' is not one of 'deflated', 'dmin'" in capsys.readouterr().err
 
 
 def test_words_from_an_index_do_nothing_to_a_terminal(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_top_k_has_the_largest_scores_or_the_smallest(tmp_path: Path) -> None:
             np.testing.assert_allclose(top.per_timestep.sum(axis=2), top.scores, atol=1e-6)
             assert (top.scores.max() < 0) == (not largest)
             assert top.score == score
-    with pytest.raises(QueryError, match="k is 29, but only 28 samples"):
+    with pytest.raises(QueryError, match="k is 29, but only 28 of the trace's 30 samples"):
         trace.top_k(queries, 29)
 
 

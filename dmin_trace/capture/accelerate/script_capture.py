@@ -75,7 +75,7 @@ class ScriptCapture:
         self._encoder_cache = EncoderCache((), ())
         self._sample_ends: list[float] = []
         self._use_settings()
-        self.driver = LoopDriver(accelerator, self, on_demand=self.on_demand)
+        self.driver = LoopDriver(accelerator, self)
         setattr(accelerator, ATTRIBUTE, self)
         self.driver.on_remove(lambda: delattr(accelerator, ATTRIBUTE))
         atexit.register(self._at_exit)

@@ -5,7 +5,7 @@
     dmin_trace.recording(model, samples=N, out=path)
                                                     in a plain PyTorch loop, without accelerate
     dmin_trace.attribute(trace, images, prompts)    the most influential training samples for an image
-    dmin_trace.open_trace(path)                     what a store holds
+    dmin_trace.open_trace(path)                     a Trace: gradients, influence scores, and rankings as tables
 
 `dmin-trace --help` lists the same for the command line. The method is DMin, arXiv 2412.08637.
 

@@ -14,7 +14,6 @@ import zarr
 
 from dmin_trace.settings import Dtype
 from dmin_trace.store import (
-    DIGEST,
     Header,
     NoiseFacts,
     ParameterFacts,
@@ -22,10 +21,10 @@ from dmin_trace.store import (
     Store,
     Writer,
     create,
-    digest_of,
     open_store,
     quantise,
 )
+from dmin_trace.store.metadata import DIGEST, digest_of
 
 DTYPES: tuple[Dtype, ...] = ("int8", "float16", "float32")
 

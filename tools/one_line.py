@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models
 
-from dmin_trace import open_trace
+from dmin_trace.store import open_store
 
 SETTINGS = {"timesteps": 4, "dimension": 1024, "dtype": "float32", "transform": "none"}
 ASKED = 3
@@ -343,7 +343,7 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
         return
     if not final.exists():
         raise Unmet(f"with: {said[-1] if said else 'no store was written'}")
-    trace = open_trace(final)
+    trace = open_store(final)
     expected = (tiny_models.SAMPLES, SETTINGS["timesteps"])
     if trace.norm.shape != expected or not trace.complete:
         raise Unmet(f"the store holds {trace.norm.shape}, expected {expected}")
@@ -416,7 +416,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(path: Path) -> np.ndarray:
-    trace = open_trace(path)
+    trace = open_store(path)
     return trace.gradients(np.arange(trace.header.samples))
 
 

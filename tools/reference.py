@@ -24,8 +24,8 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-from dmin_trace import open_trace
 from dmin_trace.project import compress_gradient, make_plan
+from dmin_trace.store import open_store
 
 
 class Done(Exception):  # noqa: N818
@@ -36,8 +36,8 @@ class Reference:
     """Stands in for what accelerate and diffusers give to a script, while this is the only thing that runs."""
 
     def __init__(self, trace: Path) -> None:
-        self.trace = open_trace(trace)
-        header = self.trace.header
+        self.store = open_store(trace)
+        header = self.store.header
         self.seed, self.timesteps = header.noise.seed, len(header.timesteps)
         facts = header.projection
         self.plan = make_plan(facts.length, header.dimension, facts.seed, facts.kind, facts.width)
@@ -118,7 +118,7 @@ class Reference:
             for k, model in enumerate(self.models)
             for name, parameter in model.named_parameters()
         }
-        self.parameters = [named[name] for name in self.trace.header.parameters.names]
+        self.parameters = [named[name] for name in self.store.header.parameters.names]
         with torch.no_grad():
             for name, value in self.weights.items():
                 named[name].copy_(value)

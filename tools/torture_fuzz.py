@@ -38,7 +38,7 @@ from rich.table import Table
 from torture_stores import CAPTIONS, make_store
 
 from dmin_trace import audit as examine
-from dmin_trace import query, store
+from dmin_trace import query
 from dmin_trace import search as hnsw
 from dmin_trace import search as index
 from dmin_trace import store as untrusted
@@ -50,6 +50,7 @@ from dmin_trace.query.images import image_file
 from dmin_trace.search import Facts
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
+from dmin_trace.store.metadata import DIGEST, digest_of
 from dmin_trace.views import describe_store, summarize_index
 
 console = Console(width=120)
@@ -340,7 +341,7 @@ def _with_digest(group: Any) -> Any:
     if not isinstance(attributes, dict):
         return group
     try:
-        return {**group, "attributes": {**attributes, store.DIGEST: store.digest_of(attributes)}}
+        return {**group, "attributes": {**attributes, DIGEST: digest_of(attributes)}}
     except ValueError:
         return group
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace.audit.intervals import RESAMPLES, Estimate, Floats, bootstrap
+from dmin_trace.audit.intervals import RESAMPLES, Estimate, Floats, mean_estimate
 from dmin_trace.errors import EvaluationError
 
 Positions = Sequence[int] | NDArray[np.integer[Any]]
@@ -94,17 +94,13 @@ def detection_rate(
         matching -= of_samples[positions] == of_queries
         others -= 1
     right = of_samples[ranking] == of_queries[:, None]
-    return tuple(
-        _top_rate(
-            k,
-            each=right[:, :k].mean(axis=1),
-            chance=float((matching / others).mean()),
-            best=float((np.minimum(matching, k) / k).mean()),
-            seed=seed,
-            resamples=resamples,
-        )
-        for k in ks
-    )
+    chance = float((matching / others).mean())
+    rates = []
+    for k in ks:
+        each = right[:, :k].mean(axis=1)
+        best = float((np.minimum(matching, k) / k).mean())
+        rates.append(TopRate(k, mean_estimate(each, seed, resamples), chance, best, each))
+    return tuple(rates)
 
 
 def duplicate_recall(
@@ -144,17 +140,12 @@ def duplicate_recall(
     if ranked < max(counts.max(), ranking.shape[1]):
         raise EvaluationError(f"{ranked} samples are ranked, fewer than were found or are duplicates of a query.")
     found = np.stack([np.isin(row, of) for row, of in zip(ranking, sets, strict=True)])
-    return tuple(
-        _top_rate(
-            k,
-            each=found[:, :k].sum(axis=1) / counts,
-            chance=k / ranked,
-            best=float((np.minimum(counts, k) / counts).mean()),
-            seed=seed,
-            resamples=resamples,
-        )
-        for k in ks
-    )
+    rates = []
+    for k in ks:
+        each = found[:, :k].sum(axis=1) / counts
+        best = float((np.minimum(counts, k) / counts).mean())
+        rates.append(TopRate(k, mean_estimate(each, seed, resamples), k / ranked, best, each))
+    return tuple(rates)
 
 
 def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions) -> NDArray[np.int64]:
@@ -164,14 +155,6 @@ def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions)
     own[~own.any(axis=1), -1] = True
     others: NDArray[np.int64] = ranking[~own].reshape(len(ranking), -1)
     return others
-
-
-def _top_rate(k: int, *, each: Floats, chance: float, best: float, seed: int, resamples: int) -> TopRate:
-    def resampled(generator: np.random.Generator) -> Floats:
-        return np.array([each[generator.integers(len(each), size=len(each))].mean()])
-
-    (rate,) = bootstrap(np.array([each.mean()]), resampled, len(each), seed, resamples)
-    return TopRate(k, rate, chance, best, each)
 
 
 def _check_ranking(ranking: NDArray[Any], samples: int | None, ks: Sequence[int]) -> NDArray[np.int64]:

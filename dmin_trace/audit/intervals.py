@@ -47,6 +47,16 @@ def bootstrap(
     return estimates
 
 
+def mean_estimate(each: Floats, seed: int, resamples: int) -> Estimate:
+    """The mean of a value of each query, (Q,), with its interval."""
+
+    def resampled(generator: np.random.Generator) -> Floats:
+        return np.array([each[generator.integers(len(each), size=len(each))].mean()])
+
+    (estimate,) = bootstrap(np.array([each.mean()]), resampled, len(each), seed, resamples)
+    return estimate
+
+
 def finite_matrix(name: str, values: ArrayLike) -> Floats:
     """The values as a float64 matrix. Raises EvaluationError if they are no matrix of finite numbers."""
     try:

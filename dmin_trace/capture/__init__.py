@@ -1,10 +1,17 @@
-"""A loss is run once for each training sample and timestep, and its gradients go to a store.
+"""A loss is computed once for each training sample and timestep, and its projected gradients go to a store.
 
-    training step -> Recorder: gradient -> checks -> row -> chunk -> store
+Two drivers run training steps, and one recorder makes rows of their losses:
 
-`recorder` makes rows of losses: `checks` keeps them comparable, `chunks` writes them, `ranks` is where processes meet,
-and `provenance` tells where they come from. Two drivers run the training steps: `recording`, for a loop of one's own,
-and `accelerate`, for scripts. `pinning` fixes the timestep and the noise of a step. `launch` runs a script for a job.
+    recording       the driver for a loop of one's own
+    accelerate      the driver for scripts that train with accelerate; `launch` runs such a script
+    step, guard     one run of a training step; models in eval mode meanwhile, and the checks that close it
+    pinning         the timestep is pinned, and random calls are recorded
+    random_state    the global random generators
+    recorder        losses become rows; `checks` makes sure that they can be compared, `chunks` writes them
+    ranks           the processes that fill one store together
+    provenance      the header of the store, and fingerprints of script and data
+    host            what a family of training scripts must tell
 
-This package imports nothing by itself: most of it needs torch.
+Other stages may use `host.script_host`, and `recording.recording`. This package imports nothing by itself: most of it
+needs torch.
 """

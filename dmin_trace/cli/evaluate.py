@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from dmin_trace.cli.options import (
-    Conditioning,
-    EditedScript,
-    Exact,
-    ImagePaths,
-    JsonPath,
-    ScoreName,
-    TracedWeights,
-    TracePath,
-    trace_facts,
-)
+from dmin_trace.cli import options
 from dmin_trace.cli.query import query_inputs
 from dmin_trace.errors import QueryError
 
@@ -35,7 +25,7 @@ def _add_column_command(kind: Literal["labels", "duplicates"], description: str)
     @app.command(kind, help=f"{description} Samples are the queries, so no model is needed.")
     def evaluate_column(
         *,
-        trace: TracePath,
+        trace: options.TracePath,
         column: Annotated[str, typer.Argument(help="A column of labels, or of values that duplicates share.")],
         k: Annotated[
             list[int] | None,
@@ -43,9 +33,9 @@ def _add_column_command(kind: Literal["labels", "duplicates"], description: str)
         ] = None,
         queries: Annotated[int, typer.Option(help="Number of samples used as queries, spread evenly.")] = 100,
         seed: Seed = 0,
-        score: ScoreName = "deflated",
-        exact: Exact = False,
-        json_path: JsonPath = None,
+        score: options.ScoreName = "deflated",
+        exact: options.Exact = False,
+        json_path: options.JsonPath = None,
     ) -> None:
         from dmin_trace.audit import measure_column
         from dmin_trace.query import open_trace
@@ -72,7 +62,7 @@ _add_column_command(
 def lds(
     *,
     context: typer.Context,
-    trace: TracePath,
+    trace: options.TracePath,
     models: Annotated[
         Path,
         typer.Argument(
@@ -80,15 +70,15 @@ def lds(
             "queries)."
         ),
     ],
-    images: ImagePaths = None,
+    images: options.ImagePaths = None,
     sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
-    conditioning: Conditioning = None,
-    weights: TracedWeights = None,
+    conditioning: options.Conditioning = None,
+    weights: options.TracedWeights = None,
     seed: Seed = 0,
-    score: ScoreName = "deflated",
-    json_path: JsonPath = None,
-    edited_script: EditedScript = False,
+    score: options.ScoreName = "deflated",
+    json_path: options.JsonPath = None,
+    edited_script: options.EditedScript = False,
 ) -> None:
     """Linear datamodeling score: how well scores predict which retrained model has the lower loss on a query.
 
@@ -123,4 +113,4 @@ def _show(found: Measurement, trace: Trace, json_path: Path | None) -> None:
     ascii_only = console.options.ascii_only
     console.print(measure_table(found.title, found.headings, found.rows, found.meaning, ascii_only=ascii_only))
     if json_path is not None:
-        json_path.write_text(measures_json([found.values], trace_facts(trace)), encoding="utf-8")
+        json_path.write_text(measures_json([found.values], options.trace_facts(trace)), encoding="utf-8")

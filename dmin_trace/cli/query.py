@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from dmin_trace.cli import options
 from dmin_trace.cli.console import print_note
-from dmin_trace.cli.options import (
-    Conditioning,
-    CsvPath,
-    EditedScript,
-    Exact,
-    ImagePaths,
-    JsonPath,
-    ScoreName,
-    TracedWeights,
-    TracePath,
-    trace_facts,
-)
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
@@ -32,24 +21,24 @@ if TYPE_CHECKING:
 def query(
     *,
     context: typer.Context,
-    trace: TracePath,
-    images: ImagePaths = None,
+    trace: options.TracePath,
+    images: options.ImagePaths = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="The prompt of each image, or one for all. Without images: what to make images from."),
     ] = None,
-    conditioning: Conditioning = None,
+    conditioning: options.Conditioning = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
     made: Annotated[Path | None, typer.Option(help="Folder for the images made. Default: generated.")] = None,
     sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
     k: Annotated[int, typer.Option("-k", help="Number of training samples to show.")] = 10,
-    weights: TracedWeights = None,
-    json_path: JsonPath = None,
-    csv_path: CsvPath = None,
-    score: ScoreName = "deflated",
-    exact: Exact = False,
-    edited_script: EditedScript = False,
+    weights: options.TracedWeights = None,
+    json_path: options.JsonPath = None,
+    csv_path: options.CsvPath = None,
+    score: options.ScoreName = "deflated",
+    exact: options.Exact = False,
+    edited_script: options.EditedScript = False,
 ) -> None:
     """Show the most influential training samples for each image.
 
@@ -101,7 +90,7 @@ def query(
         print_note(console, f"{top.score} scores: took out {top.deflation}")
     if json_path is not None:
         facts = {
-            **trace_facts(opened),
+            **options.trace_facts(opened),
             "answered_by": "scan" if top.answered_by.recall is None else "index",
             "index_recall": top.answered_by.recall,
             "taken_out": top.deflation,

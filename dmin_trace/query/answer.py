@@ -26,14 +26,17 @@ from dmin_trace.store import Store
 
 
 class FittedScore(Protocol):
-    """A score method that is fitted to a store: it changes queries before they are multiplied with the rows."""
+    """A score that is fitted to a store."""
 
     @property
     def name(self) -> str:
-        """The name of the score."""
+        """A word for the score."""
 
     def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The changed queries, (Q, T, v)."""
+        """The gradients (Q, T, v) float32 that are compared with those of the training samples.
+
+        For the gradients of queries, (Q, T, v), which it leaves as they are.
+        """
 
 
 def fitted_score(store: Store, name: str) -> FittedScore:

@@ -60,13 +60,10 @@ def capture_queries(
     if not images:
         raise QueryError("No image was given. Give at least one.")
     prompts = [None] * len(images) if prompts is None else list(prompts)
-    if len(prompts) != len(images):
-        raise QueryError(f"{len(images)} images were given and {len(prompts)} prompts. Give one prompt for each image.")
     sources = [None] * len(images) if conditioning is None else list(conditioning)
-    if len(sources) != len(images):
-        raise QueryError(
-            f"{len(images)} images were given and {len(sources)} conditioning images. Give one for each image."
-        )
+    for given, what in ((prompts, "prompts"), (sources, "conditioning images")):
+        if len(given) != len(images):
+            raise QueryError(f"{len(images)} images were given and {len(given)} {what}. Give one for each image.")
     names = tuple(name_of(image, number) for number, image in enumerate(images))
     run = traced_command(store, command)
     if not edited_script:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace.errors import QueryError
+from dmin_trace.errors import QueryError, brief
 from dmin_trace.query.hits import Hit
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class TopK:
 
     def __repr__(self) -> str:
         count = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
-        lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {self.answered_by.description})"]
+        lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {brief(self.answered_by.description)[1:-1]})"]
         for name, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.hits, strict=False):
             lines += [f"  {name!r}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
             lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
@@ -78,7 +78,7 @@ class TopK:
         """A data frame with one row for each query and hit.
 
         Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
-        trace's readable columns, which get "meta_" before a name that is taken.
+        trace's readable columns, with `meta_` before a name that is taken.
 
         Raises QueryError if pandas is not installed.
         """
@@ -106,8 +106,8 @@ class TopK:
         import_extra("pyarrow", "parquet")
         try:
             self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
-        except OSError as error:
-            raise QueryError(f"{path} cannot be written: {error.strerror or error}.") from None
+        except (OSError, ValueError) as error:  # ValueError: a text that is not valid Unicode
+            raise QueryError(f"{path} cannot be written: {error}.") from None
 
 
 def import_extra(module: str, extra: str) -> Any:

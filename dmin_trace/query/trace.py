@@ -27,27 +27,15 @@ if TYPE_CHECKING:
     import torch
 
 
-class ScoreMethod(Protocol):
+class ScoreMethod(FittedScore, Protocol):
     """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
 
     It changes the gradients of queries; the inner products of the changed gradients with those of the training samples
-    are the influence scores. All training samples are scanned for it.
-
-    name: a word for the score, other than "dmin" and "deflated".
+    are the influence scores. All training samples are scanned for it. Its name is none of the built-in ones.
     """
-
-    @property
-    def name(self) -> str:
-        """The name of the score."""
 
     def fit(self, trace: Trace) -> None:
         """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
-
-    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The gradients that are compared with the training samples': (Q, T, v) float32, for gradients (Q, T, v).
-
-        Leaves its argument as it is.
-        """
 
 
 class Trace:
@@ -331,7 +319,7 @@ class Trace:
     def _fitted_score(self, score: Score | ScoreMethod) -> FittedScore:
         """The score, fitted to this trace once."""
         for known, fitted in self._fitted:
-            if known is score or known == score:
+            if known is score or (isinstance(score, str) and known == score):
                 return fitted
         if isinstance(score, str):
             fitted = fitted_score(self.store, score)

@@ -12,8 +12,7 @@ from dmin_trace.store.header import Header, NoiseFacts, ParameterFacts, Projecti
 from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, size_of, verify_chunks
 from dmin_trace.store.layout import FAILED, bytes_of, choose_chunk_rows, chunk_file, weights_beside
 from dmin_trace.store.lock import StoreLock
-from dmin_trace.store.marks import DONE, done_chunks
-from dmin_trace.store.metadata import DIGEST, Finished, digest_of, read_header
+from dmin_trace.store.metadata import read_header
 from dmin_trace.store.pack import pack_store
 from dmin_trace.store.provenance import check_data, check_script
 from dmin_trace.store.quantisation import quantise, row_checksum
@@ -27,11 +26,8 @@ __all__ = [
     "ArrayHeader",
     "Queries",
     "read_arrays",
-    "DIGEST",
-    "DONE",
     "Damage",
     "FAILED",
-    "Finished",
     "Header",
     "NoiseFacts",
     "ParameterFacts",
@@ -52,10 +48,8 @@ __all__ = [
     "core_count",
     "create",
     "digest",
-    "done_chunks",
     "drop_damaged",
     "drop_failed",
-    "digest_of",
     "make_folder",
     "open_store",
     "pack_store",

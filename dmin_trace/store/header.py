@@ -122,7 +122,7 @@ class Header:
     writers: dict[str, str]
     codec: Codec
     draws: Annotated[int, Meta(ge=1, le=MAX_DRAWS)]
-    script: Annotated[str, Meta(pattern=r"\A[^/\\]{0,255}\Z")]
+    script: str
     script_sha256: MaybeDigest
     data_sha256: MaybeDigest
     unreached: Names
@@ -165,6 +165,8 @@ class Header:
         check(small, "chunk_rows", f"1, or chunks of {MAX_CHUNK_BYTES} bytes at most")
         few = header.chunks <= MAX_CHUNKS
         check(few, "chunk_rows", f"at most {MAX_CHUNKS} chunks for {header.samples} samples")
+        # A file's name may be no Unicode.
+        check(bool(re.fullmatch(r"[^/\\]{0,255}", header.script)), "script", "the name of a file")
         # A column's name is the name of a folder in meta/.
         named = all(COLUMN_NAME.fullmatch(name) for name in header.columns)
         check(named, "columns", "names of letters, digits, '_', '-', '.' and spaces")
@@ -191,6 +193,8 @@ def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> De
         # Such as "Expected `int` >= 0, got `str` - at `$.noise.draws[0][1]`".
         said, _, place = str(error).partition(" - at ")
         name = re.sub(r"\[.*|`.*", "", place.partition("$.")[2])
+    except UnicodeEncodeError:
+        raise TraceError(f"{path} is damaged: its attributes hold text that is not Unicode.") from None
     if missing := re.search(r"missing required field `(\w+)`", said):
         raise _wrong(attributes, f"{name}.{missing[1]}".lstrip("."), "a value", path)
     expected = said.partition(", got ")[0].removeprefix("Expected ").replace("`", "")

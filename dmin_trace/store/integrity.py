@@ -19,7 +19,7 @@ from dmin_trace.errors import TraceError
 from dmin_trace.store import untrusted
 from dmin_trace.store.cores import core_count
 from dmin_trace.store.header import Header
-from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
+from dmin_trace.store.layout import CHECKSUM_BYTES, FAILED, array_layouts, chunk_file, chunk_names
 from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.marks import done_chunks, remove_marks
 from dmin_trace.store.metadata import Finished, damaged_metadata, read_header, restore_metadata, set_finished
@@ -27,6 +27,8 @@ from dmin_trace.store.reader import Store, open_store
 
 BLOCK_BYTES = 2**20
 """Bytes that are read at a time: they are in a core's cache when their checksum is taken."""
+MAX_LISTED_MARKS = 10_000
+"""Missing marks that are named: a header can claim millions."""
 PARALLEL_READS = 8
 """Files that are read in parallel; the throughput of a disk grows with the depth of its queue."""
 
@@ -100,7 +102,10 @@ def verify_chunks(
     found = Verified(complete=store.complete, chunks=header.chunks, done=int(done.sum()))
     for name, what in damaged_metadata(path, header).items():
         found.damages.append(Damage(file=f"{path.name}/{name}/zarr.json", array=name, what=what))
-    for chunk in map(int, np.flatnonzero(~done)):
+    undone = np.flatnonzero(~done)
+    if finished is not None and len(undone) > MAX_LISTED_MARKS:
+        found.notes.append(f"{len(undone):,} chunks have no mark; the first {MAX_LISTED_MARKS:,} are listed.")
+    for chunk in map(int, undone[:MAX_LISTED_MARKS]):
         marked = chunk_file(path, "done", chunk, 1).exists()
         if finished is not None or marked:
             what = "is not the mark of a chunk that is done" if marked else "is missing"
@@ -154,7 +159,8 @@ def drop_failed(path: Path) -> list[int]:
     Returns and raises as `drop_damaged`, and raises TraceError if the numbers of the store are damaged.
     """
     store = open_store(path, unfinished=True)
-    chunks = sorted({int(row) // store.header.chunk_rows for row in store.rows_failed})
+    failed = np.flatnonzero((store.norm == FAILED).any(axis=1))
+    chunks = sorted({int(row) // store.header.chunk_rows for row in failed})
     _drop(path, store.header, chunks)
     return chunks
 
@@ -214,7 +220,7 @@ def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
     samples: tuple[int, ...] = ()
     if name != "numbers" and store.done[chunk]:
         try:
-            samples = tuple(int(sample) for sample in store.samples_of(chunk))
+            samples = tuple(store.numbers(store.header.rows(chunk)).sample.tolist())
         except (TraceError, OSError):
             samples = ()
     return Damage(

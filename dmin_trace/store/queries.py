@@ -77,12 +77,12 @@ class Queries:
         Raises QueryError if the file cannot be written.
         """
         texts = _Texts(FORMAT, VERSION, self.trace_id, self.names, self.prompts)
-        encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)
         try:
+            encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)
             with Path(path).open("wb") as file:
                 np.savez(file, gradients=self.gradients, texts=encoded)
-        except OSError as error:
-            raise QueryError(f"{path} cannot be written: {error.strerror or error}.") from None
+        except (OSError, UnicodeEncodeError) as error:
+            raise QueryError(f"{path} cannot be written: {error}.") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Queries:

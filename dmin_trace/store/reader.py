@@ -137,11 +137,6 @@ class Store:
         usable: NDArray[np.bool_] = np.all(np.isfinite(self.norm) & (self.norm > 0), axis=1)
         return usable
 
-    @property
-    def rows_failed(self) -> NDArray[np.int64]:
-        """The rows of samples that could not be loaded, in order."""
-        return np.flatnonzero((self.norm == FAILED).any(axis=1)).astype(np.int64)
-
     @cached_property
     def unranked(self) -> UnrankedSamples:
         """The samples in done chunks that cannot be ranked."""
@@ -215,20 +210,12 @@ class Store:
         """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
         return self._row_numbers(self._files.numbers(chunk))
 
-    def samples_of(self, chunk: int) -> NDArray[np.int64]:
-        """(n,) the data set indices of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self.numbers_of(chunk).sample
-
-    def scale_chunk(self, chunk: int) -> NDArray[np.float32]:
-        """(n, T) the scales of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self.numbers_of(chunk).scale
-
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""
         rows, header = self._rows(rows), self.header
         found = np.empty((len(rows), len(header.timesteps), header.dimension), np.float32)
         for chunk, here, places in self._by_chunk(rows):
-            grad, scale = self.grad_chunk(chunk), self.scale_chunk(chunk)
+            grad, scale = self.grad_chunk(chunk), self.numbers_of(chunk).scale
             found[here] = grad[places].astype(np.float32) * scale[places][:, :, None]
         return found
 

@@ -1,8 +1,8 @@
-"""Files that anybody may have written: found without being led elsewhere, and JSON that means one thing.
+"""Files that anybody may have written: links are not followed, and JSON has one meaning.
 
-A folder from somebody else may hold a link to a file of the user's, a pipe that blocks whoever opens it, or metadata
-that takes all memory to parse. Here each is refused with a ValueError or OSError that says what is wrong, in a few
-words; the caller knows what the file was for.
+A folder from somebody else may hold a link to a file of the user's, a pipe that blocks its reader, or metadata that
+takes all memory to parse. Each is refused with a ValueError or OSError that says in a few words what is wrong; the
+caller knows what the file is for.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-LARGEST_JSON = 2**24
-"""Bytes: the metadata of 100,000 parameters. Parsed, the worst of it takes some 25 times as much memory."""
-DEEPEST_JSON = 32
-"""Lists and objects within each other: no recursion over what is parsed goes deeper."""
+MAX_JSON_BYTES = 2**24
+"""The metadata of 100,000 parameters. Parsed, the worst of it takes some 25 times as much memory."""
+MAX_JSON_DEPTH = 32
+"""Lists and objects within each other, so that no recursion over parsed JSON goes deeper."""
 
 
 def size_within(folder: Path, names: Sequence[str]) -> int | None:
-    """The size of the regular file at these names, one within the other, below a folder; None if there is none.
+    """The size of the regular file that these names lead to, from a folder down; None if there is none.
 
-    The folder itself may be a link: it is the user's word. Raises ValueError where a link lies below it.
+    The folder itself may be a link: the user gave its path. Raises ValueError for a link below it.
     """
     at, found = os.fspath(folder), None
     for name in names:
@@ -39,9 +39,12 @@ def size_within(folder: Path, names: Sequence[str]) -> int | None:
     return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
 
-def read_json(folder: Path, names: Sequence[str], largest: int = LARGEST_JSON) -> Any:
-    """What the JSON file at these names below a folder holds. Raises ValueError as `size_within` and `parse` do, and
-    for one that is missing, no file, or too large; OSError where it cannot be read."""
+def read_json(folder: Path, names: Sequence[str], largest: int = MAX_JSON_BYTES) -> Any:
+    """The content of the JSON file that these names lead to, from a folder down.
+
+    Raises ValueError as `size_within` and `parse` do, and if the file is missing, no regular file, or too large;
+    OSError if it cannot be read.
+    """
     size = size_within(folder, names)
     if size is None:
         raise ValueError("it is missing, or no file")
@@ -52,7 +55,7 @@ def read_json(folder: Path, names: Sequence[str], largest: int = LARGEST_JSON) -
 
 
 def parse(text: bytes | str) -> Any:
-    """JSON as RFC 8259 has it, in UTF-8, but that a name may be given once, numbers are finite, and nothing is deep.
+    """Parses JSON of RFC 8259 in UTF-8 with unique names, finite numbers and limited depth.
 
     Raises ValueError that says in a few words what is wrong.
     """
@@ -60,17 +63,17 @@ def parse(text: bytes | str) -> Any:
         found = json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
             object_pairs_hook=_object,
-            parse_constant=_no_number,
+            parse_constant=_finite,
             parse_float=_finite,
         )
     except RecursionError:
         raise ValueError("it is too deep") from None
-    _check_depth(found)
+    _check_depth([found], MAX_JSON_DEPTH)
     return found
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value however it is spelled: order and white space do not count. Raises ValueError for NaN."""
+    """SHA-256 of a JSON value, whatever its order and white space. Raises ValueError for NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
@@ -78,31 +81,20 @@ def digest(value: Any) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("it says something twice")
+        raise ValueError("it has a name twice")
     return found
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError("it holds a number that is too large")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return number
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(DEEPEST_JSON + 1):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, (dict, list))
-            for inner in (item.values() if isinstance(item, dict) else item)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return
-    raise ValueError("it is too deep")
+def _check_depth(value: Any, left: int) -> None:
+    if left < 0:
+        raise ValueError("it is too deep")
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)):
+            _check_depth(inner, left - 1)

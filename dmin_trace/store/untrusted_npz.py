@@ -53,16 +53,13 @@ def read_arrays(
             raise ValueError("it is no file")  # a pipe would block whoever opens it
         with zipfile.ZipFile(path) as archive:
             headers = {name: _header(archive, name) for name in names}
+        check(headers)
         limit = MAX_DEFLATE_RATIO * path.stat().st_size
-    except (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(str(error)) from None
-    check(headers)
-    if any(header.size_bytes > limit for header in headers.values()):
-        raise ValueError("it claims more numbers than it can hold")
-    try:
+        if any(header.size_bytes > limit for header in headers.values()):
+            raise ValueError("it claims more numbers than it can hold")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names}
-    except (OSError, EOFError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(str(error)) from None
 
 

@@ -115,7 +115,7 @@ def test_two_captures_of_one_store_are_one_too_many(capture: Capture, tmp_path: 
     first = capture.warm.start(capture.command(store), capture.folder, capture.prelude + HELD)
     wait_for(store, 3, first)
     weights = (store.parent / "trace.weights.safetensors").stat()
-    soon = "import dmin_trace.store.lock; dmin_trace.store.lock.WAIT = 0.3\n"
+    soon = "import dmin_trace.store.lock; dmin_trace.store.lock.WAIT_SECONDS = 0.3\n"
     said = capture.warm.run(capture.command(store), capture.folder, 1, capture.prelude + soon)
     assert f"Another capture is writing {store}" in said and len(said.splitlines()) == 1
     assert (store.parent / "trace.weights.safetensors").stat() == weights

@@ -194,7 +194,7 @@ def test_trace_callback_records_the_mean_over_draws(tmp_path: Path) -> None:
     capture(module, loader(), out=tmp_path / "again.zarr", settings=Settings(**asked | {"timesteps": (100, 900)}))
     again = open_store(tmp_path / "again.zarr")
     assert np.array_equal(again.gradients(np.arange(12)), trace.gradients(np.arange(12)))
-    hits = attribute(module, trace, [points[4]], k=2, score="dmin")
+    hits = attribute(module, dmin_trace.open_trace(out), [points[4]], k=2, score="dmin")
     assert hits[0][0].sample == 4 and hits[0][0].score == pytest.approx(2, abs=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stores import make_header, make_rows, write, write_store
 import dmin_trace
 from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, QueryError, TraceError
+from dmin_trace.query import AnsweredBy
 from dmin_trace.query.answer import answer_queries
 from dmin_trace.search import build_index
 from dmin_trace.settings import Dtype
@@ -202,6 +204,10 @@ def test_top_k_as_hits_and_as_a_table(trace: dmin_trace.Trace, tmp_path: Path) -
     pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "top.parquet"), table)
     with pytest.raises(QueryError, match="cannot be written"):
         top.to_parquet(tmp_path / "no" / "top.parquet")
+    odd = replace(top, names=("\udc80", "b"), answered_by=AnsweredBy(None, "\x1b[2J"))
+    with pytest.raises(QueryError, match="cannot be written"):
+        odd.to_parquet(tmp_path / "odd.parquet")
+    assert repr(odd).replace("\n", "").isprintable()
 
 
 def test_columns_are_by_data_set_index(tmp_path: Path) -> None:

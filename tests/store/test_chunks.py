@@ -65,6 +65,6 @@ def test_numbers_refuses_sample_indices_that_are_no_integers(finished: Path, tmp
     shutil.copytree(finished, tmp_path / "trace.zarr")
     file = chunk_file(tmp_path / "trace.zarr", "numbers", 1, 2)
     file.write_bytes(with_checksum(np.float64(sample).tobytes() + file.read_bytes()[8:-4]))
-    for read in (lambda store: store.sample, lambda store: store.numbers([5]), lambda store: store.samples_of(1)):
+    for read in (lambda store: store.sample, lambda store: store.numbers([5]), lambda store: store.rows_of([5])):
         with pytest.raises(TraceError, match="chunk 1 of numbers holds sample indices that are no integers"):
             read(open_store(tmp_path / "trace.zarr"))

@@ -84,7 +84,7 @@ def test_drop_damaged_waits_for_no_capture(finished: Path, tmp_path: Path, monke
     path = tmp_path / "trace.zarr"
     shutil.copytree(finished, path)
     flip(chunk_file(path, "grad", 1, 3))
-    monkeypatch.setattr("dmin_trace.store.lock.WAIT", 0.1)
+    monkeypatch.setattr("dmin_trace.store.lock.WAIT_SECONDS", 0.1)
     lock = StoreLock(path)
     lock.take()
     with pytest.raises(TraceError, match="Another capture is writing"):

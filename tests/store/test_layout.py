@@ -126,5 +126,5 @@ def test_a_chunk_file_is_the_array_and_its_checksum(tmp_path: Path, dtype: Dtype
         assert len(data) == 4 * 3 * 32 * stored.itemsize + 4
         assert data[-4:] == crc32c(data[:-4])
     assert trace.grad_chunk(2).shape == (2, 3, 32)
-    assert trace.scale_chunk(2).shape == (2, 3)
+    assert trace.numbers_of(2).scale.shape == (2, 3)
     assert trace.bytes == sum(len(data) for data in content(trace.path).values())

@@ -68,4 +68,4 @@ def test_quantise_stores_gradients_that_are_not_finite_as_zeros(tmp_path: Path) 
         assert back[2, 1].any()
         assert np.isnan(trace.norm[2, 0]) and np.isinf(trace.norm[3, 1])
         if dtype == "int8":
-            assert trace.scale_chunk(0)[1, 2] == 0
+            assert trace.numbers_of(0).scale[1, 2] == 0

@@ -88,6 +88,12 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
         some_queries().save(tmp_path / "no" / "folder.npz")
 
 
+def test_save_refuses_a_text_that_is_not_unicode(tmp_path: Path) -> None:
+    queries = Queries(np.ones((1, 2, 16), np.float32), ("\udc80.png",), (None,), "")
+    with pytest.raises(QueryError, match="cannot be written: .*surrogates"):
+        queries.save(tmp_path / "queries.npz")
+
+
 def test_queries_are_finite_and_of_one_length() -> None:
     with pytest.raises(QueryError, match="not finite"):
         Queries(np.full((1, 2, 16), np.nan, np.float32), ("a",), (None,), "")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dmin_trace import open_trace
 from dmin_trace.project import compress_gradient, make_plan
+from dmin_trace.store import open_store
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "reproduce"))
 
@@ -62,7 +62,7 @@ def test_stores_hold_their_compressed_gradients(trained: tuple[torch.nn.Module, 
     sketches.capture(tmp_path, model, images, labels, images[:2], kind, ("none", "sign"), 64)
     plan = make_plan(sum(p.numel() for p in model.parameters()), 64, 0, "rotation")
     for name in ("none", "sign"):
-        trace = open_trace(tmp_path / f"{name}.zarr")
+        trace = open_store(tmp_path / f"{name}.zarr")
         assert trace.complete and trace.header.transform == name
         whole = torch.from_numpy(sketches.whole(model, images, kind, name))  # type: ignore[arg-type]
         expected = np.stack([[compress_gradient([g], plan)[0].numpy() for g in of] for of in whole])
@@ -86,7 +86,7 @@ def test_a_capture_that_was_stopped_goes_on(trained: tuple[torch.nn.Module, torc
     metadata.write_text(metadata.read_text().replace('"complete": true', '"complete": false'))
     (tmp_path / "sign.zarr" / "done" / "c" / "1").unlink()
     capture()
-    assert open_trace(tmp_path / "sign.zarr").complete
+    assert open_store(tmp_path / "sign.zarr").complete
     assert {path: path.read_bytes() for path in before} == {path: content for path, (content, _) in before.items()}
     first = tmp_path / "sign.zarr" / "grad" / "c" / "0" / "0" / "0"
     assert first.stat().st_mtime_ns == before[first][1]

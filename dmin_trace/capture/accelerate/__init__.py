@@ -1,5 +1,9 @@
 """The loop driver: captures through the loop of a script that trains with accelerate.
 
-`attach` is the way in; `driver` makes the script's loop go on with capture batches; `loop_variables` puts the loop's
-variables back.
+attach            the line in a script
+driver            wraps the accelerator: when the training ends, and what the script calls during the capture
+capture_batches   the batches that the script's own training step runs on
+script_capture    the capture of one script: its arguments, weights, store and errors
+training_run      the models, optimizers and dataloader that the script prepared
+loop_variables    the variables of the script's loop, restored after the capture
 """

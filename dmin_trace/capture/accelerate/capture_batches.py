@@ -1,7 +1,7 @@
 """Runs the training step of the script's loop on capture batches: one dataset item at one timestep each.
 
-A failure in here after the training ends the capture and not the script, also a failure of the script's own code on a
-capture batch. A capture on demand, or one that is `strict`, raises instead.
+An error in this code, or in the script's own code on a capture batch, ends the capture and not the script. A capture
+on demand, or one that is `strict`, raises it instead.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_UNLOADABLE = 20
-"""One of so many samples at the beginning must load."""
+MAX_FIRST_SAMPLES = 20
+"""How many samples are tried, at most, to find a first one that loads."""
 
 _ADVICE = Advice(
     backward="accelerator.backward(loss)",
     once="Gradients are taken there: call it instead of loss.backward(), once for each batch.",
     changed="Its optimizer did not wait for accelerator.sync_gradients: pass the optimizer to accelerator.prepare.",
-    pinned="Of diffusers, compute_density_for_timestep_sampling is pinned too.",
+    pinned="So is compute_density_for_timestep_sampling of diffusers.",
     seen="Is this a diffusion model?",
 )
 
@@ -49,20 +49,13 @@ class CaptureBatches:
     is_last: the batch that is under way is the last one.
     """
 
-    def __init__(self, run: TrainingRun, capture: ScriptCapture, *, raising: bool) -> None:
-        """Changes nothing yet.
-
-        Args:
-            run: the training run.
-            capture: what is done with the losses.
-            raising: raise errors, although that ends the script.
-        """
+    def __init__(self, run: TrainingRun, capture: ScriptCapture) -> None:
+        """Changes nothing yet. `capture` gets the losses."""
         self.variables: LoopVariables | None = None
         self.failed = False
         self.is_last = False
         self._run = run
         self._capture = capture
-        self._raising = raising
         self._guard = StepGuard((), (), _ADVICE)
         self._batch: Any = None
         self._random_state: RandomState | None = None
@@ -217,7 +210,7 @@ class CaptureBatches:
     def _load_another(self, sample: int, error: Exception) -> None:
         """Loads one of the samples that follow, where none was loaded so far. Raises CaptureError if none can be."""
         count = self._run.samples
-        for step in range(1, min(MAX_UNLOADABLE, count)):
+        for step in range(1, min(MAX_FIRST_SAMPLES, count)):
             other = (sample + step) % count
             try:
                 item, batch = self._run.fetch(other, self._capture.item_seed)
@@ -247,7 +240,8 @@ class CaptureBatches:
 
     @property
     def _raises(self) -> bool:
-        return self._raising or self._capture.strict
+        """Whether errors are raised, which ends the script."""
+        return self._capture.on_demand or self._capture.strict
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         """The result of an action of ours; None if it failed and the script goes on."""

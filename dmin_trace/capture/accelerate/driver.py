@@ -54,21 +54,18 @@ class LoopDriver:
     step_pending: the script has yet to count, average and save its last optimizer step.
     """
 
-    def __init__(self, accelerator: Accelerator, capture: ScriptCapture, *, on_demand: bool) -> None:
-        """Wraps the accelerator, which must not be wrapped already.
+    def __init__(self, accelerator: Accelerator, capture: ScriptCapture) -> None:
+        """Wraps an accelerator with which nothing is prepared yet.
 
-        Args:
-            accelerator: the script's accelerator, nothing prepared yet.
-            capture: when the training ends, and what is done with the losses.
-            on_demand: capture at once, at the first batch, then leave the script.
+        `capture` knows when the training ends, and gets the losses. If it is on demand, it begins at the first batch,
+        and the script ends after it.
         """
         self.run = TrainingRun(accelerator)
-        self.batches = CaptureBatches(self.run, capture, raising=on_demand)
+        self.batches = CaptureBatches(self.run, capture)
         self.captured = False
         self.step_pending = False
         self._accelerator = accelerator
         self._capture = capture
-        self._on_demand = on_demand
         self._first_step = self._steps = self._epochs = 0
         self._undo = ExitStack()
         self._original: dict[str, Callable[..., Any]] = {}
@@ -142,7 +139,7 @@ class LoopDriver:
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
         if self.batches.step is not None:
             self.batches.backward(loss)
-        elif self._on_demand:
+        elif self._capture.on_demand:
             raise CaptureError(
                 "The script trains on batches that are not capture batches: it never passed a DataLoader to "
                 "accelerator.prepare, or iterates over another one. Nothing was captured, and nothing trained."
@@ -156,7 +153,7 @@ class LoopDriver:
             self._original["log"](*args, **options)
 
     def _init_trackers(self, *args: Any, **options: Any) -> None:
-        if not self._on_demand:
+        if not self._capture.on_demand:
             self._original["init_trackers"](*args, **options)
 
     def _clip_grad_norm(self, *args: Any, **options: Any) -> Any:
@@ -191,7 +188,7 @@ class LoopDriver:
 
     def _batches_of(self, own: Iterator[Any]) -> Iterator[Any]:
         """The batches of one pass over the loader, and the capture batches where the training ends in this pass."""
-        if self._on_demand:
+        if self._capture.on_demand:
             yield from self._capture_batches()
             raise CaptureFinished
         self._epochs += 1

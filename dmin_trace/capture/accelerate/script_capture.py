@@ -75,7 +75,7 @@ class ScriptCapture:
         self._encoder_cache = EncoderCache((), ())
         self._sample_ends: list[float] = []
         self._use_settings()
-        self.driver = LoopDriver(accelerator, self, on_demand=self.on_demand)
+        self.driver = LoopDriver(accelerator, self)
         setattr(accelerator, ATTRIBUTE, self)
         self.driver.on_remove(lambda: delattr(accelerator, ATTRIBUTE))
         atexit.register(self._at_exit)
@@ -132,8 +132,8 @@ class ScriptCapture:
     @property
     def num_epochs(self) -> int | None:
         """The number of epochs of the training."""
-        names = ("num_epochs", "num_train_epochs")
-        return self.job.num_epochs or next((n for name in names if (n := getattr(self._args, name, None))), None)
+        own = getattr(self._args, "num_epochs", None) or getattr(self._args, "num_train_epochs", None)
+        return self.job.num_epochs or own
 
     @property
     def out(self) -> Path | None:

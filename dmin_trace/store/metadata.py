@@ -2,12 +2,13 @@
 
 The group's attributes hold the Header, the format and its version, whether the store is complete, of a complete store
 what `Finished` says, and a SHA-256 digest of all this, which finds damage, but not a forger, who writes it too. The
-metadata of the arrays follows from the Header. It is for readers of plain Zarr; nothing here reads it but `verify`.
+metadata of the arrays follows from the Header. It is for other readers of Zarr; here only `verify` reads it.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +81,28 @@ def create_arrays(path: Path, header: Header) -> None:
         (path / name).mkdir()
         (path / name / "zarr.json").write_text(json.dumps(metadata), encoding="utf-8")
     set_finished(path, None)
+
+
+def check_with_zarr(path: Path, header: Header) -> None:
+    """Opens a new store with zarr-python, so that no store is made which other readers of Zarr refuse.
+
+    Raises TraceError if zarr-python sees another shape, dtype or chunk than the header says.
+    """
+    import zarr
+
+    group = zarr.open_group(path, mode="r", zarr_format=3)
+    with warnings.catch_warnings():
+        # Zarr warns that strings have no final specification yet; zarr-python reads them.
+        warnings.simplefilter("ignore")
+        for name, layout in array_layouts(header).items():
+            array = group[name]
+            found = (array.shape, array.chunks, str(array.dtype)) if isinstance(array, zarr.Array) else ()
+            dtype = str(np.dtypes.StringDType()) if layout.dtype == "string" else layout.dtype
+            if found != (layout.shape, layout.chunks, dtype):
+                raise TraceError(
+                    f"zarr {zarr.__version__} reads the array {name} as {brief(found)}; expected "
+                    f"{brief((layout.shape, layout.chunks, dtype))}. Install another version of zarr."
+                )
 
 
 def damaged_metadata(path: Path, header: Header) -> dict[str, str]:

@@ -31,7 +31,7 @@ from dmin_trace.store.layout import (
     chunk_names,
 )
 from dmin_trace.store.marks import DONE, done_chunks, is_done
-from dmin_trace.store.metadata import BLOSC, Finished, create_arrays, read_header, set_finished
+from dmin_trace.store.metadata import BLOSC, Finished, check_with_zarr, create_arrays, read_header, set_finished
 from dmin_trace.store.provenance import check_data
 from dmin_trace.store.reader import open_store
 
@@ -56,6 +56,7 @@ def create(path: Path, header: Header) -> Writer:
     try:
         make_folder(path.parent)
         create_arrays(partial, header)
+        check_with_zarr(partial, header)
         sync_tree(partial)
         partial.rename(path)
         sync(path.parent)

@@ -133,7 +133,7 @@ def _lines(report: Report) -> list[str]:
             f"{report.machine}."
         ),
         "",
-        "## What is asked",
+        "## The question",
         "",
         _prose(
             "As in the paper's Table 2: a text-to-image model is fine-tuned on captioned pictures of several kinds, "

@@ -17,6 +17,7 @@ from tiny import BODY, EXAMPLE, digit_folder, plain_script, run, without_the_lin
 
 import dmin_trace
 from dmin_trace.cli.app import main
+from dmin_trace.store.metadata import set_finished
 
 CLI = ("-m", "dmin_trace.cli.app")
 
@@ -48,10 +49,7 @@ def changed_version(folder: Path) -> None:
 
 
 def unfinished(folder: Path) -> None:
-    metadata = folder / "out" / "trace.zarr" / "zarr.json"
-    facts = json.loads(metadata.read_text())
-    facts["attributes"]["complete"] = False
-    metadata.write_text(json.dumps(facts))
+    set_finished(folder / "out" / "trace.zarr", None)
     for done in (folder / "out" / "trace.zarr" / "done" / "c").iterdir():
         done.unlink()
 

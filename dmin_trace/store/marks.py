@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import untrusted
 from dmin_trace.store.files import sync
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, chunk_file, chunk_names
+from dmin_trace.store.untrusted import size_within
 
 DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
 """The content of a mark. A file with any other content is no mark."""
@@ -47,11 +47,11 @@ def _start_of(mark: str) -> bytes:
 
 def is_done(path: Path, chunk: int) -> bool:
     """Whether a chunk has its mark."""
-    names = chunk_names("done", chunk, 1)
     try:
-        return untrusted.size_within(path, names) == len(DONE) and path.joinpath(*names).read_bytes() == DONE
+        size = size_within(path, chunk_names("done", chunk, 1))
     except ValueError:
         return False
+    return size == len(DONE) and chunk_file(path, "done", chunk, 1).read_bytes() == DONE
 
 
 def remove_marks(path: Path, chunks: Sequence[int]) -> None:

@@ -33,11 +33,7 @@ BLOSC: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuf
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What is known of a store when its last chunk is written.
-
-    state: SHA-256 of the header and of the checksums of all chunks.
-    valid_count: the number of rows that can be ranked.
-    """
+    """What is known of a store when its last chunk is written: `Store.state` and `Store.valid_count`."""
 
     state: Digest
     valid_count: Annotated[int, Meta(ge=0)]
@@ -110,12 +106,10 @@ def damaged_metadata(path: Path, header: Header) -> dict[str, str]:
     found = {}
     for name, expected in _inner_metadata(header).items():
         try:
-            metadata = untrusted.read_json(path, [*name.split("/"), "zarr.json"])
+            if untrusted.read_json(path, [*name.split("/"), "zarr.json"]) != expected:
+                found[name] = "is not what was written"
         except (ValueError, OSError) as error:
             found[name] = f"cannot be read: {_reason(error)}"
-            continue
-        if metadata != expected:
-            found[name] = "is not what was written"
     return found
 
 
@@ -126,20 +120,17 @@ def restore_metadata(path: Path, header: Header, names: Iterable[str]) -> None:
 
 
 def _inner_metadata(header: Header) -> dict[str, dict[str, Any]]:
-    """The zarr.json of each array, and of the group that holds the columns."""
+    """The zarr.json of each array, and of the group that holds the columns, as the specification of Zarr 3 has it."""
     return {"meta": _group({})} | {name: _array(layout) for name, layout in array_layouts(header).items()}
 
 
 def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The zarr.json of a group, as the specification of Zarr 3 has it."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def _array(layout: ArrayLayout) -> dict[str, Any]:
-    """The zarr.json of an array, as the specification of Zarr 3 has it."""
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if layout.dtype == "string":
-        codecs = [{"name": "vlen-utf8"}]
+    numbers = {"name": "bytes", "configuration": {"endian": "little"}}
+    codecs: list[dict[str, Any]] = [{"name": "vlen-utf8"} if layout.dtype == "string" else numbers]
     if layout.packed:
         codecs.append({"name": "blosc", "configuration": {"typesize": np.dtype(layout.dtype).itemsize, **BLOSC}})
     return {
@@ -159,20 +150,18 @@ def _array(layout: ArrayLayout) -> dict[str, Any]:
 def _read_attributes(path: Path) -> dict[str, Any]:
     """The group's attributes. Raises TraceError if there is no store of dmin_trace, or one of another version."""
     try:
-        exists, has_metadata = path.exists(), untrusted.size_within(path, ["zarr.json"]) is not None
+        if not path.exists():
+            raise TraceError(f"There is no store at {path}.")
+        if untrusted.size_within(path, ["zarr.json"]) is None:
+            raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
     except (OSError, ValueError) as error:
         raise TraceError(f"There is no store at {path}: {_reason(error)}.") from None
-    if not exists:
-        raise TraceError(f"There is no store at {path}.")
-    if not has_metadata:
-        raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
     try:
         metadata = untrusted.read_json(path, ["zarr.json"])
     except (ValueError, OSError) as error:
-        file = path / "zarr.json"
-        raise TraceError(f"{file} cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
+        raise TraceError(f"{path}/zarr.json cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
     if not isinstance(metadata, dict):
-        raise TraceError(f"{path / 'zarr.json'} holds no JSON object; the store is damaged.")
+        raise TraceError(f"{path}/zarr.json holds no JSON object; the store is damaged.")
     attributes = metadata.get("attributes")
     if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
         raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")

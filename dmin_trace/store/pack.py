@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dmin_trace.command import recall, remember
 from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.settings import Codec, Dtype, make_settings
-from dmin_trace.store.files import check_free
+from dmin_trace.store.files import check_free, writing
 from dmin_trace.store.header import Header, ProjectionFacts
 from dmin_trace.store.layout import choose_chunk_rows, weights_beside
 from dmin_trace.store.quantisation import quantise
@@ -42,19 +42,15 @@ def pack_store(
     dimension: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Store:
-    """Writes a finished store anew at `out`, whole or not at all.
+    """Writes a finished store anew at `out`, whole or not at all, and returns the new store.
 
     Stored numbers are copied as they are unless the dtype or the dimension changes.
 
     Args:
-        store: the store.
-        out: the new one.
+        store, out: the store, and the path of the new one.
         codec, dtype, dimension: of the new store; those of the old one where not given. The dimension is v, v/2, v/4
             and so on.
         progress: called with the number of samples of each chunk that is written.
-
-    Returns:
-        The new store.
 
     Raises:
         SettingsError: a codec, dtype or dimension is invalid, the store does not fold to it, or none differs.
@@ -71,22 +67,21 @@ def pack_store(
         raise TraceError(f"{beside} exists already, where a copy of {weights} is to lie. Give another --out.")
     partial = out.with_name(f".{out.name}.{header.id}.packing")
     try:
-        writer = create(partial, header)
-        for chunk in range(writer.chunks):
-            _write(store, writer, chunk)
-            if progress is not None:
-                progress(len(writer.rows(chunk)))
-        writer.finish()
-        if has_weights:
-            _link(weights, beside)
-        try:
-            partial.rename(out)
-        except OSError:
+        with writing(out):
+            writer = create(partial, header)
+            for chunk in range(writer.chunks):
+                _write(store, writer, chunk)
+                if progress is not None:
+                    progress(len(writer.rows(chunk)))
+            writer.finish()
             if has_weights:
-                beside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise TraceError(f"{out} cannot be written: {error.strerror or error}.") from None
+                _link(weights, beside)
+            try:
+                partial.rename(out)
+            except OSError:
+                if has_weights:
+                    beside.unlink(missing_ok=True)
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if (command := recall(store.header.id)) is not None:
@@ -104,9 +99,6 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
             f"{store.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
             "another --codec, --dtype or --dimension."
         )
-    projection = old.projection
-    if settings.dimension != old.dimension:
-        projection = _folded_projection(old, settings.dimension)
     return replace(
         old,
         id=uuid.uuid4().hex,
@@ -114,7 +106,7 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
         dtype=settings.dtype,
         codec=settings.codec,
         chunk_rows=choose_chunk_rows(old.samples, len(old.timesteps), settings.dimension, settings.dtype),
-        projection=projection,
+        projection=_folded_projection(old, settings.dimension),
         settings={**old.settings, **changed},
     )
 
@@ -122,6 +114,8 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
 def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
     """The projection of the folded gradients. Raises SettingsError if there is none."""
     facts = old.projection
+    if dimension == old.dimension:
+        return facts
     if dimension > old.dimension:
         raise SettingsError(
             f"dimension is {dimension}, and the trace has {old.dimension}: what was not kept cannot be made. Give "
@@ -152,12 +146,12 @@ def _write(store: Store, writer: Writer, chunk: int) -> None:
     values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
     kept = store.numbers(rows)
     scale = kept.scale
+    step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
     for number in range(rows.start // old.chunk_rows, (rows.stop - 1) // old.chunk_rows + 1):
         held = old.rows(number)
-        first, last = max(held.start, rows.start), min(held.stop, rows.stop)
         grad = store.grad_chunk(number)
-        step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
-        for start in range(first, last, step):
+        last = min(held.stop, rows.stop)
+        for start in range(max(held.start, rows.start), last, step):
             stop = min(start + step, last)
             there, here = slice(start - held.start, stop - held.start), slice(start - rows.start, stop - rows.start)
             if (old.dtype, old.dimension) == (new.dtype, new.dimension):

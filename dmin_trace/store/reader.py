@@ -1,7 +1,7 @@
 """A store opened for reading.
 
 Readers go by the marks of chunks, never by fill values, and read the files themselves: Zarr's own pipeline believes the
-metadata. What is read is compared with its checksum (`chunks`, `gradient_chunks`).
+metadata. What is read is compared with its checksum (`chunks`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.store.chunks import ChunkFiles
-from dmin_trace.store.gradient_chunks import GradientChunks
-from dmin_trace.store.header import Header
+from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks
+from dmin_trace.store.header import ColumnKind, Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.marks import done_chunks
 from dmin_trace.store.metadata import Finished, read_header
@@ -31,8 +30,6 @@ BELIEVED_NUMBERS = 2**20
 """Numbers that are allocated because the header says so, for rows of which no file says anything."""
 MAX_BELIEVED_NUMBERS = 2**28
 """Numbers that are allocated for rows of which few files say anything."""
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,14 @@ class UnrankedSamples:
 
 
 class Store:
-    """A store opened for reading, by `open_store`."""
+    """A store opened for reading, by `open_store`.
+
+    path, header: where it is, and what it holds.
+    done: (chunks,) which chunks are done.
+    complete: whether all are, and the store says so.
+    """
 
     def __init__(self, path: Path, header: Header, done: NDArray[np.bool_], finished: Finished | None) -> None:
-        """The store at `path`; `finished` is what it says of its content if it says that it is complete."""
         self.path = path
         self.header = header
         self.done = done
@@ -160,13 +161,22 @@ class Store:
             table[here] = self._files.numbers(chunk)[places]
         return self._row_numbers(table)
 
+    def numbers_of(self, chunk: int) -> RowNumbers:
+        """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
+        return self._row_numbers(self._files.numbers(chunk))
+
+    def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
+        place = number_columns(len(self.header.timesteps))
+        with np.errstate(over="ignore"):
+            norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
+        return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)
+
     def column(self, name: str) -> list[Any]:
         """The N values of a readable column: "", -1 or NaN where a sample has none, and in chunks that are not done.
 
         Raises TraceError if there is no column of this name, or if its files are damaged.
         """
-        kind = self._column_kind(name)
-        values = [MISSING[kind]] * len(self._row_done)
+        values = [MISSING[self._column_kind(name)]] * len(self._row_done)
         for chunk in self.chunks_done:
             rows = self.header.rows(chunk)
             values[rows.start : rows.stop] = self._column_chunk(name, chunk)
@@ -183,6 +193,17 @@ class Store:
                 values[at] = held[place]
         return values
 
+    def _column_kind(self, name: str) -> ColumnKind:
+        if (kind := self.header.columns.get(name)) is None:
+            raise TraceError(f"{self.path} has no column {name}; it has {', '.join(self.header.columns) or 'none'}.")
+        return kind
+
+    def _column_chunk(self, name: str, chunk: int) -> list[Any]:
+        if self.header.columns[name] == "string":
+            return self._files.texts(f"meta/{name}", chunk)
+        values: list[Any] = self._files.values(f"meta/{name}", chunk).tolist()
+        return values
+
     def row_of(self, sample: int) -> int:
         """The row of a data set index. Raises TraceError if the store does not hold it."""
         return int(self.rows_of([sample])[0])
@@ -196,19 +217,12 @@ class Store:
         if possible and np.array_equal(self.numbers(wanted).sample, wanted):
             return wanted
         order = np.argsort(self.sample, kind="stable")
-        places = np.minimum(np.searchsorted(self.sample, wanted, sorter=order), len(order) - 1)
-        rows = order[places]
+        rows = order[np.minimum(np.searchsorted(self.sample, wanted, sorter=order), len(order) - 1)]
         if (lost := wanted[(self.sample[rows] != wanted) | (wanted < 0)]).size:
             held = self.sample[self._row_done]
-            raise TraceError(
-                f"{self.path} holds no sample {lost[0]}; "
-                + (f"its samples are {held.min()} to {held.max()}." if held.size else "none is done.")
-            )
+            known = f"its samples are {held.min()} to {held.max()}" if held.size else "none is done"
+            raise TraceError(f"{self.path} holds no sample {lost[0]}; {known}.")
         return rows
-
-    def numbers_of(self, chunk: int) -> RowNumbers:
-        """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk))
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""
@@ -222,9 +236,8 @@ class Store:
     def grad_chunk(self, chunk: int) -> Array:
         """The stored numbers of a done chunk, (n, T, v): mapped from its file, or unpacked.
 
-        The first call for a chunk compares its checksum, which reads all of it.
-
-        Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
+        The first call for a chunk compares its checksum, which reads all of it. Raises TraceError if the file is
+        missing, of another size, not what was written, or cannot be unpacked.
         """
         return self._gradients.chunk(chunk)
 
@@ -243,12 +256,8 @@ class Store:
     def stored_row(self, row: int, checksum: int | None = None) -> Array:
         """The stored numbers of one row, (T, v), read from its file: for scattered rows cheaper than many maps.
 
-        Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read.
-
-        Args:
-            row: the row.
-            checksum: the row's own (`row_checksum`), if it is known. Otherwise the whole chunk is read once and its
-                checksum compared.
+        Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read. `checksum` is the
+        row's own (`row_checksum`); without it the whole chunk is read once and its checksum compared.
 
         Raises TraceError as `grad_chunk` does, and if the row does not have its checksum.
         """
@@ -273,10 +282,7 @@ class Store:
                 f"{self.path} claims {header.samples} samples, and {held} are done: too few to read. Finish the "
                 "capture."
             )
-        rows = np.zeros(header.samples, np.bool_)
-        for chunk in self.chunks_done:
-            rows[header.rows(chunk).start : header.rows(chunk).stop] = True
-        return rows
+        return np.repeat(self.done, header.chunk_rows)[: header.samples]
 
     def _whole(self, name: str, fill: float = np.nan, dtype: type[Any] = np.float32) -> Array:
         """(N, columns) one kind of numbers of all rows; `fill` in chunks that are not done."""
@@ -289,23 +295,6 @@ class Store:
                 values[rows.start : rows.stop] = self._files.numbers(chunk)[:, place]
         return values
 
-    def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
-        place = number_columns(len(self.header.timesteps))
-        with np.errstate(over="ignore"):
-            norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
-        return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)
-
-    def _column_kind(self, name: str) -> Any:
-        if (kind := self.header.columns.get(name)) is None:
-            raise TraceError(f"{self.path} has no column {name}; it has {', '.join(self.header.columns) or 'none'}.")
-        return kind
-
-    def _column_chunk(self, name: str, chunk: int) -> list[Any]:
-        if self._column_kind(name) == "string":
-            return self._files.texts(f"meta/{name}", chunk)
-        values: list[Any] = self._files.values(f"meta/{name}", chunk).tolist()
-        return values
-
     def _rows(self, rows: ArrayLike) -> NDArray[np.int64]:
         given = np.asarray(rows)
         if given.size and not (given.min() >= 0 and given.max() < self.header.samples):
@@ -313,8 +302,7 @@ class Store:
         return given.astype(np.int64)
 
     def _by_chunk(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """For each chunk that holds some of the rows: its number, where those stand in `rows`, and their places in the
-        chunk."""
+        """For each chunk of these rows: its number, where its rows stand in `rows`, and their places in the chunk."""
         chunks = rows // self.header.chunk_rows
         for chunk in np.unique(chunks):
             here = np.flatnonzero(chunks == chunk)
@@ -322,14 +310,9 @@ class Store:
 
 
 def open_store(path: str | os.PathLike[str], *, unfinished: bool = False) -> Store:
-    """Opens a store for reading.
+    """Opens a store for reading; with `unfinished` even if the capture has not finished: done chunks can be read.
 
-    Args:
-        path: the store.
-        unfinished: open it even if the capture has not finished; done chunks can be read.
-
-    Raises:
-        TraceError: there is no store of dmin_trace at `path`, or it is of another version, unfinished or damaged.
+    Raises TraceError if there is no store of dmin_trace at `path`, or it is of another version, unfinished or damaged.
     """
     path = Path(path)
     header, finished = read_header(path)

@@ -4,8 +4,6 @@ Nothing that a file or the metadata claims is allocated before the file's size a
 checksum is compared before what it covers is used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,7 @@ class ChunkFiles:
         self.layouts = array_layouts(header)
 
     def find(self, name: str, chunk: int) -> tuple[Path, int]:
-        """The path of a done chunk's file, and its size.
-
-        Raises TraceError if the chunk is not done, or if its file is missing, no regular file, or reached by a link.
-        """
+        """The path of a done chunk's file, and its size. Raises TraceError if it is not done, missing or a link."""
         if not 0 <= chunk < self.header.chunks:
             raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
@@ -55,7 +50,7 @@ class ChunkFiles:
         return self.path.joinpath(*names), size
 
     def checked_file(self, name: str, chunk: int) -> Path:
-        """The path of a done chunk's file. Raises TraceError as `find` does, and if the size is wrong."""
+        """As `find`, and raises TraceError if the size is wrong."""
         file, size = self.find(name, chunk)
         if size != (expected := self.layouts[name].file_bytes):
             raise self.damaged(name, chunk, f"has {size} bytes, expected {expected}")
@@ -71,9 +66,8 @@ class ChunkFiles:
         """The values of a chunk of a small numeric array, without padding."""
         layout = self.layouts[name]
         self.checked_file(name, chunk)
-        dtype = np.dtype(layout.dtype)
-        values = np.frombuffer(self.content(name, chunk), dtype.newbyteorder("<")).reshape(layout.chunks)
-        return values[: len(self.header.rows(chunk))].astype(dtype, copy=False)
+        dtype = np.dtype(layout.dtype).newbyteorder("<")
+        return np.frombuffer(self.content(name, chunk), dtype).reshape(layout.chunks)[: len(self.header.rows(chunk))]
 
     def numbers(self, chunk: int) -> NDArray[np.float64]:
         """(n, 1 + 3 T) the numbers of a chunk's rows; `layout.number_columns` says what is where."""
@@ -132,10 +126,7 @@ class ChunkFiles:
 
 
 class GradientChunks:
-    """The chunks of the array `grad`: mapped, read in parts, or a row at a time.
-
-    A chunk's checksum is compared when it is first read. A packed chunk is unpacked whole.
-    """
+    """The chunks of the array `grad`. The checksum of a chunk is compared when it is first read."""
 
     def __init__(self, files: ChunkFiles) -> None:
         self._files = files
@@ -148,7 +139,10 @@ class GradientChunks:
         self._last_unpacked: tuple[int, Array] | None = None
 
     def chunk(self, chunk: int) -> Array:
-        """See `Store.grad_chunk`."""
+        """The stored numbers of a done chunk, (n, T, v): mapped from its file, or unpacked.
+
+        Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
+        """
         header = self._header
         shape = (header.chunk_rows, *self._row_shape)
         if header.codec != "none":
@@ -162,7 +156,15 @@ class GradientChunks:
         return np.memmap(file, self._dtype, "r", shape=shape)[: len(header.rows(chunk))]
 
     def parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
-        """See `Store.grad_parts`."""
+        """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
+
+        A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
+        from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
+        map kept, which is three times as fast if the chunk is still in the cache.
+
+        Raises TraceError as `chunk` does. The checksum is compared after the last part: use nothing that was made of
+        the parts before the iteration has ended.
+        """
         header = self._header
         count = len(header.rows(chunk))
         if header.codec != "none" or chunk in self._maps or (chunk in self._compared and len(self._maps) < MAX_MAPS):
@@ -188,14 +190,17 @@ class GradientChunks:
         self._compared.add(chunk)
 
     def row(self, row: int, checksum: int | None = None) -> Array:
-        """See `Store.stored_row`."""
+        """The stored numbers of one row, (T, v), read from its file: for scattered rows cheaper than many maps.
+
+        Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read. `checksum` is the
+        row's own (`row_checksum`); without it the whole chunk is read once and its checksum compared.
+        """
         header, files = self._header, self._files
         chunk, place = divmod(row, header.chunk_rows)
         if header.codec != "none":
             if self._last_unpacked is None or self._last_unpacked[0] != chunk:
                 self._last_unpacked = (chunk, self.chunk(chunk))
-            unpacked: Array = self._last_unpacked[1][place]
-            return unpacked
+            return np.asarray(self._last_unpacked[1][place])
         if checksum is None and chunk not in self._compared:
             self.chunk(chunk)
         if chunk not in self._sized:
@@ -219,8 +224,8 @@ class GradientChunks:
         # Bytes 4 to 16 of a frame: the size of what is packed, that of its blocks, and the frame's own.
         unpacked, block, packed = (int.from_bytes(frame[at : at + 4], "little") for at in (4, 8, 12))
         if (unpacked, packed) != (size, len(frame)) or not 0 < block <= size:
-            what = f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}"
-            raise files.damaged("grad", chunk, what)
+            claim = f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}"
+            raise files.damaged("grad", chunk, claim)
         numbers = np.empty(size, np.uint8)
         try:
             blosc.decompress(frame, numbers)

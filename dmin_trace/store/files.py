@@ -1,7 +1,5 @@
 """Files and folders that stay on disk: fsync, new folders, and what killed captures leave."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -3,14 +3,12 @@
 A store can come from anybody, so every attribute is checked when it is read, and the first wrong one is named.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -144,11 +142,8 @@ class Header:
         return attributes
 
     @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Header:
-        """The header in the attributes of the store at `path`.
-
-        Raises TraceError that names the first attribute that is wrong.
-        """
+    def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Self:
+        """The header in the attributes of a store. Raises TraceError that names the first attribute that is wrong."""
         header = decode(attributes, cls, path)
         rows, names, steps = header.chunk_rows, len(header.parameters.names), len(header.timesteps)
         sample = max(header.sample_bytes, number_bytes(steps))
@@ -176,10 +171,7 @@ def number_bytes(timesteps: int) -> int:
 
 
 def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> Decoded:
-    """Attributes of the store at `path` as a dataclass, types and limits checked; others are passed over.
-
-    Raises TraceError that names the first attribute that is wrong.
-    """
+    """Attributes of a store as a dataclass; others are passed over. Raises TraceError as `Header.from_attributes`."""
     try:
         return msgspec.convert(attributes, kind, strict=True)
     except msgspec.ValidationError as error:

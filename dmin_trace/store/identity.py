@@ -1,7 +1,5 @@
 """Whether a run is the one that a store is of: its script, its data set, and all else that the header says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,10 +1,4 @@
-"""Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew.
-
-Readers compare what they use. This reads everything, and names each file that is not what was written, down to the
-chunk and its samples.
-"""
-
-from __future__ import annotations
+"""Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -43,7 +37,7 @@ class Damage:
     """A file that is not what was written.
 
     file, what: its path from the folder in which the store lies, and what is wrong with it.
-    array, chunk: those that it holds, if it is the file of a chunk; the array alone for metadata.
+    array, chunk: those that it holds; the array alone if it is metadata.
     rows, samples: the rows of the store that are lost with it, and their data set indices, if those can be read.
     """
 
@@ -59,11 +53,9 @@ class Damage:
 class Verified:
     """What was compared, and what was found.
 
-    complete: whether the store says that it is complete, and all its marks are there.
-    chunks, done: how many chunks there are, and how many are done.
+    complete, chunks, done: of the store: see `Store.complete`; how many chunks there are, and how many are done.
     files, bytes: how many were compared.
-    damages: in the order of the files.
-    notes: what is no damage, but should be known.
+    damages, notes: what is damaged, in the order of the files; and what is no damage, but should be known.
     """
 
     complete: bool = False

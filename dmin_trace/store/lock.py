@@ -4,8 +4,6 @@ The lock's file is `.NAME.lock` beside the store NAME. The system releases the l
 stays, and the next capture takes the lock and removes the file at its end.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which chunks are done: those with their mark, written last, in the array `done`."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -31,18 +29,15 @@ def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
         return done
     with os.scandir(folder) as found:
         for mark in found:
-            if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and (chunk := int(mark.name)) < header.chunks:
-                done[chunk] = mark.is_file(follow_symlinks=False) and _start_of(mark.path) == DONE
+            numbered = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
+            if numbered and mark.is_file(follow_symlinks=False):
+                # A query opens all marks: `Path` would take twice as long.
+                handle = os.open(mark.path, os.O_RDONLY)
+                try:
+                    done[int(mark.name)] = os.read(handle, len(DONE) + 1) == DONE
+                finally:
+                    os.close(handle)
     return done
-
-
-def _start_of(mark: str) -> bytes:
-    """The first bytes of a file, one more than a mark has. A query opens all marks: `Path` would take twice as long."""
-    handle = os.open(mark, os.O_RDONLY)
-    try:
-        return os.read(handle, len(DONE) + 1)
-    finally:
-        os.close(handle)
 
 
 def is_done(path: Path, chunk: int) -> bool:

@@ -5,8 +5,6 @@ what `Finished` says, and a SHA-256 digest of all this, which finds damage, but 
 metadata of the arrays follows from the Header. It is for other readers of Zarr; here only `verify` reads it.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -44,7 +42,28 @@ def read_header(path: Path) -> tuple[Header, Finished | None]:
 
     Raises TraceError if there is no store of dmin_trace at `path`, or if its metadata is damaged.
     """
-    attributes = _read_attributes(path)
+    try:
+        if not path.exists():
+            raise TraceError(f"There is no store at {path}.")
+        if untrusted.size_within(path, ["zarr.json"]) is None:
+            raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
+    except (OSError, ValueError) as error:
+        raise TraceError(f"There is no store at {path}: {_reason(error)}.") from None
+    try:
+        metadata = untrusted.read_json(path, ["zarr.json"])
+    except (ValueError, OSError) as error:
+        raise TraceError(f"{path}/zarr.json cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
+    if not isinstance(metadata, dict):
+        raise TraceError(f"{path}/zarr.json holds no JSON object; the store is damaged.")
+    attributes = metadata.get("attributes")
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+        raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
+    version = attributes.get("version")
+    if type(version) is not int or version != VERSION:
+        raise TraceError(
+            f"{path} is of version {brief(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
+            "or capture again."
+        )
     header = Header.from_attributes(attributes, path)
     if attributes.get(DIGEST) != digest_of(attributes):
         raise TraceError(
@@ -80,10 +99,7 @@ def create_arrays(path: Path, header: Header) -> None:
 
 
 def check_with_zarr(path: Path, header: Header) -> None:
-    """Opens a new store with zarr-python, so that no store is made which other readers of Zarr refuse.
-
-    Raises TraceError if zarr-python sees another shape, dtype or chunk than the header says.
-    """
+    """Raises TraceError if zarr-python sees another shape, dtype or chunk in a new store than the header says."""
     import zarr
 
     group = zarr.open_group(path, mode="r", zarr_format=3)
@@ -94,10 +110,10 @@ def check_with_zarr(path: Path, header: Header) -> None:
             array = group[name]
             found = (array.shape, array.chunks, str(array.dtype)) if isinstance(array, zarr.Array) else ()
             dtype = str(np.dtypes.StringDType()) if layout.dtype == "string" else layout.dtype
-            if found != (layout.shape, layout.chunks, dtype):
+            if found != (expected := (layout.shape, layout.chunks, dtype)):
                 raise TraceError(
-                    f"zarr {zarr.__version__} reads the array {name} as {brief(found)}; expected "
-                    f"{brief((layout.shape, layout.chunks, dtype))}. Install another version of zarr."
+                    f"zarr {zarr.__version__} reads the array {name} as {brief(found)}; expected {brief(expected)}. "
+                    "Install another version of zarr."
                 )
 
 
@@ -145,33 +161,6 @@ def _array(layout: ArrayLayout) -> dict[str, Any]:
         "dimension_names": list(layout.axes),
         "attributes": layout.attributes,
     }
-
-
-def _read_attributes(path: Path) -> dict[str, Any]:
-    """The group's attributes. Raises TraceError if there is no store of dmin_trace, or one of another version."""
-    try:
-        if not path.exists():
-            raise TraceError(f"There is no store at {path}.")
-        if untrusted.size_within(path, ["zarr.json"]) is None:
-            raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
-    except (OSError, ValueError) as error:
-        raise TraceError(f"There is no store at {path}: {_reason(error)}.") from None
-    try:
-        metadata = untrusted.read_json(path, ["zarr.json"])
-    except (ValueError, OSError) as error:
-        raise TraceError(f"{path}/zarr.json cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
-    if not isinstance(metadata, dict):
-        raise TraceError(f"{path}/zarr.json holds no JSON object; the store is damaged.")
-    attributes = metadata.get("attributes")
-    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
-    version = attributes.get("version")
-    if type(version) is not int or version != VERSION:
-        raise TraceError(
-            f"{path} is of version {brief(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
-            "or capture again."
-        )
-    return attributes
 
 
 def _reason(error: Exception) -> str:

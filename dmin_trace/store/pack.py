@@ -1,13 +1,9 @@
 """Rewrites a finished store with another codec, another dtype, or fewer dimensions.
 
-A projection folds: adding bins j and j + v/2 gives the projected gradient of the plan of v/2 dimensions, so a store can
-be made smaller without another capture. Folded gradients are normalised again, as those of a capture are. The new store
-has the same samples, norms, losses and columns, an id of its own, and the same weights and command for queries.
-
-It is written chunk by chunk, as a capture writes, under a temporary name until it is complete.
+A projection folds: adding bins j and j + v/2 gives the projected gradient of the plan of v/2 dimensions. Folded
+gradients are normalised again, as those of a capture are. The new store has the same samples, norms, losses and
+columns, an id of its own, and the same weights and command for queries.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
@@ -17,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dmin_trace.command import recall, remember
 from dmin_trace.errors import SettingsError, TraceError
@@ -48,8 +43,7 @@ def pack_store(
 
     Args:
         store, out: the store, and the path of the new one.
-        codec, dtype, dimension: of the new store; those of the old one where not given. The dimension is v, v/2, v/4
-            and so on.
+        codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
         progress: called with the number of samples of each chunk that is written.
 
     Raises:
@@ -140,7 +134,6 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
 
 
 def _write(store: Store, writer: Writer, chunk: int) -> None:
-    """Writes one chunk of the new store from the chunks of the old one that hold its rows."""
     old, new = store.header, writer.header
     rows = writer.rows(chunk)
     values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
@@ -158,22 +151,16 @@ def _write(store: Store, writer: Writer, chunk: int) -> None:
                 values[here] = grad[there]
                 continue
             with np.errstate(over="ignore", invalid="ignore"):  # numbers of a damaged store; an error below
-                folded = _folded(grad[there].astype(np.float32) * scale[here][:, :, None], new.dimension)
+                folded = grad[there].astype(np.float32) * scale[here][:, :, None]
+                if old.dimension != new.dimension:
+                    folded = folded.reshape(*folded.shape[:2], -1, new.dimension).sum(axis=2)
+                    norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
+                    folded = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)  # zeros stay zeros
             if not np.isfinite(folded).all():
                 raise TraceError(f"{store.path} is damaged: chunk {number} holds numbers that are not finite.")
             values[here], scale[here] = quantise(folded, new.dtype)
     columns = {name: store.column_at(name, rows) for name in new.columns}
     writer.write(chunk, values, scale, kept.norm, kept.loss, kept.sample, columns)
-
-
-def _folded(grad: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
-    """Projected gradients (n, T, v) folded to fewer dimensions and divided by their norms; zeros stay zeros."""
-    if grad.shape[2] == dimension:
-        return grad
-    folded = grad.reshape(*grad.shape[:2], -1, dimension).sum(axis=2)
-    norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
-    unit: NDArray[np.float32] = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)
-    return unit
 
 
 def _link(file: Path, beside: Path) -> None:

@@ -1,16 +1,13 @@
 """The projected gradients of queries, in memory and in a file.
 
-They come from images (`Trace.query_images`), from training samples (`Trace.query_samples`) or from a loop of one's own
-(`Trace.query_loss`, `recording`), and any score can be computed from them later without the model.
+Any score can be computed from them later without the model.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
@@ -80,7 +77,7 @@ class Queries:
             raise QueryError(f"{path} cannot be written: {error}.") from None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Queries:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a file that `save` wrote. The file may come from anybody: nothing in it is executed.
 
         Raises QueryError if it cannot be read, or is no file of queries.

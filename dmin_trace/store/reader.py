@@ -4,8 +4,6 @@ Readers go by the marks of chunks, never by fill values, and read the files them
 metadata. What is read is compared with its checksum (`chunks`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -26,10 +24,8 @@ from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.marks import done_chunks
 from dmin_trace.store.metadata import Finished, read_header
 
-BELIEVED_NUMBERS = 2**20
-"""Numbers that are allocated because the header says so, for rows of which no file says anything."""
-MAX_BELIEVED_NUMBERS = 2**28
-"""Numbers that are allocated for rows of which few files say anything."""
+BELIEVED_NUMBERS, MAX_BELIEVED_NUMBERS = 2**20, 2**28
+"""Numbers that are allocated because the header says so, for rows of which no files, or few, say anything."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,11 @@ class RowNumbers:
     """What is stored of n rows besides their gradients.
 
     sample: (n,) int64, data set indices; -1 in chunks that are not done.
-    norm: (n, T) float32, the L2 norm of each transformed gradient, before the row was normalised; NaN in chunks that
-        are not done, and -1 for samples that could not be loaded.
-    loss: (n, T) float32, the script's loss; NaN likewise, and for samples that could not be loaded.
+    norm: (n, T) float32, the L2 norm of each transformed gradient; -1 for samples that could not be loaded.
+    loss: (n, T) float32, the script's loss; NaN for samples that could not be loaded.
     scale: (n, T) float32, by which stored numbers are multiplied; ones unless the dtype is int8.
+
+    In chunks that are not done, norms and losses are NaN.
     """
 
     sample: NDArray[np.int64]
@@ -54,8 +51,7 @@ class UnrankedSamples:
     """Samples that are stored and never ranked, each counted once.
 
     failed: the data set indices of those that could not be loaded.
-    infinite: how many have a gradient that is not finite at some timestep.
-    zero: how many have a gradient that is zero at some timestep.
+    infinite, zero: how many have a gradient that is not finite, or zero, at some timestep.
     """
 
     failed: tuple[int, ...]
@@ -69,6 +65,7 @@ class Store:
     path, header: where it is, and what it holds.
     done: (chunks,) which chunks are done.
     complete: whether all are, and the store says so.
+    grad_chunk, grad_parts, stored_row: projected gradients as they are stored; see `GradientChunks`.
     """
 
     def __init__(self, path: Path, header: Header, done: NDArray[np.bool_], finished: Finished | None) -> None:
@@ -78,14 +75,14 @@ class Store:
         self.complete = finished is not None and bool(done.all())
         self._finished = finished if self.complete else None
         self._files = ChunkFiles(path, header, done)
-        self._gradients = GradientChunks(self._files)
+        gradients = GradientChunks(self._files)
+        self.grad_chunk = gradients.chunk
+        self.grad_parts = gradients.parts
+        self.stored_row = gradients.row
 
     @cached_property
     def state(self) -> str:
-        """SHA-256 of the header and of the checksums of all done chunks: equal for equal content.
-
-        A complete store keeps it; of others the checksums are read.
-        """
+        """SHA-256 of the header and of the checksums of all done chunks. A complete store keeps it."""
         return self._finished.state if self._finished is not None else self.compute_state()
 
     def compute_state(self) -> str:
@@ -135,8 +132,7 @@ class Store:
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
         """(N,) whether a row can be ranked: done, and the norms of all its gradients finite and positive."""
-        usable: NDArray[np.bool_] = np.all(np.isfinite(self.norm) & (self.norm > 0), axis=1)
-        return usable
+        return np.asarray((np.isfinite(self.norm) & (self.norm > 0)).all(axis=1))
 
     @cached_property
     def unranked(self) -> UnrankedSamples:
@@ -151,7 +147,7 @@ class Store:
         )
 
     def numbers(self, rows: ArrayLike) -> RowNumbers:
-        """What is stored of these rows besides their gradients. Only their chunks are read.
+        """What is stored of these rows. Only their chunks are read.
 
         Raises TraceError for a row that the store does not have or that is not done, and for a damaged chunk.
         """
@@ -162,7 +158,7 @@ class Store:
         return self._row_numbers(table)
 
     def numbers_of(self, chunk: int) -> RowNumbers:
-        """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
+        """What is stored of a chunk's rows. Raises TraceError if it is not done, or damaged."""
         return self._row_numbers(self._files.numbers(chunk))
 
     def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
@@ -233,36 +229,6 @@ class Store:
             found[here] = grad[places].astype(np.float32) * scale[places][:, :, None]
         return found
 
-    def grad_chunk(self, chunk: int) -> Array:
-        """The stored numbers of a done chunk, (n, T, v): mapped from its file, or unpacked.
-
-        The first call for a chunk compares its checksum, which reads all of it. Raises TraceError if the file is
-        missing, of another size, not what was written, or cannot be unpacked.
-        """
-        return self._gradients.chunk(chunk)
-
-    def grad_parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
-        """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
-
-        A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
-        from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
-        map kept, which is three times as fast if the chunk is still in the cache.
-
-        Raises TraceError as `grad_chunk` does. The checksum is compared after the last part: use nothing that was made
-        of the parts before the iteration has ended.
-        """
-        return self._gradients.parts(chunk, rows, memory)
-
-    def stored_row(self, row: int, checksum: int | None = None) -> Array:
-        """The stored numbers of one row, (T, v), read from its file: for scattered rows cheaper than many maps.
-
-        Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read. `checksum` is the
-        row's own (`row_checksum`); without it the whole chunk is read once and its checksum compared.
-
-        Raises TraceError as `grad_chunk` does, and if the row does not have its checksum.
-        """
-        return self._gradients.row(row, checksum)
-
     @cached_property
     def bytes(self) -> int:
         """The size of all files of the store."""
@@ -278,10 +244,8 @@ class Store:
         held = sum(len(header.rows(chunk)) for chunk in self.chunks_done)
         numbers, times = header.samples * len(header.timesteps), header.samples / max(held, 1)
         if numbers > BELIEVED_NUMBERS and times > 1000 or numbers > MAX_BELIEVED_NUMBERS and times > 8:
-            raise TraceError(
-                f"{self.path} claims {header.samples} samples, and {held} are done: too few to read. Finish the "
-                "capture."
-            )
+            claim = f"{self.path} claims {header.samples} samples, and {held} are done"
+            raise TraceError(f"{claim}: too few to read. Finish the capture.")
         return np.repeat(self.done, header.chunk_rows)[: header.samples]
 
     def _whole(self, name: str, fill: float = np.nan, dtype: type[Any] = np.float32) -> Array:

@@ -5,8 +5,6 @@ all memory to parse. Each is refused with a ValueError or OSError that says in a
 knows what the file is for.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

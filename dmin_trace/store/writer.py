@@ -5,20 +5,17 @@ name them; then its mark, fsynced likewise. A chunk is done when its mark is the
 next one writes every chunk without a mark again.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import untrusted
+from dmin_trace.store.chunks import Array
 from dmin_trace.store.files import check_free, make_folder, sync, sync_tree, writing
 from dmin_trace.store.header import MAX_SAMPLE_INDEX, ColumnKind, Header
 from dmin_trace.store.identity import check_capture
@@ -26,46 +23,12 @@ from dmin_trace.store.layout import CHECKSUM_BYTES, MISSING, STORED, ArrayLayout
 from dmin_trace.store.marks import DONE, done_chunks, is_done
 from dmin_trace.store.metadata import BLOSC, Finished, check_with_zarr, create_arrays, read_header, set_finished
 from dmin_trace.store.reader import open_store
+from dmin_trace.store.untrusted import size_within
 
 PARALLEL_SYNCS = 16
 """Files and folders of a chunk that are synced at once."""
 
-Array = NDArray[Any]
 Data = bytes | NDArray[np.uint8]
-
-
-def create(path: Path, header: Header) -> Writer:
-    """Makes an empty store, whole or not at all.
-
-    Raises TraceError if something exists at `path`, if the folder cannot be written, or if readers would refuse the
-    header.
-    """
-    check_free(path)
-    Header.from_attributes(header.to_attributes(), path)
-    partial = path.with_name(f".{path.name}.{header.id}.partial")
-    with writing(path):
-        try:
-            make_folder(path.parent)
-            create_arrays(partial, header)
-            check_with_zarr(partial, header)
-            sync_tree(partial)
-            partial.rename(path)
-            sync(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return Writer(path, header)
-
-
-def resume(path: Path, header: Header) -> Writer:
-    """Opens an unfinished store of the same capture, to write the chunks that are not done.
-
-    Raises TraceError if the store is of another capture. Id and writers may differ, and the script, which
-    `check_script` compares.
-    """
-    existing = read_header(path)[0]
-    check_capture(path, existing, header)
-    return Writer(path, existing)
 
 
 class Writer:
@@ -98,22 +61,18 @@ class Writer:
 
         Args:
             chunk: its number.
-            values, scale: (n, T, v) of the header's dtype and (n, T) float32, from `quantise`; n is R, or less in the
-                last chunk.
+            values, scale: (n, T, v) of the header's dtype and (n, T) float32, from `quantise`; n rows of the chunk.
             norm, loss: (n, T) float32.
             sample: (n,) int64, data set indices of at most 2^53, up to which float64 holds every integer.
             columns: n values for each of the header's columns; None where a sample has none.
 
-        Raises:
-            TraceError: the values are not of the chunk's shape or dtype, an index is too large, the chunk is done, or
-                the disk refuses.
+        Raises TraceError if a shape, dtype or index is wrong, the chunk is done, or the disk refuses.
         """
         header, layouts = self.header, self._layouts
         right = (len(header.rows(chunk)), len(header.timesteps), header.dimension)
         given = [("gradients", values.shape, right), ("sample", np.shape(sample), right[:1])]
-        given += [
-            (name, found.shape, right[:2]) for name, found in (("norms", norm), ("losses", loss), ("scales", scale))
-        ]
+        numbers = {"norms": norm, "losses": loss, "scales": scale}
+        given += [(name, found.shape, right[:2]) for name, found in numbers.items()]
         given += [(f"column {name}", (len(columns.get(name, ())),), right[:1]) for name in header.columns]
         for name, shape, expected in given:
             if shape != expected:
@@ -128,7 +87,7 @@ class Writer:
         try:
             for name, layout in layouts.items():
                 # A store that is resumed can come from anybody: nothing is written where a link leads.
-                untrusted.size_within(self.path, chunk_names(name, chunk, len(layout.shape)))
+                size_within(self.path, chunk_names(name, chunk, len(layout.shape)))
         except ValueError as error:
             raise TraceError(f"{self.path} is damaged: {error}. A store holds none.") from None
         table = np.concatenate([np.reshape(sample, (-1, 1)), norm, loss, scale], axis=1, dtype=np.float64)
@@ -180,6 +139,35 @@ class Writer:
         with ThreadPoolExecutor(PARALLEL_SYNCS) as pool:
             list(pool.map(sync, paths))
         self._synced.update(files)
+
+
+def create(path: Path, header: Header) -> Writer:
+    """Makes an empty store, whole or not at all.
+
+    Raises TraceError if something is at `path`, the folder cannot be written, or readers would refuse the header.
+    """
+    check_free(path)
+    Header.from_attributes(header.to_attributes(), path)
+    partial = path.with_name(f".{path.name}.{header.id}.partial")
+    with writing(path):
+        try:
+            make_folder(path.parent)
+            create_arrays(partial, header)
+            check_with_zarr(partial, header)
+            sync_tree(partial)
+            partial.rename(path)
+            sync(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return Writer(path, header)
+
+
+def resume(path: Path, header: Header) -> Writer:
+    """Opens an unfinished store, to go on with it. Raises TraceError if it is of another capture."""
+    existing = read_header(path)[0]
+    check_capture(path, existing, header)
+    return Writer(path, existing)
 
 
 def _encoded(values: Array, layout: ArrayLayout) -> Data:

@@ -224,8 +224,7 @@ class GradientChunks:
         # Bytes 4 to 16 of a frame: the size of what is packed, that of its blocks, and the frame's own.
         unpacked, block, packed = (int.from_bytes(frame[at : at + 4], "little") for at in (4, 8, 12))
         if (unpacked, packed) != (size, len(frame)) or not 0 < block <= size:
-            claim = f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}"
-            raise files.damaged("grad", chunk, claim)
+            raise files.damaged("grad", chunk, f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}")
         numbers = np.empty(size, np.uint8)
         try:
             blosc.decompress(frame, numbers)

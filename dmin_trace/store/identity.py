@@ -24,8 +24,7 @@ def check_script(path: Path, header: Header, name: str, sha256: str, what: str) 
 
 
 def check_data(path: Path, header: Header, samples: int, sha256: str) -> None:
-    """Raises TraceError if a data set differs from that of the store at `path`, in its length or, if both are known,
-    in its fingerprint."""
+    """Raises TraceError if a data set differs from the store's in its length or, if both are known, fingerprint."""
     theirs, ours = (f"it has {count:,} samples" for count in (header.samples, samples))
     if header.samples == samples and header.data_sha256 and sha256:
         theirs, ours = (f"the fingerprint of its content is {known[:16]}" for known in (header.data_sha256, sha256))

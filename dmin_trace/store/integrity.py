@@ -128,8 +128,8 @@ def verify_chunks(
 def drop_damaged(path: Path) -> list[int]:
     """Takes away the marks of damaged chunks, and returns their numbers: an ordinary capture makes them anew.
 
-    Damaged metadata of arrays is written anew here: the header says all that is in it. Raises TraceError if there is no
-    store, its header is damaged, a capture is writing it, or the disk refuses.
+    Damaged metadata of arrays is written anew here. Raises TraceError if there is no store, its header is damaged, a
+    capture is writing it, or the disk refuses.
     """
     header, finished = read_header(path)
     found = verify_chunks(path, header, finished)

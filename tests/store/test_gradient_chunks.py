@@ -1,4 +1,4 @@
-"""GradientChunks: mapped, read in parts, and unpacked."""
+"""GradientChunks (store/chunks.py): mapped, read in parts, and unpacked."""
 
 from __future__ import annotations
 

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from dmin_trace.capture.chunks import Row
-from dmin_trace.capture.dataset import image_shapes, named_entries, text_shapes
+from dmin_trace.capture.dataset import CaptureSource, image_shapes, named_entries, text_shapes
 from dmin_trace.capture.pinning import Call, show_calls
-from dmin_trace.capture.source import CaptureSource
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
-from dmin_trace.project import Plan
+from dmin_trace.project import Plan, make_plan
 from dmin_trace.settings import Settings
 from dmin_trace.store import Header, Store, check_data, check_script
 
@@ -44,9 +43,7 @@ class RowChecks:
         self.calls: list[list[Call]] = []
         self.batch_shapes: dict[str, tuple[int, ...]] = {}
         self.reached = [False] * len(trainable.names)
-        self._draws = settings.draws
-        self._trainable = trainable
-        self._source = source
+        self._draws, self._trainable, self._source = settings.draws, trainable, source
         self._like = None if like is None else like.header
         self._first_sample = 0
 
@@ -71,8 +68,7 @@ class RowChecks:
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
         """Compares the random calls of a training step; `row` is the earlier steps of the same sample.
 
-        Raises CaptureError if they differ from those of the first sample, or of the timestep's first draw; QueryError
-        if they differ from those of the trace.
+        Raises CaptureError if they differ from those of the first sample or draw; QueryError from those of the trace.
         """
         calls = show_calls(step.draws.calls)
         draw, number = step.pinned.draw, step.pinned.number
@@ -94,11 +90,10 @@ class RowChecks:
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
-        """Makes a row of a sample's T x D training steps, if their timesteps are those of the other samples.
+        """Makes a row of a sample's T x D training steps.
 
-        Raises:
-            CaptureError: the timesteps differ, or the first sample's losses do not depend on a trained parameter.
-            QueryError: the timesteps differ from those of the trace.
+        Raises CaptureError if their timesteps are not those of the other samples, or if the first sample's losses do
+        not depend on a trained parameter; QueryError if the timesteps are not those of the trace.
         """
         if not self.calls:
             self._check_reached()
@@ -147,10 +142,11 @@ class RowChecks:
             )
 
 
-def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> None:
-    """Raises if queries are of another model than a trace: WeightsError for other weights, QueryError for the rest.
+def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> Plan:
+    """Returns the projection of queries, which is that of the trace; `weights` is the fingerprint of their weights.
 
-    `weights` is the fingerprint of the weights that the queries have.
+    Raises WeightsError if the queries' model has other weights than the trace's, QueryError if it differs otherwise or
+    if the projection differs.
     """
     header, expected = trace.header, trace.header.parameters
     if trainable.fingerprint != expected.fingerprint:
@@ -169,16 +165,14 @@ def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, t
             f"The query's gradients have {ours}, those of {trace.path} have {theirs}, so its header contradicts its "
             "settings. The store was changed by hand: capture again."
         )
-
-
-def refuse_other_projection(plan: Plan, trace: Store) -> None:
-    """Raises QueryError if the projection of queries is not that of the trace."""
-    expected = trace.header.projection.fingerprint
-    if plan.fingerprint != expected:
+    width, made_by = header.projection.width, header.projection.fingerprint
+    plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection, width)
+    if plan.fingerprint != made_by:
         raise QueryError(
-            f"The projection's fingerprint is {plan.fingerprint[:16]}, that of the trace {expected[:16]}. The "
+            f"The projection's fingerprint is {plan.fingerprint[:16]}, that of the trace {made_by[:16]}. The "
             "trace was made by a version of dmin_trace that projects in another way; query it with that version."
         )
+    return plan
 
 
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
@@ -186,24 +180,18 @@ def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source:
 
     Called before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
     """
-    header = earlier.header
+    header, move = earlier.header, "Give another path (out, --out), or move it away."
     if earlier.complete:
-        raise TraceError(f"{path} exists already and is complete. Give another path (out, --out), or move it away.")
+        raise TraceError(f"{path} exists already and is complete. {move}")
     if not source.edited_script:
         advice = "Run the script as it was; or, if its loss and its data are the same, continue with --edited-script."
         check_script(path, header, source.script.name, source.script.sha256, advice)
     check_data(path, header, source.samples, "")
-    if header.weights != weights:
-        raise _other_capture(path, f"weights are {header.weights[:16]}", weights[:16])
-    if (theirs := _treatment(header)) != (ours := _treatment(settings)):
-        raise _other_capture(path, f"gradients have {theirs}", ours)
-
-
-def _other_capture(path: Path, theirs: str, ours: str) -> TraceError:
-    return TraceError(
-        f"{path} belongs to another capture: its {theirs}, those of this run {ours}. Give another path (out, --out), "
-        "or move it away."
-    )
+    same = ("weights are", header.weights, weights), ("gradients have", _treatment(header), _treatment(settings))
+    for what, theirs, ours in same:
+        if theirs != ours:
+            found = f"its {what} {theirs:.32}, those of this run {ours:.32}"
+            raise TraceError(f"{path} belongs to another capture: {found}. {move}")
 
 
 def _treatment(facts: Settings | Header) -> str:

@@ -62,7 +62,7 @@ def write_whole(path: Path, values: Mapping[str, torch.Tensor], metadata: dict[s
         raise WeightsError(f"{path} cannot be written: {why}. Make room, or give another path.") from None
 
 
-def weight_files(path: Path) -> list[list[Path]]:
+def find_files(path: Path) -> list[list[Path]]:
     """Returns the safetensors files that a path stands for, in groups of which the first that fits is used.
 
     A file is a group by itself. A folder gives the files in it, then those in its subfolders.

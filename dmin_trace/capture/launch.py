@@ -10,11 +10,10 @@ script may change any global state of its process, and may end it.
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,10 @@ from dmin_trace.errors import DminTraceError, ScriptError
 
 
 def run_script(job: Job) -> ScriptCapture:
-    """Runs the job's script in this process, attached.
+    """Runs the job's script in this process, attached. Returns the capture of the script's last Accelerator.
 
-    Returns:
-        The capture of the script's last Accelerator.
-
-    Raises:
-        ScriptError: there is no such script, it failed, or it ended without an Accelerator or without a capture.
-        DminTraceError: the capture was refused or failed.
+    Raises ScriptError if there is no such script, it failed, or it ended without an Accelerator or without a capture;
+    another DminTraceError if the capture was refused or failed.
     """
     command = job.command
     if not Path(command.script).is_file():
@@ -68,15 +63,14 @@ def run_script(job: Job) -> ScriptCapture:
 @contextmanager
 def _as_main(command: Command) -> Iterator[None]:
     """Sets the arguments, the import path and the working folder that `python script.py` has."""
-    before = sys.argv, sys.path[:], Path.cwd()
-    sys.argv = [command.script, *command.arguments]
-    sys.path.insert(0, str(Path(command.script).parent))
-    os.chdir(command.folder)
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = before[0], before[1]
-        os.chdir(before[2])
+    before = sys.argv, sys.path[:]
+    with chdir(command.folder):
+        sys.argv = [command.script, *command.arguments]
+        sys.path.insert(0, str(Path(command.script).parent))
+        try:
+            yield
+        finally:
+            sys.argv, sys.path[:] = before
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class Trainable:
         values = list(weight_files.read(chosen))
         for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
             if value.shape != parameter.shape:
-                raise WeightsError(weight_files.wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape)))
+                raise weight_files.wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape))
         return values
 
 

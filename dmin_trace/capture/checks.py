@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dmin_trace.capture.chunks import Row
-from dmin_trace.capture.dataset import CaptureSource, image_shapes, named_entries, text_shapes
+from dmin_trace.capture.dataset import CaptureSource, batch_shapes
 from dmin_trace.capture.pinning import Call, show_calls
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
@@ -49,17 +49,13 @@ class RowChecks:
 
     def check_batch(self, batch: Any) -> None:
         """Raises QueryError if the images of a query's batch have other shapes than those of the trace."""
-        entries = named_entries(batch)
-        shapes = image_shapes(entries)
-        if self._like is not None:
-            # The number of texts may differ.
-            expected = {name: shape for name, shape in self._like.batch.items() if len(shape) >= 3}
-            if shapes != expected:
-                raise QueryError(
-                    f"The query has images of shape {_show_shapes(shapes)}, but those of the trace have "
-                    f"{_show_shapes(expected)}. Give an image of the size that the model was trained on."
-                )
-        self.batch_shapes = self.batch_shapes or shapes | text_shapes(entries)
+        found = batch_shapes(batch)
+        if self._like is not None and (ours := _show_images(found)) != (theirs := _show_images(self._like.batch)):
+            raise QueryError(
+                f"The query has images of shape {ours}, but those of the trace have {theirs}. Give an image of the "
+                "size that the model was trained on."
+            )
+        self.batch_shapes = self.batch_shapes or found
 
     def note_reached(self, reached: Sequence[bool]) -> None:
         """Notes for each parameter whether a loss depends on it."""
@@ -97,7 +93,12 @@ class RowChecks:
         """
         if not self.calls:
             self._check_reached()
-        row, seen = _to_cpu(steps, self._draws)
+        # One transfer of each kind for a sample.
+        gradients = torch.stack([step.gradient for step in steps if step.gradient is not None]).cpu().numpy()
+        norms = torch.stack([step.norm.float() for step in steps if step.norm is not None]).cpu().numpy()
+        losses = torch.stack([step.loss for step in steps if step.loss is not None]).cpu().numpy()
+        # A batch of several rows (prior preservation) shows the same timestep in each.
+        seen = tuple(torch.stack([step.seen[0] for step in steps if step.seen is not None]).cpu().tolist())
         timesteps = seen[:: self._draws]
         if any(timestep != timesteps[at // self._draws] for at, timestep in enumerate(seen)):
             raise CaptureError(
@@ -119,7 +120,7 @@ class RowChecks:
                 f"{steps[0].sample}, and {self.timesteps[number]} for sample {self._first_sample}. The script draws "
                 "timesteps in a way that is not pinned."
             )
-        return row
+        return Row(gradients, norms, np.asarray(losses.reshape(-1, self._draws).mean(axis=1)))
 
     def _check_reached(self) -> None:
         """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""
@@ -199,15 +200,7 @@ def _treatment(facts: Settings | Header) -> str:
     return f"draws {facts.draws} and transform {facts.transform}"
 
 
-def _to_cpu(steps: Sequence[CaptureStep], draws: int) -> tuple[Row, tuple[float, ...]]:
-    """The row, and the T x D timesteps: one transfer of each kind for a sample."""
-    gradients = torch.stack([step.gradient for step in steps if step.gradient is not None]).cpu().numpy()
-    norms = torch.stack([step.norm.float() for step in steps if step.norm is not None]).cpu().numpy()
-    losses = torch.stack([step.loss for step in steps if step.loss is not None]).cpu().numpy()
-    # A batch of several rows (prior preservation) shows the same timestep in each.
-    seen = torch.stack([step.seen[0] for step in steps if step.seen is not None]).cpu().tolist()
-    return Row(gradients, norms, np.asarray(losses.reshape(-1, draws).mean(axis=1))), tuple(seen)
-
-
-def _show_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{'x'.join(map(str, shape))} ({name})" for name, shape in shapes.items()) or "no images"
+def _show_images(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The shapes of the images in a batch, and not those of its texts, whose number may differ."""
+    images = sorted((name, shape) for name, shape in shapes.items() if len(shape) >= 3)
+    return ", ".join(f"{'x'.join(map(str, shape))} ({name})" for name, shape in images) or "no images"

@@ -53,11 +53,6 @@ class ChunkQueue:
         self._writing: Future[None] | None = None
 
     @property
-    def rows(self) -> list[int]:
-        """The rows of all chunks, in order."""
-        return [row for _, rows in self._chunks for row in rows]
-
-    @property
     def missing_rows(self) -> int | None:
         """How many rows the chunk in hand still lacks; None if no chunk is in hand."""
         return None if self._chunk is None else len(self._chunk.rows) - self._chunk.filled

@@ -61,25 +61,21 @@ class CaptureSource:
 
 
 class Columns:
-    """The readable columns of one dataset. The first sample determines their kinds."""
+    """The readable columns of one dataset; `kinds` has the kind of each. The first sample determines them."""
 
     def __init__(self, dataset: Any, names: tuple[str, ...] | None) -> None:
         """Keeps the columns of these names; with None, those of the usual names that the dataset has."""
         self._dataset, self._names = dataset, names
         self._plain = _without_images(dataset)
-        self._kinds: dict[str, Kind] | None = None
-
-    @property
-    def kinds(self) -> dict[str, Kind]:
-        """The kind of each column. Empty before the first sample."""
-        return self._kinds or {}
+        self.kinds: dict[str, Kind] = {}
+        self._has_kinds = False
 
     def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
         """Returns the columns of one sample; `item` is what the dataset gave for it.
 
         Raises CaptureError if the dataset lacks a column that was named.
         """
-        if self._kinds is None:
+        if not self._has_kinds:
             found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
             missing = [name for name, value in found.items() if value is None]
             if self._names is not None and missing:
@@ -87,8 +83,13 @@ class Columns:
                     f"The dataset has no readable column {', '.join(missing)}. Name columns that hold text or numbers, "
                     "or leave columns out to keep those of the usual names."
                 )
-            self._kinds = {name: _kind(value) for name, value in found.items() if value is not None}
-        return {name: self._value(name, kind, sample, item) for name, kind in self._kinds.items()}
+            self._has_kinds = True
+            self.kinds = {
+                name: "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"
+                for name, value in found.items()
+                if value is not None
+            }
+        return {name: self._value(name, kind, sample, item) for name, kind in self.kinds.items()}
 
     def _value(self, name: str, kind: Kind, sample: int, item: Any) -> str | int | float:
         value = self._find(name, sample, item)
@@ -107,10 +108,9 @@ class Columns:
 
 
 class FailedSamples:
-    """The samples that could not be loaded. A capture skips them, unless they are most of the first ones."""
+    """The samples, of N, that could not be loaded. A capture skips them, unless they are most of the first ones."""
 
     def __init__(self, samples: int) -> None:
-        """None has failed yet; `samples` is N."""
         self._first = min(FIRST_SAMPLES, samples)
         self._failed: set[int] = set()
 
@@ -159,40 +159,26 @@ def _readable(value: Any) -> str | int | float | None:
     return value if isinstance(value, (str, int, float)) else None
 
 
-def _kind(value: str | int | float) -> Kind:
-    return "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"
+def batch_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the images in a collated batch, then of its texts, by name, or by number without names.
 
-
-def named_entries(batch: Any) -> dict[str, Any]:
-    """Returns the entries of a collated batch by name, or by number if they have no names."""
-    if isinstance(batch, Mapping):
-        return {str(name): value for name, value in batch.items()}
-    values = batch if isinstance(batch, (list, tuple)) else [batch]
-    return {str(k): value for k, value in enumerate(values)}
-
-
-def image_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the image-like tensors (floating point, three dimensions or more) of a batch."""
-    return {
-        name: tuple(value.shape)
-        for name, value in entries.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
-    }
-
-
-def text_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the texts in a batch: rows of tokens (integers in two dimensions), and lists of text.
-
-    A named list of text counts only if its name says that it holds prompts: a batch may have file names.
+    Images are floating-point tensors of three dimensions or more. Texts have fewer: rows of tokens (integers in two
+    dimensions), and lists of text. A named list counts only if its name says so: a batch may have file names.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in entries.items():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
-            shapes[name] = tuple(value.shape)
-        named = name.isdigit() or any(word in name for word in ("caption", "prompt", "text"))
-        if named and isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
-            shapes[name] = (len(value),)
-    return shapes
+    values = batch if isinstance(batch, (Mapping, list, tuple)) else [batch]
+    named = values.items() if isinstance(values, Mapping) else enumerate(values)
+    images: dict[str, tuple[int, ...]] = {}
+    texts: dict[str, tuple[int, ...]] = {}
+    for name, value in ((str(name), value) for name, value in named):
+        is_prompt = name.isdigit() or any(word in name for word in ("caption", "prompt", "text"))
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.dim() >= 3:
+                images[name] = tuple(value.shape)
+            elif not value.is_floating_point() and value.dim() == 2:
+                texts[name] = tuple(value.shape)
+        elif is_prompt and isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+            texts[name] = (len(value),)
+    return images | texts
 
 
 def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:

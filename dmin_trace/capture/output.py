@@ -38,17 +38,13 @@ class CaptureTarget:
 
 
 class CaptureOutput:
-    """The store at the target's path. The first process locks it, makes it, and marks it complete.
-
-    weights_saved: whether the trained weights lie beside the store.
-    """
+    """The store at the target's path. The first process locks it, and makes it."""
 
     def __init__(self, target: CaptureTarget, ranks: Ranks) -> None:
         """Touches nothing yet."""
-        self.weights_saved = False
         self._target, self._out, self._ranks = target, target.out, ranks
         self._leads = ranks.rank == 0 and target.like is None
-        self._lock: store.StoreLock | None = None
+        self._lock = store.StoreLock(target.out.absolute())
         self._existing = False
 
     def find(self) -> Store | None:
@@ -61,9 +57,7 @@ class CaptureOutput:
                 store.make_folder(self._out.absolute().parent)
             except OSError as error:
                 raise TraceError(f"{self._out} cannot be written: {error.strerror or error}.") from None
-            lock = store.StoreLock(self._out.absolute())
-            lock.take()
-            self._lock = lock
+            self._lock.take()
         self._existing = self._out.exists()
         if not self._existing:
             return None
@@ -71,16 +65,19 @@ class CaptureOutput:
             store.check_free(self._out)
         return store.open_store(self._out, unfinished=True)
 
-    def prepare(self, trainable: Trainable, earlier: Store | None) -> None:
-        """Removes what killed captures left, and saves the weights, which queries need; `earlier` is continued."""
+    def prepare(self, trainable: Trainable, earlier: Store | None) -> bool:
+        """Removes what killed captures left, and saves the weights, which queries need; `earlier` is continued.
+
+        Returns whether this process has saved them.
+        """
         if not self._leads:
-            return
+            return False
         store.sweep(self._out.absolute())
         if earlier is not None and earlier.done.all():
             # The earlier capture ended between its last chunk and the mark that the store is complete.
             Writer(self._out, earlier.header).finish()
         trainable.save(store.weights_beside(self._out))
-        self.weights_saved = True
+        return True
 
     def open(self, make_header: Callable[[], Header]) -> Writer | None:
         """Creates the store, or opens the one that is continued; all processes call it together.
@@ -113,13 +110,10 @@ class CaptureOutput:
             )
         if free < needed:
             logger.warning(
-                "The trace will take %s bytes, and its disk has %s free. A full disk stops a capture, which continues "
-                "when there is room again.",
-                f"{needed:,}",
-                f"{free:,}",
+                f"The trace will take {needed:,} bytes, and its disk has {free:,} free. A full disk stops a capture, "
+                "which continues when there is room again."
             )
 
     def release(self) -> None:
         """Unlocks the path."""
-        if self._lock is not None:
-            self._lock.release()
+        self._lock.release()

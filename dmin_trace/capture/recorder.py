@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Takes the gradients of one capture, of training samples or of queries, to the store."""
+    """Takes the gradients of one capture, of training samples or of queries, to the store.
+
+    weights_saved: whether the trained weights lie beside the store.
+    """
 
     def __init__(
         self,
@@ -76,13 +79,8 @@ class Recorder:
         self._mean: Mean | None = None
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
-        self._announced = False
+        self._announced = self.weights_saved = False
         self._progress = _sample_bar()
-
-    @property
-    def weights_saved(self) -> bool:
-        """Whether the trained weights lie beside the store."""
-        return self._output.weights_saved
 
     def begin(self) -> list[int]:
         """Saves the weights, and returns the samples that this process captures, in order.
@@ -99,13 +97,13 @@ class Recorder:
             pending = self._continue(earlier)
         ranks.meet()
         with ranks.holding():
-            self._output.prepare(self.trainable, earlier)
+            self.weights_saved = self._output.prepare(self.trainable, earlier)
         ranks.meet()
         size = self._chunk_rows
         chunks = [(c, range(c * size, min((c + 1) * size, self.samples))) for c in pending]
         ours = [chunks[rank :: ranks.count] for rank in range(ranks.count)]
         self._chunks = ChunkQueue(ours[ranks.rank], self.settings.timestep_count, self.settings.dimension, self._dtype)
-        samples = self._chunks.rows
+        samples = [row for _, rows in ours[ranks.rank] for row in rows]
         # Every process must run as many training steps: one with fewer rows repeats its last sample.
         self._longest = max(sum(len(rows) for _, rows in share) for share in ours)
         self._kept = len(samples)

@@ -179,7 +179,7 @@ def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: St
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
     """Raises TraceError if the store at `path` is complete, or belongs to another capture and cannot be continued.
 
-    Called before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
+    This comes before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
     """
     header, move = earlier.header, "Give another path (out, --out), or move it away."
     if earlier.complete:

@@ -21,11 +21,9 @@ from dmin_trace.capture.random_state import RandomState
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHED_CALLS = 4
-"""Calls of one module that are cached within a sample: a script may encode a prompt and an empty one."""
-
-MAX_CACHE_MISSES = 16
-"""After so many misses without a hit, a module is no longer cached."""
+MAX_CACHED_CALLS, MAX_CACHE_MISSES = 4, 16
+"""Calls of one module that are cached within a sample (a script may encode a prompt and an empty one), and misses
+without a hit after which a module is no longer cached."""
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,8 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     """The T timesteps of a capture in the order they are stored, each with its D draws one after the other."""
     given = settings.timesteps
     listed: Sequence[int | None] = [None] * given if isinstance(given, int) else given
-    count = len(listed)
     return tuple(
-        PinnedTimestep(k, (k + 0.5) / count, t, seed_of(settings.seed, k + 1, d), d)
+        PinnedTimestep(k, (k + 0.5) / len(listed), t, seed_of(settings.seed, k + 1, d), d)
         for k, t in enumerate(listed)
         for d in range(settings.draws)
     )
@@ -109,26 +108,21 @@ class PinnedDraws(TorchFunctionMode):
         if name not in RECORDED_CALLS:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
-        try:
-            self._seed_own_generator(kwargs.get("generator"))
-        except Exception as error:
-            self.keep(error)
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
+            # Seeding the global generators does not reach one of the script's own.
+            self._generators[id(generator)] = (generator, generator.get_state())
+            generator.manual_seed(self.timestep.seed)
         result = func(*args, **kwargs)
         try:
-            return self._noted(name, args, kwargs, result)
+            if "dropout" in name and not kwargs.get("training", args[2] if len(args) > 2 else True):
+                return result
+            length = _schedule_length(name, args, kwargs, result)
+            if length is not None:
+                return self.pin(result, lambda: self.timestep.index_in(length), name)
+            self.calls.append((name, tuple(result.shape) if isinstance(result, torch.Tensor) else ()))
         except Exception as error:
             self.keep(error)
-            return result
-
-    def _noted(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-        """The result of a random call, which is recorded or pinned."""
-        if "dropout" in name and not _dropout_draws(args, kwargs):
-            return result
-        length = _schedule_length(name, args, kwargs, result)
-        if length is not None:
-            return self.pin(result, lambda: self.timestep.index_in(length), name)
-        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
-        self.calls.append((name, shape))
         return result
 
     def keep(self, error: Exception) -> None:
@@ -147,14 +141,10 @@ class PinnedDraws(TorchFunctionMode):
             self.keep(error)
             return drawn
 
-    def hand_out(self, name: str) -> None:
-        """Records that the loop was given the timestep instead of drawing it."""
-        self.pins += 1
-        self.calls.append((name + "*", ()))
-
     def start(self) -> None:
         """Enters the mode. Not a `with` block, since the training step that it covers is the script's."""
-        self._enter()
+        self.__enter__()  # type: ignore[no-untyped-call]
+        self._entered = True
 
     def stop(self) -> None:
         """Leaves the mode for good, and puts back the states of the script's own generator objects."""
@@ -172,32 +162,17 @@ class PinnedDraws(TorchFunctionMode):
             yield
         finally:
             if not self._stopped:
-                self._enter()
-
-    def _enter(self) -> None:
-        self.__enter__()  # type: ignore[no-untyped-call]
-        self._entered = True
+                self.start()
 
     def _leave(self) -> None:
         if self._entered:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._entered = False
 
-    def _seed_own_generator(self, generator: object) -> None:
-        # Seeding the global generators does not reach one of the script's own.
-        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
-            self._generators[id(generator)] = (generator, generator.get_state())
-            generator.manual_seed(self.timestep.seed)
-
 
 def show_calls(calls: Sequence[Call]) -> str:
     """Random calls for a person to read."""
     return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
-
-
-def _dropout_draws(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    training = kwargs.get("training", args[2] if len(args) > 2 else True)
-    return bool(training)
 
 
 def _schedule_length(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> int | None:

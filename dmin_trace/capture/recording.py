@@ -1,8 +1,7 @@
 """Records a training loop of one's own, without accelerate and without a trainer: `recording`.
 
-In a training step the generators have the same seed for every sample, the timestep draw is pinned, and
-`loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the generators and the
-optimizers are as they were before.
+In a training step `loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the
+generators and the optimizers are as they were before.
 """
 
 from __future__ import annotations
@@ -11,20 +10,19 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 import numpy as np
 import torch
 
 from dmin_trace.capture.dataset import Columns
-from dmin_trace.capture.guard import Advice, StepGuard
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.source import CaptureSource, CaptureTarget
-from dmin_trace.capture.step import CaptureStep, takes_timestep
+from dmin_trace.capture.step import Advice, CaptureStep, StepGuard, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.project import LOSS_SCALE
@@ -39,8 +37,7 @@ class OpenedTrace(Protocol):
     """A trace that is open for reading, such as `dmin_trace.open_trace` gives."""
 
     @property
-    def store(self) -> Store:
-        """Its store."""
+    def store(self) -> Store: ...
 
 
 _TAKE_THE_TIMESTEP = (
@@ -98,7 +95,8 @@ def recording(
         SettingsError: an invalid argument.
         TraceError: `like` is no finished store.
     """
-    trace = None if like is None else _store_of(like)
+    like = like.store if isinstance(like, OpenedTrace) else like
+    trace = like if like is None or isinstance(like, Store) else open_store(Path(like))
     if not isinstance(samples, int) or samples < 0:
         raise SettingsError(f"samples is {samples!r}; expected the number of samples.")
     columns = dict(columns or {})
@@ -152,16 +150,16 @@ class Recording:
             packages: packages that take part, whose versions are kept in the store.
             batch: gives the batch of a sample, for the data set's fingerprint; None if batches are not known.
         """
-        self._models = list(models)
-        self._settings = settings
-        self._columns = columns
-        self._samples = samples
-        self._out = out
-        self._like = like
-        self._optimizers = None if optimizers is None else list(optimizers)
-        self._item = item
-        self._packages = packages
-        self._batch = batch
+        self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
+        self._source = CaptureSource(
+            samples=samples,
+            columns=columns,
+            # Without optimizers it is not known who trains; requires_grad says what is not trained.
+            trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
+            fetch=None if batch is None else partial(self._fetch, batch),
+            packages=packages,
+        )
+        self._settings, self._item = settings, item
         self._timesteps = pinned_timesteps(settings)
         self._guard = StepGuard(self._models, _denoisers(self._models), _ADVICE, self._backward)
         self._entered: ExitStack | None = None
@@ -226,25 +224,15 @@ class Recording:
     def describe(self, sample: int, item: Any, batch: Any) -> None:
         """Tells of the next sample, before its first training step: for loops that have dataset items and batches.
 
-        Args:
-            sample: its index.
-            item: what the dataset gave for it, where columns are looked for.
-            batch: what was collated from it; a query's images must have the shapes of the trace's.
+        Columns are looked for in the item. In the batch, a query's images must have the shapes of the trace's.
         """
         self._check_turn(sample, 0).sample(sample, item, batch)
 
     def missing(self, sample: int, error: Exception) -> None:
         """Tells of a sample that cannot be loaded, instead of its training steps: its row in the trace stays empty.
 
-        It is never ranked, and `dmin-trace info` lists it.
-
-        Args:
-            sample: its index, the next of `samples`.
-            error: why.
-
-        Raises:
-            CaptureError: another sample is next, or most of the first samples could not be loaded.
-            Exception: the error itself, for a query.
+        It is never ranked, and `dmin-trace info` lists it. Raises CaptureError if another sample is next, or if most
+        of the first samples could not be loaded; for a query, the error itself.
         """
         recorder = self._check_turn(sample, 0)
         recorder.missing(sample, error)
@@ -276,17 +264,8 @@ class Recording:
             out = self._out
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
-            optimizers = self._optimizers
-            source = CaptureSource(
-                samples=self._samples,
-                columns=self._columns,
-                # Without optimizers it is not known who trains; requires_grad says what is not trained.
-                trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
-                fetch=None if self._batch is None else self._batch_of,
-                packages=self._packages,
-            )
             target = CaptureTarget(out=out, like=self._like)
-            recorder = Recorder(self._settings, self._find_trainable(), source, target)
+            recorder = Recorder(self._settings, self._find_trainable(), self._source, target)
             entering.enter_context(self._guard)
             entering.callback(setattr, torch.amp.GradScaler, "scale", torch.amp.GradScaler.scale)
             torch.amp.GradScaler.scale = self._scale  # type: ignore[method-assign,assignment]
@@ -295,9 +274,7 @@ class Recording:
             self._recorder, self._entered = recorder, entering.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._entered is None:
             return
         self._recorder = None
@@ -305,7 +282,7 @@ class Recording:
             left = len(self._pending) - self._done // len(self._timesteps)
             if kind is None and left:
                 raise CaptureError(
-                    f"{left} of {self._samples} samples were not recorded. Loop over all of recording.samples and "
+                    f"{left} of {self._source.samples} samples were not recorded. Loop over all of recording.samples and "
                     "recording.timesteps. What is in the store is kept, and left out when the recording is run again."
                 )
 
@@ -370,22 +347,16 @@ class Recording:
         self._scaled = True
         return losses
 
-    def _batch_of(self, sample: int) -> Any:
+    def _fetch(self, batch: Callable[[int], Any], sample: int) -> Any:
         """A sample's batch, fetched under the seed of `samples`."""
         seed_everything(seed_of(self._settings.seed, 0))
-        return self._batch(sample) if self._batch is not None else None
+        return batch(sample)
 
     def _finish_if_over(self, recorder: Recorder) -> None:
         if self._done == len(self._pending) * len(self._timesteps):
             recorder.finish()
             if self._like is not None:
                 self._queries = _read_queries(open_store(recorder.out), self._like.header.id)
-
-
-def _store_of(trace: OpenedTrace | Store | str | os.PathLike[str]) -> Store:
-    if isinstance(trace, OpenedTrace):
-        return trace.store
-    return trace if isinstance(trace, Store) else open_store(Path(trace))
 
 
 def _read_queries(captured: Store, trace_id: str) -> Queries:

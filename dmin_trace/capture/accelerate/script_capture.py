@@ -22,6 +22,7 @@ from accelerate.utils import gather_object
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.accelerate.loop_variables import replace_attribute
 from dmin_trace.capture.dataset import Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.host import script_host
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 ATTRIBUTE = "_dmin_trace"
 """The attribute of an Accelerator that holds its capture."""
+_GIVEN_BY_EITHER = ("out", "max_train_steps", "num_epochs", "strict")
 
 
 class ScriptCapture:
@@ -52,16 +54,13 @@ class ScriptCapture:
     timesteps: the training steps of each sample.
     driver: drives the script's loop.
     error: what ended the capture, or None.
+    loss_scale: the recorder multiplies losses by it, and divides gradients by it.
     """
 
     def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
-        """Attaches to the accelerator.
+        """Attaches to the accelerator of a script with these arguments, or None.
 
-        Args:
-            accelerator: the script's accelerator.
-            job: what the run is for.
-            args: the script's arguments, or None.
-            launched: whether the command line launched the script; a line in the script may then join.
+        `launched` tells whether the command line launched the script; a line in the script may then join.
         """
         self.job = job
         self.error: Exception | None = None
@@ -73,11 +72,11 @@ class ScriptCapture:
         self._entered = ExitStack()
         self._recorder: Recorder | None = None
         self._encoder_cache = EncoderCache((), ())
+        self.loss_scale = 1.0
         self._sample_ends: list[float] = []
         self._use_settings()
         self.driver = LoopDriver(accelerator, self)
-        setattr(accelerator, ATTRIBUTE, self)
-        self.driver.on_remove(lambda: delattr(accelerator, ATTRIBUTE))
+        self.driver.on_remove(replace_attribute(accelerator, ATTRIBUTE, self))
         atexit.register(self._at_exit)
         self.driver.on_remove(lambda: atexit.unregister(self._at_exit))
 
@@ -91,14 +90,8 @@ class ScriptCapture:
         self._joined = True
         self._args = args if args is not None else self._args
         own = self.job
-        self.job = msgspec.structs.replace(
-            own,
-            settings={**line.settings, **own.settings},
-            out=own.out or line.out,
-            max_train_steps=own.max_train_steps or line.max_train_steps,
-            num_epochs=own.num_epochs or line.num_epochs,
-            strict=own.strict or line.strict,
-        )
+        either = {name: getattr(own, name) or getattr(line, name) for name in _GIVEN_BY_EITHER}
+        self.job = msgspec.structs.replace(own, settings={**line.settings, **own.settings}, **either)
         self._use_settings()
         if self.job.mode == "final":
             self.check_out()
@@ -113,11 +106,6 @@ class ScriptCapture:
     def on_demand(self) -> bool:
         """Whether the capture begins at the first batch, and ends the script."""
         return self.job.mode != "final"
-
-    @property
-    def strict(self) -> bool:
-        """Whether an error in the capture ends the training."""
-        return self.job.strict
 
     @property
     def item_seed(self) -> int:
@@ -172,7 +160,7 @@ class ScriptCapture:
         if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
         accelerator = run.accelerator
-        self._scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
+        self.loss_scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
         source = CaptureSource(
             samples=run.samples,
             # Queries have no labels: columns that the settings name need not be there.
@@ -210,10 +198,6 @@ class ScriptCapture:
         """Begins a sample, with its dataset item and the batch collated from it."""
         self._encoder_cache.forget()
         self.recorder.sample(sample, item, batch)
-
-    def backward(self, step: CaptureStep, loss: torch.Tensor) -> None:
-        """Takes the gradient of a step's loss."""
-        self.recorder.backward(step, loss, self._scale)
 
     def take(self, step: CaptureStep) -> None:
         """Keeps what a step gave."""

@@ -33,7 +33,7 @@ class QueryColumns:
 
 @dataclass(frozen=True)
 class QueryRun:
-    """One run of the script on queries: its command line, and the numbers of the queries in the order of its samples."""
+    """One run of the script on queries: its command line, and the queries' numbers in the order of its samples."""
 
     arguments: tuple[str, ...]
     queries: tuple[int, ...]
@@ -65,10 +65,8 @@ class Host(Protocol):
     ) -> AbstractContextManager[None]:
         """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
 
-        Args:
-            ema: one of `averaged_models`, of exactly these parameters.
-            parameters: all parameters of the model, in the model's order.
-            step_first: average the last optimizer step in first, where the script has yet to do so.
+        `ema` is one of `averaged_models`, of exactly these parameters of a model in their order. `step_first`: average
+        the last optimizer step in first, where the script has yet to do so.
         """
 
     def parameter_key(self, key: str) -> str:

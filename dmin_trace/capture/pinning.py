@@ -9,7 +9,7 @@ call is recorded by name and shape: two samples with other sequences of calls di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,6 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
 class PinnedDraws(TorchFunctionMode):
     """While entered: records torch's random calls, and replaces draws of a timestep by the pinned one.
 
-    timestep: the pinned one.
     backward: what is called instead of `Tensor.backward`, with the same arguments; None leaves it as it is.
     calls: the random calls so far, in order; a pinned one is marked with a star.
     pins: how many draws were pinned.
@@ -89,18 +88,14 @@ class PinnedDraws(TorchFunctionMode):
     pins: int = 0
     error: CaptureError | None = None
     _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
-    _entered: bool = False
+    _entered: ExitStack = field(default_factory=ExitStack)
     _stopped: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if self.backward is not None and func is torch.Tensor.backward:
@@ -143,12 +138,11 @@ class PinnedDraws(TorchFunctionMode):
 
     def start(self) -> None:
         """Enters the mode. Not a `with` block, since the training step that it covers is the script's."""
-        self.__enter__()  # type: ignore[no-untyped-call]
-        self._entered = True
+        self._entered.enter_context(self)
 
     def stop(self) -> None:
         """Leaves the mode for good, and puts back the states of the script's own generator objects."""
-        self._leave()
+        self._entered.close()
         self._stopped = True
         for generator, state in self._generators.values():
             generator.set_state(state)
@@ -157,17 +151,12 @@ class PinnedDraws(TorchFunctionMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves the mode during a `with` block; if it is stopped in the block, it stays stopped."""
-        self._leave()
+        self._entered.close()
         try:
             yield
         finally:
             if not self._stopped:
                 self.start()
-
-    def _leave(self) -> None:
-        if self._entered:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._entered = False
 
 
 def show_calls(calls: Sequence[Call]) -> str:

@@ -104,9 +104,7 @@ def recording(
     if columns:
         given["columns"] = tuple(columns)
     if (trace is None) == (out is None):
-        raise SettingsError(
-            "recording takes out='...' for a new trace, or like='...' for queries; expected one of both."
-        )
+        raise SettingsError("recording takes out='...' for a new trace, or like='...' for queries; give one of both.")
     if trace is not None and given:
         raise SettingsError(f"{', '.join(given)} was given with like: queries have the settings of their trace.")
     for name, values in columns.items():
@@ -116,7 +114,6 @@ def recording(
     return Recording(
         _listed(model, torch.nn.Module, "model", "modules"),
         made,
-        Columns(None, made.columns if trace is None else None),
         samples=samples,
         out=None if out is None else Path(out),
         like=trace,
@@ -132,13 +129,13 @@ class Recording:
         self,
         models: Sequence[torch.nn.Module],
         settings: Settings,
-        columns: Columns,
         *,
         samples: int,
         out: Path | None = None,
         like: Store | None = None,
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
         item: Callable[[int], Any] | None = None,
+        dataset: Any = None,
         packages: Sequence[str] = (),
         batch: Callable[[int], Any] | None = None,
     ) -> None:
@@ -146,14 +143,15 @@ class Recording:
 
         Args:
             settings: those of the trace, for queries.
-            item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
+            item: gives the dataset's item for a sample, where columns are looked for; None if `describe` is called.
+            dataset: the data set, where columns are looked for too.
             packages: packages that take part, whose versions are kept in the store.
             batch: gives the batch of a sample, for the data set's fingerprint; None if batches are not known.
         """
         self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
         self._source = CaptureSource(
             samples=samples,
-            columns=columns,
+            columns=Columns(dataset, settings.columns if like is None else None),
             # Without optimizers it is not known who trains; requires_grad says what is not trained.
             trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
             fetch=None if batch is None else partial(self._fetch, batch),
@@ -166,11 +164,8 @@ class Recording:
         self._recorder: Recorder | None = None
         self._pending: list[int] = []
         self._done = 0
-        self._scaled = False
-        self._failed = False
+        self._scaled = self._failed = False
         self._queries: Queries | None = None
-
-    # -- what the loop calls ---------------------------------------------------------------------------------------
 
     @property
     def timesteps(self) -> range:
@@ -191,11 +186,8 @@ class Recording:
     def step(self, sample: int, timestep: int) -> Iterator[CaptureStep]:
         """The training step of one sample at one timestep: compute the loss in it, and call `loss.backward()` once.
 
-        Gives a `CaptureStep`, for loops that take their timestep from it.
-
-        Args:
-            sample: its index, the next of `samples`.
-            timestep: the number of the timestep, the next of `timesteps`.
+        Gives a `CaptureStep`, for loops that take their timestep from it. `sample` is the next of `samples`, and
+        `timestep` the next of `timesteps`.
 
         Raises:
             CaptureError: another step is next; or the step gave no gradient, or one that cannot be compared with those
@@ -253,8 +245,6 @@ class Recording:
             )
         return self._queries
 
-    # -- beginning and end -----------------------------------------------------------------------------------------
-
     def __enter__(self) -> Recording:
         if self._entered is not None:
             raise CaptureError("This recording was entered already. Make another with recording(...).")
@@ -282,8 +272,9 @@ class Recording:
             left = len(self._pending) - self._done // len(self._timesteps)
             if kind is None and left:
                 raise CaptureError(
-                    f"{left} of {self._source.samples} samples were not recorded. Loop over all of recording.samples and "
-                    "recording.timesteps. What is in the store is kept, and left out when the recording is run again."
+                    f"{left} of {self._source.samples} samples were not recorded. Loop over all of recording.samples "
+                    "and recording.timesteps. What is in the store is kept, and left out when the recording is run "
+                    "again."
                 )
 
     def _refuse_models(self) -> None:
@@ -305,8 +296,6 @@ class Recording:
                 "it was in the training: model.requires_grad_(True)."
             )
         return found
-
-    # -- in a training step ----------------------------------------------------------------------------------------
 
     def _check_turn(self, sample: int, timestep: int) -> Recorder:
         """Raises CaptureError unless this sample and timestep are the next."""

@@ -90,11 +90,8 @@ class CaptureStep:
 class Advice:
     """What to do about a training step that cannot be captured, in terms of the loop that it belongs to.
 
-    backward: the call by which the loop computes gradients.
-    once: how to make that call, where a step does not make it once.
-    changed: where a step changes parameters.
-    pinned: where a step draws its timestep in a way that is not pinned.
-    seen: where a step calls no model with a timestep.
+    `backward` is the call by which the loop computes gradients. The others are for steps that do not make that call
+    once, that change parameters, whose timestep is not pinned, and that call no model with a timestep.
     """
 
     backward: str
@@ -107,9 +104,8 @@ class Advice:
 class StepGuard:
     """Runs training steps of models in eval mode, and sees what they draw, change and call.
 
-    A context manager: on leaving it the models are as they were before.
-
-    step: the training step that is under way, or None.
+    A context manager: on leaving it the models are as they were before. `step` is the training step that is under way,
+    or None.
     """
 
     def __init__(
@@ -119,14 +115,10 @@ class StepGuard:
         advice: Advice,
         backward: Callable[..., None] | None = None,
     ) -> None:
-        """Changes nothing yet.
+        """Changes nothing yet. Training steps may change `models`, and call `denoisers` with the timestep.
 
-        Args:
-            models: all models that training steps may change.
-            denoisers: the modules that are called with the timestep.
-            advice: ends the errors of `check`.
-            backward: called in the place of `Tensor.backward`, for loops that call it themselves. No optimizer may
-                step then, and nothing may reach `.grad`.
+        `backward` is called in the place of `Tensor.backward`, for loops that call it themselves. No optimizer may step
+        then, and nothing may reach `.grad`.
         """
         self.step: CaptureStep | None = None
         self._models = list(models)

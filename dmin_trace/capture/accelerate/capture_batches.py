@@ -21,6 +21,7 @@ from dmin_trace.capture.pinning import PinnedTimestep
 from dmin_trace.capture.random_state import RandomState
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard
 from dmin_trace.errors import CaptureError, DminTraceError
+from dmin_trace.project import LOSS_SCALE
 
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.script_capture import ScriptCapture
@@ -54,7 +55,6 @@ class CaptureBatches:
         self._run, self._capture = run, capture
         self._guard = StepGuard((), (), _ADVICE)
         self._batch: Any = None
-        self._random_state: RandomState | None = None
         self._undo = ExitStack()
 
     @property
@@ -65,8 +65,9 @@ class CaptureBatches:
     def remember(self) -> bool:
         """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
         with self._guarded():
-            self._random_state = RandomState.take()
+            self._undo.callback(RandomState.take().restore)
             self.variables = LoopVariables(script_frame())
+            self._undo.callback(self.variables.restore)
         return not self.failed
 
     def __iter__(self) -> Iterator[Any]:
@@ -104,20 +105,18 @@ class CaptureBatches:
     @contextmanager
     def script_code(self) -> Iterator[None]:
         """Around the script's code in a training step: its errors end the capture, and not the script."""
-        step = self.step
         self._run.set_sync(False)
+        where = f"The script's own code failed in {self.step.name if self.step else 'a training step'}"
         try:
             yield
         except Exception as error:
-            where = f"The script's own code failed in {step.name if step else 'a training step'}"
             if self._raises:
                 logger.error("%s.", where)
                 self._abandon()
                 raise
             # The script's variables are put back, so it can go on.
-            failure = CaptureError(f"{where}: {type(error).__name__}: {error}")
-            if not self._capture.hold(failure):
-                self._fail(failure)
+            with self._guarded():
+                raise CaptureError(f"{where}: {type(error).__name__}: {error}") from error
         except BaseException:
             self._abandon()
             raise
@@ -131,7 +130,8 @@ class CaptureBatches:
         if not self.failed:
             # No random call of ours is to be seen; and looking at every call of torch takes time.
             with step.draws.paused(), self._guarded():
-                self._capture.recorder.backward(step, loss, self._capture.loss_scale)
+                scaled = self._run.accelerator.scaler is not None
+                self._capture.recorder.backward(step, loss, LOSS_SCALE if scaled else 1.0)
 
     def close_step(self) -> None:
         """Ends the step that is under way, if one is, and hands it to the recorder."""
@@ -153,13 +153,7 @@ class CaptureBatches:
         """Puts everything back, after the last step or after a failure. A second call does nothing."""
         with self._guarded():
             self._undo.close()
-        if self.variables is not None:
-            with self._guarded():
-                self.variables.restore()
-        if self._random_state is not None:
-            with self._guarded():
-                self._random_state.restore()
-        self.variables = self._random_state = None
+        self.variables = None
 
     def _begin(self) -> list[int]:
         run, accelerator = self._run, self._run.accelerator
@@ -214,8 +208,6 @@ class CaptureBatches:
                 f"{failure}"
             ) from failure
 
-    # -- errors ----------------------------------------------------------------------------------------------------
-
     @property
     def _raises(self) -> bool:
         """Whether errors are raised, which ends the script."""
@@ -223,24 +215,19 @@ class CaptureBatches:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Around code of ours: its errors end the capture, and not the script."""
+        """Around code of ours: after an error the step under way runs on, and the loop ends as it would have."""
         try:
             yield
         except Exception as error:
             if self._capture.hold(error):
                 return
+            self.failed = self.is_last = True
             if self._raises:
-                self.failed = True
                 self._abandon()
                 raise
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        """Ends the capture, and not the script: the step under way runs on, and the loop ends as it would have."""
-        self.failed = self.is_last = True
-        if not isinstance(error, DminTraceError):
-            logger.debug("The capture failed.", exc_info=True)
-        self._capture.failed(error)
+            if not isinstance(error, DminTraceError):
+                logger.debug("The capture failed.", exc_info=True)
+            self._capture.failed(error)
 
     def _abandon(self) -> None:
         """Puts back what can be put back while an error ends the script."""

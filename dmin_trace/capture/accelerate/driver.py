@@ -79,8 +79,6 @@ class LoopDriver:
         """Takes every wrapper off the accelerator and its loaders, and all else that attaching left."""
         self._undo.close()
 
-    # -- what the script calls -------------------------------------------------------------------------------------
-
     def _prepare(self, *objects: Any, **options: Any) -> Any:
         """Learns the models, the optimizers and the loader."""
         prepared = self._original["prepare"](*objects, **options)
@@ -134,8 +132,6 @@ class LoopDriver:
         found = re.findall(r"checkpoint[-_](\d+)", str(input_dir))
         self._first_step = int(found[-1]) if found else 0
         self._original["load_state"](input_dir, *args, **options)
-
-    # -- when to capture -------------------------------------------------------------------------------------------
 
     def _drive(self, loader: Any) -> None:
         """Makes the loader yield capture batches after its own; it stays the same object, its class a subclass."""

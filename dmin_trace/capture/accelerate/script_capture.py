@@ -1,7 +1,5 @@
 """One capture of a training script: of its training samples, or of queries.
 
-    script -> LoopDriver -> CaptureBatches -> ScriptCapture -> Recorder -> store
-
 Here is what only a script with accelerate has: its arguments, its averaged weights (EMA), its processes, the line in it
 or the command line that launched it, and a training that must go on if the capture fails.
 """
@@ -35,7 +33,6 @@ from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, remember, script_of
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
-from dmin_trace.project import LOSS_SCALE
 from dmin_trace.settings import Settings, make_settings
 from dmin_trace.store import Header, Store
 
@@ -54,7 +51,6 @@ class ScriptCapture:
     timesteps: the training steps of each sample.
     driver: drives the script's loop.
     error: what ended the capture, or None.
-    loss_scale: the recorder multiplies losses by it, and divides gradients by it.
     """
 
     def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
@@ -72,7 +68,6 @@ class ScriptCapture:
         self._entered = ExitStack()
         self._recorder: Recorder | None = None
         self._encoder_cache = EncoderCache((), ())
-        self.loss_scale = 1.0
         self._sample_ends: list[float] = []
         self._use_settings()
         self.driver = LoopDriver(accelerator, self)
@@ -99,8 +94,6 @@ class ScriptCapture:
     def _use_settings(self) -> None:
         self.settings: Settings = make_settings(self._like.header.settings if self._like else self.job.settings)
         self.timesteps: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
-
-    # -- where and when --------------------------------------------------------------------------------------------
 
     @property
     def on_demand(self) -> bool:
@@ -137,8 +130,6 @@ class ScriptCapture:
             raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
         store.check_free(self.out)
 
-    # -- what the capture batches call -----------------------------------------------------------------------------
-
     def begin(self) -> list[int]:
         """Fixes the weights, saves them, and gives the samples that this process captures, in order."""
         run, variables = self.driver.run, self.driver.batches.variables
@@ -160,7 +151,6 @@ class ScriptCapture:
         if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
         accelerator = run.accelerator
-        self.loss_scale = LOSS_SCALE if accelerator.scaler is not None else 1.0
         source = CaptureSource(
             samples=run.samples,
             # Queries have no labels: columns that the settings name need not be there.
@@ -173,13 +163,15 @@ class ScriptCapture:
             edited_script=self.job.edited_script,
             packages=("accelerate",),
         )
+        size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
         target = CaptureTarget(
             out=out,
             resume=self.job.mode == "now",
             like=self._like,
-            reserve=self._to_save() if self.job.mode == "final" else None,
+            # For the models, and for a checkpoint with two moments of each parameter.
+            reserve=4 * sum(size_of_models) if self.job.mode == "final" else None,
             trial=trial,
-            created=self._remember,
+            created=self._remember if self._like is None else lambda header: None,
         )
         ranks = Ranks(accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message]))
         self._recorder = Recorder(self.settings, trainable, source, target, ranks)
@@ -228,8 +220,6 @@ class ScriptCapture:
         """How long the last sample of a trial took, all its timesteps: the first one warms up."""
         return self._sample_ends[-1] - self._sample_ends[-2]
 
-    # -- the end of the script -------------------------------------------------------------------------------------
-
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
         if isinstance(self.error, StoppedError):
@@ -266,8 +256,6 @@ class ScriptCapture:
             "on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS."
         )
 
-    # -- what the recorder needs to know ---------------------------------------------------------------------------
-
     def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
         step = self.driver.batches.step
         if step is None:
@@ -285,10 +273,10 @@ class ScriptCapture:
         return (timestep.index_in(self._schedule_length) + 0.5) / self._schedule_length
 
     def _enter_average(self, ema: Any) -> None:
+        shapes = [shadow.shape for shadow in ema.shadow_params]
         for model in self._models:
             parameters = list(model.parameters())
-            shapes = [tuple(shadow.shape) for shadow in ema.shadow_params]
-            if [tuple(p.shape) for p in parameters] == shapes:
+            if [parameter.shape for parameter in parameters] == shapes:
                 averaged = self._host.averaged_weights(ema, parameters, self.driver.step_pending)
                 self._entered.enter_context(averaged)
                 logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
@@ -300,8 +288,6 @@ class ScriptCapture:
 
     def _remember(self, header: Header) -> None:
         """Keeps the command line of the run that made a trace, for later queries."""
-        if self._like is not None:
-            return
         if not self.job.command.script:
             logger.warning(
                 "This run is no script with a command line (a notebook, say), so queries will not know how to repeat "
@@ -311,15 +297,10 @@ class ScriptCapture:
         try:
             remember(header.id, self.job.command)
         except OSError as error:
+            why = error.strerror or error
             logger.warning(
-                "The command of this run could not be kept for queries (%s): give it to them, after --.",
-                error.strerror or error,
+                "The command of this run could not be kept for queries (%s): give it to them, after --.", why
             )
-
-    def _to_save(self) -> int:
-        """Bytes that the script may need at its end: for its models, and for a checkpoint with two moments of each."""
-        parameters = (parameter for model in self._models for parameter in model.parameters())
-        return 4 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def _batch_of(self, sample: int) -> Any:
         """A sample's batch, for the data set's fingerprint."""

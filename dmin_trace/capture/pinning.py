@@ -1,8 +1,7 @@
 """Pins the timestep of a training step, and records its random calls.
 
-A gradient of the training loss depends on the noise and on the timestep that the script draws. For the gradients of
-two samples to be comparable both must be the same (paper, equations 7 to 9), so before each training step the
-generators are seeded with the timestep's seed, and the draw of the timestep is replaced by the pinned one. Every random
+For the gradients of two samples to be comparable, noise and timestep must be the same (paper, equations 7 to 9): before
+each training step the generators are seeded, and the draw of the timestep is replaced by the pinned one. Every random
 call is recorded by name and shape: two samples with other sequences of calls did not get the same noise.
 """
 

@@ -139,14 +139,11 @@ class Recording:
         packages: Sequence[str] = (),
         batch: Callable[[int], Any] | None = None,
     ) -> None:
-        """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and:
+        """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and `settings` of the trace for queries.
 
-        Args:
-            settings: those of the trace, for queries.
-            item: gives the dataset's item for a sample, where columns are looked for; None if `describe` is called.
-            dataset: the data set, where columns are looked for too.
-            packages: packages that take part, whose versions are kept in the store.
-            batch: gives the batch of a sample, for the data set's fingerprint; None if batches are not known.
+        `item` gives the dataset's item for a sample, where columns are looked for; None if `describe` is called. They
+        are also looked for in `dataset`. The versions of `packages` are kept in the store. `batch` gives the batch of a
+        sample, for the data set's fingerprint; None if batches are not known.
         """
         self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
         self._source = CaptureSource(
@@ -272,9 +269,8 @@ class Recording:
             left = len(self._pending) - self._done // len(self._timesteps)
             if kind is None and left:
                 raise CaptureError(
-                    f"{left} of {self._source.samples} samples were not recorded. Loop over all of recording.samples "
-                    "and recording.timesteps. What is in the store is kept, and left out when the recording is run "
-                    "again."
+                    f"{left} of {self._source.samples} samples were not recorded. Loop over all recording.samples and "
+                    "recording.timesteps. What is in the store is kept, and left out when the recording is run again."
                 )
 
     def _refuse_models(self) -> None:
@@ -300,9 +296,7 @@ class Recording:
     def _check_turn(self, sample: int, timestep: int) -> Recorder:
         """Raises CaptureError unless this sample and timestep are the next."""
         if self._recorder is None:
-            raise CaptureError(
-                "The recording is not under way. Loop inside: with dmin_trace.recording(...) as recording."
-            )
+            raise CaptureError("The recording is not under way. Loop in: with dmin_trace.recording(...) as recording.")
         if self._failed:
             raise CaptureError("An earlier training step failed. Fix what its error names, and make another recording.")
         if self._guard.step is not None:

@@ -1,7 +1,6 @@
-"""Runs of a training step for a capture, each on one sample at one timestep: `CaptureStep`, opened by a `StepGuard`.
+"""One run of a training step for a capture, on one sample at one timestep: `CaptureStep`, opened by a `StepGuard`.
 
-guard.open(sample, timestep)    generators seeded, draws of timesteps pinned
-  ...                           the training step, which is the loop's own code
+guard.open(sample, timestep)    generators seeded, draws of timesteps pinned; then the loop's own code runs
 guard.close()                   its generators are put back
 guard.check(step, moved)        raises if its gradient cannot be compared with those of other samples
 """
@@ -57,10 +56,7 @@ class CaptureStep:
         return f"the training step of sample {self.sample}, timestep {self.pinned.number}"
 
     def timestep(self, steps: int) -> int:
-        """The timestep, in a schedule of so many steps.
-
-        Raises CaptureError if timesteps were given as a list, and this one lies beyond the schedule.
-        """
+        """The timestep, in a schedule of so many steps. Raises CaptureError if a given one lies beyond the schedule."""
         timestep = self.pinned.index_in(steps)
         self._give(timestep)
         return timestep

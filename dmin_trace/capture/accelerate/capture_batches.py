@@ -24,7 +24,7 @@ from dmin_trace.errors import CaptureError, DminTraceError
 from dmin_trace.project import LOSS_SCALE
 
 if TYPE_CHECKING:
-    from dmin_trace.capture.accelerate.script_capture import ScriptCapture
+    from dmin_trace.capture.accelerate.attach import ScriptCapture
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ class CaptureBatches:
     """
 
     def __init__(self, run: TrainingRun, capture: ScriptCapture) -> None:
-        """Changes nothing yet. `capture` gets the losses."""
         self.variables: LoopVariables | None = None
         self.failed = self.is_last = False
         self._run, self._capture = run, capture
@@ -73,9 +72,11 @@ class CaptureBatches:
     def __iter__(self) -> Iterator[Any]:
         """The capture batches. The script's loop runs its training step on each before it takes the next."""
         timesteps, samples = self._capture.timesteps, list[int]()
-        if self.variables is not None or self.remember():
+        if self.variables is None:
+            self.remember()
+        if self.variables is not None:
             with self._guarded():
-                samples = self._begin()
+                samples = self._begin(self.variables)
         for n, (sample, timestep) in enumerate(product(samples, timesteps)):
             batch = None
             if timestep == timesteps[0] and not self.failed:
@@ -121,11 +122,8 @@ class CaptureBatches:
             self._abandon()
             raise
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, step: CaptureStep, loss: torch.Tensor) -> None:
         """The script's `accelerator.backward(loss)` in the step that is under way."""
-        step = self.step
-        if step is None:
-            raise CaptureError("No capture batch is under way. This is an error of dmin_trace; report it.")
         step.backwards += 1
         if not self.failed:
             # No random call of ours is to be seen; and looking at every call of torch takes time.
@@ -155,7 +153,7 @@ class CaptureBatches:
             self._undo.close()
         self.variables = None
 
-    def _begin(self) -> list[int]:
+    def _begin(self, variables: LoopVariables) -> list[int]:
         run, accelerator = self._run, self._run.accelerator
         if not run.optimizers:
             raise CaptureError(
@@ -173,14 +171,13 @@ class CaptureBatches:
         self._undo.callback(replace_attribute(state, "plugin_kwargs", options))
         self._undo.callback(run.set_sync, accelerator.sync_gradients)
         run.set_sync(False)
-        values = self.variables.values() if self.variables else ()
-        modules = list(dict.fromkeys(value for value in values if isinstance(value, torch.nn.Module)))
+        modules = list(dict.fromkeys(value for value in variables.values() if isinstance(value, torch.nn.Module)))
         self._guard = self._undo.enter_context(StepGuard(run.models, run.denoisers(modules), _ADVICE))
         for model in run.models:
             # DDP would wait for gradients that never come.
             self._undo.enter_context(accelerator.no_sync(model))
         self._undo.callback(self._capture.leave)
-        return self._capture.begin()
+        return self._capture.begin(variables)
 
     def _load(self, sample: int) -> None:
         """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded."""

@@ -28,7 +28,7 @@ from dmin_trace.capture.accelerate.training_run import TrainingRun
 from dmin_trace.errors import CaptureError
 
 if TYPE_CHECKING:
-    from dmin_trace.capture.accelerate.script_capture import ScriptCapture
+    from dmin_trace.capture.accelerate.attach import ScriptCapture
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +44,17 @@ class LoopDriver:
     batches: the capture batches.
     captured: the capture has begun, or can no longer begin.
     step_pending: the script has yet to count, average and save its last optimizer step.
+    undo: what `remove` does.
     """
 
     def __init__(self, accelerator: Accelerator, capture: ScriptCapture) -> None:
-        """Wraps an accelerator with which nothing is prepared yet.
-
-        `capture` knows when the training ends, and gets the losses. If it is on demand, it begins at the first batch,
-        and the script ends after it.
-        """
+        """Wraps an accelerator with which nothing is prepared yet. `capture` knows when the training ends."""
         self.run = TrainingRun(accelerator)
         self.batches = CaptureBatches(self.run, capture)
         self.captured = self.step_pending = False
         self._accelerator, self._capture = accelerator, capture
         self._first_step = self._steps = self._epochs = 0
-        self._undo = ExitStack()
+        self.undo = ExitStack()
         wrappers: dict[str, Callable[..., Any]] = {
             "prepare": self._prepare,
             "skip_first_batches": self._skip_first_batches,
@@ -69,15 +66,11 @@ class LoopDriver:
             wrappers[name] = partial(self._skip_in_capture, name)
         self._original: dict[str, Callable[..., Any]] = {name: getattr(accelerator, name) for name in wrappers}
         for name, wrapper in wrappers.items():
-            self.on_remove(replace_attribute(accelerator, name, wrapper))
-
-    def on_remove(self, undo: Callable[[], None]) -> None:
-        """Adds to what `remove` does."""
-        self._undo.callback(undo)
+            self.undo.callback(replace_attribute(accelerator, name, wrapper))
 
     def remove(self) -> None:
         """Takes every wrapper off the accelerator and its loaders, and all else that attaching left."""
-        self._undo.close()
+        self.undo.close()
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
         """Learns the models, the optimizers and the loader."""
@@ -110,8 +103,8 @@ class LoopDriver:
             self._end_deferral()
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
-        if self.batches.step is not None:
-            self.batches.backward(loss)
+        if (step := self.batches.step) is not None:
+            self.batches.backward(step, loss)
         elif self._capture.on_demand:
             raise CaptureError(
                 "The script trains on batches that are not capture batches: it never passed a DataLoader to "
@@ -140,7 +133,7 @@ class LoopDriver:
         set_class = vars(object)["__class__"].__set__
         iterate = {"__iter__": lambda loader: self._batches_of(kind.__iter__(loader)), "__module__": kind.__module__}
         set_class(loader, type(kind.__name__, (kind,), iterate))
-        self._undo.callback(set_class, loader, kind)
+        self.undo.callback(set_class, loader, kind)
 
     def _batches_of(self, own: Iterator[Any]) -> Iterator[Any]:
         """The batches of one pass over the loader, and the capture batches where the training ends in this pass."""

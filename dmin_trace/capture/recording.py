@@ -296,7 +296,7 @@ class Recording:
     def _check_turn(self, sample: int, timestep: int) -> Recorder:
         """Raises CaptureError unless this sample and timestep are the next."""
         if self._recorder is None:
-            raise CaptureError("The recording is not under way. Loop inside with dmin_trace.recording(...) as recording.")
+            raise CaptureError("The recording is not under way. Loop inside `with dmin_trace.recording(...)`.")
         if self._failed:
             raise CaptureError("An earlier training step failed. Fix what its error names, and make another recording.")
         if self._guard.step is not None:

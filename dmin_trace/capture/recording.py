@@ -171,10 +171,7 @@ class Recording:
 
     @property
     def samples(self) -> Iterator[int]:
-        """The samples that are still to be recorded, in order.
-
-        The generators are seeded before each, so that all samples get the same augmentation when they are fetched.
-        """
+        """The samples still to be recorded, in order. Before each the same seed is set, for its augmentation."""
         for sample in self._pending[self._done // len(self._timesteps) :]:
             seed_everything(seed_of(self._settings.seed, 0))
             yield sample
@@ -231,10 +228,7 @@ class Recording:
 
     @property
     def queries(self) -> Queries:
-        """After a recording `like` a trace: the projected gradients of its samples, in their order.
-
-        Raises QueryError if this recording makes a trace, or is not over.
-        """
+        """The gradients of a finished recording `like` a trace. Raises QueryError for any other recording."""
         if self._queries is None:
             raise QueryError(
                 "There are no queries: this recording makes a trace, or has not recorded all its samples. Record with "

@@ -31,9 +31,7 @@ class CaptureStep:
     A loop that draws its timestep by torch.randint or torch.multinomial needs nothing of this: those are pinned. One
     that takes its timestep from outside takes it from `timestep` or `fraction`.
 
-    sample: the dataset index.
-    pinned: the timestep, with its seed.
-    draws: the random calls of the step.
+    sample, pinned, draws: the dataset index, the timestep with its seed, and the random calls of the step.
     seen: the timestep that the denoiser was called with, a tensor on its device; None before that.
     given: the timestep that `timestep` or `fraction` gave first; None before that.
     backwards: how often the step called backward.

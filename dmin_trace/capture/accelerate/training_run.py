@@ -61,10 +61,7 @@ class TrainingRun:
         return len(self.loader.dataset)
 
     def fetch(self, sample: int, seed: int) -> tuple[Any, Any]:
-        """A sample's dataset item and the batch collated from it, with all generators seeded.
-
-        Raises whatever the data set and its collate_fn raise.
-        """
+        """A sample's dataset item and the batch collated from it, with all generators seeded."""
         seed_everything(seed)
         item = item_of(self.loader.dataset, sample)
         return item, self.loader.collate_fn([item])

@@ -115,9 +115,8 @@ class CaptureBatches:
                 logger.error("%s.", where)
                 self._abandon()
                 raise
-            # The script's variables are put back, so it can go on.
-            with self._guarded():
-                raise CaptureError(f"{where}: {type(error).__name__}: {error}") from error
+            # The script's variables are put back, so it can go on. Its error is not kept: it would keep its tensors.
+            self._fail(CaptureError(f"{where}: {type(error).__name__}: {error}"))
         except BaseException:
             self._abandon()
             raise
@@ -216,15 +215,19 @@ class CaptureBatches:
         try:
             yield
         except Exception as error:
-            if self._capture.hold(error):
-                return
-            self.failed = self.is_last = True
-            if self._raises:
-                self._abandon()
-                raise
-            if not isinstance(error, DminTraceError):
-                logger.debug("The capture failed.", exc_info=True)
-            self._capture.failed(error)
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the capture, or the script too where errors are raised. Some errors wait until all processes meet."""
+        if self._capture.hold(error):
+            return
+        self.failed = self.is_last = True
+        if self._raises:
+            self._abandon()
+            raise error
+        if not isinstance(error, DminTraceError):
+            logger.debug("The capture failed.", exc_info=True)
+        self._capture.failed(error)
 
     def _abandon(self) -> None:
         """Puts back what can be put back while an error ends the script."""

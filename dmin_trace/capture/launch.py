@@ -19,9 +19,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dmin_trace.capture.accelerate.attach import attach_job
+from dmin_trace.capture.accelerate.attach import ScriptCapture, attach_job
 from dmin_trace.capture.accelerate.driver import CaptureFinished
-from dmin_trace.capture.accelerate.script_capture import ScriptCapture
 from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
 

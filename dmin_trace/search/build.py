@@ -1,42 +1,39 @@
 """Builds the index of a store: finds what deflated scores need, links the vectors, and measures the recall.
 
-The number of candidates and the fold are chosen by the recall that is measured for each score. Where it cannot be
-reached, the index keeps no graph, and queries scan all samples.
+The number of candidates and the fold are chosen by the recall that is measured for each score (`calibrate`). Where it
+cannot be reached, the index keeps no graph, and queries scan all samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import psutil
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.search import deflation
 from dmin_trace.search.calibrate import calibrate, calibration_queries, true_best
 from dmin_trace.search.deflation import Progress, Score
-from dmin_trace.search.graph import graph_bytes, make_graph
+from dmin_trace.search.graph import Graph, graph_bytes, make_graph
+from dmin_trace.search.index import COMMON_DIRECTIONS, Reduction, common_directions
 from dmin_trace.search.index_files import (
     CHECKSUMS,
     COMMON,
     COPIES,
     EIGENVALUES,
     PRINCIPAL,
+    Depth,
     Facts,
     check_folder,
     index_beside,
     write_index,
 )
-from dmin_trace.search.ranking import has_direction
-from dmin_trace.search.vectors import COMMON_DIRECTIONS, Reduction, common_directions
+from dmin_trace.search.ranking import Floats, Rows, has_direction
 from dmin_trace.store import Store, row_checksum
-
-if TYPE_CHECKING:
-    import hnswlib
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +41,7 @@ RECALL_AT_100 = 0.95
 """The recall that is wanted of the 100 best; that of the 10 best is an argument."""
 HELD_OUT_SAMPLES = 64
 """Samples that calibration uses as queries before they are in the graph."""
-MAX_QUERY_NUMBERS = 2**28
+MAX_CALIBRATION_NUMBERS = 2**28
 """The numbers of all calibration queries at the most: fewer samples are held out where gradients are very long."""
 ROWS_PER_CANDIDATE = 8
 """Candidates are at most one in so many rows: beyond that, scattered reads take about as long as the scan."""
@@ -88,8 +85,7 @@ def build_index(
     """
     progress = progress or (lambda what, done, of: None)
     _check_settings(recall, m, ef_construction)
-    header = store.header
-    folds = possible_folds(store, fold, m)
+    header, folds = store.header, possible_folds(store, fold, m)
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is indexed.")
     folder = index_beside(store.path)
@@ -97,11 +93,44 @@ def build_index(
     _check_graph_memory(store, folds[0], m)
 
     kept, copies, checksums = _distinct_rows(store, progress)
-    fitting = max(8, MAX_QUERY_NUMBERS // (2 * len(header.timesteps) * header.dimension))
+    fitting = max(8, MAX_CALIBRATION_NUMBERS // (2 * len(header.timesteps) * header.dimension))
     held = kept[np.linspace(0, len(kept) - 1, min(HELD_OUT_SAMPLES, fitting, len(kept) // 4)).astype(np.int64)]
     linked = np.setdiff1d(kept, held)
     most = min(MAX_CANDIDATES, len(linked) // ROWS_PER_CANDIDATE)
     wanted = {k: part for k, part in ((10, recall), (100, RECALL_AT_100)) if k <= most}
+    principal = None
+    arrays: dict[str, NDArray[Any]] = {}
+    if directions != 0 and len(kept):
+        needed = deflation.directions_memory(store, directions)
+        _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
+        principal = deflation.principal_directions(store, directions, progress)
+        arrays = {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
+    tried, short, graph = folds[0], f"{len(kept)} samples are few enough to scan", None
+    depths: tuple[Depth, ...] = ()
+    if wanted:
+        queries: dict[Score, Floats] = {"dmin": calibration_queries(store, held)}
+        if principal is not None:
+            queries["deflated"] = principal.deflate(queries["dmin"])
+        truth = {score: true_best(store, of, held, copies, max(wanted), progress) for score, of in queries.items()}
+        common = common_directions(store, kept)
+        for tried in folds:
+            _check_graph_memory(store, tried, m)
+            reduction = Reduction(common, tried)
+            graph = make_graph(reduction.length, len(kept), m, ef_construction)
+            _link(graph, store, reduction, linked, progress)
+            found = [
+                calibrate(graph, reduction.vectors(of), truth[score], wanted, most, score)
+                for score, of in queries.items()
+            ]
+            depths = tuple(depth for served, _ in found for depth in served)
+            short = "; ".join(why for _, why in found if why)
+            logger.info("fold %d: %s %s", tried, depths, short)
+            # The paper's score decides: longer vectors cost every query, and what the graph cannot serve is scanned.
+            if not found[0][1]:
+                break
+        if depths:
+            _link(graph, store, reduction, held, progress)
+            arrays |= {COMMON: common, COPIES: copies, CHECKSUMS: checksums}
     facts = Facts(
         store=header.id,
         state=store.state,
@@ -110,57 +139,18 @@ def build_index(
         dimension=header.dimension,
         samples=header.samples,
         vectors=len(kept),
-        fold=folds[0],
+        fold=tried,
         directions=COMMON_DIRECTIONS,
         m=m,
         ef_construction=ef_construction,
         target=recall,
         queries=len(held),
-        depths=(),
-        short=f"{len(kept)} samples are few enough to scan",
-        principal=0,
+        depths=depths,
+        short=short,
+        principal=0 if principal is None else principal.eigenvalues.shape[1],
         files={},
     )
-    principal = None
-    arrays: dict[str, NDArray[Any]] = {}
-    if directions != 0 and len(kept):
-        needed = deflation.directions_memory(store, directions)
-        _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
-        principal = deflation.principal_directions(store, directions, progress)
-        facts = replace(facts, principal=principal.eigenvalues.shape[1])
-        arrays = {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
-    if not wanted:
-        return write_index(folder, facts, arrays)
-    queries: dict[Score, NDArray[np.float32]] = {"dmin": calibration_queries(store, held)}
-    if principal is not None:
-        queries["deflated"] = principal.deflate(queries["dmin"])
-    truth = {score: true_best(store, those, held, copies, max(wanted), progress) for score, those in queries.items()}
-    common = common_directions(store, kept)
-    for tried in folds:
-        _check_graph_memory(store, tried, m)
-        reduction = Reduction(common, tried)
-        graph = make_graph(reduction.length, len(kept), m, ef_construction)
-        _link(graph, store, reduction, linked, progress)
-        found = [
-            calibrate(graph, reduction.vectors(those), truth[score], wanted, most, score)
-            for score, those in queries.items()
-        ]
-        depths = tuple(depth for served, _ in found for depth in served)
-        short = [why for _, why in found]
-        logger.info("fold %d: %s %s", tried, depths, short)
-        facts = replace(facts, fold=tried, depths=depths, short="; ".join(filter(None, short)))
-        # The paper's score decides: longer vectors cost every query, and what the graph cannot serve is scanned.
-        if not short[0]:
-            break
-    if not facts.depths:
-        return write_index(folder, facts, arrays)
-    _link(graph, store, reduction, held, progress)
-    return write_index(folder, facts, {**arrays, COMMON: common, COPIES: copies, CHECKSUMS: checksums}, graph)
-
-
-def graph_memory(store: Store, fold: int, m: int) -> int:
-    """The bytes of a store's graph of this fold."""
-    return graph_bytes(len(store.header.timesteps) * (fold + COMMON_DIRECTIONS), store.header.samples, m)
+    return write_index(folder, facts, arrays, graph if depths else None)
 
 
 def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
@@ -178,7 +168,7 @@ def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
         folds.append(folds[-1] // 2)
     folds = [f for f in reversed(folds) if timesteps * f <= MAX_FOLDED_NUMBERS] or [folds[-1]]
     # The largest fold within the room: more numbers in a vector need fewer candidates.
-    small = [f for f in folds if graph_memory(store, f, m) <= room or timesteps * f < 2 * MIN_FOLDED_NUMBERS]
+    small = [f for f in folds if _graph_memory(store, f, m) <= room or timesteps * f < 2 * MIN_FOLDED_NUMBERS]
     return folds[folds.index(max([folds[0], *small])) :]
 
 
@@ -191,25 +181,27 @@ def _check_settings(recall: float, m: int, ef_construction: int) -> None:
         raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
 
 
+def _graph_memory(store: Store, fold: int, m: int) -> int:
+    return graph_bytes(len(store.header.timesteps) * (fold + COMMON_DIRECTIONS), store.header.samples, m)
+
+
 def _check_graph_memory(store: Store, fold: int, m: int) -> None:
     vectors = f"{store.header.samples:,} samples of {len(store.header.timesteps)} x {fold:,} float32 numbers"
-    _check_memory(graph_memory(store, fold, m), f"The index ({vectors}, and links)", "Give a smaller --fold.")
+    _check_memory(_graph_memory(store, fold, m), f"The index ({vectors}, and links)", "Give a smaller --fold.")
 
 
 def _check_memory(needed: int, what: str, what_to_do: str) -> None:
     """Raises SettingsError if so many bytes are not free."""
     if needed > (free := _free_memory()):
-        raise SettingsError(
-            f"{what} needs {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free. {what_to_do}"
-        )
+        sizes = f"{needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
+        raise SettingsError(f"{what} needs {sizes}. {what_to_do}")
 
 
 def _free_memory() -> int:
-    """The bytes that a process could still take."""
     return int(psutil.virtual_memory().available)
 
 
-def _distinct_rows(store: Store, progress: Progress) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+def _distinct_rows(store: Store, progress: Progress) -> tuple[Rows, Rows, NDArray[np.uint32]]:
     """The rows that the graph holds; (n, 2) the others that can be ranked, each with the row that it copies, sorted by
     that; and (N,) the checksums of all rows' stored numbers.
 
@@ -235,9 +227,7 @@ def _distinct_rows(store: Store, progress: Progress) -> tuple[NDArray[np.int64],
     return np.array(list(firsts.values()), np.int64), found[np.argsort(found[:, 1], kind="stable")], checksums
 
 
-def _link(
-    graph: hnswlib.Index, store: Store, reduction: Reduction, rows: NDArray[np.int64], progress: Progress
-) -> None:
+def _link(graph: Graph, store: Store, reduction: Reduction, rows: Rows, progress: Progress) -> None:
     """Adds the vectors of these rows to the graph."""
     done = 0
     for part in deflation.row_blocks(store, rows, LINKED_NUMBERS):

@@ -8,18 +8,15 @@ does, and mixtures come closest to it (docs/performance.md).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dmin_trace.search.deflation import Progress, Score
 from dmin_trace.search.exact import exact_top_k
+from dmin_trace.search.graph import Graph
 from dmin_trace.search.index_files import Depth
+from dmin_trace.search.ranking import Floats, Rows
 from dmin_trace.store import Store
-
-if TYPE_CHECKING:
-    import hnswlib
 
 MARGIN = 2
 """Times the candidates that were enough in calibration, for queries that are harder."""
@@ -28,7 +25,7 @@ MAX_EF = 2**12
 early; 20 candidates then need an ef of thousands, which takes milliseconds."""
 
 
-def calibration_queries(store: Store, held: NDArray[np.int64]) -> NDArray[np.float32]:
+def calibration_queries(store: Store, held: Rows) -> Floats:
     """(2 n, T, v) the gradients of n held-out rows, and n mixtures of two of them."""
     gradients = store.gradients(held)
     mixed = gradients + np.roll(gradients, len(gradients) // 2, axis=0)
@@ -36,14 +33,7 @@ def calibration_queries(store: Store, held: NDArray[np.int64]) -> NDArray[np.flo
     return np.concatenate([gradients, mixed / np.where(norm > 0, norm, 1)])
 
 
-def true_best(
-    store: Store,
-    queries: NDArray[np.float32],
-    held: NDArray[np.int64],
-    copies: NDArray[np.int64],
-    k: int,
-    progress: Progress,
-) -> NDArray[np.int64]:
+def true_best(store: Store, queries: Floats, held: Rows, copies: Rows, k: int, progress: Progress) -> Rows:
     """(queries, k) the best of all rows but the held-out ones, by the exact scan; a copy counts as its original."""
     original = np.arange(store.header.samples)
     original[copies[:, 0]] = copies[:, 1]
@@ -61,22 +51,16 @@ def true_best(
 
 
 def calibrate(
-    graph: hnswlib.Index,
-    vectors: NDArray[np.float32],
-    truth: NDArray[np.int64],
-    wanted: dict[int, float],
-    most: int,
-    score: Score,
+    graph: Graph, vectors: Floats, truth: Rows, wanted: dict[int, float], most: int, score: Score
 ) -> tuple[tuple[Depth, ...], str]:
     """How deep the graph is searched for each number of hits; and, where its recall cannot be reached, why.
 
     Args:
         graph: the graph, without the held-out samples.
-        vectors: (2 n, length) of the calibration queries; recall is that of the worse half, samples or mixtures.
-        truth: (2 n, k) from `true_best`.
+        vectors, truth: (2 n, length) of the calibration queries for a score, and their true best, (2 n, k). Recall is
+            that of the worse half, samples or mixtures.
         wanted: for each number of hits the recall that is wanted.
         most: the largest number of candidates.
-        score: the score that the queries are transformed for.
     """
     depths: list[Depth] = []
     short: list[str] = []
@@ -101,7 +85,7 @@ def calibrate(
     return tuple(depths), "; ".join(short)
 
 
-def _nearest(graph: hnswlib.Index, vectors: NDArray[np.float32], k: int, ef: int) -> NDArray[np.int64]:
+def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
     graph.set_ef(ef)
-    labels: NDArray[np.int64] = graph.knn_query(vectors, k=k)[0].astype(np.int64)
+    labels: Rows = graph.knn_query(vectors, k=k)[0].astype(np.int64)
     return labels

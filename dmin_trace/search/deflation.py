@@ -1,19 +1,14 @@
 """Deflation: what all samples share is taken out of the query, which is then scored like any other.
 
 At each timestep G has a row for each sample that can be ranked, its v numbers; d are the eigenvalues of K = G G', and V
-are the principal directions of the rows (not centred). Inner products say what resembles the query, and most of them is
-the same for every sample. Deflation weighs each of the r largest directions by d_r / (d + d_r), so that what few
-samples have counts for more:
+are the principal directions of the rows (not centred). Each of the r largest is weighed by d_r / (d + d_r), so that
+what few samples have counts for more:
 
     q' = q - V diag(d / (d + d_r)) V' q
 
-Along these directions it is kernel ridge regression, which TRAK's scores are (arXiv 2303.14186). Ridge regression along
-all directions gains nothing over it, and needs all N x N numbers of K; neither does one K of all timesteps together
-(docs/quality.md).
-
-Only the query changes, so the scan, the index and the rerank serve deflated queries as they are. V has r x v numbers
-for each timestep, and is found in a few passes over the store whatever N is. BLAS runs on one thread, in a thread for
-each timestep: the numbers do not depend on how many threads there are.
+Along these directions it is kernel ridge regression, which TRAK's scores are (arXiv 2303.14186); docs/quality.md says
+what was compared. Only the query changes, so the scan, the index and the rerank serve deflated queries as they are.
+BLAS runs on one thread, in a thread for each timestep: the numbers do not depend on how many threads there are.
 """
 
 from __future__ import annotations
@@ -29,13 +24,13 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import SettingsError, TraceError
+from dmin_trace.search.ranking import Floats, Rows
 from dmin_trace.store import Store, core_count
 
 Score = Literal["dmin", "deflated"]
 """The built-in scores (`scores`): the paper's inner products, or those of deflated queries."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
-Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 MAX_DENSE_SAMPLES = 1024
@@ -120,11 +115,8 @@ def principal_directions(store: Store, count: int | None = None, progress: Progr
     progress = progress or (lambda what, done, of: None)
     most = min(count or _most_chosen(store), len(rows), store.header.dimension)
     find = _exact_directions if len(rows) <= MAX_DENSE_SAMPLES else _approximate_directions
-    with (
-        threadpool_limits(1, "blas"),
-        ThreadPoolExecutor(core_count()) as pool,
-        np.errstate(invalid="ignore", over="ignore"),
-    ):
+    blas, quiet = threadpool_limits(1, "blas"), np.errstate(invalid="ignore", over="ignore")
+    with blas, quiet, ThreadPoolExecutor(core_count()) as pool:
         found = find(store, rows, most, pool, progress)
     return found if count else found.largest(choose_directions(found.eigenvalues))
 
@@ -136,15 +128,13 @@ def directions_memory(store: Store, count: int | None = None) -> int:
     return 12 * len(header.timesteps) * header.dimension * width
 
 
-def row_blocks(store: Store, rows: NDArray[np.int64], numbers: int | None = None) -> list[NDArray[np.int64]]:
+def row_blocks(store: Store, rows: Rows, numbers: int | None = None) -> list[Rows]:
     """The rows in order, in blocks whose gradients are at most `numbers` (BLOCK_NUMBERS) numbers, or one row."""
     size = max(1, (numbers or BLOCK_NUMBERS) // (len(store.header.timesteps) * store.header.dimension))
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _exact_directions(
-    store: Store, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
-) -> Directions:
+def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress) -> Directions:
     products = _gram_matrices(store, rows, pool, progress)
     found = list(pool.map(partial(_largest, count=count), products))
     eigenvalues, mixtures = (np.stack(parts) for parts in zip(*found, strict=True))
@@ -152,31 +142,30 @@ def _exact_directions(
     vectors = np.zeros((len(mixtures), mixtures.shape[2], store.header.dimension), np.float32)
     at = 0
     for block in _blocks(store, rows, progress):
-        weights = mixtures[:, at : at + len(block)].astype(np.float32)
-        list(pool.map(partial(_add, vectors, weights, block), range(len(vectors))))
+        _add(vectors, mixtures[:, at : at + len(block)].astype(np.float32), block, pool)
         at += len(block)
     return Directions(vectors, eigenvalues)
 
 
-def _gram_matrices(store: Store, rows: NDArray[np.int64], pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
+def _gram_matrices(store: Store, rows: Rows, pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
     """(T, n, n) the inner products of these rows with each other."""
     products = np.empty((len(store.header.timesteps), len(rows), len(rows)))
     start = 0
     for some in row_blocks(store, rows, 4 * BLOCK_NUMBERS):
         columns = store.gradients(some).transpose(1, 0, 2)
         end, at = start + len(some), start
-        for block in _blocks(store, rows[start:]):
-            here = slice(at, at + len(block))
+        for part in row_blocks(store, rows[start:]):
+            block, here = store.gradients(part), slice(at, at + len(part))
             products[:, here, start:end] = _along(block, columns, pool)
             products[:, start:end, here] = products[:, here, start:end].transpose(0, 2, 1)
-            at += len(block)
+            at += len(part)
         start = end
         progress("multiplying samples with each other", end * (2 * len(rows) - end), len(rows) ** 2)
     return products
 
 
 def _approximate_directions(
-    store: Store, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
+    store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
     timesteps, dimension = len(store.header.timesteps), store.header.dimension
     width = min(_basis_size(count), len(rows), dimension)
@@ -184,8 +173,7 @@ def _approximate_directions(
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
         for block in _blocks(store, rows, progress, n, PASSES):
-            along = _along(block, basis, pool).astype(np.float32)
-            list(pool.map(partial(_add, image, along, block), range(timesteps)))
+            _add(image, _along(block, basis, pool).astype(np.float32), block, pool)
         if n < PASSES - 1:
             # Orthonormal again, and near to the principal directions: the small ones then lose nothing to rounding.
             basis = np.stack(list(pool.map(_orthonormal, image)))
@@ -215,8 +203,13 @@ def _along(block: Floats, basis: Floats, pool: ThreadPoolExecutor) -> Doubles:
     return products.astype(np.float64)
 
 
-def _add(sums: Floats, weights: Floats, block: Floats, t: int) -> None:
-    sums[t] += weights[t].T @ block[:, t]
+def _add(sums: Floats, weights: Floats, block: Floats, pool: ThreadPoolExecutor) -> None:
+    """Adds to sums (T, width, v) the rows (n, T, v), weighted by (T, n, width)."""
+
+    def add(t: int) -> None:
+        sums[t] += weights[t].T @ block[:, t]
+
+    list(pool.map(add, range(len(sums))))
 
 
 def _products(some: Floats, others: Floats) -> Doubles:
@@ -254,13 +247,10 @@ def _basis_size(count: int) -> int:
     return count + max(16, count // 8)
 
 
-def _blocks(
-    store: Store, rows: NDArray[np.int64], progress: Progress | None = None, turn: int = 0, turns: int = 1
-) -> Iterator[Floats]:
+def _blocks(store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1) -> Iterator[Floats]:
     """The rows' gradients in order, in blocks (n, T, v) of float32."""
     done = turn * len(rows)
     for some in row_blocks(store, rows):
         yield store.gradients(some)
         done += len(some)
-        if progress is not None:
-            progress("looking for what samples share", done, turns * len(rows))
+        progress("looking for what samples share", done, turns * len(rows))

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search.products import ChunkProducts
-from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
+from dmin_trace.search.ranking import Floats, Ranking, Rows, check_k, check_queries, has_direction, rerank
 from dmin_trace.store import Store, core_count
 
 R = TypeVar("R")
@@ -32,7 +32,7 @@ ROUNDING = 1e-5
 
 def exact_top_k(
     store: Store,
-    queries: NDArray[np.float32],
+    queries: Floats,
     k: int,
     *,
     largest: bool = True,
@@ -62,9 +62,9 @@ def exact_top_k(
     products, first_pass = ChunkProducts(store, queries), _FirstPass(queries, k)
 
     def near_of_chunk(chunk: int) -> _Found:
-        rows, valid, scores = _chunk_scores(store, products, chunk)
-        scores = scores[0, valid]
-        return first_pass.near(rows[valid], scores if largest else -scores)
+        valid, scores = _chunk_scores(store, products, chunk)
+        rows, scores = np.flatnonzero(valid) + store.header.rows(chunk).start, scores[0, valid]
+        return first_pass.near(rows, scores if largest else -scores)
 
     with closing(_each_chunk(store, near_of_chunk, threads, progress)) as chunks:
         for found in chunks:
@@ -74,23 +74,18 @@ def exact_top_k(
 
 def scores_by_chunk(
     store: Store,
-    queries: NDArray[np.float32],
+    queries: Floats,
     *,
     per_timestep: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Generator[tuple[range, NDArray[np.float32]], None, None]:
+) -> Generator[tuple[range, Floats], None, None]:
     """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep.
 
     NaN for a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last
     digit; `exact_top_k` ranks exactly. Few chunks are scored ahead, so that memory is bounded.
 
-    Args:
-        store: the store.
-        queries: (Q, T, v), projected gradients.
-        per_timestep: give the inner product at each timestep, not their sum.
-        threads: the number of threads; one for each core if not given.
-        progress: called with the number of rows of each chunk that is scored.
+    Args: as of `exact_top_k`; `per_timestep` gives the inner product at each timestep, not their sum.
 
     Raises:
         QueryError: the queries are not finite or not of the store's shape.
@@ -99,8 +94,8 @@ def scores_by_chunk(
     check_queries(store, queries)
     products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
 
-    def of_chunk(chunk: int) -> NDArray[np.float32]:
-        _, valid, scores = _chunk_scores(store, products, chunk)
+    def of_chunk(chunk: int) -> Floats:
+        valid, scores = _chunk_scores(store, products, chunk)
         scores[:, ~valid] = np.nan
         return scores.transpose(2, 1, 0) if per_timestep else scores[0].T
 
@@ -109,7 +104,7 @@ def scores_by_chunk(
             yield store.header.rows(chunk), scores
 
 
-_Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+_Found = tuple[Rows, Rows, Floats]
 """Rows, the queries that they were found for, and their scores."""
 
 
@@ -119,14 +114,14 @@ class _FirstPass:
     A row is left out only if its score is further below the k-th best than rounding can explain.
     """
 
-    def __init__(self, queries: NDArray[np.float32], k: int) -> None:
+    def __init__(self, queries: Floats, k: int) -> None:
         self._count, self._k = len(queries), k
         self._rounding = ROUNDING * np.sqrt(np.vecdot(queries, queries)).sum(axis=1)
         self._border = np.full(len(queries), -np.inf)
         self._found: list[_Found] = []
         self._kept = self._new = 0
 
-    def near(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> _Found:
+    def near(self, rows: Rows, scores: Floats) -> _Found:
         """Those of rows (n,) with scores (n, Q) that may be among the k best. Any thread may call it."""
         border = self._border
         if len(scores) >= self._k:
@@ -142,7 +137,7 @@ class _FirstPass:
         if self._new > self._kept + self._count * self._k:
             self._drop()
 
-    def candidates(self) -> list[NDArray[np.int64]]:
+    def candidates(self) -> list[Rows]:
         """For each query the rows that are left."""
         rows, queries, _ = self._drop()
         return np.split(rows, np.searchsorted(queries, np.arange(1, self._count)))
@@ -163,18 +158,15 @@ class _FirstPass:
         return kept
 
 
-def _chunk_scores(
-    store: Store, products: ChunkProducts, chunk: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32]]:
-    """A chunk's rows (n,), which of them can be ranked, and their products (S, n, Q)."""
+def _chunk_scores(store: Store, products: ChunkProducts, chunk: int) -> tuple[NDArray[np.bool_], Floats]:
+    """Which rows (n,) of a chunk can be ranked, and the products (S, n, Q) of all."""
     numbers = store.numbers_of(chunk)
-    rows = np.arange(len(numbers.scale)) + store.header.rows(chunk).start
     valid = has_direction(numbers.norm)
     with np.errstate(invalid="ignore", over="ignore"):  # damaged numbers give an error below, and no warning
         scores = products(chunk, numbers.scale)
     if not np.isfinite(scores[:, valid]).all():
         raise TraceError(f"{store.path} is damaged: chunk {chunk} holds numbers that are not finite.")
-    return rows, valid, scores
+    return valid, scores
 
 
 def _each_chunk(

@@ -13,6 +13,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.store import Store
 
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -23,9 +26,9 @@ class Ranking:
     per_timestep: (Q, k, T) float32, the inner product at each timestep; they add up to the score.
     """
 
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    per_timestep: NDArray[np.float32]
+    rows: Rows
+    scores: Floats
+    per_timestep: Floats
 
 
 def check_k(store: Store, k: int) -> None:
@@ -38,7 +41,7 @@ def check_k(store: Store, k: int) -> None:
         raise QueryError(f"k is {k}, but {held}{unfinished}. Give a smaller k.")
 
 
-def check_queries(store: Store, queries: NDArray[np.float32]) -> None:
+def check_queries(store: Store, queries: Floats) -> None:
     """Raises QueryError if the queries are not finite or not of shape (Q, T, v)."""
     expected = (len(store.header.timesteps), store.header.dimension)
     if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
@@ -55,8 +58,8 @@ def has_direction(norm: NDArray[Any]) -> NDArray[np.bool_]:
 
 def rerank(
     store: Store,
-    queries: NDArray[np.float32],
-    candidates: Sequence[NDArray[np.int64]],
+    queries: Floats,
+    candidates: Sequence[Rows],
     k: int,
     *,
     largest: bool = True,

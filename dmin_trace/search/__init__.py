@@ -9,7 +9,12 @@ from dmin_trace.search.deflation import Directions as Directions
 from dmin_trace.search.deflation import Score as Score
 from dmin_trace.search.deflation import choose_directions as choose_directions
 from dmin_trace.search.deflation import principal_directions as principal_directions
+from dmin_trace.search.exact import Ranking as Ranking
+from dmin_trace.search.exact import check_k as check_k
+from dmin_trace.search.exact import check_queries as check_queries
 from dmin_trace.search.exact import exact_top_k as exact_top_k
+from dmin_trace.search.exact import has_direction as has_direction
+from dmin_trace.search.exact import rerank as rerank
 from dmin_trace.search.exact import scores_by_chunk as scores_by_chunk
 from dmin_trace.search.graph import GraphError as GraphError
 from dmin_trace.search.graph import load_graph as load_graph
@@ -23,10 +28,5 @@ from dmin_trace.search.index_files import Unavailable as Unavailable
 from dmin_trace.search.index_files import damage as damage
 from dmin_trace.search.index_files import index_beside as index_beside
 from dmin_trace.search.index_files import read_facts as read_facts
-from dmin_trace.search.ranking import Ranking as Ranking
-from dmin_trace.search.ranking import check_k as check_k
-from dmin_trace.search.ranking import check_queries as check_queries
-from dmin_trace.search.ranking import has_direction as has_direction
-from dmin_trace.search.ranking import rerank as rerank
 from dmin_trace.search.scores import DeflatedScore as DeflatedScore
 from dmin_trace.search.scores import score_method as score_method

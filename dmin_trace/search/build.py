@@ -1,13 +1,16 @@
 """Builds the index of a store: finds what deflated scores need, links the vectors, and measures the recall.
 
-The number of candidates and the fold are chosen by the recall that is measured for each score (`calibrate`). Where it
-cannot be reached, the index keeps no graph, and queries scan all samples.
+Calibration chooses the number of candidates and the fold by the recall that it measures for each score, with held-out
+samples, and with mixtures of two of them: of all queries those come closest to a generated image, which lies between
+many training samples and takes more candidates than a sample does (docs/performance.md). Where the recall cannot be
+reached, the index keeps no graph, and queries scan all samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -15,24 +18,12 @@ import psutil
 from numpy.typing import NDArray
 
 from dmin_trace.errors import SettingsError, TraceError
-from dmin_trace.search import deflation
-from dmin_trace.search.calibrate import calibrate, calibration_queries, true_best
+from dmin_trace.search import deflation, index_files
 from dmin_trace.search.deflation import Progress, Score
+from dmin_trace.search.exact import Floats, Rows, exact_top_k, has_direction
 from dmin_trace.search.graph import Graph, graph_bytes, make_graph
 from dmin_trace.search.index import COMMON_DIRECTIONS, Reduction, common_directions
-from dmin_trace.search.index_files import (
-    CHECKSUMS,
-    COMMON,
-    COPIES,
-    EIGENVALUES,
-    PRINCIPAL,
-    Depth,
-    Facts,
-    check_folder,
-    index_beside,
-    write_index,
-)
-from dmin_trace.search.ranking import Floats, Rows, has_direction
+from dmin_trace.search.index_files import Depth, Facts
 from dmin_trace.store import Store, row_checksum
 
 logger = logging.getLogger(__name__)
@@ -46,6 +37,11 @@ MAX_CALIBRATION_NUMBERS = 2**28
 ROWS_PER_CANDIDATE = 8
 """Candidates are at most one in so many rows: beyond that, scattered reads take about as long as the scan."""
 MAX_CANDIDATES = 4096
+MARGIN = 2
+"""Times the candidates that were enough in calibration, for queries that are harder."""
+MAX_EF = 2**12
+"""The largest ef, unless eight times the candidates is more. Among a million vectors that lie close a graph is left
+early; 20 candidates then need an ef of thousands, which takes milliseconds."""
 LINKED_NUMBERS = 2**22
 """Numbers of gradients that are converted to float32 at a time."""
 STORE_PART = 0.05
@@ -76,20 +72,16 @@ def build_index(
             `choose_directions` says how many.
         progress: called with what is being done, how much of it is done, and how much there is.
 
-    Returns:
-        What was built; `depths` says what it serves.
-
-    Raises:
-        SettingsError: an argument is out of range, or the vectors do not fit into memory.
-        TraceError: the store is unfinished or damaged, or the index cannot be written.
+    Raises SettingsError if an argument is out of range or the vectors do not fit into memory; TraceError if the store
+    is unfinished or damaged, or the index cannot be written.
     """
     progress = progress or (lambda what, done, of: None)
     _check_settings(recall, m, ef_construction)
     header, folds = store.header, possible_folds(store, fold, m)
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is indexed.")
-    folder = index_beside(store.path)
-    check_folder(folder)
+    folder = index_files.index_beside(store.path)
+    index_files.check_folder(folder)
     _check_graph_memory(store, folds[0], m)
 
     kept, copies, checksums = _distinct_rows(store, progress)
@@ -104,14 +96,14 @@ def build_index(
         needed = deflation.directions_memory(store, directions)
         _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
         principal = deflation.principal_directions(store, directions, progress)
-        arrays = {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
+        arrays = {index_files.PRINCIPAL: principal.vectors, index_files.EIGENVALUES: principal.eigenvalues}
     tried, short, graph = folds[0], f"{len(kept)} samples are few enough to scan", None
     depths: tuple[Depth, ...] = ()
     if wanted:
-        queries: dict[Score, Floats] = {"dmin": calibration_queries(store, held)}
+        queries: dict[Score, Floats] = {"dmin": _calibration_queries(store, held)}
         if principal is not None:
             queries["deflated"] = principal.deflate(queries["dmin"])
-        truth = {score: true_best(store, of, held, copies, max(wanted), progress) for score, of in queries.items()}
+        truth = {score: _true_best(store, of, held, copies, max(wanted), progress) for score, of in queries.items()}
         common = common_directions(store, kept)
         for tried in folds:
             _check_graph_memory(store, tried, m)
@@ -119,7 +111,7 @@ def build_index(
             graph = make_graph(reduction.length, len(kept), m, ef_construction)
             _link(graph, store, reduction, linked, progress)
             found = [
-                calibrate(graph, reduction.vectors(of), truth[score], wanted, most, score)
+                _calibrate(graph, reduction.vectors(of), truth[score], wanted, most, score)
                 for score, of in queries.items()
             ]
             depths = tuple(depth for served, _ in found for depth in served)
@@ -130,7 +122,7 @@ def build_index(
                 break
         if depths:
             _link(graph, store, reduction, held, progress)
-            arrays |= {COMMON: common, COPIES: copies, CHECKSUMS: checksums}
+            arrays |= {index_files.COMMON: common, index_files.COPIES: copies, index_files.CHECKSUMS: checksums}
     facts = Facts(
         store=header.id,
         state=store.state,
@@ -150,7 +142,7 @@ def build_index(
         principal=0 if principal is None else principal.eigenvalues.shape[1],
         files={},
     )
-    return write_index(folder, facts, arrays, graph if depths else None)
+    return index_files.write_index(folder, facts, arrays, graph if depths else None)
 
 
 def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
@@ -163,13 +155,72 @@ def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
         return [fold]
     row_bytes = timesteps * v * np.dtype(header.dtype).itemsize
     room = STORE_PART * row_bytes * header.samples - 4 * timesteps * COMMON_DIRECTIONS * v
-    folds = [v]
-    while folds[-1] % 2 == 0:
-        folds.append(folds[-1] // 2)
-    folds = [f for f in reversed(folds) if timesteps * f <= MAX_FOLDED_NUMBERS] or [folds[-1]]
+    halves = [v >> n for n in reversed(range((v & -v).bit_length()))]
+    folds = [f for f in halves if timesteps * f <= MAX_FOLDED_NUMBERS] or halves[:1]
     # The largest fold within the room: more numbers in a vector need fewer candidates.
     small = [f for f in folds if _graph_memory(store, f, m) <= room or timesteps * f < 2 * MIN_FOLDED_NUMBERS]
     return folds[folds.index(max([folds[0], *small])) :]
+
+
+def _calibration_queries(store: Store, held: Rows) -> Floats:
+    """(2 n, T, v) the gradients of n held-out rows, and n mixtures of two of them."""
+    gradients = store.gradients(held)
+    mixed = gradients + np.roll(gradients, len(gradients) // 2, axis=0)
+    norm = np.linalg.norm(mixed, axis=2, keepdims=True)
+    return np.concatenate([gradients, mixed / np.where(norm > 0, norm, 1)])
+
+
+def _true_best(store: Store, queries: Floats, held: Rows, copies: Rows, k: int, progress: Progress) -> Rows:
+    """(queries, k) the best of all rows but the held-out ones, by the exact scan; a copy counts as its original."""
+    original = np.arange(store.header.samples)
+    original[copies[:, 0]] = copies[:, 1]
+    left_out = np.isin(original, held)
+    done = 0
+
+    def scanned(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress("scanning for the true best", done, store.header.samples)
+
+    most = min(k + int(left_out.sum()), store.valid_count)
+    ranking = exact_top_k(store, queries, most, progress=scanned)
+    return np.stack([original[rows[~left_out[rows]][:k]] for rows in ranking.rows])
+
+
+def _calibrate(
+    graph: Graph, vectors: Floats, truth: Rows, wanted: dict[int, float], most: int, score: Score
+) -> tuple[tuple[Depth, ...], str]:
+    """Calibration: how deep the graph is searched for each number of hits; and, where its recall is not reached, why.
+
+    The vectors (2 n, length) of the calibration queries are not in the graph; (2 n, k) are their true best. Recall is
+    that of the worse half, samples or mixtures; at most `most` candidates are scored.
+    """
+    depths, short = [], []
+    labels = _nearest(graph, vectors, most, most)
+    for k, least in wanted.items():
+        # The place of each of the true best among the candidates; `most` if it is not there.
+        match = labels[:, None, :] == truth[:, :k, None]
+        places = np.where(match.any(axis=2), match.argmax(axis=2), most).reshape(2, -1)
+        enough = int(np.sort(places, axis=1)[:, math.ceil(least * places.shape[1]) - 1].max()) + 1
+        candidates = min(most, max(k, MARGIN * enough))
+        reach = float(np.mean(places < candidates, axis=1).min())
+        ef, recall = candidates, -1.0
+        while recall < min((1 + least) / 2, reach) and ef < max(MAX_EF, 8 * candidates):
+            ef *= 2
+            found = (_nearest(graph, vectors, candidates, ef)[:, None, :] == truth[:, :k, None]).any(axis=2)
+            recall = float(found.reshape(2, -1).mean(axis=1).min())
+        depth = Depth(score=score, k=k, candidates=candidates, ef=ef, recall=recall)
+        if recall < least:
+            short.append(f"{depth.name} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
+        else:
+            depths.append(depth)
+    return tuple(depths), "; ".join(short)
+
+
+def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
+    graph.set_ef(ef)
+    labels: Rows = graph.knn_query(vectors, k=k)[0].astype(np.int64)
+    return labels
 
 
 def _check_settings(recall: float, m: int, ef_construction: int) -> None:
@@ -192,13 +243,9 @@ def _check_graph_memory(store: Store, fold: int, m: int) -> None:
 
 def _check_memory(needed: int, what: str, what_to_do: str) -> None:
     """Raises SettingsError if so many bytes are not free."""
-    if needed > (free := _free_memory()):
+    if needed > (free := psutil.virtual_memory().available):
         sizes = f"{needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
         raise SettingsError(f"{what} needs {sizes}. {what_to_do}")
-
-
-def _free_memory() -> int:
-    return int(psutil.virtual_memory().available)
 
 
 def _distinct_rows(store: Store, progress: Progress) -> tuple[Rows, Rows, NDArray[np.uint32]]:

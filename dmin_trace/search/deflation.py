@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import SettingsError, TraceError
-from dmin_trace.search.ranking import Floats, Rows
+from dmin_trace.search.exact import Floats, Rows
 from dmin_trace.store import Store, core_count
 
 Score = Literal["dmin", "deflated"]
@@ -36,12 +36,10 @@ Doubles = NDArray[np.float64]
 MAX_DENSE_SAMPLES = 1024
 """Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
 SHARED_EIGENVALUE = 3.0
-"""A direction is shared if its eigenvalue is larger; that of a direction of one sample alone is 1. Kaiser's rule for
-principal components is 1. Fewer directions cost a little of the datamodeling score, and gain as much where only the
-best few count (docs/quality.md)."""
-MAX_CHOSEN_DIRECTIONS = 256
-"""Directions that are looked for where no number is given."""
-MAX_DIRECTIONS = 4096
+"""A direction is shared if its eigenvalue is larger; that of a direction of one sample alone is 1, the mean of K's
+diagonal and Kaiser's rule. docs/quality.md compares other values."""
+MAX_DIRECTIONS, MAX_CHOSEN_DIRECTIONS = 4096, 256
+"""Directions that can be wanted, and that are looked for where no number is given."""
 PASSES = 3
 """Passes over a store of more samples than MAX_DENSE_SAMPLES."""
 SMALLEST_EIGENVALUE = 1e-6
@@ -82,30 +80,20 @@ class Directions:
 
 
 def choose_directions(eigenvalues: Doubles) -> int:
-    """How many principal directions all samples share, by eigenvalues (T, r); at least one.
-
-    They are those with an eigenvalue above SHARED_EIGENVALUE, at the timestep that has most of them: the direction that
-    one sample alone has has the eigenvalue 1, the mean of K's diagonal.
-    """
+    """How many principal directions all samples share, by eigenvalues (T, r): those above SHARED_EIGENVALUE, at the
+    timestep that has most of them; at least one."""
     return max(1, int((eigenvalues > SHARED_EIGENVALUE).sum(axis=1).max()))
 
 
 def principal_directions(store: Store, count: int | None = None, progress: Progress | None = None) -> Directions:
     """The largest principal directions of the samples that can be ranked.
 
-    For up to MAX_DENSE_SAMPLES samples they are exact. For more they come from PASSES passes over the store: each
-    multiplies a random basis by G' G (Halko, Martinsson and Tropp, arXiv 0909.4061), and the last one gives a Nystroem
-    approximation (Tropp et al., arXiv 1706.05736). The largest are then as good as exact; the last ones, whose
-    eigenvalues are close to each other, are mixed with those beyond them.
+    For up to MAX_DENSE_SAMPLES samples they are exact. For more, each pass over the store multiplies a random basis by
+    G' G (Halko, Martinsson and Tropp, arXiv 0909.4061), and the last one gives a Nystroem approximation (Tropp et al.,
+    arXiv 1706.05736). The largest are then as good as exact; the last ones are mixed with those beyond them.
 
-    Args:
-        store: the store.
-        count: r, or less where there are no more; if not given, `choose_directions` of up to 256.
-        progress: called with what is being done, how much of it is done, and how much there is.
-
-    Raises:
-        SettingsError: count is out of range.
-        TraceError: the store is damaged, or has no sample that can be ranked.
+    There are `count` of them at each timestep, or less where there are no more; if not given, `choose_directions` of up
+    to 256. Raises SettingsError if it is out of range, TraceError if the store is damaged or no sample can be ranked.
     """
     if count is not None and not 1 <= count <= MAX_DIRECTIONS:
         raise SettingsError(f"directions is {count}; expected 1 to {MAX_DIRECTIONS}.")

@@ -53,14 +53,7 @@ def graph_bytes(length: int, vectors: int, m: int) -> int:
 def load_graph(path: Path, length: int, count: int, rows: int, m: int) -> tuple[Graph, NDArray[np.bool_]]:
     """The graph in a file, checked before hnswlib reads it, and which rows it holds, (rows,).
 
-    Args:
-        path: the file.
-        length, m: the numbers of a vector, and M.
-        count: how many vectors the graph must hold.
-        rows: the rows of the store: labels must be below it, and none may be there twice.
-
-    Raises:
-        GraphError: the file is not such a graph.
+    Raises GraphError if it is no graph of `count` vectors of `length` numbers, each of another one of `rows` rows.
     """
     import hnswlib
 

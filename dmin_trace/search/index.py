@@ -15,24 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError
+from dmin_trace.search import index_files as files
 from dmin_trace.search.deflation import Directions
+from dmin_trace.search.exact import Floats, Ranking, Rows, check_k, check_queries, rerank
 from dmin_trace.search.graph import Graph, GraphError, graph_bytes, load_graph
-from dmin_trace.search.index_files import (
-    CHECKSUMS,
-    COMMON,
-    COPIES,
-    EIGENVALUES,
-    GRAPH,
-    PRINCIPAL,
-    Depth,
-    Facts,
-    Unavailable,
-    check_file,
-    index_beside,
-    read_array,
-    read_facts,
-)
-from dmin_trace.search.ranking import Floats, Ranking, Rows, check_k, check_queries, rerank
+from dmin_trace.search.index_files import Depth, Facts, Unavailable, check_file, index_beside, read_array, read_facts
 from dmin_trace.store import Store
 
 Part = TypeVar("Part")
@@ -82,10 +69,8 @@ class Reduction:
 
 
 def common_directions(store: Store, rows: Rows) -> Floats:
-    """(T, r, v) float32, the principal directions of some of these rows at each timestep; zero where there are fewer.
-
-    The mean is not taken out.
-    """
+    """(T, r, v) float32, the principal directions of some of these rows at each timestep, not centred; zero where there
+    are fewer."""
     timesteps, dimension = len(store.header.timesteps), store.header.dimension
     count = min(DIRECTIONS_SAMPLES, len(rows), max(2 * COMMON_DIRECTIONS, 2**26 // dimension))
     rows = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
@@ -137,15 +122,9 @@ class Index:
 def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
     """The k best of the rows that the graph proposes for each query, by exact scores; ties by the lowest row.
 
-    Args:
-        index: from `open_index`.
-        queries: (Q, T, v), projected gradients, transformed for the score.
-        k: how many rows are kept; `index.facts.depth(k, kind)` says whether so many are served.
-        kind: the score that the queries are transformed for.
-
-    Raises:
-        QueryError: k is out of range or not served, or the queries are not finite or not of the store's shape.
-        TraceError: the store or the graph is damaged.
+    The queries are projected gradients, (Q, T, v), transformed for the score `kind`. Raises QueryError if k is out of
+    range or not served (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if the
+    store or the graph is damaged.
     """
     check_k(index.store, k)
     check_queries(index.store, queries)
@@ -183,12 +162,12 @@ def _load_directions(store: Store, facts: Facts) -> Directions | Unavailable:
     if not facts.principal:
         return Unavailable("")
     folder, shape = index_beside(store.path), (facts.timesteps, facts.principal)
-    eigenvalues = read_array(folder, facts, EIGENVALUES, "<f8", shape)
-    vectors = read_array(folder, facts, PRINCIPAL, "<f4", (*shape, facts.dimension), mapped=True)
+    eigenvalues = read_array(folder, facts, files.EIGENVALUES, "<f8", shape)
+    vectors = read_array(folder, facts, files.PRINCIPAL, "<f4", (*shape, facts.dimension), mapped=True)
     if not np.isfinite(eigenvalues).all() or (np.diff(eigenvalues, append=0.0) > 0).any():
-        raise GraphError(f"{EIGENVALUES} holds no eigenvalues")
+        raise GraphError(f"{files.EIGENVALUES} holds no eigenvalues")
     if not np.allclose(np.vecdot(vectors, vectors), eigenvalues > 0, atol=1e-2):
-        raise GraphError(f"{PRINCIPAL} holds no directions")
+        raise GraphError(f"{files.PRINCIPAL} holds no directions")
     return Directions(vectors, eigenvalues)
 
 
@@ -196,21 +175,21 @@ def _load_index(store: Store, facts: Facts) -> Index | Unavailable:
     if not facts.depths:
         return Unavailable(facts.unserved("dmin"))
     folder = index_beside(store.path)
-    common = read_array(folder, facts, COMMON, "<f4", (facts.timesteps, facts.directions, facts.dimension))
-    checksums = read_array(folder, facts, CHECKSUMS, "<u4", (facts.samples,))
-    copies = read_array(folder, facts, COPIES, "<i8", (-1, 2)).astype(np.int64)
+    common = read_array(folder, facts, files.COMMON, "<f4", (facts.timesteps, facts.directions, facts.dimension))
+    checksums = read_array(folder, facts, files.CHECKSUMS, "<u4", (facts.samples,))
+    copies = read_array(folder, facts, files.COPIES, "<i8", (-1, 2)).astype(np.int64)
     if len(copies) + facts.vectors != store.valid_count:
         raise GraphError(f"{facts.vectors} vectors and {len(copies)} copies are not the rows that can be ranked")
     # A file of another size is not read.
     most = 2 * graph_bytes(facts.length, facts.vectors, facts.m) + 2**16
-    file = check_file(folder, GRAPH, facts.files[GRAPH], most)
+    file = check_file(folder, files.GRAPH, facts.files[files.GRAPH], most)
     graph, held = load_graph(file, facts.length, facts.vectors, facts.samples, facts.m)
     if len(copies):
         rows, originals = copies.T
         inside = copies.min() >= 0 and copies.max() < facts.samples
         if not inside or held[rows].any() or not held[originals].all() or (np.diff(originals) < 0).any():
-            raise GraphError(f"{COPIES} names other rows than copies of rows in the graph")
+            raise GraphError(f"{files.COPIES} names other rows than copies of rows in the graph")
         held[rows] = True
         if held.sum() != store.valid_count:
-            raise GraphError(f"{COPIES} names a row twice")
+            raise GraphError(f"{files.COPIES} names a row twice")
     return Index(store, facts, Reduction(common, facts.fold), graph, copies, checksums)

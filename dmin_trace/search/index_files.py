@@ -47,11 +47,8 @@ Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Depth(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the graph is searched for up to k hits of a score.
-
-    C candidates are scored exactly, hnswlib's search keeps ef vectors in view, and recall is the part of the true k
-    best that was found.
-    """
+    """How the graph is searched for up to k hits of a score: hnswlib's search keeps ef vectors in view, and C
+    candidates are scored exactly; recall is the part of the true k best that was found."""
 
     score: Score
     k: Count
@@ -146,6 +143,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             raise GraphError(f"{FACTS} is not valid: {brief(str(error))[1:-1]}") from None
         if facts.digest != facts.own_digest:
             raise GraphError(f"{FACTS} is damaged")
+        expected = (GRAPH_FILES if facts.depths else set()) | (DIRECTION_FILES if facts.principal else set())
+        if set(facts.files) != expected or facts.principal > facts.samples:
+            raise GraphError(f"{FACTS} names other files than such an index has")
         return facts
 
     @property
@@ -206,10 +206,8 @@ def read_array(
 
 
 def check_file(folder: Path, name: str, written: File, most: int) -> Path:
-    """The path of a file. Raises GraphError if it is not what was written, or larger than `most` bytes.
-
-    Raises ValueError if it is a link, OSError if it cannot be read.
-    """
+    """The path of a file. Raises GraphError if it is not what was written or larger than `most` bytes, ValueError if it
+    is a link, OSError if it cannot be read."""
     size = size_within(folder, [name])
     if size != written.bytes or size > most:
         raise GraphError(f"{name} is not of the size that was written")
@@ -219,11 +217,8 @@ def check_file(folder: Path, name: str, written: File, most: int) -> Path:
 
 
 def damage(store: Store) -> tuple[list[tuple[str, str]], str]:
-    """Compares all files of a store's index with their checksums.
-
-    Returns the damaged files, each with what is wrong with it; and why the index is not used though no file may be
-    damaged, "" if it is used or there is none.
-    """
+    """The files of a store's index that do not have their checksums, each with what is wrong with it; and why the index
+    is not used though no file may be damaged, "" if it is used or there is none."""
     folder = index_beside(store.path)
     if not folder.is_dir():
         return [], ""
@@ -240,8 +235,6 @@ def damage(store: Store) -> tuple[list[tuple[str, str]], str]:
     found: list[tuple[str, str]] = []
     for name, written in facts.files.items():
         try:
-            if name not in GRAPH_FILES | DIRECTION_FILES:
-                raise GraphError(f"{name} is no file of an index")
             check_file(folder, name, written, written.bytes)
         except (GraphError, OSError, ValueError) as error:
             found.append((name, str(error)))
@@ -309,9 +302,6 @@ def _misfit(facts: Facts, store: Store) -> str:
     shape = (facts.samples, facts.timesteps, facts.dimension)
     if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != store.state:
         return "the store has changed since"
-    expected = (GRAPH_FILES if facts.depths else set()) | (DIRECTION_FILES if facts.principal else set())
-    if set(facts.files) != expected or facts.principal > header.samples:
-        return f"{FACTS} names other files than such an index has"
     return ""
 
 

@@ -10,9 +10,9 @@ from typing import get_args
 
 from dmin_trace.errors import QueryError
 from dmin_trace.search.deflation import Directions, Score, principal_directions
+from dmin_trace.search.exact import Floats
 from dmin_trace.search.index import open_directions
 from dmin_trace.search.index_files import Unavailable, read_facts
-from dmin_trace.search.ranking import Floats
 from dmin_trace.store import Store
 
 MAX_QUERY_NUMBERS = 2**31
@@ -33,10 +33,7 @@ class DminScore:
 
 
 class DeflatedScore:
-    """The score of queries from which the principal directions of all samples are taken out.
-
-    `description` says what is taken out, in words; "" before `fit`.
-    """
+    """The score of queries without the samples' principal directions; `description` says in words which."""
 
     name = "deflated"
 
@@ -45,11 +42,9 @@ class DeflatedScore:
         self._directions: Directions | None = None
 
     def fit(self, store: Store) -> None:
-        """Opens the directions that the store's index keeps, or finds them if the store is small enough.
+        """Opens the directions that the store's index keeps, or finds them.
 
-        Raises:
-            QueryError: the index keeps no directions, and the store is too large to find them for a query.
-            TraceError: the store is damaged.
+        Raises QueryError if the store is too large to find them for a query, TraceError if it is damaged.
         """
         found, source = open_directions(store), "kept by the index"
         if isinstance(found, Unavailable):
@@ -60,7 +55,7 @@ class DeflatedScore:
         self.description = f"{found.eigenvalues.shape[1]} principal directions of each timestep, {source}"
 
     def transform(self, queries: Floats) -> Floats:
-        """The deflated queries (`Directions.deflate`). Raises QueryError before `fit`."""
+        """The queries, deflated. Raises QueryError before `fit`."""
         if self._directions is None:
             raise QueryError("The deflated score is not fitted to a store. Call fit(store) first.")
         return self._directions.deflate(queries)

@@ -63,7 +63,6 @@ def build_index(
     """Builds a store's index, measures its recall, and puts it beside the store in place of an older one.
 
     Args:
-        store: the store.
         recall: the part of the true 10 best that is to be found; of the 100 best it is 0.95.
         fold: F, a divisor of v; if not given, as small as the recall allows.
         m: links of a vector, 2 to 100.
@@ -76,7 +75,12 @@ def build_index(
     is unfinished or damaged, or the index cannot be written.
     """
     progress = progress or (lambda what, done, of: None)
-    _check_settings(recall, m, ef_construction)
+    if not 0 < recall <= 1:
+        raise SettingsError(f"recall is {recall}; expected more than 0, and 1 at most.")
+    if not 2 <= m <= 100:
+        raise SettingsError(f"M is {m}; expected 2 to 100.")
+    if not m <= ef_construction <= 10_000:
+        raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
     header, folds = store.header, possible_folds(store, fold, m)
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is indexed.")
@@ -100,7 +104,7 @@ def build_index(
     tried, short, graph = folds[0], f"{len(kept)} samples are few enough to scan", None
     depths: tuple[Depth, ...] = ()
     if wanted:
-        queries: dict[Score, Floats] = {"dmin": _calibration_queries(store, held)}
+        queries: dict[Score, Floats] = {"dmin": _with_mixtures(store.gradients(held))}
         if principal is not None:
             queries["deflated"] = principal.deflate(queries["dmin"])
         truth = {score: _true_best(store, of, held, copies, max(wanted), progress) for score, of in queries.items()}
@@ -162,9 +166,8 @@ def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
     return folds[folds.index(max([folds[0], *small])) :]
 
 
-def _calibration_queries(store: Store, held: Rows) -> Floats:
-    """(2 n, T, v) the gradients of n held-out rows, and n mixtures of two of them."""
-    gradients = store.gradients(held)
+def _with_mixtures(gradients: Floats) -> Floats:
+    """(2 n, T, v) the gradients of n samples, and n mixtures of two of them."""
     mixed = gradients + np.roll(gradients, len(gradients) // 2, axis=0)
     norm = np.linalg.norm(mixed, axis=2, keepdims=True)
     return np.concatenate([gradients, mixed / np.where(norm > 0, norm, 1)])
@@ -221,15 +224,6 @@ def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
     graph.set_ef(ef)
     labels: Rows = graph.knn_query(vectors, k=k)[0].astype(np.int64)
     return labels
-
-
-def _check_settings(recall: float, m: int, ef_construction: int) -> None:
-    if not 0 < recall <= 1:
-        raise SettingsError(f"recall is {recall}; expected more than 0, and 1 at most.")
-    if not 2 <= m <= 100:
-        raise SettingsError(f"M is {m}; expected 2 to 100.")
-    if not m <= ef_construction <= 10_000:
-        raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
 
 
 def _graph_memory(store: Store, fold: int, m: int) -> int:

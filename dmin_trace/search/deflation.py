@@ -128,10 +128,8 @@ def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExec
     eigenvalues, mixtures = (np.stack(parts) for parts in zip(*found, strict=True))
     mixtures = _over_root(mixtures, eigenvalues)
     vectors = np.zeros((len(mixtures), mixtures.shape[2], store.header.dimension), np.float32)
-    at = 0
-    for block in _blocks(store, rows, progress):
-        _add(vectors, mixtures[:, at : at + len(block)].astype(np.float32), block, pool)
-        at += len(block)
+    for here, block in _blocks(store, rows, progress):
+        _add(vectors, mixtures[:, here].astype(np.float32), block, pool)
     return Directions(vectors, eigenvalues)
 
 
@@ -160,7 +158,7 @@ def _approximate_directions(
     basis = np.random.default_rng(0).standard_normal((timesteps, width, dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
-        for block in _blocks(store, rows, progress, n, PASSES):
+        for _, block in _blocks(store, rows, progress, n, PASSES):
             _add(image, _along(block, basis, pool).astype(np.float32), block, pool)
         if n < PASSES - 1:
             # Orthonormal again, and near to the principal directions: the small ones then lose nothing to rounding.
@@ -235,10 +233,12 @@ def _basis_size(count: int) -> int:
     return count + max(16, count // 8)
 
 
-def _blocks(store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1) -> Iterator[Floats]:
-    """The rows' gradients in order, in blocks (n, T, v) of float32."""
-    done = turn * len(rows)
+def _blocks(
+    store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1
+) -> Iterator[tuple[slice, Floats]]:
+    """Where some of the rows are among them, and their gradients (n, T, v)."""
+    start = 0
     for some in row_blocks(store, rows):
-        yield store.gradients(some)
-        done += len(some)
-        progress("looking for what samples share", done, turns * len(rows))
+        yield slice(start, start + len(some)), store.gradients(some)
+        start += len(some)
+        progress("looking for what samples share", turn * len(rows) + start, turns * len(rows))

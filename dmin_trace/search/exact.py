@@ -25,6 +25,7 @@ from dmin_trace.store import Store, core_count
 
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 R = TypeVar("R")
 
 ROUNDING = 1e-5
@@ -72,9 +73,9 @@ def check_queries(store: Store, queries: Floats) -> None:
         raise QueryError("The queries hold numbers that are not finite, so they have no scores.")
 
 
-def has_direction(norm: NDArray[Any]) -> NDArray[np.bool_]:
+def has_direction(norm: NDArray[Any]) -> Bools:
     """(n,) whether rows with these gradient norms (n, T) can be ranked: all norms are finite and above zero."""
-    usable: NDArray[np.bool_] = np.all(np.isfinite(norm) & (norm > 0), axis=1)
+    usable: Bools = np.all(np.isfinite(norm) & (norm > 0), axis=1)
     return usable
 
 
@@ -103,18 +104,17 @@ def exact_top_k(
     check_k(store, k)
     check_queries(store, queries)
     queries = np.ascontiguousarray(queries, np.float32)
-    products, first_pass = ChunkProducts(store, queries), _FirstPass(queries, k)
+    first_pass = _FirstPass(queries, k)
 
-    def near_of_chunk(chunk: int) -> _Found:
-        valid, scores = _chunk_scores(store, products, chunk)
-        rows, scores = np.flatnonzero(valid) + store.header.rows(chunk).start, scores[0, valid]
-        return first_pass.near(rows, scores if largest else -scores)
+    def near(rows: range, valid: Bools, scores: Floats) -> _Found:
+        scores = scores[0, valid]
+        return first_pass.near(np.flatnonzero(valid) + rows.start, scores if largest else -scores)
 
-    with closing(_each_chunk(store, near_of_chunk, threads)) as chunks:
-        for chunk, found in zip(store.chunks_done, chunks, strict=True):
+    with closing(_each_chunk(store, ChunkProducts(store, queries), near, threads)) as chunks:
+        for rows, found in chunks:
             first_pass.add(found)
             if progress is not None:
-                progress(len(store.header.rows(chunk)))
+                progress(len(rows))
     return rerank(store, queries, first_pass.candidates(), k, largest=largest)
 
 
@@ -129,14 +129,12 @@ def scores_by_chunk(
     check_queries(store, queries)
     products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
 
-    def of_chunk(chunk: int) -> Floats:
-        valid, scores = _chunk_scores(store, products, chunk)
+    def by_query(rows: range, valid: Bools, scores: Floats) -> Floats:
         scores[:, ~valid] = np.nan
         return scores.transpose(2, 1, 0) if per_timestep else scores[0].T
 
-    with closing(_each_chunk(store, of_chunk, threads)) as chunks:
-        for chunk, scores in zip(store.chunks_done, chunks, strict=True):
-            yield store.header.rows(chunk), scores
+    with closing(_each_chunk(store, products, by_query, threads)) as chunks:
+        yield from chunks
 
 
 def rerank(
@@ -304,26 +302,28 @@ def as_float32(numbers: NDArray[Any], memory: NDArray[np.float32]) -> NDArray[np
     return converted
 
 
-def _chunk_scores(store: Store, products: ChunkProducts, chunk: int) -> tuple[NDArray[np.bool_], Floats]:
-    """Which rows (n,) of a chunk can be ranked, and the products (S, n, Q) of all."""
-    numbers = store.numbers_of(chunk)
-    valid = has_direction(numbers.norm)
-    with np.errstate(invalid="ignore", over="ignore"):  # damaged numbers give an error below, and no warning
-        scores = products(chunk, numbers.scale)
-    if not np.isfinite(scores[:, valid]).all():
-        raise TraceError(f"{store.path} is damaged: chunk {chunk} holds numbers that are not finite.")
-    return valid, scores
-
-
-def _each_chunk(store: Store, of_chunk: Callable[[int], R], threads: int | None) -> Generator[R, None, None]:
-    """Calls `of_chunk` for each chunk that is done, in threads, and yields the results in the order of the chunks."""
+def _each_chunk(
+    store: Store, products: ChunkProducts, reduced: Callable[[range, Bools, Floats], R], threads: int | None
+) -> Generator[tuple[range, R], None, None]:
+    """Yields the rows of each chunk that is done, in order, and what `reduced` makes, in threads, of them: of which of
+    them can be ranked, (n,), and of the products (S, n, Q) of all."""
     if threads is not None and threads < 1:
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     threads = threads or core_count()
+
+    def scored(chunk: int) -> tuple[range, R]:
+        rows, numbers = store.header.rows(chunk), store.numbers_of(chunk)
+        valid = has_direction(numbers.norm)
+        with np.errstate(invalid="ignore", over="ignore"):  # damaged numbers give an error below, and no warning
+            scores = products(chunk, numbers.scale)
+        if not np.isfinite(scores[:, valid]).all():
+            raise TraceError(f"{store.path} is damaged: chunk {chunk} holds numbers that are not finite.")
+        return rows, reduced(rows, valid, scores)
+
     chunks = iter(store.chunks_done)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
         # Few chunks are scored ahead of the caller, so that memory does not grow where the caller is slower.
-        running = deque(pool.submit(of_chunk, chunk) for chunk in islice(chunks, 2 * threads))
+        running = deque(pool.submit(scored, chunk) for chunk in islice(chunks, 2 * threads))
         while running:
             yield running.popleft().result()
-            running.extend(pool.submit(of_chunk, chunk) for chunk in islice(chunks, 1))
+            running.extend(pool.submit(scored, chunk) for chunk in islice(chunks, 1))

@@ -135,8 +135,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def from_json(cls, text: str) -> Facts:
         """The facts of an index.json. Raises GraphError if they are damaged, invalid or of another version."""
         try:
-            written = msgspec.json.decode(text, type=_Version)
-            if (written.format, written.version) != (FORMAT, VERSION):
+            written = msgspec.json.decode(text, type=dict[str, Any])
+            if (written.get("format"), written.get("version")) != (FORMAT, VERSION):
                 raise AnotherVersionError("it was written by another version of dmin_trace")
             facts = msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
@@ -152,11 +152,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def own_digest(self) -> str:
         """What `digest` is in index.json."""
         return digest({name: value for name, value in msgspec.to_builtins(self).items() if name != "digest"})
-
-
-class _Version(msgspec.Struct):
-    format: str
-    version: int
 
 
 class AnotherVersionError(GraphError):

@@ -81,14 +81,9 @@ def _check_small(store: Store, why: str) -> None:
     numbers = store.valid_count * len(store.header.timesteps) * store.header.dimension
     if numbers <= MAX_QUERY_NUMBERS:
         return
-    if not store.complete:
-        raise QueryError(
-            f"Deflated scores need the principal directions of the samples, which the index keeps once the capture "
-            f"is finished. A query finds them in up to {MAX_QUERY_NUMBERS:,} numbers; the samples that are done have "
-            f"{numbers:,}. Give --score dmin."
-        )
+    make = "Make them" if store.complete else "Finish the capture, then make them"
     raise QueryError(
         "Deflated scores need the principal directions of the samples, which the store's index keeps; here "
         f"{why or 'it has none'}. A query finds them in up to {MAX_QUERY_NUMBERS:,} numbers; this trace has "
-        f"{numbers:,}. Make them with dmin-trace index {store.path}, or give --score dmin."
+        f"{numbers:,}. {make} with dmin-trace index {store.path}, or give --score dmin."
     )

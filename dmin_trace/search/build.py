@@ -193,10 +193,10 @@ def _true_best(store: Store, queries: Floats, held: Rows, copies: Rows, k: int, 
 def _calibrate(
     graph: Graph, vectors: Floats, truth: Rows, wanted: dict[int, float], most: int, score: Score
 ) -> tuple[tuple[Depth, ...], str]:
-    """Calibration: how deep the graph is searched for each number of hits; and, where its recall is not reached, why.
+    """How deep the graph is searched for each number of hits; and, where its recall is not reached, why.
 
-    The vectors (2 n, length) of the calibration queries are not in the graph; (2 n, k) are their true best. Recall is
-    that of the worse half, samples or mixtures; at most `most` candidates are scored.
+    The vectors (2 n, length) of the queries are not in the graph; the truth, (2 n, k), are their true best. Recall is
+    that of the worse half, samples or mixtures; there are `most` candidates at the most.
     """
     depths, short = [], []
     labels = _nearest(graph, vectors, most, most)
@@ -244,10 +244,7 @@ def _check_memory(needed: int, what: str, what_to_do: str) -> None:
 
 def _distinct_rows(store: Store, progress: Progress) -> tuple[Rows, Rows, NDArray[np.uint32]]:
     """The rows that the graph holds; (n, 2) the others that can be ranked, each with the row that it copies, sorted by
-    that; and (N,) the checksums of all rows' stored numbers.
-
-    A model remembers best what its data holds many times. In the graph such copies would be linked to each other alone.
-    """
+    that; and (N,) the checksums of all rows. In the graph many copies would be linked to each other alone."""
     firsts: dict[bytes, int] = {}
     copies: list[tuple[int, int]] = []
     checksums = np.zeros(store.header.samples, np.uint32)

@@ -52,11 +52,8 @@ MAX_DIRECTION_NUMBERS = 2**28
 
 @dataclass(frozen=True)
 class Directions:
-    """The r largest principal directions of a store's samples at each timestep.
-
-    vectors: (T, r, v) float32; those of a timestep are orthonormal, or zero where it has no more of them.
-    eigenvalues: (T, r) float64, of each timestep's K, the largest first; zero where the vector is.
-    """
+    """The r largest principal directions of a store's samples at each timestep: vectors (T, r, v), orthonormal, or zero
+    where there are no more; and their eigenvalues of K, (T, r), the largest first, zero where the vector is."""
 
     vectors: Floats
     eigenvalues: Doubles

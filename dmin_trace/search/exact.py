@@ -43,11 +43,8 @@ HALF_BITS = np.int32(-0x70002000)
 
 @dataclass(frozen=True)
 class Ranking:
-    """The k rows with the largest influence score for each of Q queries, largest first; or the k smallest.
-
-    rows: (Q, k), rows of the store.
-    scores, per_timestep: (Q, k) and (Q, k, T), the inner products at each timestep, which add up to the score.
-    """
+    """The k rows (Q, k) with the largest influence scores (Q, k) for each of Q queries, largest first, or the smallest;
+    and their inner products at each timestep (Q, k, T), which add up to the score."""
 
     rows: Rows
     scores: Floats

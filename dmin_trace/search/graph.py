@@ -45,8 +45,7 @@ def make_graph(length: int, most: int, m: int, ef_construction: int) -> Graph:
 
 def graph_bytes(length: int, vectors: int, m: int) -> int:
     """The size of a graph's file, and about that of the graph in memory."""
-    # An element is on level l with the probability M^-l.
-    above = (4 * m + 4) / (m - 1)
+    above = (4 * m + 4) / (m - 1)  # an element is on level l with the probability M^-l
     return HEADER.size + round(vectors * (_element_bytes(length, m) + 4 + above))
 
 

@@ -32,16 +32,13 @@ DIRECTIONS_SAMPLES = 256
 
 @dataclass(frozen=True)
 class Reduction:
-    """How projected gradients become vectors of the index, so small that a graph can hold them.
+    """How projected gradients become vectors of the index, which are small.
 
-    Adding bins j, j + F, j + 2 F and so on (folding) leaves F numbers, whose inner products err by about the product
-    of the norms over sqrt(F). Gradients of a diffusion model are much alike, and an error in what they share would hide
-    what tells them apart. So each timestep is first split into its parts along r common directions, which are kept as
-    exact numbers, and the rest, which is folded. A vector holds both for all timesteps, T (F + r) numbers, and its
+    Folding, which adds bins j, j + F, j + 2 F and so on, leaves F numbers, whose inner products err by about the
+    product of the norms over sqrt(F). Gradients are much alike, and an error in what they share would hide what tells
+    them apart. So each timestep is first split into its parts along r common directions (T, r, v), which are
+    orthonormal or zero, and the rest, which is folded. A vector holds both for all timesteps, T (F + r) numbers; its
     inner product with that of a query estimates the score. Inner product and not cosine: a fold keeps no norms.
-
-    common: (T, r, v) float32, the directions that are kept apart; at each timestep orthonormal, or zero.
-    fold: F.
     """
 
     common: Floats
@@ -50,8 +47,7 @@ class Reduction:
     @property
     def length(self) -> int:
         """The numbers of a vector."""
-        timesteps, directions, _ = self.common.shape
-        return int(timesteps) * (self.fold + int(directions))
+        return len(self.common) * (self.fold + len(self.common[0]))
 
     def vectors(self, gradients: Floats) -> Floats:
         """(n, T, v) to (n, T (F + r)) float32: for each timestep the parts along the directions and the folded rest."""

@@ -155,7 +155,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class AnotherVersionError(GraphError):
-    """An index that another version of dmin_trace wrote."""
+    """An index of another version of dmin_trace."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,8 @@ def read_facts(store: Store) -> Facts | Unavailable:
 def read_array(
     folder: Path, facts: Facts, name: str, dtype: str, shape: tuple[int, ...], *, mapped: bool = False
 ) -> NDArray[Any]:
-    """The numbers of a file, compared with its checksum; -1 in a shape takes what the file has.
-
-    Raises GraphError if the file is damaged or too large, ValueError or OSError if it has another shape.
-    """
+    """The numbers of a file; -1 in a shape takes what the file has. Raises what `check_file` does, and ValueError for
+    another shape."""
     most = math.prod(facts.samples if size < 0 else size for size in shape)
     file = check_file(folder, name, facts.files[name], most * np.dtype(dtype).itemsize)
     return np.memmap(file, dtype, "r", shape=shape) if mapped else np.fromfile(file, dtype).reshape(shape)
@@ -247,10 +245,8 @@ def check_folder(folder: Path) -> None:
 
 
 def write_index(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph: Graph | None) -> Facts:
-    """Writes the files of an index and puts them in place of an older one. A build that is killed leaves that one.
-
-    Returns the facts with the sizes and checksums of the files. Raises TraceError if they cannot be written.
-    """
+    """Writes the files of an index and puts them in place of an older one, which a build that is killed leaves. Returns
+    the facts with the sizes and checksums of the files. Raises TraceError if they cannot be written."""
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -42,10 +42,8 @@ class DeflatedScore:
         self._directions: Directions | None = None
 
     def fit(self, store: Store) -> None:
-        """Opens the directions that the store's index keeps, or finds them.
-
-        Raises QueryError if the store is too large to find them for a query, TraceError if it is damaged.
-        """
+        """Opens the directions that the store's index keeps, or finds them. Raises QueryError if the store is too large
+        to find them for a query, TraceError if it is damaged."""
         found, source = open_directions(store), "kept by the index"
         if isinstance(found, Unavailable):
             _check_small(store, found.reason)

@@ -239,7 +239,7 @@ class _FirstPass:
 class ChunkProducts:
     """The inner products of chunks with the same queries. Threads may share one: each has memory of its own."""
 
-    def __init__(self, store: Store, queries: NDArray[np.float32], *, per_timestep: bool = False) -> None:
+    def __init__(self, store: Store, queries: Floats, *, per_timestep: bool = False) -> None:
         """For contiguous queries (Q, T, v); the products are summed over timesteps, or per timestep."""
         header = store.header
         self._store = store
@@ -253,7 +253,7 @@ class ChunkProducts:
         self._columns = length if header.dtype == "float32" else min(max(1, TILE_NUMBERS // self._rows), length)
         self._memory = threading.local()
 
-    def __call__(self, chunk: int, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, chunk: int, scale: Floats) -> Floats:
         """(S, n, Q) the products of a chunk's n rows, which have these scales (n, T); S is T per timestep, or 1."""
         header, queries, memory = self._store.header, self._queries, self._memory
         _, steps, length = queries.shape
@@ -278,7 +278,7 @@ class ChunkProducts:
         return products
 
 
-def as_float32(numbers: NDArray[Any], memory: NDArray[np.float32]) -> NDArray[np.float32]:
+def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
     """Stored numbers as float32: themselves if they are, or converted in `memory`, which has room for them."""
     if numbers.dtype == np.float32:
         return numbers

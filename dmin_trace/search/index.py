@@ -22,7 +22,7 @@ from dmin_trace.search.graph import Graph, GraphError, graph_bytes, load_graph
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, check_file, index_beside, read_array, read_facts
 from dmin_trace.store import Store
 
-Part = TypeVar("Part")
+Loaded = TypeVar("Loaded")
 
 COMMON_DIRECTIONS = 8
 """r, the directions that are kept apart; they halve the candidates that are needed."""
@@ -142,7 +142,7 @@ def open_directions(store: Store) -> Directions | Unavailable:
     return _opened(store, _load_directions)
 
 
-def _opened(store: Store, load: Callable[[Store, Facts], Part | Unavailable]) -> Part | Unavailable:
+def _opened(store: Store, load: Callable[[Store, Facts], Loaded | Unavailable]) -> Loaded | Unavailable:
     facts = read_facts(store)
     if isinstance(facts, Unavailable):
         return facts

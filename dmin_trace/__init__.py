@@ -44,7 +44,7 @@ __all__ = [
 _HOMES = {
     "attach": "capture.accelerate.attach:attach",
     "attribute": "query.trace:attribute",
-    "Hit": "query.hits:Hit",
+    "Hit": "query.topk:Hit",
     "Settings": "settings:Settings",
     "Queries": "store.queries:Queries",
     "TopK": "query.topk:TopK",

@@ -8,12 +8,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace.query.hits import hits_of
-from dmin_trace.query.topk import AnsweredBy, TopK
+from dmin_trace.query.topk import AnsweredBy, TopK, hits_of
 from dmin_trace.search import (
     DeflatedScore,
     Index,
-    Ranking,
     Unavailable,
     check_k,
     check_queries,
@@ -42,9 +40,7 @@ class FittedScore(Protocol):
 def fitted_score(store: Store, name: str) -> FittedScore:
     """The built-in score with this name, fitted to a store.
 
-    Raises:
-        QueryError: there is no such score, or the store is too large for it.
-        TraceError: the store is damaged.
+    Raises QueryError if there is no such score or the store is too large for it, TraceError if the store is damaged.
     """
     method = score_method(store, name)
     method.fit(store)
@@ -88,7 +84,19 @@ def answer_queries(
     check_queries(store, gradients)
     method = fitted_score(store, score) if isinstance(score, str) else score
     queries = method.transform(gradients)
-    ranking, answered_by = _ranked(store, queries, k, method.name, largest, exact, index)
+    if exact or not largest or not store.complete:
+        index = Unavailable("")
+    elif index is None:
+        index = open_index(store)
+    # Of a score of the user's own, no depth is calibrated.
+    if isinstance(index, Unavailable) or (depth := index.facts.depth(k, method.name)) is None:
+        ranking = exact_top_k(store, queries, k, largest=largest)
+        reason = index.reason if isinstance(index, Unavailable) else index.facts.unserved(method.name)
+        answered_by = AnsweredBy(None, _scanned(store, reason))
+    else:
+        ranking = search(index, queries, k, kind=method.name)
+        words = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
+        answered_by = AnsweredBy((depth.k, depth.recall), words)
     hits = hits_of(store, ranking)
     return TopK(
         samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
@@ -104,35 +112,9 @@ def answer_queries(
     )
 
 
-def _ranked(
-    store: Store,
-    queries: NDArray[np.float32],
-    k: int,
-    score: str,
-    largest: bool,
-    exact: bool,
-    index: Index | Unavailable | None,
-) -> tuple[Ranking, AnsweredBy]:
-    """The ranking for transformed queries, and what found it."""
-    if exact or not largest or not store.complete:
-        return exact_top_k(store, queries, k, largest=largest), _scanned(store, "")
-    index = open_index(store) if index is None else index
-    if isinstance(index, Unavailable):
-        return exact_top_k(store, queries, k), _scanned(store, index.reason)
-    # Of a score of the user's own, no depth is calibrated.
-    depth = index.facts.depth(k, score)
-    if depth is None:
-        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(score))
-    return search(index, queries, k, kind=score), AnsweredBy(
-        (depth.k, depth.recall),
-        f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all",
-    )
-
-
-def _scanned(store: Store, reason: str) -> AnsweredBy:
-    """A scan, and why the index did not answer."""
+def _scanned(store: Store, reason: str) -> str:
+    """What a scan searched, and why the index did not answer."""
     count = store.header.samples
     if not store.complete:
-        done = len(store.rows_done)
-        return AnsweredBy(None, f"searched {done:,} of {count:,} samples; the capture is unfinished")
-    return AnsweredBy(None, f"scanned all {count:,} samples" + (f": {reason}" if reason else ""))
+        return f"searched {len(store.rows_done):,} of {count:,} samples; the capture is unfinished"
+    return f"scanned all {count:,} samples" + (f": {reason}" if reason else "")

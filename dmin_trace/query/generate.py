@@ -24,15 +24,8 @@ def generate_images(
 ) -> list[QueryInput]:
     """Makes images with the model that the traced run saved, and writes them to files named by prompt and seed.
 
-    Args:
-        store: the store.
-        prompts: what the images show.
-        folder: where the images are written; created if it is missing.
-        num: the number of images for each prompt; image k has the seed `seed + k`.
-        seed: the seed of the first image of each prompt.
-        command: as for `attribute`.
-
-    Raises QueryError if the run saved no model that makes images.
+    The folder is created if it is missing. Of each prompt `num` images are made; image k has the seed `seed + k`.
+    `command` is as for `attribute`. Raises QueryError if the run saved no model that makes images.
     """
     run = traced_command(store, command)
     if num < 1:
@@ -48,7 +41,6 @@ def generate_images(
     inputs = []
     for image, (prompt, image_seed) in zip(images, wanted, strict=True):
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
-        path = folder / f"{words}-{image_seed}.png"
-        image.save(path)
-        inputs.append(QueryInput(path, prompt))
+        inputs.append(QueryInput(folder / f"{words}-{image_seed}.png", prompt))
+        image.save(inputs[-1].image)
     return inputs

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
@@ -14,12 +13,10 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError, brief
 from dmin_trace.query.answer import FittedScore, answer_queries, fitted_score
-from dmin_trace.query.by_sample import rows_by_sample, scores_by_sample, self_influence
-from dmin_trace.query.capture import capture_queries, sample_queries
-from dmin_trace.query.columns import Columns
-from dmin_trace.query.hits import Hit
-from dmin_trace.query.images import ImageInput
-from dmin_trace.query.topk import TopK
+from dmin_trace.query.by_sample import Columns, rows_by_sample, scores_by_sample, self_influence
+from dmin_trace.query.capture import capture_queries
+from dmin_trace.query.inputs import ImageInput
+from dmin_trace.query.topk import Hit, TopK
 from dmin_trace.search import Index, Score, Unavailable, check_k, has_direction, open_index, score_method
 from dmin_trace.store import Queries, Store, open_store
 
@@ -51,9 +48,7 @@ class Trace:
 
     def __init__(self, store: Store) -> None:
         self._store: Store | None = store
-        self._fitted: list[tuple[object, FittedScore]] = []
-
-    # -- the trace -------------------------------------------------------------------------------------------------
+        self._fitted: dict[str | int, FittedScore] = {}
 
     @property
     def store(self) -> Store:
@@ -86,26 +81,20 @@ class Trace:
             return "Trace(closed)"
         header = self.store.header
         state = "complete" if self.complete else f"unfinished: {len(self.store.rows_done):,} done"
-        return (
-            f"Trace({header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}, {header.dtype}, "
-            f"{state})"
-        )
+        size = f"T={len(header.timesteps)}, v={header.dimension:,}"
+        return f"Trace({header.samples:,} samples, {size}, {header.dtype}, {state})"
 
     def __enter__(self) -> Trace:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Frees the files of the trace. It cannot be used afterwards."""
         self._store = None
-        self._fitted = []
+        self._fitted = {}
         self.__dict__.pop("_index", None)
-
-    # -- the training samples --------------------------------------------------------------------------------------
 
     @property
     def columns(self) -> Columns:
@@ -147,10 +136,7 @@ class Trace:
 
         Raises QueryError and TraceError as `scores` does.
         """
-        method = self._fitted_score(score)
-        return self_influence(self.store, method)[self._rows]
-
-    # -- queries ---------------------------------------------------------------------------------------------------
+        return self_influence(self.store, self._fitted_score(score))[self._rows]
 
     def query_images(
         self,
@@ -180,28 +166,27 @@ class Trace:
             ScriptError: the script failed on the queries.
             TraceError: the script is not the one that made the trace.
         """
-        return capture_queries(
-            self.store,
-            images,
-            prompts,
-            conditioning=conditioning,
-            weights=weights,
-            command=command,
-            edited_script=edited_script,
-        )
+        return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script)
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
         """The stored gradients of training samples, as queries. No model is needed.
 
         Raises TraceError for a sample that the trace does not hold, QueryError for one without a usable gradient.
         """
-        return sample_queries(self.store, samples)
+        if not len(samples):
+            raise QueryError("No sample was given. Give at least one.")
+        rows = self.store.rows_of(samples)
+        for sample, usable in zip(samples, has_direction(self.store.numbers(rows).norm), strict=True):
+            if not usable:
+                raise QueryError(
+                    f"Sample {sample} has no gradient to use as a query: it could not be loaded, or its gradient is "
+                    "zero or not finite. Give another sample."
+                )
+        names = tuple(f"sample {sample}" for sample in samples)
+        return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
 
     def query_loss(
-        self,
-        model: torch.nn.Module | Sequence[torch.nn.Module],
-        items: Sequence[Any],
-        loss: Callable[[Any, Any], Any],
+        self, model: torch.nn.Module | Sequence[torch.nn.Module], items: Sequence[Any], loss: Callable[[Any, Any], Any]
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 
@@ -227,8 +212,6 @@ class Trace:
                     with record.step(i, k):
                         loss(model, items[i]).backward()
         return record.queries
-
-    # -- influence scores ------------------------------------------------------------------------------------------
 
     def scores(
         self,
@@ -257,7 +240,7 @@ class Trace:
         """
         self._check_queries(queries)
         transformed = self._fitted_score(score).transform(queries.gradients)
-        return scores_by_sample(self.store, self._rows, transformed, per_timestep=per_timestep, out=out)
+        return scores_by_sample(self.store, self._rows, transformed, per_timestep, out)
 
     def top_k(
         self,
@@ -285,20 +268,17 @@ class Trace:
         """
         check_k(self.store, k)
         self._check_queries(queries)
-        method = self._fitted_score(score)
         return answer_queries(
             self.store,
             queries.gradients,
             k=k,
-            score=method,
+            score=self._fitted_score(score),
             names=queries.names,
             prompts=queries.prompts,
             largest=largest,
             exact=exact,
             index=self._index if largest and not exact and self.complete else None,
         )
-
-    # -- within ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
@@ -318,18 +298,16 @@ class Trace:
 
     def _fitted_score(self, score: Score | ScoreMethod) -> FittedScore:
         """The score, fitted to this trace once."""
-        for known, fitted in self._fitted:
-            if known is score or (isinstance(score, str) and known == score):
-                return fitted
-        if isinstance(score, str):
-            fitted = fitted_score(self.store, score)
-        elif score.name in get_args(Score):
-            raise QueryError(f"The score of your own has the name {score.name}, which is built in. Give it another.")
-        else:
-            score.fit(self)
-            fitted = score
-        self._fitted.append((score, fitted))
-        return fitted
+        key = score if isinstance(score, str) else id(score)
+        if key not in self._fitted:
+            if isinstance(score, str):
+                self._fitted[key] = fitted_score(self.store, score)
+            elif score.name in get_args(Score):
+                raise QueryError(f"Your score has the name {score.name}, which is built in. Give it another.")
+            else:
+                score.fit(self)
+                self._fitted[key] = score
+        return self._fitted[key]
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
@@ -376,12 +354,5 @@ def attribute(
     check_k(opened.store, k)
     if isinstance(score, str):
         score_method(opened.store, score)
-    queries = opened.query_images(
-        images,
-        prompts,
-        conditioning=conditioning,
-        weights=weights,
-        command=command,
-        edited_script=edited_script,
-    )
+    queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script)
     return opened.top_k(queries, k, score, exact=exact).hits

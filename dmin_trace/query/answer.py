@@ -13,7 +13,6 @@ from dmin_trace.search import (
     DeflatedScore,
     Index,
     Unavailable,
-    check_k,
     check_queries,
     exact_top_k,
     open_index,
@@ -31,10 +30,7 @@ class FittedScore(Protocol):
         """A word for the score."""
 
     def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The gradients (Q, T, v) float32 that are compared with those of the training samples.
-
-        For the gradients of queries, (Q, T, v), which it leaves as they are.
-        """
+        """The changed gradients of queries, (Q, T, v) float32; those given, of the same shape, stay as they are."""
 
 
 def fitted_score(store: Store, name: str) -> FittedScore:
@@ -59,28 +55,12 @@ def answer_queries(
     exact: bool = False,
     index: Index | Unavailable | None = None,
 ) -> TopK:
-    """The training samples with the largest influence scores for queries, or with the smallest.
+    """The k training samples with the largest influence scores for queries (Q, T, v), or with the smallest.
 
     The index answers if it is there, matches the store, and is calibrated for k and the score. Otherwise all rows are
-    scanned; those that are done, in an unfinished store.
-
-    Args:
-        store: the store.
-        gradients: (Q, T, v) float32, of queries.
-        k: how many training samples for each query.
-        score: the name of a built-in score; or a fitted one, which saves fitting it for each call.
-        names: Q names to show; "query 0" and so on if not given.
-        prompts: the Q prompts, if there are any.
-        largest: False for the smallest scores, smallest first. The index does not answer for them.
-        exact: scan all rows even if there is an index.
-        index: the result of `open_index`, which saves opening the index for each call.
-
-    Raises:
-        QueryError: k is out of range, the gradients are not finite or not of the store's shape, there is no such score,
-            or the store is too large for it.
-        TraceError: the store is damaged.
+    scanned; those that are done, in an unfinished store. A fitted score and an `index` from `open_index` save making
+    them for each call. Arguments and errors are otherwise those of `Trace.top_k`.
     """
-    check_k(store, k)
     check_queries(store, gradients)
     method = fitted_score(store, score) if isinstance(score, str) else score
     queries = method.transform(gradients)

@@ -160,8 +160,7 @@ class Trace:
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
         Raises:
-            QueryError: an image that is missing, of another size, or without a prompt where the model was trained with
-                captions; or the command is not known.
+            QueryError: an image is missing, of another size, or lacks its prompt; or the command is not known.
             WeightsError: the weights are missing or not those of the trace.
             ScriptError: the script failed on the queries.
             TraceError: the script is not the one that made the trace.
@@ -196,13 +195,10 @@ class Trace:
             loss: `loss(model, item)` is the loss that the recording called `backward` on. Like there, it draws its
                 noise and its timestep, which are pinned to those of the trace.
 
-        Raises:
-            QueryError: there are no items, or their gradients cannot be compared with those of the trace.
-            CaptureError: the loss cannot be recorded.
-            WeightsError: the model's weights are not those of the trace.
+        Raises QueryError if there are no items or their gradients cannot be compared with those of the trace,
+        CaptureError if the loss cannot be recorded, WeightsError if the model's weights are not those of the trace.
         """
-        # The one place where a query runs a model in this process.
-        from dmin_trace.capture.recording import recording
+        from dmin_trace.capture.recording import recording  # only here does a query run a model in this process
 
         if not len(items):
             raise QueryError("No item was given. Give at least one.")
@@ -233,10 +229,8 @@ class Trace:
         Returns:
             (Q, N) float32, or (Q, N, T) per timestep. NaN for a sample without a usable gradient. `out`, if given.
 
-        Raises:
-            QueryError: the queries are of another trace, `out` is of another shape or dtype, or the trace is too large
-                for deflated scores without an index.
-            TraceError: the trace is damaged.
+        Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
+        large for deflated scores without an index; TraceError if the trace is damaged.
         """
         self._check_queries(queries)
         transformed = self._fitted_score(score).transform(queries.gradients)
@@ -262,9 +256,7 @@ class Trace:
             largest: False for the smallest scores, smallest first: the samples that speak most against the query.
             exact: scan all samples even if there is an index.
 
-        Raises:
-            QueryError: k is out of range, or as for `scores`.
-            TraceError: the trace is damaged.
+        Raises QueryError if k is out of range, and what `scores` raises.
         """
         check_k(self.store, k)
         self._check_queries(queries)
@@ -311,14 +303,9 @@ class Trace:
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
-    """Opens a trace for reading.
+    """Opens a trace for reading. With `unfinished`, also one whose capture is not finished: what is done can be read.
 
-    Args:
-        path: the trace.
-        unfinished: open it even if the capture is not finished; the samples that are done can be read.
-
-    Raises:
-        TraceError: there is no trace, or it is of another version, unfinished or damaged.
+    Raises TraceError if there is no trace at `path`, or it is of another version, unfinished or damaged.
     """
     return Trace(open_store(path, unfinished=unfinished))
 
@@ -336,18 +323,14 @@ def attribute(
     exact: bool = False,
     edited_script: bool = False,
 ) -> list[list[Hit]]:
-    """The training samples with the largest influence score for each image: `query_images` and `top_k` in one call.
+    """The k training samples with the largest influence score for each image, best first.
+
+    It is `Trace.query_images` and `Trace.top_k` in one call, and raises what they raise.
 
     Args:
         trace: an opened trace, or its path.
         images, prompts, conditioning, weights, command, edited_script: as for `Trace.query_images`.
         k, score, exact: as for `Trace.top_k`.
-
-    Returns:
-        A list of k hits for each image, best first.
-
-    Raises:
-        QueryError, WeightsError, ScriptError, TraceError: as `Trace.query_images` and `Trace.top_k` do.
     """
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     # Before the images are captured, which takes long.

@@ -5,7 +5,7 @@
 """
 
 from dmin_trace.query.answer import answer_queries as answer_queries
-from dmin_trace.query.generate import generate_images as generate_images
+from dmin_trace.query.capture import generate_images as generate_images
 from dmin_trace.query.inputs import QueryInput as QueryInput
 from dmin_trace.query.inputs import read_inputs as read_inputs
 from dmin_trace.query.topk import AnsweredBy as AnsweredBy

@@ -1,14 +1,14 @@
 """Images and prompts in, query gradients out: the traced script runs once more, on a data set of the queries.
 
-The script runs in a process of its own, with the traced weights, and with its data argument pointed at a folder with
-the queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its
-rows.
+It runs in a process of its own, with the traced weights, and with its data argument pointed at a folder with the
+queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its rows.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +22,7 @@ from dmin_trace import errors
 from dmin_trace.capture.host import script_host
 from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
-from dmin_trace.query.inputs import ImageInput, image_file
+from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
 from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
 
 
@@ -95,6 +95,39 @@ def capture_queries(
                 raise QueryError(f"The gradient of {name} is zero or not finite, so it has no scores.")
             gradients[group] = captured.gradients(np.arange(len(group)))
     return Queries(gradients, names, tuple(prompts), store.header.id)
+
+
+def generate_images(
+    store: Store,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    num: int = 1,
+    seed: int = 0,
+    command: Sequence[str] | None = None,
+) -> list[QueryInput]:
+    """Makes images with the model that the traced run saved, and writes them to files named by prompt and seed.
+
+    The folder is created if it is missing. Of each prompt `num` images are made; image k has the seed `seed + k`.
+    `command` is as for `attribute`. Raises QueryError if the run saved no model that makes images.
+    """
+    run = traced_command(store, command)
+    if num < 1:
+        raise QueryError(f"The number of images is {num}. Give --num 1 or more.")
+    wanted = [(prompt, seed + k) for prompt in prompts for k in range(num)]
+    try:
+        images = script_host().generate(run.arguments, Path(run.folder), wanted)
+    except (ValueError, OSError) as error:
+        raise QueryError(
+            f"No image could be made from the prompt: {error} Make it yourself, and give it before --prompt."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = []
+    for image, (prompt, image_seed) in zip(images, wanted, strict=True):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+        inputs.append(QueryInput(folder / f"{words}-{image_seed}.png", prompt))
+        image.save(inputs[-1].image)
+    return inputs
 
 
 def traced_command(store: Store, given: Sequence[str] | None) -> Command:

@@ -175,12 +175,12 @@ class Trace:
         if not len(samples):
             raise QueryError("No sample was given. Give at least one.")
         rows = self.store.rows_of(samples)
-        for sample, usable in zip(samples, has_direction(self.store.numbers(rows).norm), strict=True):
-            if not usable:
-                raise QueryError(
-                    f"Sample {sample} has no gradient to use as a query: it could not be loaded, or its gradient is "
-                    "zero or not finite. Give another sample."
-                )
+        usable = has_direction(self.store.numbers(rows).norm)
+        if not usable.all():
+            raise QueryError(
+                f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query: it could not be loaded, "
+                "or its gradient is zero or not finite. Give another sample."
+            )
         names = tuple(f"sample {sample}" for sample in samples)
         return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
 

@@ -34,10 +34,7 @@ class FittedScore(Protocol):
 
 
 def fitted_score(store: Store, name: str) -> FittedScore:
-    """The built-in score with this name, fitted to a store.
-
-    Raises QueryError if there is no such score or the store is too large for it, TraceError if the store is damaged.
-    """
+    """The built-in score with this name, fitted to a store. Errors are those of `score_method` and its `fit`."""
     method = score_method(store, name)
     method.fit(store)
     return method

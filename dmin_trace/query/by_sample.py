@@ -1,7 +1,4 @@
-"""Numbers and columns of all training samples, by data set index; the store has them by row, in the order of arrival.
-
-`Columns` is the mapping that `Trace.columns` gives.
-"""
+"""Numbers and columns of all training samples by data set index; the store has them by row, in the order of arrival."""
 
 from __future__ import annotations
 
@@ -31,7 +28,6 @@ class Columns(Mapping[str, list[Any]]):
     """
 
     def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
-        """The columns of a store; `rows` (N,) has the row of each data set index."""
         self._store, self._rows = store, rows
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -50,10 +46,7 @@ class Columns(Mapping[str, list[Any]]):
         return f"Columns({', '.join(self)})"
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A data frame with one row for each sample; its index is the data set index.
-
-        Raises QueryError if pandas is not installed.
-        """
+        """A data frame with one row for each data set index. Raises QueryError if pandas is not installed."""
         pd = import_extra("pandas", "pandas")
         return pd.DataFrame(dict(self), index=pd.RangeIndex(len(self._rows), name="sample"))
 
@@ -92,9 +85,8 @@ def scores_by_sample(
     scores = np.empty(shape, np.float32) if out is None else out
     samples = np.empty(len(rows), np.int64)
     samples[rows] = np.arange(len(rows))
-    for chunk in np.flatnonzero(~store.done).tolist():
-        here = store.header.rows(chunk)
-        scores[:, samples[here.start : here.stop]] = np.nan
+    if not store.complete:
+        scores[...] = np.nan
     for here, of_chunk in scores_by_chunk(store, queries, per_timestep=per_timestep):
         scores[:, samples[here.start : here.stop]] = of_chunk
     return scores

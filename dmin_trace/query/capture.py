@@ -137,24 +137,22 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     """
     if given:
         return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
-    advice = "after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS."
     remembered = recall(store.header.id)
-    if remembered is None and "accelerate" not in store.header.writers:
+    if remembered is not None and Path(remembered.folder).is_dir():
+        return remembered
+    if remembered is not None:
+        found = f"The trace was made in {remembered.folder}, which no longer exists. Give the command"
+    elif "accelerate" in store.header.writers:
+        found = (
+            "The command that made this trace is not known on this machine (it is never taken from a store). Give it"
+        )
+    else:
         raise QueryError(
             "This trace was recorded by a loop of its own, not by a script's command. Query it in Python with the same "
             "loop: Trace.query_loss(model, items, loss), or dmin_trace.integrations.lightning.attribute for a "
             "Lightning module."
         )
-    if remembered is None:
-        raise QueryError(
-            "The command that made this trace is not known on this machine (it is never taken from a store). Give it "
-            f"{advice}"
-        )
-    if not Path(remembered.folder).is_dir():
-        raise QueryError(
-            f"The trace was made in {remembered.folder}, which no longer exists. Give the command {advice}"
-        )
-    return remembered
+    raise QueryError(f"{found} after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS.")
 
 
 def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:

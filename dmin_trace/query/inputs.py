@@ -1,7 +1,4 @@
-"""Query images and their prompts: as a user gives them, one by one, as a folder or as a list, and as checked files.
-
-All of them may come from anybody.
-"""
+"""Query images and prompts, given one by one, as a folder or as a list; anybody's image files are checked."""
 
 from __future__ import annotations
 
@@ -74,9 +71,7 @@ def read_inputs(
 
 
 def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
-    """The file of a query image; a PIL image is written to `path`.
-
-    A video is only checked to exist: the script reads it with a library of its own.
+    """The file of a query image; a PIL image is written to `path`. A video is only checked to exist.
 
     Raises QueryError if there is no such file, it cannot be read as an image, or it has hundreds of megapixels.
     """

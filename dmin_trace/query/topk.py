@@ -98,12 +98,10 @@ class TopK:
         return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A data frame with one row for each query and hit.
+        """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
 
         Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
         trace's readable columns, with `meta_` before a name that is taken.
-
-        Raises QueryError if pandas is not installed.
         """
         hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
         columns: dict[str, Any] = {

@@ -98,10 +98,7 @@ class Trace:
 
     @property
     def columns(self) -> Columns:
-        """The readable columns, such as captions: a mapping from each name to the N values.
-
-        `columns.to_pandas()` is a data frame with one row for each sample.
-        """
+        """The readable columns, such as captions: from each name to the N values, or as a table by `to_pandas()`."""
         return Columns(self.store, self._rows)
 
     @property
@@ -281,7 +278,6 @@ class Trace:
         return open_index(self.store)
 
     def _check_queries(self, queries: Queries) -> None:
-        """Raises QueryError for queries of another trace."""
         if queries.trace_id != self.store.header.id:
             raise QueryError(
                 f"The queries are of the trace {brief(queries.trace_id)}, and {self.path} is {self.store.header.id}. "

@@ -67,10 +67,7 @@ class Queries:
         return f"Queries({count:,} {'query' if count == 1 else 'queries'}, T={timesteps}, v={dimension:,})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the queries to one .npz file, and replaces a file that is there.
-
-        Raises QueryError if the file cannot be written.
-        """
+        """Writes the queries to one .npz file, or over it. Raises QueryError if the file cannot be written."""
         texts = _Texts(FORMAT, VERSION, self.trace_id, self.names, self.prompts)
         try:
             encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)

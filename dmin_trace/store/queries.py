@@ -1,4 +1,8 @@
-"""The projected gradients of queries, in memory and in a file: scores can be computed from them without the model."""
+"""The projected gradients of queries, in memory and in a file.
+
+They come from images (`Trace.query_images`), from training samples (`Trace.query_samples`) or from a loop of one's own
+(`Trace.query_loss`, `recording`), and any score can be computed from them later without the model.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from dmin_trace.store.untrusted_npz import ArrayHeader, read_arrays
 FORMAT = "dmin_trace queries"
 VERSION = 1
 MAX_TEXT_BYTES = 2**26
+"""Bytes of the names and prompts in a file of queries, at most."""
 
 
 class _Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,11 +72,14 @@ class Queries:
         return f"Queries({count:,} {'query' if count == 1 else 'queries'}, T={timesteps}, v={dimension:,})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the queries to one .npz file, or over it. Raises QueryError if the file cannot be written."""
+        """Writes the queries to one .npz file, and replaces a file that is there.
+
+        Raises QueryError if the file cannot be written.
+        """
         texts = _Texts(FORMAT, VERSION, self.trace_id, self.names, self.prompts)
         try:
             encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)
-            with Path(path).open("wb") as file:  # given a path, savez would add .npz to it
+            with Path(path).open("wb") as file:
                 np.savez(file, gradients=self.gradients, texts=encoded)
         except (OSError, UnicodeEncodeError) as error:
             raise QueryError(f"{path} cannot be written: {error}.") from None
@@ -88,7 +96,8 @@ class Queries:
             gradients, texts = headers["gradients"], headers["texts"]
             if gradients.dtype != np.float32 or len(gradients.shape) != 3:
                 raise ValueError(f"its gradients are {gradients.dtype} {gradients.shape}")
-            if gradients.size_bytes > path.stat().st_size:  # `save` compresses nothing
+            # `save` compresses nothing.
+            if gradients.size_bytes > path.stat().st_size:
                 raise ValueError("it claims more numbers than it can hold")
             if texts.dtype != np.uint8 or len(texts.shape) != 1 or texts.size_bytes > MAX_TEXT_BYTES:
                 raise ValueError(f"its texts are {texts.dtype} {texts.shape}")
@@ -99,6 +108,7 @@ class Queries:
             if (texts.format, texts.version) != (FORMAT, VERSION):
                 raise ValueError(f"it is of {texts.format!r}, version {texts.version}")
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            reason = f"{error}; expected a file that Queries.save wrote"
-            raise QueryError(f"{path} cannot be read as queries: {reason}.") from None
+            raise QueryError(
+                f"{path} cannot be read as queries: {error}; expected a file that Queries.save wrote."
+            ) from None
         return cls(arrays["gradients"], texts.names, texts.prompts, texts.trace_id)

@@ -23,13 +23,14 @@ MAX_DEFLATE_RATIO = 1032
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """What an .npz file claims of one of its arrays; `size_bytes` is what the array takes in memory."""
+    """What an .npz file claims of one of its arrays."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
     def size_bytes(self) -> int:
+        """The bytes that the array takes in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -38,9 +39,14 @@ def read_arrays(
 ) -> dict[str, NDArray[Any]]:
     """Reads the arrays with these names from an .npz file.
 
-    `check` is called with the header of each array before any array is allocated; what it raises passes through.
-    Raises ValueError, which says in a few words what is wrong, if the file cannot be read, lacks an array, or claims
-    more than it can hold.
+    Args:
+        path: the file.
+        names: the arrays that are read; others in the file are left alone.
+        check: called with the header of each array before any array is allocated. What it raises passes through.
+
+    Raises:
+        ValueError: the file cannot be read, lacks an array, or claims more than it can hold. The message says what is
+            wrong in a few words.
     """
     try:
         if not path.is_file():

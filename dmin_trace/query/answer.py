@@ -1,7 +1,5 @@
 """Query gradients in, the most influential training samples out: by the index, or by a scan of all rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

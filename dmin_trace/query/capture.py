@@ -4,8 +4,6 @@ It runs in a process of its own, with the traced weights, and with its data argu
 queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its rows.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Query images and prompts, given one by one, as a folder or as a list; anybody's image files are checked."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator, Sequence

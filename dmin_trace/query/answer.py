@@ -1,21 +1,16 @@
 """Query gradients in, the most influential training samples out: by the index, or by a scan of all rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace.query.hits import hits_of
-from dmin_trace.query.topk import AnsweredBy, TopK
+from dmin_trace.query.topk import AnsweredBy, TopK, hits_of
 from dmin_trace.search import (
     DeflatedScore,
     Index,
-    Ranking,
     Unavailable,
-    check_k,
     check_queries,
     exact_top_k,
     open_index,
@@ -33,19 +28,11 @@ class FittedScore(Protocol):
         """A word for the score."""
 
     def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The gradients (Q, T, v) float32 that are compared with those of the training samples.
-
-        For the gradients of queries, (Q, T, v), which it leaves as they are.
-        """
+        """The changed gradients of queries, (Q, T, v) float32; those given, of the same shape, stay as they are."""
 
 
 def fitted_score(store: Store, name: str) -> FittedScore:
-    """The built-in score with this name, fitted to a store.
-
-    Raises:
-        QueryError: there is no such score, or the store is too large for it.
-        TraceError: the store is damaged.
-    """
+    """The built-in score with this name, fitted to a store. Errors are those of `score_method` and its `fit`."""
     method = score_method(store, name)
     method.fit(store)
     return method
@@ -63,32 +50,28 @@ def answer_queries(
     exact: bool = False,
     index: Index | Unavailable | None = None,
 ) -> TopK:
-    """The training samples with the largest influence scores for queries, or with the smallest.
+    """The k training samples with the largest influence scores for queries (Q, T, v), or with the smallest.
 
     The index answers if it is there, matches the store, and is calibrated for k and the score. Otherwise all rows are
-    scanned; those that are done, in an unfinished store.
-
-    Args:
-        store: the store.
-        gradients: (Q, T, v) float32, of queries.
-        k: how many training samples for each query.
-        score: the name of a built-in score; or a fitted one, which saves fitting it for each call.
-        names: Q names to show; "query 0" and so on if not given.
-        prompts: the Q prompts, if there are any.
-        largest: False for the smallest scores, smallest first. The index does not answer for them.
-        exact: scan all rows even if there is an index.
-        index: the result of `open_index`, which saves opening the index for each call.
-
-    Raises:
-        QueryError: k is out of range, the gradients are not finite or not of the store's shape, there is no such score,
-            or the store is too large for it.
-        TraceError: the store is damaged.
+    scanned; those that are done, in an unfinished store. A fitted score and an `index` from `open_index` save making
+    them for each call. Arguments and errors are otherwise those of `Trace.top_k`.
     """
-    check_k(store, k)
     check_queries(store, gradients)
     method = fitted_score(store, score) if isinstance(score, str) else score
     queries = method.transform(gradients)
-    ranking, answered_by = _ranked(store, queries, k, method.name, largest, exact, index)
+    if exact or not largest or not store.complete:
+        index = Unavailable("")
+    elif index is None:
+        index = open_index(store)
+    # Of a score of the user's own, no depth is calibrated.
+    if isinstance(index, Unavailable) or (depth := index.facts.depth(k, method.name)) is None:
+        ranking = exact_top_k(store, queries, k, largest=largest)
+        reason = index.reason if isinstance(index, Unavailable) else index.facts.unserved(method.name)
+        answered_by = AnsweredBy(None, _scanned(store, reason))
+    else:
+        ranking = search(index, queries, k, kind=method.name)
+        words = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
+        answered_by = AnsweredBy((depth.k, depth.recall), words)
     hits = hits_of(store, ranking)
     return TopK(
         samples=np.array([[hit.sample for hit in of_query] for of_query in hits], np.int64),
@@ -104,35 +87,9 @@ def answer_queries(
     )
 
 
-def _ranked(
-    store: Store,
-    queries: NDArray[np.float32],
-    k: int,
-    score: str,
-    largest: bool,
-    exact: bool,
-    index: Index | Unavailable | None,
-) -> tuple[Ranking, AnsweredBy]:
-    """The ranking for transformed queries, and what found it."""
-    if exact or not largest or not store.complete:
-        return exact_top_k(store, queries, k, largest=largest), _scanned(store, "")
-    index = open_index(store) if index is None else index
-    if isinstance(index, Unavailable):
-        return exact_top_k(store, queries, k), _scanned(store, index.reason)
-    # Of a score of the user's own, no depth is calibrated.
-    depth = index.facts.depth(k, score)
-    if depth is None:
-        return exact_top_k(store, queries, k), _scanned(store, index.facts.unserved(score))
-    return search(index, queries, k, kind=score), AnsweredBy(
-        (depth.k, depth.recall),
-        f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all",
-    )
-
-
-def _scanned(store: Store, reason: str) -> AnsweredBy:
-    """A scan, and why the index did not answer."""
+def _scanned(store: Store, reason: str) -> str:
+    """What a scan searched, and why the index did not answer."""
     count = store.header.samples
     if not store.complete:
-        done = len(store.rows_done)
-        return AnsweredBy(None, f"searched {done:,} of {count:,} samples; the capture is unfinished")
-    return AnsweredBy(None, f"scanned all {count:,} samples" + (f": {reason}" if reason else ""))
+        return f"searched {len(store.rows_done):,} of {count:,} samples; the capture is unfinished"
+    return f"scanned all {count:,} samples" + (f": {reason}" if reason else "")

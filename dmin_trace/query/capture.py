@@ -1,14 +1,12 @@
 """Images and prompts in, query gradients out: the traced script runs once more, on a data set of the queries.
 
-The script runs in a process of its own, with the traced weights, and with its data argument pointed at a folder with
-the queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its
-rows.
+It runs in a process of its own, with the traced weights, and with its data argument pointed at a folder with the
+queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its rows.
 """
-
-from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,41 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dmin_trace import errors
 from dmin_trace.capture.host import script_host
 from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
-from dmin_trace.query.images import ImageInput, image_file, name_of
-from dmin_trace.search import has_direction
+from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
 from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
-
-
-def sample_queries(store: Store, samples: Sequence[int]) -> Queries:
-    """The stored gradients of training samples as queries; no model is needed.
-
-    Raises:
-        TraceError: the store does not hold a sample.
-        QueryError: no sample is given, or one has no usable gradient.
-    """
-    if not len(samples):
-        raise QueryError("No sample was given. Give at least one.")
-    rows = store.rows_of(samples)
-    for sample, usable in zip(samples, has_direction(store.numbers(rows).norm), strict=True):
-        if not usable:
-            raise QueryError(
-                f"Sample {sample} has no gradient to use as a query: it could not be loaded, or its gradient is zero "
-                "or not finite. Give another sample."
-            )
-    names = tuple(f"sample {sample}" for sample in samples)
-    return Queries(store.gradients(rows), names, (None,) * len(names), store.header.id)
 
 
 def capture_queries(
     store: Store,
     images: Sequence[ImageInput],
     prompts: Sequence[str | None] | None = None,
-    *,
     conditioning: Sequence[ImageInput | None] | None = None,
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
@@ -64,25 +41,24 @@ def capture_queries(
     for given, what in ((prompts, "prompts"), (sources, "conditioning images")):
         if len(given) != len(images):
             raise QueryError(f"{len(images)} images were given and {len(given)} {what}. Give one for each image.")
-    names = tuple(name_of(image, number) for number, image in enumerate(images))
+    names = tuple(f"image {n}" if isinstance(one, Image.Image) else Path(one).name for n, one in enumerate(images))
     run = traced_command(store, command)
     if not edited_script:
         # Nothing is known of a script that is missing; running it says so.
         script = script_of(run.script)
-        check_script(
-            store.path,
-            store.header,
-            script.name,
-            script.sha256,
+        advice = (
             "Query with the script as it was; or, if its loss and its data are the same, with --edited-script "
-            "(edited_script=True).",
+            "(edited_script=True)."
         )
-    host = script_host()
-    columns = host.query_columns(run.arguments, store.header.batch)
+        check_script(store.path, store.header, script.name, script.sha256, advice)
+    host, batch = script_host(), store.header.batch
+    columns = host.query_columns(run.arguments, batch)
     own_prompts = host.words_its_own_prompts(run.arguments)
-    with_prompts = not own_prompts and (_trained_with_captions(store) or host.takes_prompts(run.arguments))
+    # Its batches held captions, tokens, or embeddings of them.
+    with_captions = any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
+    with_prompts = not own_prompts and (with_captions or host.takes_prompts(run.arguments))
     for name, prompt, source in zip(names, prompts, sources, strict=True):
-        _check_prompt(name, prompt, with_prompts=with_prompts, own_prompts=own_prompts)
+        _check_prompt(name, prompt, with_prompts, own_prompts)
         _check_conditioning(name, source, columns.conditioning)
     loaded = Path(weights) if weights is not None else weights_beside(store.path)
     if not loaded.exists():
@@ -119,6 +95,39 @@ def capture_queries(
     return Queries(gradients, names, tuple(prompts), store.header.id)
 
 
+def generate_images(
+    store: Store,
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    num: int = 1,
+    seed: int = 0,
+    command: Sequence[str] | None = None,
+) -> list[QueryInput]:
+    """Makes images with the model that the traced run saved, and writes them to files named by prompt and seed.
+
+    The folder is created if it is missing. Of each prompt `num` images are made; image k has the seed `seed + k`.
+    `command` is as for `attribute`. Raises QueryError if the run saved no model that makes images.
+    """
+    run = traced_command(store, command)
+    if num < 1:
+        raise QueryError(f"The number of images is {num}. Give --num 1 or more.")
+    wanted = [(prompt, seed + k) for prompt in prompts for k in range(num)]
+    try:
+        images = script_host().generate(run.arguments, Path(run.folder), wanted)
+    except (ValueError, OSError) as error:
+        raise QueryError(
+            f"No image could be made from the prompt: {error} Make it yourself, and give it before --prompt."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    inputs = []
+    for image, (prompt, image_seed) in zip(images, wanted, strict=True):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
+        inputs.append(QueryInput(folder / f"{words}-{image_seed}.png", prompt))
+        image.save(inputs[-1].image)
+    return inputs
+
+
 def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     """The command that made a trace: the given one, or the one that this machine remembers.
 
@@ -127,32 +136,24 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     if given:
         return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
     remembered = recall(store.header.id)
-    if remembered is None and "accelerate" not in store.header.writers:
+    if remembered is not None and Path(remembered.folder).is_dir():
+        return remembered
+    if remembered is not None:
+        found = f"The trace was made in {remembered.folder}, which no longer exists. Give the command"
+    elif "accelerate" in store.header.writers:
+        found = (
+            "The command that made this trace is not known on this machine (it is never taken from a store). Give it"
+        )
+    else:
         raise QueryError(
             "This trace was recorded by a loop of its own, not by a script's command. Query it in Python with the same "
             "loop: Trace.query_loss(model, items, loss), or dmin_trace.integrations.lightning.attribute for a "
             "Lightning module."
         )
-    if remembered is None:
-        raise QueryError(
-            "The command that made this trace is not known on this machine (it is never taken from a store). Give it "
-            "after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS."
-        )
-    if not Path(remembered.folder).is_dir():
-        raise QueryError(
-            f"The trace was made in {remembered.folder}, which no longer exists. Give the command after the images: "
-            "dmin-trace query TRACE IMAGE -- SCRIPT ARGS."
-        )
-    return remembered
+    raise QueryError(f"{found} after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS.")
 
 
-def _trained_with_captions(store: Store) -> bool:
-    """Whether the script's batches held captions, tokens, or embeddings of them."""
-    batch = store.header.batch
-    return any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
-
-
-def _check_prompt(name: str, prompt: str | None, *, with_prompts: bool, own_prompts: bool) -> None:
+def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:
     """Raises QueryError if a query lacks a prompt that the model needs, or has one that it does not take."""
     if with_prompts and prompt is None:
         raise QueryError(
@@ -167,10 +168,7 @@ def _check_prompt(name: str, prompt: str | None, *, with_prompts: bool, own_prom
 
 
 def _check_conditioning(name: str, source: ImageInput | None, column: str | None) -> None:
-    """Raises QueryError if a query lacks a conditioning image that the model needs, or has one that it does not take.
-
-    `column` is the data set's column of conditioning images, or None.
-    """
+    """Raises QueryError if a conditioning image is missing, or given where the data set has no column of them."""
     if column is not None and source is None:
         raise QueryError(
             f"The model makes images from a conditioning image ({column}), but {name} came without the one that it was "

@@ -1,22 +1,29 @@
-"""Query images and their prompts, as a user gives them: one by one, as a folder, or as a list in a file."""
+"""Query images and prompts, given one by one, as a folder or as a list; anybody's image files are checked."""
 
-from __future__ import annotations
-
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from PIL import Image
 
 from dmin_trace.errors import QueryError
 from dmin_trace.store import parse
 
 T = TypeVar("T")
 
+ImageInput = str | os.PathLike[str] | Image.Image
+"""A query image as a program gives it: a file, or a PIL image."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""The decoders that are tried, whatever the file's name is. Of the formats that Pillow knows, EPS runs a program."""
 IMAGE_KEYS = ("file_name", "image")
 PROMPT_KEYS = ("text", "prompt", "caption")
 CONDITIONING_KEYS = ("conditioning_image", "conditioning")
 MAX_LIST_BYTES = 2**26
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,8 @@ def read_inputs(
     """
     inputs = [one for path in given for one in _expand(path)]
     if conditioning:
-        inputs = [
-            replace(one, conditioning=file)
-            for one, file in zip(inputs, _each(conditioning, len(inputs), "conditioning images"), strict=True)
-        ]
+        files = _each(conditioning, len(inputs), "conditioning images")
+        inputs = [replace(one, conditioning=file) for one, file in zip(inputs, files, strict=True)]
     if not prompts:
         return inputs
     if known := next((one for one in inputs if one.prompt is not None), None):
@@ -61,6 +66,35 @@ def read_inputs(
         )
     every = _each(prompts, len(inputs), "prompts")
     return [replace(one, prompt=prompt) for one, prompt in zip(inputs, every, strict=True)]
+
+
+def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
+    """The file of a query image; a PIL image is written to `path`. A video is only checked to exist.
+
+    Raises QueryError if there is no such file, it cannot be read as an image, or it has hundreds of megapixels.
+    """
+    if isinstance(image, Image.Image):
+        image.save(path)
+        return path
+    file = Path(image)
+    try:
+        found = file.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        found = False
+    if not found:
+        raise QueryError(f"There is no {'video' if video else 'image'} at {file}.")
+    if video:
+        return file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=IMAGE_FORMATS) as opened:
+                opened.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise QueryError(f"{file} is too large for a query: {error} Give a smaller image.") from None
+    except Exception as error:  # on bytes from anybody, a decoder may raise anything
+        raise QueryError(f"{file} cannot be read as an image: {error}. Give a PNG or JPEG file.") from None
+    return file
 
 
 def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
@@ -79,11 +113,9 @@ def _expand(path: Path) -> Iterator[QueryInput]:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
         raise QueryError(f"There is no image at {str(path)[:200]!r}: {error}.") from None
-    if is_folder:
-        metadata = path / "metadata.jsonl"
-        if metadata.is_file():
-            yield from _read_list(metadata)
-            return
+    if is_folder and (path / "metadata.jsonl").is_file():
+        yield from _read_list(path / "metadata.jsonl")
+    elif is_folder:
         images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise QueryError(f"The folder {path} holds no images. Give images, or a folder with PNG or JPEG files.")
@@ -111,19 +143,13 @@ def _read_list(path: Path) -> Iterator[QueryInput]:
             row: Any = parse(line)
         except ValueError:
             row = None
-        image = _text(row, IMAGE_KEYS)
+        image, prompt, source = (_text(row, keys) for keys in (IMAGE_KEYS, PROMPT_KEYS, CONDITIONING_KEYS))
         if image is None:
             raise QueryError(f"Line {number} of {path} is {line.strip()[:60]!r}; {expected}.")
-        conditioning = _text(row, CONDITIONING_KEYS)
-        yield QueryInput(
-            path.parent / image,
-            _text(row, PROMPT_KEYS),
-            None if conditioning is None else path.parent / conditioning,
-        )
+        yield QueryInput(path.parent / image, prompt, None if source is None else path.parent / source)
 
 
 def _text(row: Any, keys: Sequence[str]) -> str | None:
     """The first text that a JSON object has under one of these keys."""
-    if not isinstance(row, dict):
-        return None
-    return next((row[key] for key in keys if isinstance(row.get(key), str)), None)
+    found = row if isinstance(row, dict) else {}
+    return next((found[key] for key in keys if isinstance(found.get(key), str)), None)

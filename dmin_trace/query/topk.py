@@ -1,4 +1,4 @@
-"""The most influential training samples for each query: `TopK`, as arrays, hits or a table."""
+"""The most influential training samples for each query: `TopK`, as arrays, as hits (`Hit`) or as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, brief
-from dmin_trace.query.hits import Hit
+from dmin_trace.search import Ranking
+from dmin_trace.store import Store
 
 if TYPE_CHECKING:
     import pandas
@@ -20,6 +21,28 @@ if TYPE_CHECKING:
 MAX_SHOWN_QUERIES = 3
 MAX_SHOWN_HITS = 10
 """What a TopK shows of itself."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Hit:
+    """One of the k training samples with the largest influence score for a query, or with the smallest.
+
+    rank: from 1.
+    sample: the data set index.
+    score: the influence score, the sum over timesteps.
+    per_timestep: the T inner products that the score is the sum of.
+    columns: the sample's readable columns, such as its caption or label.
+    """
+
+    rank: int
+    sample: int
+    score: float
+    per_timestep: tuple[float, ...]
+    columns: dict[str, str | int | float | None]
+
+    def __repr__(self) -> str:
+        columns = "".join(f", {brief(name)[1:-1]}={brief(value)}" for name, value in self.columns.items())
+        return f"Hit(rank={self.rank}, sample={self.sample}, score={self.score:.4f}{columns})"
 
 
 @dataclass(frozen=True)
@@ -75,27 +98,26 @@ class TopK:
         return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A data frame with one row for each query and hit.
+        """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
 
         Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
         trace's readable columns, with `meta_` before a name that is taken.
-
-        Raises QueryError if pandas is not installed.
         """
+        hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
         columns: dict[str, Any] = {
-            "query": [name for name, hits in zip(self.names, self.hits, strict=True) for _ in hits],
-            "prompt": [prompt for prompt, hits in zip(self.prompts, self.hits, strict=True) for _ in hits],
-            "rank": [hit.rank for hits in self.hits for hit in hits],
+            "query": [name for name in self.names for _ in range(count)],
+            "prompt": [prompt for prompt in self.prompts for _ in range(count)],
+            "rank": [hit.rank for hit in hits],
             "sample": self.samples.ravel(),
             "score": self.scores.ravel(),
         }
         for t, timestep in enumerate(self.timesteps):
             columns[f"t{timestep:g}"] = self.per_timestep[:, :, t].ravel()
-        for name in self.hits[0][0].columns:
+        for name in hits[0].columns:
             free = name
             while free in columns:
                 free = f"meta_{free}"
-            columns[free] = [hit.columns[name] for hits in self.hits for hit in hits]
+            columns[free] = [hit.columns[name] for hit in hits]
         return import_extra("pandas", "pandas").DataFrame(columns)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
@@ -108,6 +130,24 @@ class TopK:
             self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
         except (OSError, ValueError) as error:  # ValueError: a text that is not valid Unicode
             raise QueryError(f"{path} cannot be written: {error}.") from None
+
+
+def hits_of(store: Store, ranking: Ranking) -> list[list[Hit]]:
+    """The hits of each query, best first. Of the store, only the ranked rows are read."""
+    (queries, k), rows = ranking.rows.shape, ranking.rows.ravel()
+    samples = store.numbers(rows).sample.tolist()
+    columns = {name: store.column_at(name, rows) for name in store.header.columns}
+    hits = [
+        Hit(
+            rank=n % k + 1,
+            sample=samples[n],
+            score=float(ranking.scores[n // k, n % k]),
+            per_timestep=tuple(ranking.per_timestep[n // k, n % k].tolist()),
+            columns={name: values[n] for name, values in columns.items()},
+        )
+        for n in range(len(rows))
+    ]
+    return [hits[query * k : (query + 1) * k] for query in range(queries)]
 
 
 def import_extra(module: str, extra: str) -> Any:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import numpy as np
@@ -14,12 +13,10 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError, brief
 from dmin_trace.query.answer import FittedScore, answer_queries, fitted_score
-from dmin_trace.query.by_sample import rows_by_sample, scores_by_sample, self_influence
-from dmin_trace.query.capture import capture_queries, sample_queries
-from dmin_trace.query.columns import Columns
-from dmin_trace.query.hits import Hit
-from dmin_trace.query.images import ImageInput
-from dmin_trace.query.topk import TopK
+from dmin_trace.query.by_sample import Columns, rows_by_sample, scores_by_sample, self_influence
+from dmin_trace.query.capture import capture_queries
+from dmin_trace.query.inputs import ImageInput
+from dmin_trace.query.topk import Hit, TopK
 from dmin_trace.search import Index, Score, Unavailable, check_k, has_direction, open_index, score_method
 from dmin_trace.store import Queries, Store, open_store
 
@@ -51,9 +48,7 @@ class Trace:
 
     def __init__(self, store: Store) -> None:
         self._store: Store | None = store
-        self._fitted: list[tuple[object, FittedScore]] = []
-
-    # -- the trace -------------------------------------------------------------------------------------------------
+        self._fitted: dict[str | int, FittedScore] = {}
 
     @property
     def store(self) -> Store:
@@ -86,33 +81,24 @@ class Trace:
             return "Trace(closed)"
         header = self.store.header
         state = "complete" if self.complete else f"unfinished: {len(self.store.rows_done):,} done"
-        return (
-            f"Trace({header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}, {header.dtype}, "
-            f"{state})"
-        )
+        size = f"T={len(header.timesteps)}, v={header.dimension:,}"
+        return f"Trace({header.samples:,} samples, {size}, {header.dtype}, {state})"
 
     def __enter__(self) -> Trace:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Frees the files of the trace. It cannot be used afterwards."""
         self._store = None
-        self._fitted = []
+        self._fitted = {}
         self.__dict__.pop("_index", None)
-
-    # -- the training samples --------------------------------------------------------------------------------------
 
     @property
     def columns(self) -> Columns:
-        """The readable columns, such as captions: a mapping from each name to the N values.
-
-        `columns.to_pandas()` is a data frame with one row for each sample.
-        """
+        """The readable columns, such as captions: from each name to the N values, or as a table by `to_pandas()`."""
         return Columns(self.store, self._rows)
 
     @property
@@ -147,10 +133,7 @@ class Trace:
 
         Raises QueryError and TraceError as `scores` does.
         """
-        method = self._fitted_score(score)
-        return self_influence(self.store, method)[self._rows]
-
-    # -- queries ---------------------------------------------------------------------------------------------------
+        return self_influence(self.store, self._fitted_score(score))[self._rows]
 
     def query_images(
         self,
@@ -174,34 +157,32 @@ class Trace:
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
         Raises:
-            QueryError: an image that is missing, of another size, or without a prompt where the model was trained with
-                captions; or the command is not known.
+            QueryError: an image is missing, of another size, or lacks its prompt; or the command is not known.
             WeightsError: the weights are missing or not those of the trace.
             ScriptError: the script failed on the queries.
             TraceError: the script is not the one that made the trace.
         """
-        return capture_queries(
-            self.store,
-            images,
-            prompts,
-            conditioning=conditioning,
-            weights=weights,
-            command=command,
-            edited_script=edited_script,
-        )
+        return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script)
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
         """The stored gradients of training samples, as queries. No model is needed.
 
         Raises TraceError for a sample that the trace does not hold, QueryError for one without a usable gradient.
         """
-        return sample_queries(self.store, samples)
+        if not len(samples):
+            raise QueryError("No sample was given. Give at least one.")
+        rows = self.store.rows_of(samples)
+        usable = has_direction(self.store.numbers(rows).norm)
+        if not usable.all():
+            raise QueryError(
+                f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query: it could not be loaded, "
+                "or its gradient is zero or not finite. Give another sample."
+            )
+        names = tuple(f"sample {sample}" for sample in samples)
+        return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
 
     def query_loss(
-        self,
-        model: torch.nn.Module | Sequence[torch.nn.Module],
-        items: Sequence[Any],
-        loss: Callable[[Any, Any], Any],
+        self, model: torch.nn.Module | Sequence[torch.nn.Module], items: Sequence[Any], loss: Callable[[Any, Any], Any]
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 
@@ -211,13 +192,10 @@ class Trace:
             loss: `loss(model, item)` is the loss that the recording called `backward` on. Like there, it draws its
                 noise and its timestep, which are pinned to those of the trace.
 
-        Raises:
-            QueryError: there are no items, or their gradients cannot be compared with those of the trace.
-            CaptureError: the loss cannot be recorded.
-            WeightsError: the model's weights are not those of the trace.
+        Raises QueryError if there are no items or their gradients cannot be compared with those of the trace,
+        CaptureError if the loss cannot be recorded, WeightsError if the model's weights are not those of the trace.
         """
-        # The one place where a query runs a model in this process.
-        from dmin_trace.capture.recording import recording
+        from dmin_trace.capture.recording import recording  # only here does a query run a model in this process
 
         if not len(items):
             raise QueryError("No item was given. Give at least one.")
@@ -227,8 +205,6 @@ class Trace:
                     with record.step(i, k):
                         loss(model, items[i]).backward()
         return record.queries
-
-    # -- influence scores ------------------------------------------------------------------------------------------
 
     def scores(
         self,
@@ -250,14 +226,12 @@ class Trace:
         Returns:
             (Q, N) float32, or (Q, N, T) per timestep. NaN for a sample without a usable gradient. `out`, if given.
 
-        Raises:
-            QueryError: the queries are of another trace, `out` is of another shape or dtype, or the trace is too large
-                for deflated scores without an index.
-            TraceError: the trace is damaged.
+        Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
+        large for deflated scores without an index; TraceError if the trace is damaged.
         """
         self._check_queries(queries)
         transformed = self._fitted_score(score).transform(queries.gradients)
-        return scores_by_sample(self.store, self._rows, transformed, per_timestep=per_timestep, out=out)
+        return scores_by_sample(self.store, self._rows, transformed, per_timestep, out)
 
     def top_k(
         self,
@@ -279,26 +253,21 @@ class Trace:
             largest: False for the smallest scores, smallest first: the samples that speak most against the query.
             exact: scan all samples even if there is an index.
 
-        Raises:
-            QueryError: k is out of range, or as for `scores`.
-            TraceError: the trace is damaged.
+        Raises QueryError if k is out of range, and what `scores` raises.
         """
         check_k(self.store, k)
         self._check_queries(queries)
-        method = self._fitted_score(score)
         return answer_queries(
             self.store,
             queries.gradients,
             k=k,
-            score=method,
+            score=self._fitted_score(score),
             names=queries.names,
             prompts=queries.prompts,
             largest=largest,
             exact=exact,
             index=self._index if largest and not exact and self.complete else None,
         )
-
-    # -- within ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
@@ -309,7 +278,6 @@ class Trace:
         return open_index(self.store)
 
     def _check_queries(self, queries: Queries) -> None:
-        """Raises QueryError for queries of another trace."""
         if queries.trace_id != self.store.header.id:
             raise QueryError(
                 f"The queries are of the trace {brief(queries.trace_id)}, and {self.path} is {self.store.header.id}. "
@@ -318,29 +286,22 @@ class Trace:
 
     def _fitted_score(self, score: Score | ScoreMethod) -> FittedScore:
         """The score, fitted to this trace once."""
-        for known, fitted in self._fitted:
-            if known is score or (isinstance(score, str) and known == score):
-                return fitted
-        if isinstance(score, str):
-            fitted = fitted_score(self.store, score)
-        elif score.name in get_args(Score):
-            raise QueryError(f"The score of your own has the name {score.name}, which is built in. Give it another.")
-        else:
-            score.fit(self)
-            fitted = score
-        self._fitted.append((score, fitted))
-        return fitted
+        key = score if isinstance(score, str) else id(score)
+        if key not in self._fitted:
+            if isinstance(score, str):
+                self._fitted[key] = fitted_score(self.store, score)
+            elif score.name in get_args(Score):
+                raise QueryError(f"Your score has the name {score.name}, which is built in. Give it another.")
+            else:
+                score.fit(self)
+                self._fitted[key] = score
+        return self._fitted[key]
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
-    """Opens a trace for reading.
+    """Opens a trace for reading. With `unfinished`, also one whose capture is not finished: what is done can be read.
 
-    Args:
-        path: the trace.
-        unfinished: open it even if the capture is not finished; the samples that are done can be read.
-
-    Raises:
-        TraceError: there is no trace, or it is of another version, unfinished or damaged.
+    Raises TraceError if there is no trace at `path`, or it is of another version, unfinished or damaged.
     """
     return Trace(open_store(path, unfinished=unfinished))
 
@@ -358,30 +319,19 @@ def attribute(
     exact: bool = False,
     edited_script: bool = False,
 ) -> list[list[Hit]]:
-    """The training samples with the largest influence score for each image: `query_images` and `top_k` in one call.
+    """The k training samples with the largest influence score for each image, best first.
+
+    It is `Trace.query_images` and `Trace.top_k` in one call, and raises what they raise.
 
     Args:
         trace: an opened trace, or its path.
         images, prompts, conditioning, weights, command, edited_script: as for `Trace.query_images`.
         k, score, exact: as for `Trace.top_k`.
-
-    Returns:
-        A list of k hits for each image, best first.
-
-    Raises:
-        QueryError, WeightsError, ScriptError, TraceError: as `Trace.query_images` and `Trace.top_k` do.
     """
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     # Before the images are captured, which takes long.
     check_k(opened.store, k)
     if isinstance(score, str):
         score_method(opened.store, score)
-    queries = opened.query_images(
-        images,
-        prompts,
-        conditioning=conditioning,
-        weights=weights,
-        command=command,
-        edited_script=edited_script,
-    )
+    queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script)
     return opened.top_k(queries, k, score, exact=exact).hits

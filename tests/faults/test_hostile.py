@@ -29,7 +29,7 @@ from dmin_trace.capture.weight_files import find_files, list_saved, read
 from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, EvaluationError, QueryError, TraceError, WeightsError
 from dmin_trace.query import Hit, read_inputs
-from dmin_trace.query.images import image_file
+from dmin_trace.query.inputs import image_file
 from dmin_trace.search import Unavailable, open_index
 from dmin_trace.store import Store, chunk_file, create, open_store, resume, untrusted
 from dmin_trace.store.marks import DONE

@@ -76,7 +76,7 @@ def test_the_measures_leave_them_out(odd: Store) -> None:
     assert set(measured.values["queries"]) == set(range(64)) - set(ODD)
     for slot in ODD:
         with pytest.raises(QueryError, match=f"Sample {slot} has no gradient to use as a query"):
-            query.sample_queries(odd, [5, slot])
+            Trace(odd).query_samples([5, slot])
 
 
 def test_a_plain_loop_may_say_that_a_sample_is_missing(tmp_path: Path) -> None:

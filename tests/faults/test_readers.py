@@ -39,9 +39,8 @@ def asked(trace: Store) -> list[tuple[list[tuple[int, float, str]], bool]]:
     """The hits of two samples by the scan and by the index, and whether the index answered."""
     found = []
     for exact in (True, False):
-        answer = query.answer_queries(
-            trace, query.sample_queries(trace, [3, 77]).gradients, k=4, score="dmin", exact=exact
-        )
+        gradients = query.Trace(trace).query_samples([3, 77]).gradients
+        answer = query.answer_queries(trace, gradients, k=4, score="dmin", exact=exact)
         hits = [(hit.sample, hit.score, str(hit.columns)) for of_one in answer.hits for hit in of_one]
         found.append((hits, answer.answered_by.recall is not None))
     return found

@@ -31,7 +31,7 @@ def query(
     seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
     made: Annotated[Path | None, typer.Option(help="Folder for the images made. Default: generated.")] = None,
-    sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
+    sample: options.Samples = None,
     k: Annotated[int, typer.Option("-k", help="Number of training samples to show.")] = 10,
     weights: options.TracedWeights = None,
     json_path: options.JsonPath = None,

@@ -86,9 +86,9 @@ def run_demo(folder: Path, console: Console) -> float:
 
 
 def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
-    """Images of 8x8 that the pipeline in `folder` generates: those that a classifier is surest of, each of another digit.
+    """Generates images of 8x8 with the pipeline in `folder`, and picks those of different digits that are surest.
 
-    Returns them and the digits that the classifier sees in them.
+    Returns them and the digits that a classifier sees in them.
     """
     from diffusers import DDIMPipeline, logging
     from sklearn.svm import SVC

@@ -16,11 +16,11 @@ def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
     Raises TraceError if there is no store. All other problems are in the result.
     """
     found = Verified()
-    if size_of(path) is None:
-        read_header(path)  # raises the error for a missing store
     try:
         header, finished = read_header(path)
     except TraceError as error:
+        if size_of(path) is None:
+            raise
         found.damages.append(Damage(file=f"{path.name}/zarr.json", what=str(error)))
         found.notes.append("Nothing else can be checked without the header of the store.")
         return found

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dmin_trace.cli import options
-from dmin_trace.cli.query import query_inputs
+from dmin_trace.cli.query import read_queries
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
@@ -88,10 +88,7 @@ def lds(
     # Read before the queries are captured, which takes long.
     retrained = read_retrained(models, len(opened), len(sample or inputs))
     with Console(stderr=True).status("Capturing the gradients of the queries") as status:
-        if sample:
-            queries = opened.query_samples(sample)
-        else:
-            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
+        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
         status.update("Scoring every sample")
         found = measure_datamodeling(opened, queries, retrained, score=score, seed=seed)
     _show(found, opened, json_path)

@@ -15,17 +15,16 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from dmin_trace import store
-from dmin_trace.capture.accelerate.loop_variables import undo_of
-from dmin_trace.capture.dataset import Columns
+from dmin_trace.capture.accelerate.loop_variables import replace_attribute, undo_of
+from dmin_trace.capture.accelerate.training_run import item_of, refuse_iterable
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.recording import Recording
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError
@@ -61,28 +60,24 @@ class TraceCallback(Callback):  # type: ignore[misc]
         strict: bool = False,
         **overrides: Unpack[SettingsOverrides],
     ) -> None:
-        """Checks the settings.
+        """Raises SettingsError for an invalid setting.
 
         Args:
             out: the store.
             settings: what to capture.
             strict: raise an error during the capture, instead of logging it.
             overrides: single settings by their names, instead of those in `settings`.
-
-        Raises SettingsError for an invalid setting.
         """
         super().__init__()
-        self.out = Path(out)
-        self.settings = make_settings(given_settings(settings, overrides))
+        self.out, self.settings = Path(out), make_settings(given_settings(settings, overrides))
         self.strict = strict
         self._ended = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuses, before the training, what could not be captured after it.
+        """Raises, before the training, what would end a capture after it.
 
-        Raises:
-            AttachError: the trainer or the module is of a kind that is not supported.
-            TraceError: `out` exists already, or cannot be written.
+        AttachError if the trainer or the module is of a kind that is not supported, TraceError if `out` exists already
+        or cannot be written.
         """
         if stage != "fit" or trainer.fast_dev_run:
             return
@@ -116,26 +111,22 @@ class TraceCallback(Callback):  # type: ignore[misc]
             logger.warning("fast_dev_run: nothing is captured.")
             return
         try:
-            _capture(pl_module, trainer.train_dataloader, self.out, self.settings, trainer.optimizers, trainer)
+            loader, optimizers = trainer.train_dataloader, trainer.optimizers
+            capture(pl_module, loader, out=self.out, settings=self.settings, optimizers=optimizers, trainer=trainer)
         except Exception as error:
             if self.strict:
                 raise
             if not isinstance(error, DminTraceError):
                 logger.debug("The capture failed.", exc_info=True)
             found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
-            logger.error(
-                "dmin_trace could not capture this run; the training is not harmed. %s %s",
-                found,
-                _ON_DEMAND % str(self.out),
-            )
+            advice = _ON_DEMAND % str(self.out)
+            logger.error("dmin_trace could not capture this run; the training is not harmed. %s %s", found, advice)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Logs an error if there was no training."""
         if not self._ended:
-            logger.error(
-                "dmin_trace captured nothing: the trainer had nothing left to train. %s",
-                _ON_DEMAND % str(self.out),
-            )
+            advice = _ON_DEMAND % str(self.out)
+            logger.error("dmin_trace captured nothing: the trainer had nothing left to train. %s", advice)
 
 
 def capture(
@@ -168,7 +159,18 @@ def capture(
     """
     _refuse_module(module)
     _refuse_loader(loader)
-    _capture(module, loader, Path(out), make_settings(given_settings(settings, overrides)), optimizers, trainer)
+    made, dataset = make_settings(given_settings(settings, overrides)), loader.dataset
+    recording = Recording(
+        [module],
+        made,
+        samples=len(dataset),
+        out=Path(out),
+        optimizers=optimizers,
+        dataset=dataset,
+        packages=("lightning",) if Callback.__module__.startswith("lightning.") else ("pytorch_lightning",),
+        batch=lambda sample: loader.collate_fn([item_of(dataset, sample)]),
+    )
+    _record(recording, module, dataset, loader.collate_fn, trainer)
 
 
 def attribute(
@@ -201,46 +203,13 @@ def attribute(
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     if not items:
         raise QueryError("No item was given. Give at least one.")
-    recording = Recording(
-        [module],
-        make_settings(opened.store.header.settings),
-        Columns(None, None),
-        samples=len(items),
-        like=opened.store,
-    )
-    _record(recording, module, lambda i: items[i], collate_fn, trainer)
+    settings = make_settings(opened.store.header.settings)
+    recording = Recording([module], settings, samples=len(items), like=opened.store)
+    _record(recording, module, items, collate_fn, trainer)
     return opened.top_k(recording.queries, k, score).hits
 
 
-def _capture(
-    module: Any,
-    loader: DataLoader[Any],
-    out: Path,
-    settings: Settings,
-    optimizers: Sequence[torch.optim.Optimizer] | None,
-    trainer: Any,
-) -> None:
-    dataset: Any = loader.dataset
-
-    def item(sample: int) -> Any:
-        return dataset.__getitems__([sample])[0] if hasattr(dataset, "__getitems__") else dataset[sample]
-
-    recording = Recording(
-        [module],
-        settings,
-        Columns(dataset, settings.columns),
-        samples=len(dataset),
-        out=out,
-        optimizers=optimizers,
-        packages=("lightning",) if Callback.__module__.startswith("lightning.") else ("pytorch_lightning",),
-        batch=lambda sample: loader.collate_fn([item(sample)]),
-    )
-    _record(recording, module, item, loader.collate_fn, trainer)
-
-
-def _record(
-    recording: Recording, module: Any, item: Callable[[int], Any], collate: Callable[[list[Any]], Any], trainer: Any
-) -> None:
+def _record(recording: Recording, module: Any, dataset: Any, collate: Callable[[list[Any]], Any], trainer: Any) -> None:
     """Runs the module's training_step on every sample at every timestep."""
     trainer = trainer or module._trainer
     precision = trainer.precision_plugin if trainer is not None else None
@@ -250,7 +219,7 @@ def _record(
         for i in recording.samples:
             frozen.forget()
             try:
-                given = item(i)
+                given = item_of(dataset, i)
                 batch = collate([given])
             except Exception as error:
                 recording.missing(i, error)
@@ -289,12 +258,7 @@ def _silent(module: Any, trainer: Any) -> Iterator[None]:
     """Keeps captures out of the trainer's logs."""
     with ExitStack() as undo:
         for name in ("log", "log_dict"):
-            undo.callback(
-                partial(setattr, module, name, vars(module)[name])
-                if name in vars(module)
-                else partial(delattr, module, name)
-            )
-            setattr(module, name, lambda *args, **options: None)
+            undo.callback(replace_attribute(module, name, lambda *args, **options: None))
         if trainer is not None and trainer.loggers:
             undo.callback(setattr, trainer, "loggers", trainer.loggers)
             # A step may call its logger's experiment.
@@ -338,10 +302,6 @@ def _refuse_loader(loader: Any) -> None:
         raise AttachError(
             f"The training data is a {type(loader).__name__}; expected one DataLoader, whose samples have an index."
         )
-    if isinstance(loader.dataset, IterableDataset):
-        raise AttachError(
-            "The training data is an IterableDataset, whose samples have no index to attribute to. Use a dataset with "
-            "__len__ and __getitem__."
-        )
+    refuse_iterable(loader.dataset)
     if loader.batch_sampler is None:
         raise AttachError("The dataset gives whole batches (batch_size=None); expected single samples.")

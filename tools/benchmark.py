@@ -41,8 +41,8 @@ from dmin_trace.audit import verify_store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.capture import recorder
 from dmin_trace.capture.chunks import ChunkQueue
-from dmin_trace.capture.guard import StepGuard
 from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.step import StepGuard
 from dmin_trace.cli import app as cli
 from dmin_trace.project import make_plan, project
 from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, rerank, search

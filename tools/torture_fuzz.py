@@ -39,7 +39,6 @@ from torture_stores import CAPTIONS, make_store
 
 from dmin_trace import audit as examine
 from dmin_trace import query
-from dmin_trace import search as hnsw
 from dmin_trace import search as index
 from dmin_trace import store as untrusted
 from dmin_trace import views as report
@@ -48,6 +47,7 @@ from dmin_trace.errors import DminTraceError
 from dmin_trace.query import AnsweredBy, Hit, TopK
 from dmin_trace.query.images import image_file
 from dmin_trace.search import Facts
+from dmin_trace.search import graph as hnsw
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
 from dmin_trace.store.metadata import DIGEST, digest_of
@@ -201,7 +201,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_weights(data: bytes) -> None:
         _put(harmed / "w.safetensors", data)
-        [files] = weights.weight_files(harmed / "w.safetensors")
+        [files] = weights.find_files(harmed / "w.safetensors")
         for tensor in weights.read(weights.list_saved(files, harmed / "w.safetensors").values()):
             assert tensor.numel() * tensor.element_size() <= len(data)
 

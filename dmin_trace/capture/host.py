@@ -1,9 +1,8 @@
 """What a family of training scripts must tell dmin_trace: `Host`. `script_host` finds the one that is installed.
 
-A capture runs the script's own code, and needs to know little of it: which function draws timesteps, which weights the
-script saves, how its command line is pointed at queries. A package that knows this for a family of scripts registers
-an object with these functions as an entry point of the group `dmin_trace.hosts`; `dmin_trace.integrations.diffusers`
-does so for the scripts of Hugging Face diffusers. This module imports no torch.
+Such are which function draws timesteps, which weights the script saves, how its command line is pointed at queries. A
+package registers an object with these functions as an entry point of the group `dmin_trace.hosts`, as
+`dmin_trace.integrations.diffusers` does for the scripts of Hugging Face diffusers. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -34,11 +33,7 @@ class QueryColumns:
 
 @dataclass(frozen=True)
 class QueryRun:
-    """One run of the script on queries.
-
-    arguments: the script's command line.
-    queries: the numbers of the queries, in the order of the samples that the script makes of them.
-    """
+    """One run of the script on queries: its command line, and the queries' numbers in the order of its samples."""
 
     arguments: tuple[str, ...]
     queries: tuple[int, ...]
@@ -58,9 +53,8 @@ class Host(Protocol):
     ) -> AbstractContextManager[None]:
         """Passes the timestep draws of the scripts' own functions through `pin`, as fractions of the schedule.
 
-        Args:
-            modules: the global variables of the script's modules.
-            pin: takes what was drawn and a name for the draw, and gives what the script shall see.
+        `modules` are the global variables of the script's modules. `pin` takes what was drawn and a name for the draw,
+        and gives what the script shall see.
         """
 
     def averaged_models(self, values: Iterable[Any]) -> list[Any]:
@@ -71,10 +65,8 @@ class Host(Protocol):
     ) -> AbstractContextManager[None]:
         """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
 
-        Args:
-            ema: one of `averaged_models`, of exactly these parameters.
-            parameters: all parameters of the model, in the model's order.
-            step_first: average the last optimizer step in first, where the script has yet to do so.
+        `ema` is one of `averaged_models`, of exactly these parameters of a model in their order. `step_first`: average
+        the last optimizer step in first, where the script has yet to do so.
         """
 
     def parameter_key(self, key: str) -> str:

@@ -1,15 +1,14 @@
 """Pins the timestep of a training step, and records its random calls.
 
-A gradient of the training loss depends on the noise and on the timestep that the script draws. For the gradients of
-two samples to be comparable both must be the same (paper, equations 7 to 9), so before each training step the
-generators are seeded with the timestep's seed, and the draw of the timestep is replaced by the pinned one. Every random
+For the gradients of two samples to be comparable, noise and timestep must be the same (paper, equations 7 to 9): before
+each training step the generators are seeded, and the draw of the timestep is replaced by the pinned one. Every random
 call is recorded by name and shape: two samples with other sequences of calls did not get the same noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +64,8 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     """The T timesteps of a capture in the order they are stored, each with its D draws one after the other."""
     given = settings.timesteps
     listed: Sequence[int | None] = [None] * given if isinstance(given, int) else given
-    count = len(listed)
     return tuple(
-        PinnedTimestep(k, (k + 0.5) / count, t, seed_of(settings.seed, k + 1, d), d)
+        PinnedTimestep(k, (k + 0.5) / len(listed), t, seed_of(settings.seed, k + 1, d), d)
         for k, t in enumerate(listed)
         for d in range(settings.draws)
     )
@@ -77,7 +75,6 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
 class PinnedDraws(TorchFunctionMode):
     """While entered: records torch's random calls, and replaces draws of a timestep by the pinned one.
 
-    timestep: the pinned one.
     backward: what is called instead of `Tensor.backward`, with the same arguments; None leaves it as it is.
     calls: the random calls so far, in order; a pinned one is marked with a star.
     pins: how many draws were pinned.
@@ -90,18 +87,14 @@ class PinnedDraws(TorchFunctionMode):
     pins: int = 0
     error: CaptureError | None = None
     _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
-    _entered: bool = False
+    _entered: ExitStack = field(default_factory=ExitStack)
     _stopped: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         if self.backward is not None and func is torch.Tensor.backward:
@@ -109,26 +102,21 @@ class PinnedDraws(TorchFunctionMode):
         if name not in RECORDED_CALLS:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = dict(kwargs or {})
-        try:
-            self._seed_own_generator(kwargs.get("generator"))
-        except Exception as error:
-            self.keep(error)
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
+            # Seeding the global generators does not reach one of the script's own.
+            self._generators[id(generator)] = (generator, generator.get_state())
+            generator.manual_seed(self.timestep.seed)
         result = func(*args, **kwargs)
         try:
-            return self._noted(name, args, kwargs, result)
+            if "dropout" in name and not kwargs.get("training", args[2] if len(args) > 2 else True):
+                return result
+            length = _schedule_length(name, args, kwargs, result)
+            if length is not None:
+                return self.pin(result, lambda: self.timestep.index_in(length), name)
+            self.calls.append((name, tuple(result.shape) if isinstance(result, torch.Tensor) else ()))
         except Exception as error:
             self.keep(error)
-            return result
-
-    def _noted(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-        """The result of a random call, which is recorded or pinned."""
-        if "dropout" in name and not _dropout_draws(args, kwargs):
-            return result
-        length = _schedule_length(name, args, kwargs, result)
-        if length is not None:
-            return self.pin(result, lambda: self.timestep.index_in(length), name)
-        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
-        self.calls.append((name, shape))
         return result
 
     def keep(self, error: Exception) -> None:
@@ -147,18 +135,13 @@ class PinnedDraws(TorchFunctionMode):
             self.keep(error)
             return drawn
 
-    def hand_out(self, name: str) -> None:
-        """Records that the loop was given the timestep instead of drawing it."""
-        self.pins += 1
-        self.calls.append((name + "*", ()))
-
     def start(self) -> None:
         """Enters the mode. Not a `with` block, since the training step that it covers is the script's."""
-        self._enter()
+        self._entered.enter_context(self)
 
     def stop(self) -> None:
         """Leaves the mode for good, and puts back the states of the script's own generator objects."""
-        self._leave()
+        self._entered.close()
         self._stopped = True
         for generator, state in self._generators.values():
             generator.set_state(state)
@@ -167,37 +150,17 @@ class PinnedDraws(TorchFunctionMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves the mode during a `with` block; if it is stopped in the block, it stays stopped."""
-        self._leave()
+        self._entered.close()
         try:
             yield
         finally:
             if not self._stopped:
-                self._enter()
-
-    def _enter(self) -> None:
-        self.__enter__()  # type: ignore[no-untyped-call]
-        self._entered = True
-
-    def _leave(self) -> None:
-        if self._entered:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._entered = False
-
-    def _seed_own_generator(self, generator: object) -> None:
-        # Seeding the global generators does not reach one of the script's own.
-        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
-            self._generators[id(generator)] = (generator, generator.get_state())
-            generator.manual_seed(self.timestep.seed)
+                self.start()
 
 
 def show_calls(calls: Sequence[Call]) -> str:
     """Random calls for a person to read."""
     return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
-
-
-def _dropout_draws(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    training = kwargs.get("training", args[2] if len(args) > 2 else True)
-    return bool(training)
 
 
 def _schedule_length(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> int | None:

@@ -1,8 +1,7 @@
 """Records a training loop of one's own, without accelerate and without a trainer: `recording`.
 
-In a training step the generators have the same seed for every sample, the timestep draw is pinned, and
-`loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the generators and the
-optimizers are as they were before.
+In a training step `loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the
+generators and the optimizers are as they were before.
 """
 
 from __future__ import annotations
@@ -11,20 +10,19 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 import numpy as np
 import torch
 
-from dmin_trace.capture.dataset import Columns
-from dmin_trace.capture.guard import Advice, StepGuard
+from dmin_trace.capture.dataset import CaptureSource, Columns
+from dmin_trace.capture.output import CaptureTarget
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.capture.source import CaptureSource, CaptureTarget
-from dmin_trace.capture.step import CaptureStep, takes_timestep
+from dmin_trace.capture.step import Advice, CaptureStep, StepGuard, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.project import LOSS_SCALE
@@ -39,8 +37,7 @@ class OpenedTrace(Protocol):
     """A trace that is open for reading, such as `dmin_trace.open_trace` gives."""
 
     @property
-    def store(self) -> Store:
-        """Its store."""
+    def store(self) -> Store: ...
 
 
 _TAKE_THE_TIMESTEP = (
@@ -98,7 +95,8 @@ def recording(
         SettingsError: an invalid argument.
         TraceError: `like` is no finished store.
     """
-    trace = None if like is None else _store_of(like)
+    like = like.store if isinstance(like, OpenedTrace) else like
+    trace = like if like is None or isinstance(like, Store) else open_store(Path(like))
     if not isinstance(samples, int) or samples < 0:
         raise SettingsError(f"samples is {samples!r}; expected the number of samples.")
     columns = dict(columns or {})
@@ -106,9 +104,7 @@ def recording(
     if columns:
         given["columns"] = tuple(columns)
     if (trace is None) == (out is None):
-        raise SettingsError(
-            "recording takes out='...' for a new trace, or like='...' for queries; expected one of both."
-        )
+        raise SettingsError("recording takes out='...' for a new trace, or like='...' for queries; give one of both.")
     if trace is not None and given:
         raise SettingsError(f"{', '.join(given)} was given with like: queries have the settings of their trace.")
     for name, values in columns.items():
@@ -118,7 +114,6 @@ def recording(
     return Recording(
         _listed(model, torch.nn.Module, "model", "modules"),
         made,
-        Columns(None, made.columns if trace is None else None),
         samples=samples,
         out=None if out is None else Path(out),
         like=trace,
@@ -134,45 +129,40 @@ class Recording:
         self,
         models: Sequence[torch.nn.Module],
         settings: Settings,
-        columns: Columns,
         *,
         samples: int,
         out: Path | None = None,
         like: Store | None = None,
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
         item: Callable[[int], Any] | None = None,
+        dataset: Any = None,
         packages: Sequence[str] = (),
         batch: Callable[[int], Any] | None = None,
     ) -> None:
-        """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and:
+        """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and `settings` of the trace for queries.
 
-        Args:
-            settings: those of the trace, for queries.
-            item: gives the dataset's item for a sample, where `columns` are looked for; None if `describe` is called.
-            packages: packages that take part, whose versions are kept in the store.
-            batch: gives the batch of a sample, for the data set's fingerprint; None if batches are not known.
+        `item` gives the dataset's item for a sample, where columns are looked for; None if `describe` is called. They
+        are also looked for in `dataset`. The versions of `packages` are kept in the store. `batch` gives the batch of a
+        sample, for the data set's fingerprint; None if batches are not known.
         """
-        self._models = list(models)
-        self._settings = settings
-        self._columns = columns
-        self._samples = samples
-        self._out = out
-        self._like = like
-        self._optimizers = None if optimizers is None else list(optimizers)
-        self._item = item
-        self._packages = packages
-        self._batch = batch
+        self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
+        self._source = CaptureSource(
+            samples=samples,
+            columns=Columns(dataset, settings.columns if like is None else None),
+            # Without optimizers it is not known who trains; requires_grad says what is not trained.
+            trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
+            fetch=None if batch is None else partial(self._fetch, batch),
+            packages=packages,
+        )
+        self._settings, self._item = settings, item
         self._timesteps = pinned_timesteps(settings)
         self._guard = StepGuard(self._models, _denoisers(self._models), _ADVICE, self._backward)
         self._entered: ExitStack | None = None
         self._recorder: Recorder | None = None
         self._pending: list[int] = []
         self._done = 0
-        self._scaled = False
-        self._failed = False
+        self._scaled = self._failed = False
         self._queries: Queries | None = None
-
-    # -- what the loop calls ---------------------------------------------------------------------------------------
 
     @property
     def timesteps(self) -> range:
@@ -181,10 +171,7 @@ class Recording:
 
     @property
     def samples(self) -> Iterator[int]:
-        """The samples that are still to be recorded, in order.
-
-        The generators are seeded before each, so that all samples get the same augmentation when they are fetched.
-        """
+        """The samples still to be recorded, in order. Before each the same seed is set, for its augmentation."""
         for sample in self._pending[self._done // len(self._timesteps) :]:
             seed_everything(seed_of(self._settings.seed, 0))
             yield sample
@@ -193,11 +180,8 @@ class Recording:
     def step(self, sample: int, timestep: int) -> Iterator[CaptureStep]:
         """The training step of one sample at one timestep: compute the loss in it, and call `loss.backward()` once.
 
-        Gives a `CaptureStep`, for loops that take their timestep from it.
-
-        Args:
-            sample: its index, the next of `samples`.
-            timestep: the number of the timestep, the next of `timesteps`.
+        Gives a `CaptureStep`, for loops that take their timestep from it. `sample` is the next of `samples`, and
+        `timestep` the next of `timesteps`.
 
         Raises:
             CaptureError: another step is next; or the step gave no gradient, or one that cannot be compared with those
@@ -226,25 +210,15 @@ class Recording:
     def describe(self, sample: int, item: Any, batch: Any) -> None:
         """Tells of the next sample, before its first training step: for loops that have dataset items and batches.
 
-        Args:
-            sample: its index.
-            item: what the dataset gave for it, where columns are looked for.
-            batch: what was collated from it; a query's images must have the shapes of the trace's.
+        Columns are looked for in the item. In the batch, a query's images must have the shapes of the trace's.
         """
         self._check_turn(sample, 0).sample(sample, item, batch)
 
     def missing(self, sample: int, error: Exception) -> None:
         """Tells of a sample that cannot be loaded, instead of its training steps: its row in the trace stays empty.
 
-        It is never ranked, and `dmin-trace info` lists it.
-
-        Args:
-            sample: its index, the next of `samples`.
-            error: why.
-
-        Raises:
-            CaptureError: another sample is next, or most of the first samples could not be loaded.
-            Exception: the error itself, for a query.
+        It is never ranked, and `dmin-trace info` lists it. Raises CaptureError if another sample is next, or if most
+        of the first samples could not be loaded; for a query, the error itself.
         """
         recorder = self._check_turn(sample, 0)
         recorder.missing(sample, error)
@@ -254,18 +228,13 @@ class Recording:
 
     @property
     def queries(self) -> Queries:
-        """After a recording `like` a trace: the projected gradients of its samples, in their order.
-
-        Raises QueryError if this recording makes a trace, or is not over.
-        """
+        """The gradients of a finished recording `like` a trace. Raises QueryError for any other recording."""
         if self._queries is None:
             raise QueryError(
                 "There are no queries: this recording makes a trace, or has not recorded all its samples. Record with "
                 "recording(model, like='...', samples=...), and take the queries when its loop is over."
             )
         return self._queries
-
-    # -- beginning and end -----------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recording:
         if self._entered is not None:
@@ -276,17 +245,8 @@ class Recording:
             out = self._out
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
-            optimizers = self._optimizers
-            source = CaptureSource(
-                samples=self._samples,
-                columns=self._columns,
-                # Without optimizers it is not known who trains; requires_grad says what is not trained.
-                trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
-                fetch=None if self._batch is None else self._batch_of,
-                packages=self._packages,
-            )
             target = CaptureTarget(out=out, like=self._like)
-            recorder = Recorder(self._settings, self._find_trainable(), source, target)
+            recorder = Recorder(self._settings, self._find_trainable(), self._source, target)
             entering.enter_context(self._guard)
             entering.callback(setattr, torch.amp.GradScaler, "scale", torch.amp.GradScaler.scale)
             torch.amp.GradScaler.scale = self._scale  # type: ignore[method-assign,assignment]
@@ -295,9 +255,7 @@ class Recording:
             self._recorder, self._entered = recorder, entering.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if self._entered is None:
             return
         self._recorder = None
@@ -305,7 +263,7 @@ class Recording:
             left = len(self._pending) - self._done // len(self._timesteps)
             if kind is None and left:
                 raise CaptureError(
-                    f"{left} of {self._samples} samples were not recorded. Loop over all of recording.samples and "
+                    f"{left} of {self._source.samples} samples were not recorded. Loop over all recording.samples and "
                     "recording.timesteps. What is in the store is kept, and left out when the recording is run again."
                 )
 
@@ -329,14 +287,10 @@ class Recording:
             )
         return found
 
-    # -- in a training step ----------------------------------------------------------------------------------------
-
     def _check_turn(self, sample: int, timestep: int) -> Recorder:
         """Raises CaptureError unless this sample and timestep are the next."""
         if self._recorder is None:
-            raise CaptureError(
-                "The recording is not under way. Loop inside: with dmin_trace.recording(...) as recording."
-            )
+            raise CaptureError("The recording is not under way. Loop inside `with dmin_trace.recording(...)`.")
         if self._failed:
             raise CaptureError("An earlier training step failed. Fix what its error names, and make another recording.")
         if self._guard.step is not None:
@@ -370,22 +324,16 @@ class Recording:
         self._scaled = True
         return losses
 
-    def _batch_of(self, sample: int) -> Any:
+    def _fetch(self, batch: Callable[[int], Any], sample: int) -> Any:
         """A sample's batch, fetched under the seed of `samples`."""
         seed_everything(seed_of(self._settings.seed, 0))
-        return self._batch(sample) if self._batch is not None else None
+        return batch(sample)
 
     def _finish_if_over(self, recorder: Recorder) -> None:
         if self._done == len(self._pending) * len(self._timesteps):
             recorder.finish()
             if self._like is not None:
                 self._queries = _read_queries(open_store(recorder.out), self._like.header.id)
-
-
-def _store_of(trace: OpenedTrace | Store | str | os.PathLike[str]) -> Store:
-    if isinstance(trace, OpenedTrace):
-        return trace.store
-    return trace if isinstance(trace, Store) else open_store(Path(trace))
 
 
 def _read_queries(captured: Store, trace_id: str) -> Queries:

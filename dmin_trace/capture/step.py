@@ -1,16 +1,24 @@
-"""One run of a training step for a capture, on one sample at one timestep: `CaptureStep`."""
+"""One run of a training step for a capture, on one sample at one timestep: `CaptureStep`, opened by a `StepGuard`.
+
+guard.open(sample, timestep)    generators seeded, draws of timesteps pinned; then the loop's own code runs
+guard.close()                   its generators are put back
+guard.check(step, moved)        raises if its gradient cannot be compared with those of other samples
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep
+from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep, show_calls
+from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.errors import CaptureError
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
@@ -23,9 +31,7 @@ class CaptureStep:
     A loop that draws its timestep by torch.randint or torch.multinomial needs nothing of this: those are pinned. One
     that takes its timestep from outside takes it from `timestep` or `fraction`.
 
-    sample: the dataset index.
-    pinned: the timestep, with its seed.
-    draws: the random calls of the step.
+    sample, pinned, draws: the dataset index, the timestep with its seed, and the random calls of the step.
     seen: the timestep that the denoiser was called with, a tensor on its device; None before that.
     given: the timestep that `timestep` or `fraction` gave first; None before that.
     backwards: how often the step called backward.
@@ -48,19 +54,13 @@ class CaptureStep:
         return f"the training step of sample {self.sample}, timestep {self.pinned.number}"
 
     def timestep(self, steps: int) -> int:
-        """The timestep, in a schedule of so many steps.
-
-        Raises CaptureError if timesteps were given as a list, and this one lies beyond the schedule.
-        """
+        """The timestep, in a schedule of so many steps. Raises CaptureError if a given one lies beyond the schedule."""
         timestep = self.pinned.index_in(steps)
         self._give(timestep)
         return timestep
 
     def fraction(self) -> float:
-        """The time, in a schedule that runs from 0 to 1.
-
-        Raises CaptureError if timesteps were given as a list.
-        """
+        """The time, in a schedule that runs from 0 to 1. Raises CaptureError if timesteps were given as a list."""
         if self.pinned.timestep is not None:
             raise CaptureError("Timesteps were given as a list, which has no fractions of a schedule. Give a count.")
         self._give(self.pinned.fraction)
@@ -68,18 +68,144 @@ class CaptureStep:
 
     def _give(self, timestep: float) -> None:
         self.given = timestep if self.given is None else self.given
-        self.draws.hand_out("timestep")
+        self.draws.calls.append(("timestep*", ()))
+        self.draws.pins += 1
 
     def see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keeps the timestep that a module is called with, if it is the first one."""
-        if self.seen is not None:
-            return
-        names = _forward_names(module)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(_forward_names(module), args, strict=False)), **kwargs} if self.seen is None else {}
         for name in TIMESTEP_ARGUMENTS:
             if given.get(name) is not None:
                 self.seen = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
                 return
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a training step that cannot be captured, in terms of the loop that it belongs to.
+
+    `backward` is the call by which the loop computes gradients. The others are for steps that do not make that call
+    once, that change parameters, whose timestep is not pinned, and that call no model with a timestep.
+    """
+
+    backward: str
+    once: str
+    changed: str
+    pinned: str
+    seen: str
+
+
+class StepGuard:
+    """Runs training steps of models in eval mode, and sees what they draw, change and call.
+
+    A context manager: on leaving it the models are as they were before. `step` is the training step that is under way,
+    or None.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[torch.nn.Module],
+        denoisers: Sequence[torch.nn.Module],
+        advice: Advice,
+        backward: Callable[..., None] | None = None,
+    ) -> None:
+        """Changes nothing yet. Training steps may change `models`, and call `denoisers` with the timestep.
+
+        `backward` is called in the place of `Tensor.backward`, for loops that call it themselves. No optimizer may step
+        then, and nothing may reach `.grad`.
+        """
+        self.step: CaptureStep | None = None
+        self._models = list(models)
+        self._denoisers, self._advice, self._backward = denoisers, advice, backward
+        self._parameters: list[torch.nn.Parameter] = []
+        self._versions: list[int] = []
+        self._undo = ExitStack()
+
+    def __enter__(self) -> StepGuard:
+        self._parameters = [parameter for model in self._models for parameter in model.parameters()]
+        with ExitStack() as undo:
+            for model in self._models:
+                for module in model.modules():
+                    undo.callback(setattr, module, "training", module.training)
+                model.eval()
+            for module in self._denoisers:
+                undo.callback(module.register_forward_pre_hook(self._see, with_kwargs=True).remove)
+            if self._backward is not None:
+                for parameter in self._parameters:
+                    undo.callback(setattr, parameter, "grad", parameter.grad)
+                    parameter.grad = None
+                undo.callback(register_optimizer_step_pre_hook(_refuse_optimizer_step).remove)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+        self._undo.close()
+
+    def open(self, sample: int, timestep: PinnedTimestep) -> CaptureStep:
+        """Begins the training step of a sample at a timestep. Between here and `close` stands the loop's own code."""
+        step = CaptureStep(sample, timestep, PinnedDraws(timestep, backward=self._backward))
+        self._versions = [parameter._version for parameter in self._parameters]
+        seed_everything(timestep.seed)
+        step.draws.start()
+        self.step = step
+        return step
+
+    def close(self) -> None:
+        """Ends the training step that is under way, if one is."""
+        if self.step is not None:
+            self.step.draws.stop()
+            self.step = None
+
+    def check(self, step: CaptureStep, moved: Callable[[Sequence[torch.nn.Parameter]], bool]) -> None:
+        """Raises CaptureError if the gradient of the step that was closed last is missing, or not comparable.
+
+        `moved` tells whether parameters that were written to have other values now than at the beginning.
+        """
+        if step.draws.error is not None:
+            raise step.draws.error
+        advice = self._advice
+        reached = [p for p in self._parameters if p.grad is not None] if self._backward is not None else []
+        for parameter in reached:
+            parameter.grad = None
+        if reached:
+            raise CaptureError(
+                f"Gradients reached .grad in {step.name} by another call than {advice.backward}, such as "
+                f"torch.autograd.backward. {advice.once}"
+            )
+        if step.backwards != 1:
+            raise CaptureError(
+                f"{advice.backward} was called {step.backwards} times in {step.name}; expected once. {advice.once}"
+            )
+        written = [p for p, before in zip(self._parameters, self._versions, strict=True) if p._version != before]
+        # A step may write back what was there: textual inversion does so to the words that it does not train.
+        if written and moved(written):
+            raise CaptureError(f"The model's parameters were changed in {step.name}. {advice.changed}")
+        if not step.draws.pins:
+            raise CaptureError(
+                f"The timestep was not pinned in {step.name}, so every sample would have its own. Random calls in "
+                f"it: {show_calls(step.draws.calls)}. Pinned are torch.randint(0, steps, (batch,)) and "
+                f"torch.multinomial(weights, batch). {advice.pinned}"
+            )
+        if step.seen is None:
+            raise CaptureError(
+                f"No model was called with a timestep in {step.name} (an argument named "
+                f"{', '.join(TIMESTEP_ARGUMENTS)}), so it is not known whether it was the pinned one. {advice.seen}"
+            )
+
+    def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.step is not None:
+            try:
+                self.step.see_timestep(module, args, kwargs)
+            except Exception as error:
+                self.step.draws.keep(error)
+
+
+def _refuse_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    raise CaptureError(
+        "An optimizer stepped during the capture, which is of a model that is trained already. Compute the loss and "
+        "its gradient in the training step, and nothing more."
+    )
 
 
 def takes_timestep(module: torch.nn.Module) -> bool:

@@ -4,42 +4,26 @@
 ranked by. `build` makes an index beside a store, whose graph proposes candidates, and `index` searches it.
 """
 
-from dmin_trace.search.build import build_index
-from dmin_trace.search.deflation import Directions, Score, choose_directions, principal_directions
-from dmin_trace.search.exact import exact_top_k, scores_by_chunk
-from dmin_trace.search.graph import GraphError, load_graph
-from dmin_trace.search.index import Index, open_directions, open_index, search
-from dmin_trace.search.index_files import Depth, Facts, Unavailable, damage, index_beside, read_facts
-from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
-from dmin_trace.search.scores import MAX_QUERY_NUMBERS, DeflatedScore, DminScore, score_method
-
-__all__ = [
-    "DeflatedScore",
-    "Depth",
-    "Directions",
-    "DminScore",
-    "Facts",
-    "GraphError",
-    "Index",
-    "MAX_QUERY_NUMBERS",
-    "Ranking",
-    "Score",
-    "Unavailable",
-    "build_index",
-    "check_k",
-    "check_queries",
-    "choose_directions",
-    "damage",
-    "exact_top_k",
-    "has_direction",
-    "index_beside",
-    "load_graph",
-    "open_directions",
-    "open_index",
-    "principal_directions",
-    "read_facts",
-    "rerank",
-    "score_method",
-    "scores_by_chunk",
-    "search",
-]
+from dmin_trace.search.build import build_index as build_index
+from dmin_trace.search.deflation import Directions as Directions
+from dmin_trace.search.deflation import Score as Score
+from dmin_trace.search.deflation import principal_directions as principal_directions
+from dmin_trace.search.exact import Ranking as Ranking
+from dmin_trace.search.exact import check_k as check_k
+from dmin_trace.search.exact import check_queries as check_queries
+from dmin_trace.search.exact import exact_top_k as exact_top_k
+from dmin_trace.search.exact import has_direction as has_direction
+from dmin_trace.search.exact import rerank as rerank
+from dmin_trace.search.exact import scores_by_chunk as scores_by_chunk
+from dmin_trace.search.index import Index as Index
+from dmin_trace.search.index import open_directions as open_directions
+from dmin_trace.search.index import open_index as open_index
+from dmin_trace.search.index import search as search
+from dmin_trace.search.index_files import Depth as Depth
+from dmin_trace.search.index_files import Facts as Facts
+from dmin_trace.search.index_files import Unavailable as Unavailable
+from dmin_trace.search.index_files import damage as damage
+from dmin_trace.search.index_files import index_beside as index_beside
+from dmin_trace.search.index_files import read_facts as read_facts
+from dmin_trace.search.scores import DeflatedScore as DeflatedScore
+from dmin_trace.search.scores import score_method as score_method

@@ -1,6 +1,8 @@
 """Builds the index of a store: finds what deflated scores need, links the vectors, and measures the recall.
 
-The number of candidates and the fold are chosen by the recall that is measured for each score. Where it cannot be
+Calibration chooses the number of candidates and the fold by the recall that it measures for each score, with held-out
+samples, and with mixtures of two of them: of all queries those come closest to a generated image, which lies between
+many training samples and takes more candidates than a sample does (docs/performance.md). Where the recall cannot be
 reached, the index keeps no graph, and queries scan all samples.
 """
 
@@ -8,35 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
 import numpy as np
 import psutil
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from dmin_trace.errors import SettingsError, TraceError
-from dmin_trace.search import deflation
-from dmin_trace.search.calibrate import calibrate, calibration_queries, true_best
+from dmin_trace.search import deflation, index_files
 from dmin_trace.search.deflation import Progress, Score
-from dmin_trace.search.graph import graph_bytes, make_graph
-from dmin_trace.search.index_files import (
-    CHECKSUMS,
-    COMMON,
-    COPIES,
-    EIGENVALUES,
-    PRINCIPAL,
-    Facts,
-    check_folder,
-    index_beside,
-    write_index,
-)
-from dmin_trace.search.ranking import has_direction
-from dmin_trace.search.vectors import COMMON_DIRECTIONS, Reduction, common_directions
+from dmin_trace.search.exact import Floats, Rows, exact_top_k, has_direction
+from dmin_trace.search.graph import Graph, graph_bytes, make_graph
+from dmin_trace.search.index import COMMON_DIRECTIONS, Reduction, common_directions
+from dmin_trace.search.index_files import Depth, Facts
 from dmin_trace.store import Store, row_checksum
-
-if TYPE_CHECKING:
-    import hnswlib
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +32,16 @@ RECALL_AT_100 = 0.95
 """The recall that is wanted of the 100 best; that of the 10 best is an argument."""
 HELD_OUT_SAMPLES = 64
 """Samples that calibration uses as queries before they are in the graph."""
-MAX_QUERY_NUMBERS = 2**28
+MAX_CALIBRATION_NUMBERS = 2**28
 """The numbers of all calibration queries at the most: fewer samples are held out where gradients are very long."""
 ROWS_PER_CANDIDATE = 8
 """Candidates are at most one in so many rows: beyond that, scattered reads take about as long as the scan."""
 MAX_CANDIDATES = 4096
+MARGIN = 2
+"""Times the candidates that were enough in calibration, for queries that are harder."""
+MAX_EF = 2**12
+"""The largest ef, unless eight times the candidates is more. Among a million vectors that lie close a graph is left
+early; 20 candidates then need an ef of thousands, which takes milliseconds."""
 LINKED_NUMBERS = 2**22
 """Numbers of gradients that are converted to float32 at a time."""
 STORE_PART = 0.05
@@ -70,7 +63,6 @@ def build_index(
     """Builds a store's index, measures its recall, and puts it beside the store in place of an older one.
 
     Args:
-        store: the store.
         recall: the part of the true 10 best that is to be found; of the 100 best it is 0.95.
         fold: F, a divisor of v; if not given, as small as the recall allows.
         m: links of a vector, 2 to 100.
@@ -79,29 +71,62 @@ def build_index(
             `choose_directions` says how many.
         progress: called with what is being done, how much of it is done, and how much there is.
 
-    Returns:
-        What was built; `depths` says what it serves.
-
-    Raises:
-        SettingsError: an argument is out of range, or the vectors do not fit into memory.
-        TraceError: the store is unfinished or damaged, or the index cannot be written.
+    Raises SettingsError if an argument is out of range or the vectors do not fit into memory; TraceError if the store
+    is unfinished or damaged, or the index cannot be written.
     """
     progress = progress or (lambda what, done, of: None)
-    _check_settings(recall, m, ef_construction)
-    header = store.header
-    folds = possible_folds(store, fold, m)
+    if not 0 < recall <= 1:
+        raise SettingsError(f"recall is {recall}; expected more than 0, and 1 at most.")
+    if not 2 <= m <= 100:
+        raise SettingsError(f"M is {m}; expected 2 to 100.")
+    if not m <= ef_construction <= 10_000:
+        raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
+    header, folds = store.header, possible_folds(store, fold, m)
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is indexed.")
-    folder = index_beside(store.path)
-    check_folder(folder)
+    folder = index_files.index_beside(store.path)
+    index_files.check_folder(folder)
     _check_graph_memory(store, folds[0], m)
 
     kept, copies, checksums = _distinct_rows(store, progress)
-    fitting = max(8, MAX_QUERY_NUMBERS // (2 * len(header.timesteps) * header.dimension))
+    fitting = max(8, MAX_CALIBRATION_NUMBERS // (2 * len(header.timesteps) * header.dimension))
     held = kept[np.linspace(0, len(kept) - 1, min(HELD_OUT_SAMPLES, fitting, len(kept) // 4)).astype(np.int64)]
     linked = np.setdiff1d(kept, held)
     most = min(MAX_CANDIDATES, len(linked) // ROWS_PER_CANDIDATE)
     wanted = {k: part for k, part in ((10, recall), (100, RECALL_AT_100)) if k <= most}
+    principal = None
+    arrays: dict[str, NDArray[Any]] = {}
+    if directions != 0 and len(kept):
+        needed = deflation.directions_memory(store, directions)
+        _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
+        principal = deflation.principal_directions(store, directions, progress)
+        arrays = {index_files.PRINCIPAL: principal.vectors, index_files.EIGENVALUES: principal.eigenvalues}
+    tried, short, graph = folds[0], f"{len(kept)} samples are few enough to scan", None
+    depths: tuple[Depth, ...] = ()
+    if wanted:
+        queries: dict[Score, Floats] = {"dmin": _with_mixtures(store.gradients(held))}
+        if principal is not None:
+            queries["deflated"] = principal.deflate(queries["dmin"])
+        truth = {score: _true_best(store, of, held, copies, max(wanted), progress) for score, of in queries.items()}
+        common = common_directions(store, kept)
+        for tried in folds:
+            _check_graph_memory(store, tried, m)
+            reduction = Reduction(common, tried)
+            graph = make_graph(reduction.length, len(kept), m, ef_construction)
+            _link(graph, store, reduction, linked, progress)
+            found = [
+                _calibrate(graph, reduction.vectors(of), truth[score], wanted, most, score)
+                for score, of in queries.items()
+            ]
+            depths = tuple(depth for served, _ in found for depth in served)
+            short = "; ".join(why for _, why in found if why)
+            logger.info("fold %d: %s %s", tried, depths, short)
+            # The paper's score decides: longer vectors cost every query, and what the graph cannot serve is scanned.
+            if not found[0][1]:
+                break
+        if depths:
+            _link(graph, store, reduction, held, progress)
+            arrays |= {index_files.COMMON: common, index_files.COPIES: copies, index_files.CHECKSUMS: checksums}
     facts = Facts(
         store=header.id,
         state=store.state,
@@ -110,57 +135,18 @@ def build_index(
         dimension=header.dimension,
         samples=header.samples,
         vectors=len(kept),
-        fold=folds[0],
+        fold=tried,
         directions=COMMON_DIRECTIONS,
         m=m,
         ef_construction=ef_construction,
         target=recall,
         queries=len(held),
-        depths=(),
-        short=f"{len(kept)} samples are few enough to scan",
-        principal=0,
+        depths=depths,
+        short=short,
+        principal=0 if principal is None else principal.eigenvalues.shape[1],
         files={},
     )
-    principal = None
-    arrays: dict[str, NDArray[Any]] = {}
-    if directions != 0 and len(kept):
-        needed = deflation.directions_memory(store, directions)
-        _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
-        principal = deflation.principal_directions(store, directions, progress)
-        facts = replace(facts, principal=principal.eigenvalues.shape[1])
-        arrays = {PRINCIPAL: principal.vectors, EIGENVALUES: principal.eigenvalues}
-    if not wanted:
-        return write_index(folder, facts, arrays)
-    queries: dict[Score, NDArray[np.float32]] = {"dmin": calibration_queries(store, held)}
-    if principal is not None:
-        queries["deflated"] = principal.deflate(queries["dmin"])
-    truth = {score: true_best(store, those, held, copies, max(wanted), progress) for score, those in queries.items()}
-    common = common_directions(store, kept)
-    for tried in folds:
-        _check_graph_memory(store, tried, m)
-        reduction = Reduction(common, tried)
-        graph = make_graph(reduction.length, len(kept), m, ef_construction)
-        _link(graph, store, reduction, linked, progress)
-        found = [
-            calibrate(graph, reduction.vectors(those), truth[score], wanted, most, score)
-            for score, those in queries.items()
-        ]
-        depths = tuple(depth for served, _ in found for depth in served)
-        short = [why for _, why in found]
-        logger.info("fold %d: %s %s", tried, depths, short)
-        facts = replace(facts, fold=tried, depths=depths, short="; ".join(filter(None, short)))
-        # The paper's score decides: longer vectors cost every query, and what the graph cannot serve is scanned.
-        if not short[0]:
-            break
-    if not facts.depths:
-        return write_index(folder, facts, arrays)
-    _link(graph, store, reduction, held, progress)
-    return write_index(folder, facts, {**arrays, COMMON: common, COPIES: copies, CHECKSUMS: checksums}, graph)
-
-
-def graph_memory(store: Store, fold: int, m: int) -> int:
-    """The bytes of a store's graph of this fold."""
-    return graph_bytes(len(store.header.timesteps) * (fold + COMMON_DIRECTIONS), store.header.samples, m)
+    return index_files.write_index(folder, facts, arrays, graph if depths else None)
 
 
 def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
@@ -173,48 +159,92 @@ def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
         return [fold]
     row_bytes = timesteps * v * np.dtype(header.dtype).itemsize
     room = STORE_PART * row_bytes * header.samples - 4 * timesteps * COMMON_DIRECTIONS * v
-    folds = [v]
-    while folds[-1] % 2 == 0:
-        folds.append(folds[-1] // 2)
-    folds = [f for f in reversed(folds) if timesteps * f <= MAX_FOLDED_NUMBERS] or [folds[-1]]
+    halves = [v >> n for n in reversed(range((v & -v).bit_length()))]
+    folds = [f for f in halves if timesteps * f <= MAX_FOLDED_NUMBERS] or halves[:1]
     # The largest fold within the room: more numbers in a vector need fewer candidates.
-    small = [f for f in folds if graph_memory(store, f, m) <= room or timesteps * f < 2 * MIN_FOLDED_NUMBERS]
+    small = [f for f in folds if _graph_memory(store, f, m) <= room or timesteps * f < 2 * MIN_FOLDED_NUMBERS]
     return folds[folds.index(max([folds[0], *small])) :]
 
 
-def _check_settings(recall: float, m: int, ef_construction: int) -> None:
-    if not 0 < recall <= 1:
-        raise SettingsError(f"recall is {recall}; expected more than 0, and 1 at most.")
-    if not 2 <= m <= 100:
-        raise SettingsError(f"M is {m}; expected 2 to 100.")
-    if not m <= ef_construction <= 10_000:
-        raise SettingsError(f"ef_construction is {ef_construction}; expected {m} (M) to 10000.")
+def _with_mixtures(gradients: Floats) -> Floats:
+    """(2 n, T, v) the gradients of n samples, and n mixtures of two of them."""
+    mixed = gradients + np.roll(gradients, len(gradients) // 2, axis=0)
+    norm = np.linalg.norm(mixed, axis=2, keepdims=True)
+    return np.concatenate([gradients, mixed / np.where(norm > 0, norm, 1)])
+
+
+def _true_best(store: Store, queries: Floats, held: Rows, copies: Rows, k: int, progress: Progress) -> Rows:
+    """(queries, k) the best of all rows but the held-out ones, by the exact scan; a copy counts as its original."""
+    original = np.arange(store.header.samples)
+    original[copies[:, 0]] = copies[:, 1]
+    left_out = np.isin(original, held)
+    done = 0
+
+    def scanned(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress("scanning for the true best", done, store.header.samples)
+
+    most = min(k + int(left_out.sum()), store.valid_count)
+    ranking = exact_top_k(store, queries, most, progress=scanned)
+    return np.stack([original[rows[~left_out[rows]][:k]] for rows in ranking.rows])
+
+
+def _calibrate(
+    graph: Graph, vectors: Floats, truth: Rows, wanted: dict[int, float], most: int, score: Score
+) -> tuple[tuple[Depth, ...], str]:
+    """How deep the graph is searched for each number of hits; and, where its recall is not reached, why.
+
+    The vectors (2 n, length) of the queries are not in the graph; the truth, (2 n, k), are their true best. Recall is
+    that of the worse half, samples or mixtures; there are `most` candidates at the most.
+    """
+    depths, short = [], []
+    labels = _nearest(graph, vectors, most, most)
+    for k, least in wanted.items():
+        # The place of each of the true best among the candidates; `most` if it is not there.
+        match = labels[:, None, :] == truth[:, :k, None]
+        places = np.where(match.any(axis=2), match.argmax(axis=2), most).reshape(2, -1)
+        enough = int(np.sort(places, axis=1)[:, math.ceil(least * places.shape[1]) - 1].max()) + 1
+        candidates = min(most, max(k, MARGIN * enough))
+        reach = float(np.mean(places < candidates, axis=1).min())
+        ef, recall = candidates, -1.0
+        while recall < min((1 + least) / 2, reach) and ef < max(MAX_EF, 8 * candidates):
+            ef *= 2
+            found = (_nearest(graph, vectors, candidates, ef)[:, None, :] == truth[:, :k, None]).any(axis=2)
+            recall = float(found.reshape(2, -1).mean(axis=1).min())
+        depth = Depth(score=score, k=k, candidates=candidates, ef=ef, recall=recall)
+        if recall < least:
+            short.append(f"{depth.name} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
+        else:
+            depths.append(depth)
+    return tuple(depths), "; ".join(short)
+
+
+def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
+    graph.set_ef(ef)
+    labels: Rows = graph.knn_query(vectors, k=k)[0].astype(np.int64)
+    return labels
+
+
+def _graph_memory(store: Store, fold: int, m: int) -> int:
+    return graph_bytes(len(store.header.timesteps) * (fold + COMMON_DIRECTIONS), store.header.samples, m)
 
 
 def _check_graph_memory(store: Store, fold: int, m: int) -> None:
     vectors = f"{store.header.samples:,} samples of {len(store.header.timesteps)} x {fold:,} float32 numbers"
-    _check_memory(graph_memory(store, fold, m), f"The index ({vectors}, and links)", "Give a smaller --fold.")
+    _check_memory(_graph_memory(store, fold, m), f"The index ({vectors}, and links)", "Give a smaller --fold.")
 
 
 def _check_memory(needed: int, what: str, what_to_do: str) -> None:
     """Raises SettingsError if so many bytes are not free."""
-    if needed > (free := _free_memory()):
-        raise SettingsError(
-            f"{what} needs {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free. {what_to_do}"
-        )
+    if needed > (free := psutil.virtual_memory().available):
+        sizes = f"{needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
+        raise SettingsError(f"{what} needs {sizes}. {what_to_do}")
 
 
-def _free_memory() -> int:
-    """The bytes that a process could still take."""
-    return int(psutil.virtual_memory().available)
-
-
-def _distinct_rows(store: Store, progress: Progress) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32]]:
+def _distinct_rows(store: Store, progress: Progress) -> tuple[Rows, Rows, NDArray[np.uint32]]:
     """The rows that the graph holds; (n, 2) the others that can be ranked, each with the row that it copies, sorted by
-    that; and (N,) the checksums of all rows' stored numbers.
-
-    A model remembers best what its data holds many times. In the graph such copies would be linked to each other alone.
-    """
+    that; and (N,) the checksums of all rows. In the graph many copies would be linked to each other alone."""
     firsts: dict[bytes, int] = {}
     copies: list[tuple[int, int]] = []
     checksums = np.zeros(store.header.samples, np.uint32)
@@ -235,9 +265,7 @@ def _distinct_rows(store: Store, progress: Progress) -> tuple[NDArray[np.int64],
     return np.array(list(firsts.values()), np.int64), found[np.argsort(found[:, 1], kind="stable")], checksums
 
 
-def _link(
-    graph: hnswlib.Index, store: Store, reduction: Reduction, rows: NDArray[np.int64], progress: Progress
-) -> None:
+def _link(graph: Graph, store: Store, reduction: Reduction, rows: Rows, progress: Progress) -> None:
     """Adds the vectors of these rows to the graph."""
     done = 0
     for part in deflation.row_blocks(store, rows, LINKED_NUMBERS):

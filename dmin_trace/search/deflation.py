@@ -1,19 +1,14 @@
 """Deflation: what all samples share is taken out of the query, which is then scored like any other.
 
 At each timestep G has a row for each sample that can be ranked, its v numbers; d are the eigenvalues of K = G G', and V
-are the principal directions of the rows (not centred). Inner products say what resembles the query, and most of them is
-the same for every sample. Deflation weighs each of the r largest directions by d_r / (d + d_r), so that what few
-samples have counts for more:
+are the principal directions of the rows (not centred). Each of the r largest is weighed by d_r / (d + d_r), so that
+what few samples have counts for more:
 
     q' = q - V diag(d / (d + d_r)) V' q
 
-Along these directions it is kernel ridge regression, which TRAK's scores are (arXiv 2303.14186). Ridge regression along
-all directions gains nothing over it, and needs all N x N numbers of K; neither does one K of all timesteps together
-(docs/quality.md).
-
-Only the query changes, so the scan, the index and the rerank serve deflated queries as they are. V has r x v numbers
-for each timestep, and is found in a few passes over the store whatever N is. BLAS runs on one thread, in a thread for
-each timestep: the numbers do not depend on how many threads there are.
+Along these directions it is kernel ridge regression, which TRAK's scores are (arXiv 2303.14186); docs/quality.md says
+what was compared. Only the query changes, so the scan, the index and the rerank serve deflated queries as they are.
+BLAS runs on one thread, in a thread for each timestep: the numbers do not depend on how many threads there are.
 """
 
 from __future__ import annotations
@@ -29,24 +24,22 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import SettingsError, TraceError
+from dmin_trace.search.exact import Floats, Rows
 from dmin_trace.store import Store, core_count
 
 Score = Literal["dmin", "deflated"]
 """The built-in scores (`scores`): the paper's inner products, or those of deflated queries."""
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
-Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 MAX_DENSE_SAMPLES = 1024
 """Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
 SHARED_EIGENVALUE = 3.0
-"""A direction is shared if its eigenvalue is larger; that of a direction of one sample alone is 1. Kaiser's rule for
-principal components is 1. Fewer directions cost a little of the datamodeling score, and gain as much where only the
-best few count (docs/quality.md)."""
-MAX_CHOSEN_DIRECTIONS = 256
-"""Directions that are looked for where no number is given."""
-MAX_DIRECTIONS = 4096
+"""A direction is shared if its eigenvalue is larger; that of a direction of one sample alone is 1, the mean of K's
+diagonal and Kaiser's rule. docs/quality.md compares other values."""
+MAX_DIRECTIONS, MAX_CHOSEN_DIRECTIONS = 4096, 256
+"""Directions that can be wanted, and that are looked for where no number is given."""
 PASSES = 3
 """Passes over a store of more samples than MAX_DENSE_SAMPLES."""
 SMALLEST_EIGENVALUE = 1e-6
@@ -59,11 +52,8 @@ MAX_DIRECTION_NUMBERS = 2**28
 
 @dataclass(frozen=True)
 class Directions:
-    """The r largest principal directions of a store's samples at each timestep.
-
-    vectors: (T, r, v) float32; those of a timestep are orthonormal, or zero where it has no more of them.
-    eigenvalues: (T, r) float64, of each timestep's K, the largest first; zero where the vector is.
-    """
+    """The r largest principal directions of a store's samples at each timestep: vectors (T, r, v), orthonormal, or zero
+    where there are no more; and their eigenvalues of K, (T, r), the largest first, zero where the vector is."""
 
     vectors: Floats
     eigenvalues: Doubles
@@ -87,30 +77,20 @@ class Directions:
 
 
 def choose_directions(eigenvalues: Doubles) -> int:
-    """How many principal directions all samples share, by eigenvalues (T, r); at least one.
-
-    They are those with an eigenvalue above SHARED_EIGENVALUE, at the timestep that has most of them: the direction that
-    one sample alone has has the eigenvalue 1, the mean of K's diagonal.
-    """
+    """How many principal directions all samples share, by eigenvalues (T, r): those above SHARED_EIGENVALUE, at the
+    timestep that has most of them; at least one."""
     return max(1, int((eigenvalues > SHARED_EIGENVALUE).sum(axis=1).max()))
 
 
 def principal_directions(store: Store, count: int | None = None, progress: Progress | None = None) -> Directions:
     """The largest principal directions of the samples that can be ranked.
 
-    For up to MAX_DENSE_SAMPLES samples they are exact. For more they come from PASSES passes over the store: each
-    multiplies a random basis by G' G (Halko, Martinsson and Tropp, arXiv 0909.4061), and the last one gives a Nystroem
-    approximation (Tropp et al., arXiv 1706.05736). The largest are then as good as exact; the last ones, whose
-    eigenvalues are close to each other, are mixed with those beyond them.
+    For up to MAX_DENSE_SAMPLES samples they are exact. For more, each pass over the store multiplies a random basis by
+    G' G (Halko, Martinsson and Tropp, arXiv 0909.4061), and the last one gives a Nystroem approximation (Tropp et al.,
+    arXiv 1706.05736). The largest are then as good as exact; the last ones are mixed with those beyond them.
 
-    Args:
-        store: the store.
-        count: r, or less where there are no more; if not given, `choose_directions` of up to 256.
-        progress: called with what is being done, how much of it is done, and how much there is.
-
-    Raises:
-        SettingsError: count is out of range.
-        TraceError: the store is damaged, or has no sample that can be ranked.
+    There are `count` of them at each timestep, or less where there are no more; if not given, `choose_directions` of up
+    to 256. Raises SettingsError if it is out of range, TraceError if the store is damaged or no sample can be ranked.
     """
     if count is not None and not 1 <= count <= MAX_DIRECTIONS:
         raise SettingsError(f"directions is {count}; expected 1 to {MAX_DIRECTIONS}.")
@@ -120,11 +100,8 @@ def principal_directions(store: Store, count: int | None = None, progress: Progr
     progress = progress or (lambda what, done, of: None)
     most = min(count or _most_chosen(store), len(rows), store.header.dimension)
     find = _exact_directions if len(rows) <= MAX_DENSE_SAMPLES else _approximate_directions
-    with (
-        threadpool_limits(1, "blas"),
-        ThreadPoolExecutor(core_count()) as pool,
-        np.errstate(invalid="ignore", over="ignore"),
-    ):
+    blas, quiet = threadpool_limits(1, "blas"), np.errstate(invalid="ignore", over="ignore")
+    with blas, quiet, ThreadPoolExecutor(core_count()) as pool:
         found = find(store, rows, most, pool, progress)
     return found if count else found.largest(choose_directions(found.eigenvalues))
 
@@ -136,56 +113,50 @@ def directions_memory(store: Store, count: int | None = None) -> int:
     return 12 * len(header.timesteps) * header.dimension * width
 
 
-def row_blocks(store: Store, rows: NDArray[np.int64], numbers: int | None = None) -> list[NDArray[np.int64]]:
+def row_blocks(store: Store, rows: Rows, numbers: int | None = None) -> list[Rows]:
     """The rows in order, in blocks whose gradients are at most `numbers` (BLOCK_NUMBERS) numbers, or one row."""
     size = max(1, (numbers or BLOCK_NUMBERS) // (len(store.header.timesteps) * store.header.dimension))
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _exact_directions(
-    store: Store, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
-) -> Directions:
+def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress) -> Directions:
     products = _gram_matrices(store, rows, pool, progress)
     found = list(pool.map(partial(_largest, count=count), products))
     eigenvalues, mixtures = (np.stack(parts) for parts in zip(*found, strict=True))
     mixtures = _over_root(mixtures, eigenvalues)
     vectors = np.zeros((len(mixtures), mixtures.shape[2], store.header.dimension), np.float32)
-    at = 0
-    for block in _blocks(store, rows, progress):
-        weights = mixtures[:, at : at + len(block)].astype(np.float32)
-        list(pool.map(partial(_add, vectors, weights, block), range(len(vectors))))
-        at += len(block)
+    for here, block in _blocks(store, rows, progress):
+        _add(vectors, mixtures[:, here].astype(np.float32), block, pool)
     return Directions(vectors, eigenvalues)
 
 
-def _gram_matrices(store: Store, rows: NDArray[np.int64], pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
+def _gram_matrices(store: Store, rows: Rows, pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
     """(T, n, n) the inner products of these rows with each other."""
     products = np.empty((len(store.header.timesteps), len(rows), len(rows)))
     start = 0
     for some in row_blocks(store, rows, 4 * BLOCK_NUMBERS):
         columns = store.gradients(some).transpose(1, 0, 2)
         end, at = start + len(some), start
-        for block in _blocks(store, rows[start:]):
-            here = slice(at, at + len(block))
+        for part in row_blocks(store, rows[start:]):
+            block, here = store.gradients(part), slice(at, at + len(part))
             products[:, here, start:end] = _along(block, columns, pool)
             products[:, start:end, here] = products[:, here, start:end].transpose(0, 2, 1)
-            at += len(block)
+            at += len(part)
         start = end
         progress("multiplying samples with each other", end * (2 * len(rows) - end), len(rows) ** 2)
     return products
 
 
 def _approximate_directions(
-    store: Store, rows: NDArray[np.int64], count: int, pool: ThreadPoolExecutor, progress: Progress
+    store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
     timesteps, dimension = len(store.header.timesteps), store.header.dimension
     width = min(_basis_size(count), len(rows), dimension)
     basis = np.random.default_rng(0).standard_normal((timesteps, width, dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
-        for block in _blocks(store, rows, progress, n, PASSES):
-            along = _along(block, basis, pool).astype(np.float32)
-            list(pool.map(partial(_add, image, along, block), range(timesteps)))
+        for _, block in _blocks(store, rows, progress, n, PASSES):
+            _add(image, _along(block, basis, pool).astype(np.float32), block, pool)
         if n < PASSES - 1:
             # Orthonormal again, and near to the principal directions: the small ones then lose nothing to rounding.
             basis = np.stack(list(pool.map(_orthonormal, image)))
@@ -215,8 +186,13 @@ def _along(block: Floats, basis: Floats, pool: ThreadPoolExecutor) -> Doubles:
     return products.astype(np.float64)
 
 
-def _add(sums: Floats, weights: Floats, block: Floats, t: int) -> None:
-    sums[t] += weights[t].T @ block[:, t]
+def _add(sums: Floats, weights: Floats, block: Floats, pool: ThreadPoolExecutor) -> None:
+    """Adds to sums (T, width, v) the rows (n, T, v), weighted by (T, n, width)."""
+
+    def add(t: int) -> None:
+        sums[t] += weights[t].T @ block[:, t]
+
+    list(pool.map(add, range(len(sums))))
 
 
 def _products(some: Floats, others: Floats) -> Doubles:
@@ -255,12 +231,11 @@ def _basis_size(count: int) -> int:
 
 
 def _blocks(
-    store: Store, rows: NDArray[np.int64], progress: Progress | None = None, turn: int = 0, turns: int = 1
-) -> Iterator[Floats]:
-    """The rows' gradients in order, in blocks (n, T, v) of float32."""
-    done = turn * len(rows)
+    store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1
+) -> Iterator[tuple[slice, Floats]]:
+    """Where some of the rows are among them, and their gradients (n, T, v)."""
+    start = 0
     for some in row_blocks(store, rows):
-        yield store.gradients(some)
-        done += len(some)
-        if progress is not None:
-            progress("looking for what samples share", done, turns * len(rows))
+        yield slice(start, start + len(some)), store.gradients(some)
+        start += len(some)
+        progress("looking for what samples share", turn * len(rows) + start, turns * len(rows))

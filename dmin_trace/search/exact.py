@@ -1,4 +1,4 @@
-"""Exact scores: the influence score of every stored sample for a query, and the largest or smallest of them.
+"""Exact scores: of every stored sample for a query, the largest or smallest of them, and those of candidates.
 
 The influence score of sample i is the sum over timesteps of the inner products of its projected gradients with the
 query's (paper, equations 7 to 9, without the constant of the learning rate). Chunks are scored by a thread for each
@@ -7,126 +7,201 @@ core, with BLAS on one thread each. Memory does not grow with the number of samp
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import QueryError, TraceError
-from dmin_trace.search.products import ChunkProducts
-from dmin_trace.search.ranking import Ranking, check_k, check_queries, has_direction, rerank
 from dmin_trace.store import Store, core_count
 
+Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 R = TypeVar("R")
-Progress = Callable[[int], None]
 
 ROUNDING = 1e-5
 """The most by which float32 rounding changes the difference of two scores, for a query of norm one at one timestep."""
+PART_NUMBERS = 2**21
+"""Stored numbers that a thread reads at a time."""
+MAX_PART_ROWS = 2**7
+"""Rows that are multiplied with many queries at a time; all queries are fetched from memory each time."""
+TILE_NUMBERS, MIN_TILE_WIDTH = 2**18, 2**13
+"""Numbers that are converted to float32 and multiplied at a time, so that they stay in a core's cache; and those of a
+row among them, where a row has so many: memory is slow to give narrower pieces."""
+HALF_BITS = np.int32(-0x70002000)
+"""The bits of a float16, its sign repeated in front, that float32 keeps after a shift by 13."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The k rows (Q, k) with the largest influence scores (Q, k) for each of Q queries, largest first, or the smallest;
+    and their inner products at each timestep (Q, k, T), which add up to the score."""
+
+    rows: Rows
+    scores: Floats
+    per_timestep: Floats
+
+
+def check_k(store: Store, k: int) -> None:
+    """Raises QueryError if the store does not hold k rows that can be ranked."""
+    if k < 1:
+        raise QueryError(f"k is {k}; expected 1 or more.")
+    if k > store.valid_count:
+        held = f"only {store.valid_count} of the trace's {store.header.samples} samples have gradients to rank"
+        unfinished = "" if store.complete else " (the capture is unfinished)"
+        raise QueryError(f"k is {k}, but {held}{unfinished}. Give a smaller k.")
+
+
+def check_queries(store: Store, queries: Floats) -> None:
+    """Raises QueryError if the queries are not finite or not of shape (Q, T, v)."""
+    expected = (len(store.header.timesteps), store.header.dimension)
+    if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
+        raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
+    if not np.isfinite(queries).all():
+        raise QueryError("The queries hold numbers that are not finite, so they have no scores.")
+
+
+def has_direction(norm: NDArray[Any]) -> Bools:
+    """(n,) whether rows with these gradient norms (n, T) can be ranked: all norms are finite and above zero."""
+    usable: Bools = np.all(np.isfinite(norm) & (norm > 0), axis=1)
+    return usable
 
 
 def exact_top_k(
     store: Store,
-    queries: NDArray[np.float32],
+    queries: Floats,
     k: int,
     *,
     largest: bool = True,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Ranking:
-    """Scores every row of the store and keeps the k best for each query; ties by the lowest row.
+    """Scores every row of the store and keeps the k best for each of the queries (Q, T, v); ties by the lowest row.
 
-    A first pass in float32 keeps every row that rounding could hide among the k best; their scores are then computed
-    in float64.
+    Rows that are not done, or have no gradient to rank, are left out. A first pass in float32 keeps every row that
+    rounding could hide among the k best; their scores are then computed in float64.
 
     Args:
-        store: the store. Rows that are not done, or have no gradient to rank, are left out.
-        queries: (Q, T, v), projected gradients.
-        k: how many rows are kept for each query.
         largest: keep the largest scores, largest first; False keeps the smallest, smallest first.
         threads: the number of threads; one for each core if not given.
         progress: called with the number of rows of each chunk that is scored.
 
-    Raises:
-        QueryError: k is out of range, or the queries are not finite or not of the store's shape.
-        TraceError: a chunk is damaged.
+    Raises QueryError if k is out of range, or the queries are not finite or not of the store's shape; TraceError if a
+    chunk is damaged.
     """
     check_k(store, k)
     check_queries(store, queries)
     queries = np.ascontiguousarray(queries, np.float32)
-    products, first_pass = ChunkProducts(store, queries), _FirstPass(queries, k)
+    first_pass = _FirstPass(queries, k)
 
-    def near_of_chunk(chunk: int) -> _Found:
-        rows, valid, scores = _chunk_scores(store, products, chunk)
+    def near(rows: range, valid: Bools, scores: Floats) -> _Found:
         scores = scores[0, valid]
-        return first_pass.near(rows[valid], scores if largest else -scores)
+        return first_pass.near(np.flatnonzero(valid) + rows.start, scores if largest else -scores)
 
-    with closing(_each_chunk(store, near_of_chunk, threads, progress)) as chunks:
-        for found in chunks:
+    with closing(_each_chunk(store, ChunkProducts(store, queries), near, threads)) as chunks:
+        for rows, found in chunks:
             first_pass.add(found)
+            if progress is not None:
+                progress(len(rows))
     return rerank(store, queries, first_pass.candidates(), k, largest=largest)
 
 
 def scores_by_chunk(
-    store: Store,
-    queries: NDArray[np.float32],
-    *,
-    per_timestep: bool = False,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Generator[tuple[range, NDArray[np.float32]], None, None]:
+    store: Store, queries: Floats, *, per_timestep: bool = False, threads: int | None = None
+) -> Generator[tuple[range, Floats], None, None]:
     """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep.
 
     NaN for a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last
-    digit; `exact_top_k` ranks exactly. Few chunks are scored ahead, so that memory is bounded.
-
-    Args:
-        store: the store.
-        queries: (Q, T, v), projected gradients.
-        per_timestep: give the inner product at each timestep, not their sum.
-        threads: the number of threads; one for each core if not given.
-        progress: called with the number of rows of each chunk that is scored.
-
-    Raises:
-        QueryError: the queries are not finite or not of the store's shape.
-        TraceError: a chunk is damaged.
+    digit. Few chunks are scored ahead, so that memory is bounded. Raises what `exact_top_k` does.
     """
     check_queries(store, queries)
     products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
 
-    def of_chunk(chunk: int) -> NDArray[np.float32]:
-        _, valid, scores = _chunk_scores(store, products, chunk)
+    def by_query(rows: range, valid: Bools, scores: Floats) -> Floats:
         scores[:, ~valid] = np.nan
         return scores.transpose(2, 1, 0) if per_timestep else scores[0].T
 
-    with closing(_each_chunk(store, of_chunk, threads, progress)) as chunks:
-        for chunk, scores in zip(store.chunks_done, chunks, strict=True):
-            yield store.header.rows(chunk), scores
+    with closing(_each_chunk(store, products, by_query, threads)) as chunks:
+        yield from chunks
 
 
-_Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+def rerank(
+    store: Store,
+    queries: Floats,
+    candidates: Sequence[Rows],
+    k: int,
+    *,
+    largest: bool = True,
+    checksums: NDArray[np.uint32] | None = None,
+) -> Ranking:
+    """Computes the scores of candidates, each timestep in float64, and keeps the k best; ties by the lowest row.
+
+    Candidates are k rows or more for each of the queries (Q, T, v), none twice, in any order. `checksums` (N,) are the
+    crc32c of the stored numbers of each row, from an index. Without them the whole chunk of a candidate is read once,
+    to compare its checksum.
+
+    Raises TraceError if a candidate's row is missing, damaged, not finite, or has no gradient that can be ranked.
+    """
+    of = np.repeat(np.arange(len(queries)), [len(rows) for rows in candidates])
+    rows = np.concatenate(candidates)
+    if min(len(each) for each in candidates) < k:
+        raise TraceError(f"{store.path} is damaged: fewer rows can be ranked than its metadata says.")
+    numbers = store.numbers(rows)
+    if not has_direction(numbers.norm).all():
+        raise TraceError(
+            f"A candidate for {store.path} has no gradient that can be ranked, so the index is damaged. Make it anew "
+            "(dmin-trace index), or scan all samples (--exact)."
+        )
+    # A row of a file costs the same whenever it is read; a packed chunk is unpacked once for all of its rows.
+    order = np.arange(len(rows)) if store.header.codec == "none" else np.argsort(rows, kind="stable")
+    parts = np.empty((len(rows), queries.shape[1]))
+    row, query, current = np.empty(queries.shape[1:]), np.empty(queries.shape[1:]), -1
+    # No threads: rows are so small that two threads would wait for the interpreter's lock more than they gain.
+    with threadpool_limits(1, "blas"), np.errstate(invalid="ignore", over="ignore"):
+        for n in order:
+            if of[n] != current:
+                current = of[n]
+                np.copyto(query, queries[current])
+            # Rows are multiplied one after another in the same memory: equal rows then give equal sums wherever they
+            # lie, and the memory stays in the cache.
+            at = int(rows[n])
+            np.copyto(row, store.stored_row(at, None if checksums is None else int(checksums[at])))
+            parts[n] = np.vecdot(row, query) * numbers.scale[n]
+    totals = parts.sum(axis=1)
+    if not np.isfinite(totals).all():
+        raise TraceError(f"{store.path} is damaged: it holds numbers that are not finite.")
+    # By query, then by score, then the lowest row.
+    best = np.lexsort((rows, -totals if largest else totals, of))
+    firsts = np.searchsorted(of, np.arange(len(queries)))
+    kept = best[(firsts[:, None] + np.arange(k))]
+    return Ranking(rows[kept], totals[kept].astype(np.float32), parts[kept].astype(np.float32))
+
+
+_Found = tuple[Rows, Rows, Floats]
 """Rows, the queries that they were found for, and their scores."""
 
 
 class _FirstPass:
-    """The rows that may be among the k best of each query, by scores in float32.
+    """The rows that may be among the k best of each query: their scores in float32 are not further below the k-th best
+    than rounding can explain."""
 
-    A row is left out only if its score is further below the k-th best than rounding can explain.
-    """
-
-    def __init__(self, queries: NDArray[np.float32], k: int) -> None:
+    def __init__(self, queries: Floats, k: int) -> None:
         self._count, self._k = len(queries), k
         self._rounding = ROUNDING * np.sqrt(np.vecdot(queries, queries)).sum(axis=1)
         self._border = np.full(len(queries), -np.inf)
         self._found: list[_Found] = []
         self._kept = self._new = 0
 
-    def near(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> _Found:
+    def near(self, rows: Rows, scores: Floats) -> _Found:
         """Those of rows (n,) with scores (n, Q) that may be among the k best. Any thread may call it."""
         border = self._border
         if len(scores) >= self._k:
@@ -136,14 +211,12 @@ class _FirstPass:
         return rows[places], queries, scores[places, queries]
 
     def add(self, found: _Found) -> None:
-        """Adds rows that `near` found."""
         self._found.append(found)
         self._new += len(found[0])
         if self._new > self._kept + self._count * self._k:
             self._drop()
 
-    def candidates(self) -> list[NDArray[np.int64]]:
-        """For each query the rows that are left."""
+    def candidates(self) -> list[Rows]:
         rows, queries, _ = self._drop()
         return np.split(rows, np.searchsorted(queries, np.arange(1, self._count)))
 
@@ -163,34 +236,91 @@ class _FirstPass:
         return kept
 
 
-def _chunk_scores(
-    store: Store, products: ChunkProducts, chunk: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32]]:
-    """A chunk's rows (n,), which of them can be ranked, and their products (S, n, Q)."""
-    numbers = store.numbers_of(chunk)
-    rows = np.arange(len(numbers.scale)) + store.header.rows(chunk).start
-    valid = has_direction(numbers.norm)
-    with np.errstate(invalid="ignore", over="ignore"):  # damaged numbers give an error below, and no warning
-        scores = products(chunk, numbers.scale)
-    if not np.isfinite(scores[:, valid]).all():
-        raise TraceError(f"{store.path} is damaged: chunk {chunk} holds numbers that are not finite.")
-    return rows, valid, scores
+class ChunkProducts:
+    """The inner products of chunks with the same queries. Threads may share one: each has memory of its own."""
+
+    def __init__(self, store: Store, queries: Floats, *, per_timestep: bool = False) -> None:
+        """For contiguous queries (Q, T, v); the products are summed over timesteps, or per timestep."""
+        header = store.header
+        self._store = store
+        self._per_timestep = per_timestep
+        # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
+        steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
+        self._queries = queries.reshape(len(queries), steps, -1)
+        length = self._queries.shape[2]
+        few = min(PART_NUMBERS // (steps * length), TILE_NUMBERS // min(length, MIN_TILE_WIDTH))
+        self._rows = min(max(1, few, min(MAX_PART_ROWS, 2 * len(queries))), header.chunk_rows)
+        self._columns = length if header.dtype == "float32" else min(max(1, TILE_NUMBERS // self._rows), length)
+        self._memory = threading.local()
+
+    def __call__(self, chunk: int, scale: Floats) -> Floats:
+        """(S, n, Q) the products of a chunk's n rows, which have these scales (n, T); S is T per timestep, or 1."""
+        header, queries, memory = self._store.header, self._queries, self._memory
+        _, steps, length = queries.shape
+        products = np.zeros((steps if self._per_timestep else 1, len(scale), len(queries)), np.float32)
+        if not hasattr(memory, "read"):
+            memory.read = np.empty(self._rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
+            memory.tile = np.empty(0 if header.dtype == "float32" else self._rows * self._columns, np.float32)
+            memory.product = np.empty((self._rows, len(queries)), np.float32)
+        start = 0
+        for part in self._store.grad_parts(chunk, self._rows, memory.read):
+            here, product = slice(start, start + len(part)), memory.product[: len(part)]
+            rows = part.reshape(len(part), steps, length)
+            for t in range(steps):
+                for first in range(0, length, self._columns):
+                    tile = as_float32(rows[:, t, first : first + self._columns], memory.tile)
+                    np.matmul(tile, queries[:, t, first : first + self._columns].T, out=product)
+                    if header.dtype == "int8":
+                        # The scale is applied to Q products, not to v stored numbers.
+                        product *= scale[here, t, None]
+                    products[t if self._per_timestep else 0, here] += product
+            start += len(part)
+        return products
+
+
+def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
+    """Stored numbers as float32: themselves if they are, or converted in `memory`, which has room for them."""
+    if numbers.dtype == np.float32:
+        return numbers
+    converted = memory[: numbers.size].reshape(numbers.shape)
+    if numbers.dtype != np.float16:
+        np.copyto(converted, numbers)
+        return converted
+    # NumPy converts float16 one number at a time. Moving its bits to where float32 has them is four times as fast; the
+    # multiplication sets the exponent right, for subnormal numbers too.
+    bits = converted.view(np.int32)
+    np.copyto(bits, numbers.view(np.int16))
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, HALF_BITS, out=bits)
+    np.multiply(converted, np.float32(2.0**112), out=converted)
+    # Infinity and NaN have become finite numbers of 2^16 or more.
+    if max(converted.max(), -converted.min()) >= 2.0**16:
+        converted[~np.isfinite(numbers)] = np.nan
+    return converted
 
 
 def _each_chunk(
-    store: Store, of_chunk: Callable[[int], R], threads: int | None, progress: Progress | None
-) -> Generator[R, None, None]:
-    """Calls `of_chunk` for each chunk that is done, in threads, and yields the results in the order of the chunks."""
+    store: Store, products: ChunkProducts, reduced: Callable[[range, Bools, Floats], R], threads: int | None
+) -> Generator[tuple[range, R], None, None]:
+    """Yields the rows of each chunk that is done, in order, and what `reduced` makes, in threads, of them: of which of
+    them can be ranked, (n,), and of the products (S, n, Q) of all."""
     if threads is not None and threads < 1:
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     threads = threads or core_count()
+
+    def scored(chunk: int) -> tuple[range, R]:
+        rows, numbers = store.header.rows(chunk), store.numbers_of(chunk)
+        valid = has_direction(numbers.norm)
+        with np.errstate(invalid="ignore", over="ignore"):  # damaged numbers give an error below, and no warning
+            scores = products(chunk, numbers.scale)
+        if not np.isfinite(scores[:, valid]).all():
+            raise TraceError(f"{store.path} is damaged: chunk {chunk} holds numbers that are not finite.")
+        return rows, reduced(rows, valid, scores)
+
     chunks = iter(store.chunks_done)
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
         # Few chunks are scored ahead of the caller, so that memory does not grow where the caller is slower.
-        running = deque((chunk, pool.submit(of_chunk, chunk)) for chunk in islice(chunks, 2 * threads))
+        running = deque(pool.submit(scored, chunk) for chunk in islice(chunks, 2 * threads))
         while running:
-            chunk, future = running.popleft()
-            yield future.result()
-            running.extend((later, pool.submit(of_chunk, later)) for later in islice(chunks, 1))
-            if progress is not None:
-                progress(len(store.header.rows(chunk)))
+            yield running.popleft().result()
+            running.extend(pool.submit(scored, chunk) for chunk in islice(chunks, 1))

@@ -1,8 +1,8 @@
 """Graph files of hnswlib: their size, and the checks before one is loaded.
 
-hnswlib believes the file that it loads: it follows lengths, offsets and links that lead outside of it. So a file is
-read here first, as hnswlib 0.8 writes it, and every number that a search follows is checked. A forged file can still
-leave the best rows out, or be slow; the rows that it names are rows of the store, and their scores come from the store.
+hnswlib follows lengths, offsets and links that lead outside of a file. So a file is read here first, as hnswlib 0.8
+writes it, and every number that a search follows is checked. A forged file can still leave the best rows out, or be
+slow; the rows that it names are rows of the store, and their scores come from the store.
 
     header     offset of the elements, 0; how many fit; how many there are; bytes of an element; where in it the label
                and the vector lie (8 bytes each); the top level, the first element of a search (4 each); the most links
@@ -18,7 +18,7 @@ import math
 import os
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import hnswlib
 
+Graph: TypeAlias = "hnswlib.Index"
 HEADER = struct.Struct("<6QiI3QdQ")
 
 
@@ -33,7 +34,7 @@ class GraphError(Exception):
     """A file of an index that is not used; the message says what is wrong with it. Does not leave `search`."""
 
 
-def make_graph(length: int, most: int, m: int, ef_construction: int) -> hnswlib.Index:
+def make_graph(length: int, most: int, m: int, ef_construction: int) -> Graph:
     """An empty graph for vectors of `length` numbers, by inner product."""
     import hnswlib
 
@@ -44,33 +45,23 @@ def make_graph(length: int, most: int, m: int, ef_construction: int) -> hnswlib.
 
 def graph_bytes(length: int, vectors: int, m: int) -> int:
     """The size of a graph's file, and about that of the graph in memory."""
-    # An element is on level l with the probability M^-l.
-    above = (4 * m + 4) / (m - 1)
+    above = (4 * m + 4) / (m - 1)  # an element is on level l with the probability M^-l
     return HEADER.size + round(vectors * (_element_bytes(length, m) + 4 + above))
 
 
-def load_graph(path: Path, length: int, count: int, rows: int, m: int) -> tuple[hnswlib.Index, NDArray[np.bool_]]:
+def load_graph(path: Path, length: int, count: int, rows: int, m: int) -> tuple[Graph, NDArray[np.bool_]]:
     """The graph in a file, checked before hnswlib reads it, and which rows it holds, (rows,).
 
-    Args:
-        path: the file.
-        length: the numbers of a vector.
-        count: how many vectors the graph must hold.
-        rows: the rows of the store: labels must be below it, and none may be there twice.
-        m: links of an element.
-
-    Raises:
-        GraphError: the file is not such a graph.
+    Raises GraphError if it is no graph of `count` vectors of `length` numbers, each of another one of `rows` rows.
     """
     import hnswlib
 
     try:
         held = _check(path, length, count, rows, m)
+        graph = hnswlib.Index(space="ip", dim=length)
+        graph.load_index(os.fspath(path), max_elements=count)
     except OSError as error:
         raise GraphError(f"{path.name} cannot be read: {error.strerror or error}") from None
-    graph = hnswlib.Index(space="ip", dim=length)
-    try:
-        graph.load_index(os.fspath(path), max_elements=count)
     except RuntimeError as error:
         raise GraphError(f"{path.name} cannot be loaded: {error}") from None
     return graph, held
@@ -81,30 +72,28 @@ def _element_bytes(length: int, m: int) -> int:
 
 
 def _check(path: Path, length: int, count: int, rows: int, m: int) -> NDArray[np.bool_]:
-    """The rows that the elements are of."""
+    """The rows that the elements are of. Raises GraphError or OSError."""
     element = _element_bytes(length, m)
-    elements_end = HEADER.size + count * element
+    at, elements_end = HEADER.size, HEADER.size + count * element
     size = path.stat().st_size
     if size < elements_end + 4 * count:
         raise GraphError(f"{path.name} has {size} bytes; {count} vectors need {elements_end + 4 * count} at least")
     data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
-    *found, top, entry, above, ground, links, factor, _ = HEADER.unpack(data[: HEADER.size].tobytes())
+    *found, top, entry, above, ground, links, factor, _ = HEADER.unpack(data[:at].tobytes())
     expected = [0, count, count, element, element - 8, 4 + 2 * m * 4]
     if found != expected or (above, ground, links) != (m, 2 * m, m) or not math.isclose(factor, 1 / math.log(m)):
         raise GraphError(f"{path.name} is no graph of {count} vectors of {length} numbers with M = {m}")
     # Views of the elements' parts; vectors are not read.
-    at = HEADER.size
-    labels = _view(data, at + element - 8, (count,), (element,), "<i8")
-    counts = _view(data, at, (count,), (element,), "<u2")
-    linked = _view(data, at + 4, (count, 2 * m), (element, 4), "<u4")
+    labels: NDArray[np.int64] = np.ndarray(count, "<i8", data, at + element - 8, element)
+    counts: NDArray[np.uint16] = np.ndarray(count, "<u2", data, at, element)
+    linked: NDArray[np.uint32] = np.ndarray((count, 2 * m), "<u4", data, at + 4, (element, 4))
     held = np.zeros(rows, np.bool_)
     if count and labels.min() >= 0 and labels.max() < rows:
         held[labels] = True
     if held.sum() != count:
         raise GraphError(f"{path.name} does not name {count} rows of the store, each once")
-    if counts.max() > 2 * m or linked.max() >= count:
-        raise GraphError(f"{path.name} has links that lead nowhere")
-    if not _levels_are_sound(data[elements_end:], count, m, top, entry):
+    inside = counts.max() <= 2 * m and linked.max() < count
+    if not inside or not _levels_are_sound(data[elements_end:], count, m, top, entry):
         raise GraphError(f"{path.name} has links that lead nowhere")
     return held
 
@@ -135,13 +124,7 @@ def _levels_are_sound(data: NDArray[np.uint8], count: int, m: int, top: int, ent
     for level in range(1, top + 1):
         here = starts[sizes // (m + 1) >= level] + 1 + (level - 1) * (m + 1)
         lists = words[here[:, None] + np.arange(m + 1)]
-        used = np.arange(m) < (lists[:, :1] & 0xFFFF)
-        if (lists[:, 0] & 0xFFFF).max() > m or (lists[:, 1:] >= count).any():
-            return False
-        if (levels[lists[:, 1:]][used] < level).any():
+        lengths, numbers = lists[:, :1] & 0xFFFF, lists[:, 1:]
+        if lengths.max() > m or (numbers >= count).any() or (levels[numbers][np.arange(m) < lengths] < level).any():
             return False
     return True
-
-
-def _view(data: NDArray[np.uint8], at: int, shape: tuple[int, ...], steps: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    return np.ndarray(shape, dtype, data, at, steps)

@@ -1,68 +1,107 @@
 """The index: a graph over reduced gradients proposes candidates, and exact scores rank them.
 
-HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest inner products (`vectors` says what
-they are), and `rerank` ranks their rows by the scores of the exact scan. `build` makes an index and measures its
-recall; `index_files` says what its files hold.
+HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the largest inner products (`Reduction`), and
+`rerank` ranks their rows by the scores of the exact scan.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError
+from dmin_trace.search import index_files as files
 from dmin_trace.search.deflation import Directions
-from dmin_trace.search.graph import GraphError, graph_bytes, load_graph
-from dmin_trace.search.index_files import (
-    CHECKSUMS,
-    COMMON,
-    COPIES,
-    EIGENVALUES,
-    GRAPH,
-    PRINCIPAL,
-    Depth,
-    Facts,
-    Unavailable,
-    check_file,
-    index_beside,
-    read_array,
-    read_facts,
-)
-from dmin_trace.search.ranking import Ranking, check_k, check_queries, rerank
-from dmin_trace.search.vectors import Reduction
+from dmin_trace.search.exact import Floats, Ranking, Rows, check_k, check_queries, rerank
+from dmin_trace.search.graph import Graph, GraphError, graph_bytes, load_graph
+from dmin_trace.search.index_files import Depth, Facts, Unavailable, check_file, index_beside, read_array, read_facts
 from dmin_trace.store import Store
 
-if TYPE_CHECKING:
-    import hnswlib
+Loaded = TypeVar("Loaded")
+
+COMMON_DIRECTIONS = 8
+"""r, the directions that are kept apart; they halve the candidates that are needed."""
+DIRECTIONS_SAMPLES = 256
+"""Samples, spread over the store, that the common directions are taken from."""
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """How projected gradients become vectors of the index, which are small.
+
+    Folding, which adds bins j, j + F, j + 2 F and so on, leaves F numbers, whose inner products err by about the
+    product of the norms over sqrt(F). Gradients are much alike, and an error in what they share would hide what tells
+    them apart. So each timestep is first split into its parts along r common directions (T, r, v), which are
+    orthonormal or zero, and the rest, which is folded. A vector holds both for all timesteps, T (F + r) numbers; its
+    inner product with that of a query estimates the score. Inner product and not cosine: a fold keeps no norms.
+    """
+
+    common: Floats
+    fold: int
+
+    @property
+    def length(self) -> int:
+        """The numbers of a vector."""
+        return len(self.common) * (self.fold + len(self.common[0]))
+
+    def vectors(self, gradients: Floats) -> Floats:
+        """(n, T, v) to (n, T (F + r)) float32: for each timestep the parts along the directions and the folded rest."""
+        along = np.matmul(gradients.transpose(1, 0, 2), self.common.transpose(0, 2, 1))  # (T, n, r)
+        rest = self._folded(gradients) - np.matmul(along, self._folded_common).transpose(1, 0, 2)
+        return np.concatenate([along.transpose(1, 0, 2), rest], axis=2).reshape(len(gradients), -1)
+
+    @cached_property
+    def _folded_common(self) -> Floats:
+        return self._folded(self.common)
+
+    def _folded(self, gradients: Floats) -> Floats:
+        folded: Floats = gradients.reshape(*gradients.shape[:-1], -1, self.fold).sum(axis=-2)
+        return folded
+
+
+def common_directions(store: Store, rows: Rows) -> Floats:
+    """(T, r, v) float32, the principal directions of some of these rows at each timestep, not centred; zero where there
+    are fewer."""
+    timesteps, dimension = len(store.header.timesteps), store.header.dimension
+    count = min(DIRECTIONS_SAMPLES, len(rows), max(2 * COMMON_DIRECTIONS, 2**26 // dimension))
+    rows = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+    scale = store.numbers(rows).scale
+    found = np.zeros((timesteps, COMMON_DIRECTIONS, dimension), np.float32)
+    some = np.empty((count, dimension), np.float32)
+    for t in range(timesteps):
+        for n, row in enumerate(rows):
+            chunk, place = divmod(int(row), store.header.chunk_rows)
+            some[n] = store.grad_chunk(chunk)[place, t]
+        some *= scale[:, t, None]
+        _, mixtures = np.linalg.eigh(some @ some.T)  # the smallest eigenvalues first
+        directions = mixtures[:, : -1 - COMMON_DIRECTIONS : -1].T @ some
+        norms = np.linalg.norm(directions, axis=1)
+        real = norms > 1e-3 * norms.max()
+        found[t, : len(norms)][real] = directions[real] / norms[real, None]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
 class Index:
-    """A store's index, checked and loaded; `open_index` makes one."""
+    """A store's index, checked and loaded by `open_index`; `copies` and `checksums` as `index_files` describes them."""
 
-    def __init__(
-        self,
-        store: Store,
-        facts: Facts,
-        reduction: Reduction,
-        graph: hnswlib.Index,
-        copies: NDArray[np.int64],
-        checksums: NDArray[np.uint32],
-    ) -> None:
-        """Args: what `open_index` read; `copies` and `checksums` as `index_files` describes them."""
-        self.store = store
-        self.facts = facts
-        self.checksums = checksums
-        self._reduction = reduction
-        self._graph = graph
-        self._copies = copies
+    store: Store
+    facts: Facts
+    reduction: Reduction
+    graph: Graph
+    copies: Rows
+    checksums: NDArray[np.uint32]
 
-    def candidates(self, queries: NDArray[np.float32], depth: Depth) -> list[NDArray[np.int64]]:
+    def candidates(self, queries: Floats, depth: Depth) -> list[Rows]:
         """For each of the queries (Q, T, v) the rows that may be among its best, and their copies."""
-        self._graph.set_ef(depth.ef)
+        self.graph.set_ef(depth.ef)
         try:
-            labels, _ = self._graph.knn_query(self._reduction.vectors(queries), k=depth.candidates)
+            labels, _ = self.graph.knn_query(self.reduction.vectors(queries), k=depth.candidates)
         except RuntimeError as error:
             raise TraceError(
                 f"The index of {self.store.path} cannot be searched: {error}. Make it anew (dmin-trace index), or scan "
@@ -70,24 +109,18 @@ class Index:
             ) from None
         return [self._with_copies(rows.astype(np.int64)) for rows in labels]
 
-    def _with_copies(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        copies, originals = self._copies.T
+    def _with_copies(self, rows: Rows) -> Rows:
+        copies, originals = self.copies.T
         firsts, lasts = (np.searchsorted(originals, rows, side) for side in ("left", "right"))
         return np.concatenate([rows, *(copies[first:last] for first, last in zip(firsts, lasts, strict=True))])
 
 
-def search(index: Index, queries: NDArray[np.float32], k: int, *, kind: str = "dmin") -> Ranking:
+def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
     """The k best of the rows that the graph proposes for each query, by exact scores; ties by the lowest row.
 
-    Args:
-        index: from `open_index`.
-        queries: (Q, T, v), projected gradients, transformed for the score.
-        k: how many rows are kept; `index.facts.depth(k, kind)` says whether so many are served.
-        kind: the score that the queries are transformed for.
-
-    Raises:
-        QueryError: k is out of range or not served, or the queries are not finite or not of the store's shape.
-        TraceError: the store or the graph is damaged.
+    The queries are projected gradients, (Q, T, v), transformed for the score `kind`. Raises QueryError if k is out of
+    range or not served (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if the
+    store or the graph is damaged.
     """
     check_k(index.store, k)
     check_queries(index.store, queries)
@@ -101,59 +134,58 @@ def search(index: Index, queries: NDArray[np.float32], k: int, *, kind: str = "d
 
 def open_index(store: Store) -> Index | Unavailable:
     """Loads the graph of a store's index; `Unavailable` if there is none, or it does not fit the store as it is now."""
-    facts = read_facts(store)
-    if isinstance(facts, Unavailable):
-        return facts
-    if not facts.depths:
-        return Unavailable(facts.unserved("dmin"))
-    try:
-        return _opened(store, facts)
-    except GraphError as error:
-        return Unavailable.because(error)
-    except (OSError, ValueError) as error:
-        return Unavailable.because(f"it is damaged ({error})")
+    return _opened(store, _load_index)
 
 
 def open_directions(store: Store) -> Directions | Unavailable:
     """The principal directions that a store's index keeps; `Unavailable` if it keeps none."""
+    return _opened(store, _load_directions)
+
+
+def _opened(store: Store, load: Callable[[Store, Facts], Loaded | Unavailable]) -> Loaded | Unavailable:
     facts = read_facts(store)
     if isinstance(facts, Unavailable):
         return facts
-    if not facts.principal:
-        return Unavailable("")
-    folder, shape = index_beside(store.path), (facts.timesteps, facts.principal)
     try:
-        eigenvalues = read_array(folder, facts, EIGENVALUES, "<f8", shape)
-        vectors = read_array(folder, facts, PRINCIPAL, "<f4", (*shape, facts.dimension), mapped=True)
-        if not np.isfinite(eigenvalues).all() or (np.diff(eigenvalues, append=0.0) > 0).any():
-            raise GraphError(f"{EIGENVALUES} holds no eigenvalues")
-        if not np.allclose(np.vecdot(vectors, vectors), eigenvalues > 0, atol=1e-2):
-            raise GraphError(f"{PRINCIPAL} holds no directions")
+        return load(store, facts)
     except GraphError as error:
         return Unavailable.because(error)
     except (OSError, ValueError) as error:
         return Unavailable.because(f"it is damaged ({error})")
+
+
+def _load_directions(store: Store, facts: Facts) -> Directions | Unavailable:
+    if not facts.principal:
+        return Unavailable("")
+    folder, shape = index_beside(store.path), (facts.timesteps, facts.principal)
+    eigenvalues = read_array(folder, facts, files.EIGENVALUES, "<f8", shape)
+    vectors = read_array(folder, facts, files.PRINCIPAL, "<f4", (*shape, facts.dimension), mapped=True)
+    if not np.isfinite(eigenvalues).all() or (np.diff(eigenvalues, append=0.0) > 0).any():
+        raise GraphError(f"{files.EIGENVALUES} holds no eigenvalues")
+    if not np.allclose(np.vecdot(vectors, vectors), eigenvalues > 0, atol=1e-2):
+        raise GraphError(f"{files.PRINCIPAL} holds no directions")
     return Directions(vectors, eigenvalues)
 
 
-def _opened(store: Store, facts: Facts) -> Index:
-    """The index that has these facts. Raises GraphError if a file of it is not what was written, or does not fit."""
+def _load_index(store: Store, facts: Facts) -> Index | Unavailable:
+    if not facts.depths:
+        return Unavailable(facts.unserved("dmin"))
     folder = index_beside(store.path)
-    common = read_array(folder, facts, COMMON, "<f4", (facts.timesteps, facts.directions, facts.dimension))
-    checksums = read_array(folder, facts, CHECKSUMS, "<u4", (facts.samples,))
-    copies = read_array(folder, facts, COPIES, "<i8", (-1, 2)).astype(np.int64)
+    common = read_array(folder, facts, files.COMMON, "<f4", (facts.timesteps, facts.directions, facts.dimension))
+    checksums = read_array(folder, facts, files.CHECKSUMS, "<u4", (facts.samples,))
+    copies = read_array(folder, facts, files.COPIES, "<i8", (-1, 2)).astype(np.int64)
     if len(copies) + facts.vectors != store.valid_count:
         raise GraphError(f"{facts.vectors} vectors and {len(copies)} copies are not the rows that can be ranked")
     # A file of another size is not read.
     most = 2 * graph_bytes(facts.length, facts.vectors, facts.m) + 2**16
-    file = check_file(folder, GRAPH, facts.files[GRAPH], most)
+    file = check_file(folder, files.GRAPH, facts.files[files.GRAPH], most)
     graph, held = load_graph(file, facts.length, facts.vectors, facts.samples, facts.m)
     if len(copies):
         rows, originals = copies.T
         inside = copies.min() >= 0 and copies.max() < facts.samples
         if not inside or held[rows].any() or not held[originals].all() or (np.diff(originals) < 0).any():
-            raise GraphError(f"{COPIES} names other rows than copies of rows in the graph")
+            raise GraphError(f"{files.COPIES} names other rows than copies of rows in the graph")
         held[rows] = True
         if held.sum() != store.valid_count:
-            raise GraphError(f"{COPIES} names a row twice")
+            raise GraphError(f"{files.COPIES} names a row twice")
     return Index(store, facts, Reduction(common, facts.fold), graph, copies, checksums)

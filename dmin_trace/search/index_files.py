@@ -3,14 +3,14 @@
     trace.index/      beside trace.zarr
       index.json      what was built, of which state of which store, and the recall that was measured
       graph.hnsw      the graph of hnswlib: a vector for each row that can be ranked and is no copy of another
-      common.f32      (T, r, v) the directions that vectors keep apart (`vectors`)
+      common.f32      (T, r, v) the directions that vectors keep apart (`index.Reduction`)
       copies.i64      (n, 2) rows whose stored numbers are those of another row, and that row; sorted by the latter
       rows.u32        (N,) the crc32c of each row's stored numbers, which checks a candidate without its whole chunk
       principal.f32   (T, r, v) the principal directions of deflated scores (`deflation`)
       eigenvalues.f64 (T, r) their eigenvalues
 
-An index may come from anybody, as a store may. It is used only if everything in it fits the store as it is now. Its
-checksums find damage, not a forgery: `graph` says what is checked against those.
+An index from anybody is used only if everything in it fits the store as it is now. Checksums find damage, not a
+forgery: `graph` says what is checked against those.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -31,11 +31,8 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.search.deflation import MAX_DIRECTIONS, Score
-from dmin_trace.search.graph import GraphError
+from dmin_trace.search.graph import Graph, GraphError
 from dmin_trace.store import Store, digest, size_within, sync, sync_tree
-
-if TYPE_CHECKING:
-    import hnswlib
 
 FORMAT: Literal["dmin_trace.index"] = "dmin_trace.index"
 VERSION: Literal[1] = 1
@@ -50,12 +47,8 @@ Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Depth(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the graph is searched for up to k hits of a score, and the recall that was measured.
-
-    candidates: C, how many rows are scored exactly.
-    ef: how many vectors hnswlib's search keeps in view.
-    recall: what part of the true k best was found.
-    """
+    """How the graph is searched for up to k hits of a score: hnswlib's search keeps ef vectors in view, and C
+    candidates are scored exactly; recall is the part of the true k best that was found."""
 
     score: Score
     k: Count
@@ -79,15 +72,11 @@ class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What index.json holds.
 
-    store, state, projection: the store's id, `Store.state`, and the fingerprint of its projection.
-    timesteps, dimension: T and v of the store.
-    samples, vectors: N, and how many vectors the graph holds.
+    store, state, projection, timesteps, dimension, samples: of the store, its id and the projection's fingerprint.
+    vectors, m, ef_construction: how many vectors the graph holds, and how HNSW linked them.
     fold, directions: F and r of the vectors.
-    m, ef_construction: HNSW's.
-    target: the recall that is wanted for the first 10 hits.
-    queries: how many held-out samples the recall was measured with.
-    depths: the numbers of hits that the graph serves; none if queries scan all samples.
-    short: why it serves less than it should; "" if it does not.
+    target, queries: the recall that is wanted for the first 10 hits, and how many held-out samples measured it.
+    depths, short: the numbers of hits that the graph serves, and why it serves less than it should; "" if it does not.
     principal: how many principal directions of each timestep are kept for deflated scores.
     files: the other files.
     """
@@ -142,49 +131,36 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         of = f" {score} scores" if self.depths else ""
         return f"the index does not serve{of}" + (f" ({self.short})" if self.short else "")
 
-    def to_json(self) -> str:
-        """The content of index.json, with its own digest."""
-        signed = msgspec.structs.replace(self, digest=self._own_digest())
-        return msgspec.json.format(msgspec.json.encode(signed)).decode()
-
     @classmethod
     def from_json(cls, text: str) -> Facts:
-        """The facts that `to_json` wrote. Raises GraphError if they are damaged, invalid or of another version."""
+        """The facts of an index.json. Raises GraphError if they are damaged, invalid or of another version."""
         try:
-            written = msgspec.json.decode(text, type=_Version)
-            if (written.format, written.version) != (FORMAT, VERSION):
-                raise AnotherVersionError
+            written = msgspec.json.decode(text, type=dict[str, Any])
+            if (written.get("format"), written.get("version")) != (FORMAT, VERSION):
+                raise AnotherVersionError("it was written by another version of dmin_trace")
             facts = msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
             raise GraphError(f"{FACTS} is not valid: {brief(str(error))[1:-1]}") from None
-        if facts.digest != facts._own_digest():
+        if facts.digest != facts.own_digest:
             raise GraphError(f"{FACTS} is damaged")
+        expected = (GRAPH_FILES if facts.depths else set()) | (DIRECTION_FILES if facts.principal else set())
+        if set(facts.files) != expected or facts.principal > facts.samples:
+            raise GraphError(f"{FACTS} names other files than such an index has")
         return facts
 
-    def _own_digest(self) -> str:
+    @property
+    def own_digest(self) -> str:
+        """What `digest` is in index.json."""
         return digest({name: value for name, value in msgspec.to_builtins(self).items() if name != "digest"})
 
 
-class _Version(msgspec.Struct):
-    """What tells an index.json of another version."""
-
-    format: str
-    version: int
-
-
 class AnotherVersionError(GraphError):
-    """An index that another version of dmin_trace wrote."""
-
-    def __str__(self) -> str:
-        return "it was written by another version of dmin_trace"
+    """An index of another version of dmin_trace."""
 
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A store's index, or a part of it, that is not used.
-
-    reason: why, in words; "" if none was made.
-    """
+    """A store's index, or a part of it, that is not used; `reason` says why, "" if none was made."""
 
     reason: str
 
@@ -206,50 +182,39 @@ def read_facts(store: Store) -> Facts | Unavailable:
         return Unavailable("")
     try:
         facts = _read_facts(folder)
-        _check_fits(facts, store)
-        return facts
     except GraphError as error:
         return Unavailable.because(error)
+    why = _misfit(facts, store)
+    return Unavailable.because(why) if why else facts
 
 
 def read_array(
     folder: Path, facts: Facts, name: str, dtype: str, shape: tuple[int, ...], *, mapped: bool = False
 ) -> NDArray[Any]:
-    """The numbers of a file, compared with its checksum; -1 in a shape takes what the file has.
-
-    Raises GraphError if the file is damaged or too large, ValueError or OSError if it has another shape.
-    """
+    """The numbers of a file; -1 in a shape takes what the file has. Raises what `check_file` does, and ValueError for
+    another shape."""
     most = math.prod(facts.samples if size < 0 else size for size in shape)
     file = check_file(folder, name, facts.files[name], most * np.dtype(dtype).itemsize)
-    if mapped:
-        return np.memmap(file, dtype, "r", shape=shape)
-    return np.fromfile(file, dtype).reshape(shape)
+    return np.memmap(file, dtype, "r", shape=shape) if mapped else np.fromfile(file, dtype).reshape(shape)
 
 
 def check_file(folder: Path, name: str, written: File, most: int) -> Path:
-    """The path of a file. Raises GraphError if it is not what was written, or larger than `most` bytes."""
-    path = folder / name
-    try:
-        size = size_within(folder, [name])
-    except ValueError as error:
-        raise GraphError(str(error)) from None
+    """The path of a file. Raises GraphError if it is not what was written or larger than `most` bytes, ValueError if it
+    is a link, OSError if it cannot be read."""
+    size = size_within(folder, [name])
     if size != written.bytes or size > most:
         raise GraphError(f"{name} is not of the size that was written")
-    if _sha256(path) != written.sha256:
+    if _sha256(folder / name) != written.sha256:
         raise GraphError(f"{name} is damaged")
-    return path
+    return folder / name
 
 
 def damage(store: Store) -> tuple[list[tuple[str, str]], str]:
-    """Compares all files of a store's index with their checksums.
-
-    Returns the damaged files, each with what is wrong with it; and why the index is not used though no file may be
-    damaged, "" if it is used or there is none.
-    """
+    """The files of a store's index that do not have their checksums, each with what is wrong with it; and why the index
+    is not used though no file may be damaged, "" if it is used or there is none."""
     folder = index_beside(store.path)
     if not folder.is_dir():
         return [], ""
-    why = ""
     try:
         facts = _read_facts(folder)
     except AnotherVersionError as error:
@@ -257,18 +222,14 @@ def damage(store: Store) -> tuple[list[tuple[str, str]], str]:
     except GraphError as error:
         return [(FACTS, str(error))], ""
     try:
-        _check_fits(facts, store)
+        why = _misfit(facts, store)
     except TraceError:
         why = "the store is damaged"
-    except GraphError as error:
-        why = str(error)
     found: list[tuple[str, str]] = []
     for name, written in facts.files.items():
         try:
-            if name not in GRAPH_FILES | DIRECTION_FILES:
-                raise GraphError(f"{name} is no file of an index")
             check_file(folder, name, written, written.bytes)
-        except (GraphError, OSError) as error:
+        except (GraphError, OSError, ValueError) as error:
             found.append((name, str(error)))
     return found, why
 
@@ -283,13 +244,9 @@ def check_folder(folder: Path) -> None:
         raise TraceError(f"{folder} is where the index belongs, but is no index of dmin_trace. Move it away.")
 
 
-def write_index(
-    folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph: hnswlib.Index | None = None
-) -> Facts:
-    """Writes the files of an index and puts them in place of an older one. A build that is killed leaves that one.
-
-    Returns the facts with the sizes and checksums of the files. Raises TraceError if they cannot be written.
-    """
+def write_index(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph: Graph | None) -> Facts:
+    """Writes the files of an index and puts them in place of an older one, which a build that is killed leaves. Returns
+    the facts with the sizes and checksums of the files. Raises TraceError if they cannot be written."""
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -302,7 +259,8 @@ def write_index(
             numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).tofile(partial / name)
         files = {file.name: File(bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(partial.iterdir())}
         facts = msgspec.structs.replace(facts, files=files)
-        (partial / FACTS).write_text(facts.to_json(), encoding="utf-8")
+        signed = msgspec.structs.replace(facts, digest=facts.own_digest)
+        (partial / FACTS).write_bytes(msgspec.json.format(msgspec.json.encode(signed)))
         sync_tree(partial)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -318,7 +276,6 @@ def write_index(
 
 
 def _read_facts(folder: Path) -> Facts:
-    """What index.json holds. Raises GraphError if it is damaged."""
     try:
         size = size_within(folder, [FACTS])
         if size is None or size > MAX_FACTS_BYTES:
@@ -328,17 +285,15 @@ def _read_facts(folder: Path) -> Facts:
         raise GraphError(f"it has no {FACTS} that can be read ({error})") from None
 
 
-def _check_fits(facts: Facts, store: Store) -> None:
-    """Raises GraphError if an index is not of the store as it is now."""
+def _misfit(facts: Facts, store: Store) -> str:
+    """Why an index is not of the store as it is now; "" if it is."""
     header = store.header
     if (facts.store, facts.projection) != (header.id, header.projection.fingerprint):
-        raise GraphError("it is of another store")
+        return "it is of another store"
     shape = (facts.samples, facts.timesteps, facts.dimension)
     if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != store.state:
-        raise GraphError("the store has changed since")
-    expected = (GRAPH_FILES if facts.depths else set()) | (DIRECTION_FILES if facts.principal else set())
-    if set(facts.files) != expected or facts.principal > header.samples:
-        raise GraphError(f"{FACTS} names other files than such an index has")
+        return "the store has changed since"
+    return ""
 
 
 def _sha256(file: Path) -> str:

@@ -1,18 +1,16 @@
 """What samples are ranked by: how queries are changed before they are multiplied with the rows of the store.
 
-A score method has a name. It is fitted to a store once, and then changes the gradients of queries; the inner products
-of changed queries with the stored rows are the influence scores.
+A score method is fitted to a store once, and then changes the gradients of queries; the inner products of changed
+queries with the stored rows are the influence scores.
 """
 
 from __future__ import annotations
 
 from typing import get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dmin_trace.errors import QueryError
 from dmin_trace.search.deflation import Directions, Score, principal_directions
+from dmin_trace.search.exact import Floats
 from dmin_trace.search.index import open_directions
 from dmin_trace.search.index_files import Unavailable, read_facts
 from dmin_trace.store import Store
@@ -29,48 +27,36 @@ class DminScore:
     def fit(self, store: Store) -> None:
         """Does nothing."""
 
-    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+    def transform(self, queries: Floats) -> Floats:
         """The queries as they are."""
         return queries
 
 
 class DeflatedScore:
-    """The score of queries from which the principal directions of all samples are taken out."""
+    """The score of queries without the samples' principal directions; `description` says in words which."""
 
     name = "deflated"
 
     def __init__(self) -> None:
+        self.description = ""
         self._directions: Directions | None = None
-        self._source = ""
 
     def fit(self, store: Store) -> None:
-        """Opens the directions that the store's index keeps, or finds them if the store is small enough.
-
-        Raises:
-            QueryError: the index keeps no directions, and the store is too large to find them for a query.
-            TraceError: the store is damaged.
-        """
-        found = open_directions(store)
-        self._source = "kept by the index"
+        """Opens the directions that the store's index keeps, or finds them. Raises QueryError if the store is too large
+        to find them for a query, TraceError if it is damaged."""
+        found, source = open_directions(store), "kept by the index"
         if isinstance(found, Unavailable):
             _check_small(store, found.reason)
-            self._source = f"found for this query ({found.reason})" if found.reason else "found for this query"
+            source = "found for this query" + (f" ({found.reason})" if found.reason else "")
             found = principal_directions(store)
         self._directions = found
+        self.description = f"{found.eigenvalues.shape[1]} principal directions of each timestep, {source}"
 
-    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The deflated queries (`Directions.deflate`). Raises QueryError before `fit`."""
+    def transform(self, queries: Floats) -> Floats:
+        """The queries, deflated. Raises QueryError before `fit`."""
         if self._directions is None:
             raise QueryError("The deflated score is not fitted to a store. Call fit(store) first.")
         return self._directions.deflate(queries)
-
-    @property
-    def description(self) -> str:
-        """What is taken out of queries, in words; "" before `fit`."""
-        if self._directions is None:
-            return ""
-        count = self._directions.eigenvalues.shape[1]
-        return f"{count} principal directions of each timestep, {self._source}"
 
 
 def score_method(store: Store, name: str) -> DminScore | DeflatedScore:
@@ -83,10 +69,8 @@ def score_method(store: Store, name: str) -> DminScore | DeflatedScore:
     if name == "dmin":
         return DminScore()
     facts = read_facts(store)
-    if isinstance(facts, Unavailable):
-        _check_small(store, facts.reason)
-    elif not facts.principal:
-        _check_small(store, "")
+    if isinstance(facts, Unavailable) or not facts.principal:
+        _check_small(store, facts.reason if isinstance(facts, Unavailable) else "")
     return DeflatedScore()
 
 
@@ -95,14 +79,9 @@ def _check_small(store: Store, why: str) -> None:
     numbers = store.valid_count * len(store.header.timesteps) * store.header.dimension
     if numbers <= MAX_QUERY_NUMBERS:
         return
-    if not store.complete:
-        raise QueryError(
-            f"Deflated scores need the principal directions of the samples, which the index keeps once the capture "
-            f"is finished. A query finds them in up to {MAX_QUERY_NUMBERS:,} numbers; the samples that are done have "
-            f"{numbers:,}. Give --score dmin."
-        )
+    make = "Make them" if store.complete else "Finish the capture, then make them"
     raise QueryError(
         "Deflated scores need the principal directions of the samples, which the store's index keeps; here "
         f"{why or 'it has none'}. A query finds them in up to {MAX_QUERY_NUMBERS:,} numbers; this trace has "
-        f"{numbers:,}. Make them with dmin-trace index {store.path}, or give --score dmin."
+        f"{numbers:,}. {make} with dmin-trace index {store.path}, or give --score dmin."
     )

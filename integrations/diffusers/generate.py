@@ -6,22 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dmin_trace.integrations.diffusers.arguments import value_of
+from dmin_trace.integrations.diffusers.queries import value_of
 
 
 def generate(arguments: Sequence[str], folder: Path, wanted: Sequence[tuple[str, int]]) -> list[Any]:
     """Makes a PIL image of each prompt and seed with the pipeline, or the LoRA, that a training command line saved.
 
-    Only files on this machine are read, and of weights only safetensors.
-
-    Args:
-        arguments: the script's arguments in the training.
-        folder: where it was started.
-        wanted: prompts and seeds.
-
-    Raises:
-        ValueError: the command line names no model, or its output folder holds none.
-        OSError: a file is missing.
+    Only files on this machine are read, and of weights only safetensors. Raises ValueError if the command line names no
+    model, or its output folder, relative to `folder`, holds none; OSError if a file is missing.
     """
     base, output = value_of(arguments, "--pretrained_model_name_or_path"), value_of(arguments, "--output_dir")
     if base is None or output is None:

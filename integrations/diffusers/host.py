@@ -8,32 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dmin_trace.integrations.diffusers.generate import generate
-from dmin_trace.integrations.diffusers.queries import (
-    prepare_queries,
-    query_columns,
-    takes_prompts,
-    takes_videos,
-    words_its_own_prompts,
-)
+from dmin_trace.integrations.diffusers.generate import generate as generate
+from dmin_trace.integrations.diffusers.queries import prepare_queries as prepare_queries
+from dmin_trace.integrations.diffusers.queries import query_columns as query_columns
+from dmin_trace.integrations.diffusers.queries import takes_prompts as takes_prompts
+from dmin_trace.integrations.diffusers.queries import takes_videos as takes_videos
+from dmin_trace.integrations.diffusers.queries import words_its_own_prompts as words_its_own_prompts
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "averaged_models",
-    "averaged_weights",
-    "generate",
-    "parameter_key",
-    "pinned_density",
-    "prepare_queries",
-    "query_columns",
-    "refusal",
-    "schedule_length",
-    "takes_prompts",
-    "takes_videos",
-    "words_its_own_prompts",
-]
 
 DENSITY_FUNCTION = "compute_density_for_timestep_sampling"
 """The function by which the flow-matching scripts draw their timesteps."""
@@ -63,8 +46,7 @@ def averaged_models(values: Iterable[Any]) -> list[Any]:
     training_utils = sys.modules.get("diffusers.training_utils")
     if training_utils is None:
         return []
-    found = {id(value): value for value in values if isinstance(value, training_utils.EMAModel)}
-    return list(found.values())
+    return list({id(value): value for value in values if isinstance(value, training_utils.EMAModel)}.values())
 
 
 @contextmanager

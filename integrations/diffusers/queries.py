@@ -1,4 +1,4 @@
-"""Query images in a folder that the script can read, and the script's command line pointed at that folder."""
+"""Query images in a folder that the script can read, and the script's command line read and pointed at that folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from dmin_trace.integrations.diffusers.arguments import has_argument, value_of, without_arguments
 
 from dmin_trace.capture.host import QueryColumns, QueryRun
 
@@ -27,11 +25,37 @@ VIDEO_LISTS = ("prompts.txt", "videos.txt")
 """The files with a folder's captions and video names, line by line, for the video scripts."""
 
 
+def value_of(arguments: Sequence[str], name: str) -> str | None:
+    """The value of the last argument of this name, as argparse takes it."""
+    values = [value for argument, value in zip(arguments, arguments[1:], strict=False) if argument == name]
+    values += [argument.removeprefix(name + "=") for argument in arguments if argument.startswith(name + "=")]
+    return values[-1] if values else None
+
+
+def has_argument(arguments: Sequence[str], name: str) -> bool:
+    return any(argument == name or argument.startswith(name + "=") for argument in arguments)
+
+
+def without_arguments(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The arguments less those of these names and their values."""
+    kept: list[str] = []
+    skip_value = False
+    for argument in arguments:
+        if skip_value:
+            skip_value = False
+            if not argument.startswith("--"):
+                continue
+        if argument in names:
+            skip_value = True
+        elif not argument.startswith(tuple(name + "=" for name in names)):
+            kept.append(argument)
+    return kept
+
+
 def takes_prompts(arguments: Sequence[str]) -> bool:
     """Whether a training command line names captions or a prompt."""
-    return any(
-        has_argument(arguments, name) for name in ("--caption_column", "--edit_prompt_column", "--instance_prompt")
-    )
+    names = ("--caption_column", "--edit_prompt_column", "--instance_prompt")
+    return any(has_argument(arguments, name) for name in names)
 
 
 def takes_one_prompt(arguments: Sequence[str]) -> bool:
@@ -76,15 +100,9 @@ def prepare_queries(
     conditioning: Sequence[Path | None],
     folder: Path,
 ) -> list[QueryRun]:
-    """Copies the queries to where the script can read them, and gives its runs on them.
+    """Copies the queries into `folder`, where the script also writes, and gives its runs on them.
 
-    Args:
-        arguments: the script's arguments in the training. `{data}` in one of them stands for the folder.
-        columns: the columns that the script reads.
-        images, prompts, conditioning: the queries.
-        folder: holds the copies and the script's output.
-
-    Raises OSError if a file cannot be copied.
+    `{data}` in an argument stands for the folder with the images. Raises OSError if a file cannot be copied.
     """
     every_file = has_argument(arguments, "--instance_data_dir") or words_its_own_prompts(arguments)
     if every_file:
@@ -97,22 +115,18 @@ def prepare_queries(
     runs = []
     for n, group in enumerate(groups):
         data = folder / f"data{n}"
-        chosen, texts, sources = (
-            [images[k] for k in group],
-            [prompts[k] for k in group],
-            [conditioning[k] for k in group],
-        )
+        chosen, texts = [images[k] for k in group], [prompts[k] for k in group]
         if takes_videos(arguments):
             _write_videos(data, chosen, texts)
         else:
+            sources = [conditioning[k] for k in group]
             write_queries(data, chosen, texts, columns, sources, metadata=not every_file)
         pointed = query_arguments(arguments, data, folder / f"output{n}", texts[0])
         if has_argument(arguments, "--with_prior_preservation"):
             # The class images that the batch also has: any picture, with no weight in the loss.
-            (folder / f"class{n}").mkdir()
-            shutil.copyfile(chosen[0], folder / f"class{n}" / f"0{chosen[0].suffix.lower()}")
-            pointed += ["--class_data_dir", str(folder / f"class{n}"), "--num_class_images", "1"]
-            pointed += ["--prior_loss_weight", "0"]
+            (classes := folder / f"class{n}").mkdir()
+            shutil.copyfile(chosen[0], classes / f"0{chosen[0].suffix.lower()}")
+            pointed += ["--class_data_dir", str(classes), "--num_class_images", "1", "--prior_loss_weight", "0"]
         runs.append(QueryRun(tuple(pointed), tuple(group)))
     return runs
 
@@ -120,37 +134,30 @@ def prepare_queries(
 def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt: str | None = None) -> list[str]:
     """A training command line, pointed at a folder of queries and an output folder.
 
-    Args:
-        arguments: the script's arguments in the training. `{data}` in one of them stands for the folder.
-        folder: holds the queries' images.
-        output: where the script may write.
-        prompt: replaces the one prompt of a DreamBooth command line.
+    `prompt` replaces the one prompt of a DreamBooth command line.
     """
     if prompt is not None and takes_one_prompt(arguments):
         # In one argument: a prompt may begin with a dash.
         arguments = [*without_arguments(arguments, ("--instance_prompt",)), f"--instance_prompt={prompt}"]
     if any("{data}" in argument for argument in arguments):
         pointed = [argument.replace("{data}", str(folder)) for argument in arguments]
-        return (
-            without_arguments(pointed, ("--output_dir",)) + ["--output_dir", str(output)]
-            if has_argument(arguments, "--output_dir")
-            else pointed
-        )
+        if not has_argument(arguments, "--output_dir"):
+            return pointed
+        return [*without_arguments(pointed, ("--output_dir",)), "--output_dir", str(output)]
     data = next((name for name in DATA_ARGUMENTS if has_argument(arguments, name)), "--train_data_dir")
     kept = [a for a in without_arguments(arguments, (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS)) if a not in DROPPED_FLAGS]
     if takes_videos(arguments):
-        data, named = "--instance_data_root", zip(("--caption_column", "--video_column"), VIDEO_LISTS, strict=True)
-        kept = without_arguments(kept, ("--caption_column", "--video_column")) + [
-            word for pair in named for word in pair
-        ]
+        captions, videos = VIDEO_LISTS
+        data, kept = "--instance_data_root", without_arguments(kept, ("--caption_column", "--video_column"))
+        kept += ["--caption_column", captions, "--video_column", videos]
     # Textual inversion repeats every image a hundred times unless it is told not to; DreamBooth's newer scripts drop a
     # last batch that is not full.
-    one = {
-        "--repeats": words_its_own_prompts(arguments),
-        "--train_batch_size": words_its_own_prompts(arguments) or has_argument(arguments, "--instance_prompt"),
-    }
-    ones = [word for name, known in one.items() if known or has_argument(arguments, name) for word in (name, "1")]
-    return [*kept, *ones, data, str(folder), "--output_dir", str(output)]
+    words_its_own = words_its_own_prompts(arguments)
+    if words_its_own or has_argument(arguments, "--repeats"):
+        kept += ["--repeats", "1"]
+    if words_its_own or has_argument(arguments, "--instance_prompt") or has_argument(arguments, "--train_batch_size"):
+        kept += ["--train_batch_size", "1"]
+    return [*kept, data, str(folder), "--output_dir", str(output)]
 
 
 def write_queries(

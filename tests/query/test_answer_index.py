@@ -16,10 +16,9 @@ import dmin_trace
 from dmin_trace.cli.app import main
 from dmin_trace.query import answer as query
 from dmin_trace.search.build import build_index
-from dmin_trace.search.exact import exact_top_k
+from dmin_trace.search.exact import Ranking, exact_top_k
 from dmin_trace.search.index import Index, search
 from dmin_trace.search.index_files import Facts, index_beside, read_facts
-from dmin_trace.search.ranking import Ranking
 from dmin_trace.store import Store, open_store
 from dmin_trace.views.describe import describe_index
 

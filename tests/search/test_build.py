@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_build_index_with_full_dimensions(tmp_path: Path, monkeypatch: pytest.Mo
     queries = like(rows, 20)
     assert recall(search(opened_index(trace), queries, 10).rows, exact_top_k(trace, queries, 10).rows) >= 0.99
     before = (index_beside(trace.path) / GRAPH).read_bytes()
-    monkeypatch.setattr(build, "_free_memory", lambda: 200_000)
+    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: SimpleNamespace(available=200_000))
     with pytest.raises(SettingsError, match=r"\(300 samples of 2 x 128 float32 numbers, and links\) needs 0.0 GiB"):
         build_index(trace, fold=128)
     assert (index_beside(trace.path) / GRAPH).read_bytes() == before
@@ -107,6 +108,7 @@ def test_build_index_refuses_settings_out_of_range(indexed: Store, arguments: di
 KILLED = """
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 from dmin_trace.search import build, index_files
 from dmin_trace.store import open_store
 def progress(what, done, of):

@@ -13,7 +13,7 @@ from stores import DTYPES, dequantised, make_header, make_rows, with_checksum, w
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from dmin_trace.errors import QueryError, TraceError
-from dmin_trace.search import products
+from dmin_trace.search import exact
 from dmin_trace.search.exact import exact_top_k, scores_by_chunk
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Store, chunk_file, create, open_store, quantise
@@ -52,12 +52,12 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("count, k", [(1, 1), (1, 203), (5, 10), (70, 3)])
-@pytest.mark.parametrize("part, tile", [(products.PART_NUMBERS, products.TILE_NUMBERS), (5 * 4 * 128, 250)])
+@pytest.mark.parametrize("part, tile", [(exact.PART_NUMBERS, exact.TILE_NUMBERS), (5 * 4 * 128, 250)])
 def test_scores_are_those_of_plain_numpy(
     stored: Store, count: int, k: int, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "PART_NUMBERS", part)
-    monkeypatch.setattr(products, "TILE_NUMBERS", tile)
+    monkeypatch.setattr(exact, "PART_NUMBERS", part)
+    monkeypatch.setattr(exact, "TILE_NUMBERS", tile)
     queries = make_queries(stored, count)
     ranking = exact_top_k(stored, queries, k)
     best, every = by_hand(stored.path, queries, k)
@@ -318,12 +318,12 @@ def test_exact_top_k_keeps_any_number_of_near_equal_rows(tmp_path: Path, count: 
     assert not np.isin(by_hand(trace.path, queries, count)[0][0], first).all()
 
 
-@pytest.mark.parametrize("part, tile", [(products.PART_NUMBERS, products.TILE_NUMBERS), (5 * 4 * 128, 250)])
+@pytest.mark.parametrize("part, tile", [(exact.PART_NUMBERS, exact.TILE_NUMBERS), (5 * 4 * 128, 250)])
 def test_scores_by_chunk_are_those_of_plain_numpy(
     stored: Store, part: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "PART_NUMBERS", part)
-    monkeypatch.setattr(products, "TILE_NUMBERS", tile)
+    monkeypatch.setattr(exact, "PART_NUMBERS", part)
+    monkeypatch.setattr(exact, "TILE_NUMBERS", tile)
     queries = make_queries(stored, 5)
     every = np.einsum("ntv,qtv->qnt", dequantised(stored.path), queries.astype(np.float64))
     assert np.allclose(all_scores(stored, queries), every.sum(axis=2), rtol=1e-4, atol=1e-5)
@@ -349,9 +349,9 @@ def test_scores_by_chunk_runs_few_chunks_ahead(tmp_path: Path, monkeypatch: pyte
     header = make_header(samples=160, rows=8)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     started: list[int] = []
-    real = products.ChunkProducts.__call__
+    real = exact.ChunkProducts.__call__
     monkeypatch.setattr(
-        products.ChunkProducts,
+        exact.ChunkProducts,
         "__call__",
         lambda self, chunk, scale: (started.append(chunk), real(self, chunk, scale))[1],
     )
@@ -359,3 +359,15 @@ def test_scores_by_chunk_runs_few_chunks_ahead(tmp_path: Path, monkeypatch: pyte
     next(chunks)
     chunks.close()
     assert len(started) <= 4
+
+
+def test_half_precision_is_converted_as_numpy_does() -> None:
+    """Every float16 there is."""
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    memory = np.empty(2**16, np.float32)
+    for numbers in (finite, finite[::3], finite[: 2 * 31000].reshape(2, -1)[:, ::2]):
+        converted, expected = exact.as_float32(numbers, memory), numbers.astype(np.float32)
+        assert np.array_equal(converted.view(np.int32), expected.view(np.int32))
+    for value in every[~np.isfinite(every)]:
+        assert not np.isfinite(exact.as_float32(np.array([[1, value, 2]], np.float16), memory)[0, 1])

@@ -13,7 +13,7 @@ from stores import DTYPES, Rows, make_header, write_store
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search.build import build_index
 from dmin_trace.search.exact import exact_top_k
-from dmin_trace.search.index import search
+from dmin_trace.search.index import Reduction, search
 from dmin_trace.settings import Dtype
 from dmin_trace.store import RowNumbers, Store
 
@@ -124,3 +124,18 @@ def test_search_refuses_a_forged_candidate_without_a_gradient(indexed: Store, mo
     monkeypatch.setattr(Store, "numbers", numbers)
     with pytest.raises(TraceError, match="has no gradient that can be ranked, so the index is damaged"):
         search(found, queries, 1)
+
+
+def test_products_of_vectors_are_scores_but_for_the_fold() -> None:
+    header = make_header(samples=200, timesteps=3, dimension=256)
+    rows = clustered(header)
+    queries = like(rows, 20)
+    shared = np.stack([np.linalg.svd(rows.grad[:, t], full_matrices=False)[2][:4] for t in range(3)])
+    truth = np.einsum("qtv,ntv->qn", queries, rows.grad)
+    whole = Reduction(shared, 256)
+    assert whole.vectors(rows.grad).shape == (200, whole.length)
+    assert np.allclose(whole.vectors(queries) @ whole.vectors(rows.grad).T, truth, atol=1e-5)
+    errors = {}
+    for name, split in {"split": Reduction(shared, 32), "plain": Reduction(np.zeros_like(shared), 32)}.items():
+        errors[name] = np.std(split.vectors(queries) @ split.vectors(rows.grad).T - truth)
+    assert 0 < errors["split"] < 0.7 * errors["plain"]

@@ -28,8 +28,8 @@ import typer
 from numpy.typing import NDArray
 from page import Page
 
-from dmin_trace import search as kernel
 from dmin_trace.audit import RESAMPLES, Datamodeling, linear_datamodeling_score
+from dmin_trace.search import deflation as kernel
 from dmin_trace.settings import Transform
 from dmin_trace.store import open_store, pack_store
 

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from page import Page
 from rich.progress import track
 
-from dmin_trace import search as kernel
 from dmin_trace import search as score
 from dmin_trace.audit import detection_rate
 from dmin_trace.search import Unavailable, build_index, open_index, search
+from dmin_trace.search import deflation as kernel
 from dmin_trace.settings import Transform
 from dmin_trace.store import Store, open_store, pack_store
 

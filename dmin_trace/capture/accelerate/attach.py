@@ -1,20 +1,49 @@
-"""The line in a script that trains with accelerate: `attach`."""
+"""The line in a script that trains with accelerate, `attach`, and the capture of the script: `ScriptCapture`.
+
+Here is what only a script with accelerate has: its arguments, its averaged weights (EMA), its processes, the line in it
+or the command line that launched it, and a training that must go on if the capture fails.
+"""
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
 
+import msgspec
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
+from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import LoopDriver
-from dmin_trace.capture.accelerate.script_capture import ATTRIBUTE, ScriptCapture
-from dmin_trace.command import Job, current_command
-from dmin_trace.errors import AttachError
-from dmin_trace.settings import Settings, SettingsOverrides, given_settings
+from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
+from dmin_trace.capture.dataset import CaptureSource, Columns
+from dmin_trace.capture.encoder_cache import EncoderCache
+from dmin_trace.capture.host import script_host
+from dmin_trace.capture.output import CaptureTarget
+from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
+from dmin_trace.capture.random_state import seed_of
+from dmin_trace.capture.ranks import Ranks
+from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.step import CaptureStep
+from dmin_trace.capture.weights import find_trainable
+from dmin_trace.command import Job, Script, current_command, remember, script_of
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
+from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
+from dmin_trace.store import Header, Store
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE = "_dmin_trace"
+"""The attribute of an Accelerator that holds its capture."""
+_GIVEN_BY_EITHER = ("out", "max_train_steps", "num_epochs", "strict")
 
 
 def attach(
@@ -37,8 +66,7 @@ def attach(
 
     Args:
         accelerator: the script's accelerator, before anything is prepared with it.
-        args: the script's arguments; `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`) are
-            read from it.
+        args: the script's arguments: its `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`).
         settings: what to capture.
         out: the store; `<args.output_dir>/trace.zarr` if not given.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
@@ -46,8 +74,7 @@ def attach(
         strict: raise an error during the capture, which ends the training where it is.
         overrides: single settings by their names, instead of those in `settings`.
 
-    Returns:
-        The loop driver, whose `remove()` detaches again.
+    Returns the loop driver, whose `remove()` detaches again.
 
     Raises:
         AttachError: attached already, or it is not known where to write or when the training ends.
@@ -95,3 +122,264 @@ def _find_args() -> Any:
             return args
         frame = frame.f_back
     return None
+
+
+class ScriptCapture:
+    """When a script's training ends, where its store is, and what is done with the losses of capture batches.
+
+    job: what the run is for.
+    settings, timesteps: what to capture, and the training steps of each sample.
+    driver: drives the script's loop.
+    error: what ended the capture, or None.
+    """
+
+    def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
+        """Attaches to the accelerator of a script with these arguments, or None.
+
+        `launched` tells whether the command line launched the script; a line in the script may then join.
+        """
+        self.job = job
+        self.error: Exception | None = None
+        self._args = args
+        self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
+        self._host = script_host()
+        self._launched, self._joined = launched, False
+        self._entered = ExitStack()
+        self._recorder: Recorder | None = None
+        self._encoder_cache = EncoderCache((), ())
+        self._sample_ends: list[float] = []
+        self._use_settings()
+        self.driver = LoopDriver(accelerator, self)
+        self.driver.undo.callback(replace_attribute(accelerator, ATTRIBUTE, self))
+        atexit.register(self._at_exit)
+        self.driver.undo.callback(atexit.unregister, self._at_exit)
+
+    def join(self, line: Job, args: Any) -> None:
+        """Joins a line in a launched script: its settings count where the command gave none.
+
+        Raises AttachError if the line comes twice, or in a script that is not launched.
+        """
+        if not self._launched or self._joined:
+            raise AttachError("dmin_trace.attach was called twice for one Accelerator. Keep one of the two lines.")
+        self._joined = True
+        self._args = args if args is not None else self._args
+        own = self.job
+        either = {name: getattr(own, name) or getattr(line, name) for name in _GIVEN_BY_EITHER}
+        self.job = msgspec.structs.replace(own, settings={**line.settings, **own.settings}, **either)
+        self._use_settings()
+        if self.job.mode == "final":
+            self.check_out()
+
+    def _use_settings(self) -> None:
+        self.settings: Settings = make_settings(self._like.header.settings if self._like else self.job.settings)
+        self.timesteps: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether the capture begins at the first batch, and ends the script."""
+        return self.job.mode != "final"
+
+    @property
+    def item_seed(self) -> int:
+        """The seed under which every sample is fetched, so that all get the same augmentation."""
+        return seed_of(self.settings.seed, 0)
+
+    @property
+    def max_train_steps(self) -> int | None:
+        """The number of optimizer steps of the training. Scripts overwrite theirs after `prepare`."""
+        return self.job.max_train_steps or getattr(self._args, "max_train_steps", None)
+
+    @property
+    def num_epochs(self) -> int | None:
+        """The number of epochs of the training."""
+        own = getattr(self._args, "num_epochs", None) or getattr(self._args, "num_train_epochs", None)
+        return self.job.num_epochs or own
+
+    @property
+    def out(self) -> Path | None:
+        """The store's path, if it is known yet."""
+        if self.job.out is not None:
+            return Path(self.job.out)
+        folder = getattr(self._args, "output_dir", None)
+        return Path(folder).absolute() / "trace.zarr" if folder else None
+
+    def check_out(self) -> None:
+        """Raises AttachError if the store's path is not known, TraceError if it is taken or cannot be written."""
+        if self.out is None:
+            raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
+        store.check_free(self.out)
+
+    def begin(self, variables: LoopVariables) -> list[int]:
+        """Fixes the weights, saves them, and gives the samples that this process captures, in order."""
+        run = self.driver.run
+        self._models = [run.unwrap(model) for model in run.models]
+        trainable = find_trainable(self._models, run.optimizers)
+        if (why := self._host.refusal(self._args, variables.named())) is not None:
+            raise CaptureError(why)
+        self._schedule_length = self._host.schedule_length(variables.values())
+        self._entered.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        if self.job.mode == "final":
+            for ema in self._host.averaged_models(variables.values()):
+                self._enter_average(ema)
+        if self.job.weights is not None:
+            trainable.load(Path(self.job.weights), self._host.parameter_key)
+        trial = self.job.mode == "estimate"
+        out = Path("trace.zarr") if trial else self.out
+        if out is None:
+            raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
+        accelerator = run.accelerator
+        source = CaptureSource(
+            samples=run.samples,
+            # Queries have no labels: columns that the settings name need not be there.
+            columns=Columns(run.loader.dataset, self.settings.columns if self._like is None else None),
+            # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
+            trained=lambda tensor: any(tensor in optimizer.state for optimizer in run.optimizers),
+            fetch=self._batch_of,
+            # Queries were checked before they were launched.
+            script=Script() if self._like is not None else script_of(self.job.command.script),
+            edited_script=self.job.edited_script,
+            packages=("accelerate",),
+        )
+        size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
+        target = CaptureTarget(
+            out=out,
+            resume=self.job.mode == "now",
+            like=self._like,
+            # For the models, and for a checkpoint with two moments of each parameter.
+            reserve=4 * sum(size_of_models) if self.job.mode == "final" else None,
+            trial=trial,
+            created=self._remember if self._like is None else lambda header: None,
+        )
+        ranks = Ranks(accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message]))
+        self._recorder = Recorder(self.settings, trainable, source, target, ranks)
+        samples = self._recorder.begin()
+        self._encoder_cache = self._entered.enter_context(EncoderCache(variables.values(), self._models))
+        return samples
+
+    @property
+    def recorder(self) -> Recorder:
+        """What records the gradients, from `begin` on."""
+        if self._recorder is None:
+            raise CaptureError("The capture has not begun. This is an error of dmin_trace; report it.")
+        return self._recorder
+
+    def sample(self, sample: int, item: Any, batch: Any) -> None:
+        """Begins a sample, with its dataset item and the batch collated from it."""
+        self._encoder_cache.forget()
+        self.recorder.sample(sample, item, batch)
+
+    def take(self, step: CaptureStep) -> None:
+        """Keeps what a step gave."""
+        self.recorder.take(step)
+        if self.recorder.trial and step.pinned == self.timesteps[-1]:
+            self._sample_ends.append(time.perf_counter())
+
+    def hold(self, error: Exception) -> bool:
+        """Whether an error waits until all processes meet: up to there each must run the same number of steps."""
+        return self._recorder is not None and self._recorder.hold(error)
+
+    def failed(self, error: Exception) -> None:
+        """Keeps the error that ended the capture, and logs it if no caller will raise it later."""
+        if self.error is None:
+            self.error = error
+            if not self._launched:
+                what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
+                logger.error("dmin_trace %s this run; the training goes on. %s", what, self._what_to_do(error))
+
+    def leave(self) -> None:
+        """Puts back the weights and the script's functions."""
+        if self._recorder is not None:
+            self._recorder.stop()
+        self._entered.close()
+
+    @property
+    def seconds_a_sample(self) -> float:
+        """How long the last sample of a trial took, all its timesteps: the first one warms up."""
+        return self._sample_ends[-1] - self._sample_ends[-2]
+
+    def report_end(self) -> None:
+        """Raises what kept the run from being captured; called when a launched script has ended by itself."""
+        if isinstance(self.error, StoppedError):
+            raise StoppedError(self._what_to_do(self.error), self.error.signal)
+        if self.error is not None:
+            kind = type(self.error) if isinstance(self.error, DminTraceError) else CaptureError
+            raise kind(self._what_to_do(self.error))
+        if not self.driver.captured:
+            raise CaptureError(self._why_never_captured())
+
+    def _what_to_do(self, error: Exception) -> str:
+        """The error, and how to capture after all if the trained weights were saved before it happened."""
+        found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
+        if self.out is None or self._recorder is None or not self._recorder.weights_saved:
+            return found
+        kept = store.weights_beside(self.out)
+        return f"{found} The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
+
+    def _at_exit(self) -> None:
+        if not self._launched and not self.driver.captured:
+            logger.error("dmin_trace captured nothing. %s", self._why_never_captured())
+
+    def _why_never_captured(self) -> str:
+        if self.driver.run.loader is None:
+            return "The script never passed a DataLoader to accelerator.prepare, so there were no samples to capture."
+        if self.on_demand:
+            return (
+                "The script ended before its training loop took a batch. Does it resume a run that is finished? Leave "
+                "--resume_from_checkpoint out."
+            )
+        return (
+            f"The training ended at a point that was not recognised (max_train_steps is {self.max_train_steps}, "
+            f"num_epochs is {self.num_epochs}). Give max_train_steps or num_epochs as the loop counts them, or capture "
+            "on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS."
+        )
+
+    def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
+        step = self.driver.batches.step
+        if step is None:
+            return drawn
+        return step.draws.pin(drawn, lambda: self._fraction_of(step.pinned), name)
+
+    def _fraction_of(self, timestep: PinnedTimestep) -> float:
+        """A timestep's place in the schedule, from 0 to 1."""
+        if timestep.timestep is None:
+            return timestep.fraction
+        if self._schedule_length is None:
+            raise CaptureError(
+                "Timesteps were given as a list, but the length of the script's schedule is not known. Give a count."
+            )
+        return (timestep.index_in(self._schedule_length) + 0.5) / self._schedule_length
+
+    def _enter_average(self, ema: Any) -> None:
+        shapes = [shadow.shape for shadow in ema.shadow_params]
+        for model in self._models:
+            parameters = list(model.parameters())
+            if [parameter.shape for parameter in parameters] == shapes:
+                averaged = self._host.averaged_weights(ema, parameters, self.driver.step_pending)
+                self._entered.enter_context(averaged)
+                logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
+                return
+        raise CaptureError(
+            "The script averages weights (EMA) that are not all the parameters of a prepared model, so which weights "
+            "it will save is not known. Capture on demand from the saved weights: dmin-trace capture."
+        )
+
+    def _remember(self, header: Header) -> None:
+        """Keeps the command line of the run that made a trace, for later queries."""
+        if not self.job.command.script:
+            logger.warning(
+                "This run is no script with a command line (a notebook, say), so queries will not know how to repeat "
+                "it: give them a command after --, or use dmin_trace.recording(like=...)."
+            )
+            return
+        try:
+            remember(header.id, self.job.command)
+        except OSError as error:
+            why = error.strerror or error
+            logger.warning(
+                "The command of this run could not be kept for queries (%s): give it to them, after --.", why
+            )
+
+    def _batch_of(self, sample: int) -> Any:
+        """A sample's batch, for the data set's fingerprint."""
+        self._encoder_cache.forget()
+        return self.driver.run.fetch(sample, self.item_seed)[1]

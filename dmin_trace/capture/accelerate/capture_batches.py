@@ -7,25 +7,24 @@ on demand, or one that is `strict`, raises it instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 
-from dmin_trace.capture.accelerate.loop_variables import LoopVariables, script_frame
+from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute, script_frame
 from dmin_trace.capture.accelerate.training_run import TrainingRun
-from dmin_trace.capture.guard import Advice, StepGuard
 from dmin_trace.capture.pinning import PinnedTimestep
 from dmin_trace.capture.random_state import RandomState
-from dmin_trace.capture.step import CaptureStep
+from dmin_trace.capture.step import Advice, CaptureStep, StepGuard
 from dmin_trace.errors import CaptureError, DminTraceError
+from dmin_trace.project import LOSS_SCALE
 
 if TYPE_CHECKING:
-    from dmin_trace.capture.accelerate.script_capture import ScriptCapture
+    from dmin_trace.capture.accelerate.attach import ScriptCapture
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +49,11 @@ class CaptureBatches:
     """
 
     def __init__(self, run: TrainingRun, capture: ScriptCapture) -> None:
-        """Changes nothing yet. `capture` gets the losses."""
         self.variables: LoopVariables | None = None
-        self.failed = False
-        self.is_last = False
-        self._run = run
-        self._capture = capture
+        self.failed = self.is_last = False
+        self._run, self._capture = run, capture
         self._guard = StepGuard((), (), _ADVICE)
         self._batch: Any = None
-        self._random_state: RandomState | None = None
         self._undo = ExitStack()
 
     @property
@@ -68,17 +63,28 @@ class CaptureBatches:
 
     def remember(self) -> bool:
         """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
-        self._guarded(self._remember)
+        with self._guarded():
+            self._undo.callback(RandomState.take().restore)
+            self.variables = LoopVariables(script_frame())
+            self._undo.callback(self.variables.restore)
         return not self.failed
 
     def __iter__(self) -> Iterator[Any]:
         """The capture batches. The script's loop runs its training step on each before it takes the next."""
+        timesteps, samples = self._capture.timesteps, list[int]()
         if self.variables is None:
             self.remember()
-        samples = [] if self.failed else self._guarded(self._begin) or []
-        timesteps = self._capture.timesteps
+        if self.variables is not None:
+            with self._guarded():
+                samples = self._begin(self.variables)
         for n, (sample, timestep) in enumerate(product(samples, timesteps)):
-            batch = self._next_batch(sample, timestep)
+            batch = None
+            if timestep == timesteps[0] and not self.failed:
+                with self._guarded():
+                    self._load(sample)
+            with self._guarded():
+                # A step may change its batch in place; each gets its own.
+                batch = recursively_apply(torch.clone, self._batch)
             if self.failed:
                 break
             self.is_last = n == len(samples) * len(timesteps) - 1
@@ -100,60 +106,54 @@ class CaptureBatches:
     @contextmanager
     def script_code(self) -> Iterator[None]:
         """Around the script's code in a training step: its errors end the capture, and not the script."""
-        step = self.step
         self._run.set_sync(False)
+        where = f"The script's own code failed in {self.step.name if self.step else 'a training step'}"
         try:
             yield
         except Exception as error:
-            where = f"The script's own code failed in {step.name if step else 'a training step'}"
             if self._raises:
                 logger.error("%s.", where)
                 self._abandon()
                 raise
-            # The script's variables are put back, so it can go on.
-            failure = CaptureError(f"{where}: {type(error).__name__}: {error}")
-            if not self._capture.hold(failure):
-                self._fail(failure)
+            # The script's variables are put back, so it can go on. Its error is not kept: it would keep its tensors.
+            self._fail(CaptureError(f"{where}: {type(error).__name__}: {error}"))
         except BaseException:
             self._abandon()
             raise
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, step: CaptureStep, loss: torch.Tensor) -> None:
         """The script's `accelerator.backward(loss)` in the step that is under way."""
-        step = self.step
-        if step is None:
-            raise CaptureError("No capture batch is under way. This is an error of dmin_trace; report it.")
         step.backwards += 1
         if not self.failed:
             # No random call of ours is to be seen; and looking at every call of torch takes time.
-            with step.draws.paused():
-                self._guarded(partial(self._capture.backward, step, loss))
+            with step.draws.paused(), self._guarded():
+                scaled = self._run.accelerator.scaler is not None
+                self._capture.recorder.backward(step, loss, LOSS_SCALE if scaled else 1.0)
 
     def close_step(self) -> None:
-        """Ends the step that is under way, if one is, and hands it to the capture."""
+        """Ends the step that is under way, if one is, and hands it to the recorder."""
         step = self.step
-        if step is not None:
-            self._guard.close()
-            if not self.failed:
-                self._guarded(partial(self._take, step))
+        self._guard.close()
+        if step is None or self.failed:
+            return
+        with self._guarded():
+            try:
+                self._guard.check(step, self._capture.recorder.moved)
+            except Exception as error:
+                if not self._capture.hold(error):
+                    raise
+            self._capture.take(step)
+            if self.is_last:
+                self._capture.recorder.finish()
 
     def leave(self) -> None:
         """Puts everything back, after the last step or after a failure. A second call does nothing."""
-        self._guarded(self._undo.close)
-        if self.variables is not None:
-            self._guarded(self.variables.restore)
-        if self._random_state is not None:
-            self._guarded(self._random_state.restore)
-        self.variables = self._random_state = None
+        with self._guarded():
+            self._undo.close()
+        self.variables = None
 
-    # -- beginning -------------------------------------------------------------------------------------------------
-
-    def _remember(self) -> None:
-        self._random_state = RandomState.take()
-        self.variables = LoopVariables(script_frame())
-
-    def _begin(self) -> list[int]:
-        run = self._run
+    def _begin(self, variables: LoopVariables) -> list[int]:
+        run, accelerator = self._run, self._run.accelerator
         if not run.optimizers:
             raise CaptureError(
                 "No optimizer was passed to accelerator.prepare, so capture batches would train the model. Prepare the "
@@ -164,106 +164,70 @@ class CaptureBatches:
                 "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
                 "Call it instead of loss.backward()."
             )
-        adjust = run.accelerator.gradient_state.plugin_kwargs
+        state = accelerator.gradient_state
         # Otherwise accelerate counts a scheduler step for every skipped optimizer step.
-        self._undo.callback(
-            partial(adjust.update, adjust_scheduler=adjust["adjust_scheduler"])
-            if "adjust_scheduler" in adjust
-            else partial(adjust.pop, "adjust_scheduler")
-        )
-        adjust["adjust_scheduler"] = False
-        self._undo.callback(run.set_sync, run.accelerator.sync_gradients)
+        options = {**state.plugin_kwargs, "adjust_scheduler": False}
+        self._undo.callback(replace_attribute(state, "plugin_kwargs", options))
+        self._undo.callback(run.set_sync, accelerator.sync_gradients)
         run.set_sync(False)
-        values = self.variables.values() if self.variables else ()
-        modules = list(dict.fromkeys(value for value in values if isinstance(value, torch.nn.Module)))
+        modules = list(dict.fromkeys(value for value in variables.values() if isinstance(value, torch.nn.Module)))
         self._guard = self._undo.enter_context(StepGuard(run.models, run.denoisers(modules), _ADVICE))
         for model in run.models:
             # DDP would wait for gradients that never come.
-            self._undo.enter_context(run.accelerator.no_sync(model))
+            self._undo.enter_context(accelerator.no_sync(model))
         self._undo.callback(self._capture.leave)
-        return self._capture.begin()
-
-    # -- samples ---------------------------------------------------------------------------------------------------
-
-    def _next_batch(self, sample: int, timestep: PinnedTimestep) -> Any:
-        """The batch of the next step; None once the capture has failed."""
-        if not self.failed and timestep == self._capture.timesteps[0]:
-            self._guarded(partial(self._load, sample))
-        if self.failed:
-            return None
-        # A step may change its batch in place; each gets its own.
-        return self._guarded(partial(recursively_apply, torch.clone, self._batch))
+        return self._capture.begin(variables)
 
     def _load(self, sample: int) -> None:
-        """Makes a sample's batch the one that steps run on; that of another remains if it cannot be loaded."""
-        try:
-            item, batch = self._run.fetch(sample, self._capture.item_seed)
-        except Exception as error:
-            self._capture.recorder.missing(sample, error)
-            if self._batch is None:
-                self._load_another(sample, error)
-                # The other sample was reported last; the recorder needs to hear that this one is missing.
-                self._capture.recorder.missing(sample, error)
-        else:
-            self._take_batch(sample, item, batch)
-
-    def _load_another(self, sample: int, error: Exception) -> None:
-        """Loads one of the samples that follow, where none was loaded so far. Raises CaptureError if none can be."""
-        count = self._run.samples
-        for step in range(1, min(MAX_FIRST_SAMPLES, count)):
-            other = (sample + step) % count
+        """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded."""
+        capture, count = self._capture, self._run.samples
+        failure: Exception | None = None
+        # Steps can run on the batch of an earlier sample, if there is one.
+        tries = 1 if self._batch is not None else min(MAX_FIRST_SAMPLES, count)
+        for other in range(sample, sample + tries):
             try:
-                item, batch = self._run.fetch(other, self._capture.item_seed)
-            except Exception:
+                item, batch = self._run.fetch(other % count, capture.item_seed)
+            except Exception as error:
+                if failure is None:
+                    failure = error
+                    capture.recorder.missing(sample, error)
                 continue
-            self._take_batch(other, item, batch)
+            self._batch = send_to_device(batch, self._run.accelerator.device)
+            capture.sample(other % count, item, self._batch)
+            if failure is not None:
+                # The other sample was reported last; the recorder needs to hear that this one is missing.
+                capture.recorder.missing(sample, failure)
             return
-        raise CaptureError(
-            f"Sample {sample} could not be loaded, nor could those that follow it: {type(error).__name__}: {error}"
-        ) from error
-
-    def _take_batch(self, sample: int, item: Any, batch: Any) -> None:
-        self._batch = send_to_device(batch, self._run.accelerator.device)
-        self._capture.sample(sample, item, self._batch)
-
-    def _take(self, step: CaptureStep) -> None:
-        try:
-            self._guard.check(step, self._capture.recorder.moved)
-        except Exception as error:
-            if not self._capture.hold(error):
-                raise
-        self._capture.take(step)
-        if self.is_last:
-            self._capture.recorder.finish()
-
-    # -- errors ----------------------------------------------------------------------------------------------------
+        if self._batch is None:
+            raise CaptureError(
+                f"Sample {sample} could not be loaded, nor could those that follow it: {type(failure).__name__}: "
+                f"{failure}"
+            ) from failure
 
     @property
     def _raises(self) -> bool:
         """Whether errors are raised, which ends the script."""
-        return self._capture.on_demand or self._capture.strict
+        return self._capture.on_demand or self._capture.job.strict
 
-    def _guarded(self, action: Callable[[], Any]) -> Any:
-        """The result of an action of ours; None if it failed and the script goes on."""
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Around code of ours: after an error the step under way runs on, and the loop ends as it would have."""
         try:
-            return action()
+            yield
         except Exception as error:
-            if self._capture.hold(error):
-                return None
-            if self._raises:
-                self.failed = True
-                self._abandon()
-                raise
             self._fail(error)
-            return None
 
     def _fail(self, error: Exception) -> None:
-        """Ends the capture, and not the script: the step under way runs on, and the loop ends as it would have."""
-        self.failed = True
+        """Ends the capture, or the script too where errors are raised. Some errors wait until all processes meet."""
+        if self._capture.hold(error):
+            return
+        self.failed = self.is_last = True
+        if self._raises:
+            self._abandon()
+            raise error
         if not isinstance(error, DminTraceError):
             logger.debug("The capture failed.", exc_info=True)
         self._capture.failed(error)
-        self.is_last = True
 
     def _abandon(self) -> None:
         """Puts back what can be put back while an error ends the script."""

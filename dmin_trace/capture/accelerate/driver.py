@@ -4,19 +4,10 @@ After the script's last optimizer step, and before its loop ends, the prepared d
 batches*, one dataset item at one timestep each, to the script's own training step. So the script itself computes its
 latents, conditioning, noise, weighting and loss; nothing of that is rebuilt here.
 
-    LoopDriver wraps   prepare           to learn the models, the optimizers and the loader
-                       accumulate        to count optimizer steps, and to hold the script's step counting still
-                       backward          to take the gradient instead of accumulating it
-                       log, clip_grad_*  to keep captures out of logs and out of `.grad`
-                       load_state        to learn where a resumed run starts
-                       skip_first_batches to drive the shortened loader of a resumed epoch too
-                       init_trackers     to open no tracker for a capture on demand
-
-Two kinds of loop end differently. One that runs out (`for epoch in range(num_epochs)`) gets its capture batches after
-the last batch of the last epoch. One that breaks (`if global_step >= max_train_steps: break`) would be gone by then, so
-on leaving the last `accumulate` its `sync_gradients` is set to False: the block that counts the step, saves and breaks
-is *deferred*. On leaving the last capture's `accumulate` it is set back to True, with the loop's variables as the last
-training batch left them, and the script goes on as if there had been no capture.
+A loop that runs out (`for epoch in range(num_epochs)`) gets them after the last batch of the last epoch. One that
+breaks (`if global_step >= max_train_steps: break`) would be gone by then, so on leaving the last `accumulate` its
+`sync_gradients` is set to False: the block that counts the step, saves and breaks is *deferred*. On leaving the last
+capture's `accumulate` it is set back to True, with the loop's variables as the last training batch left them.
 """
 
 from __future__ import annotations
@@ -32,11 +23,12 @@ import torch
 from accelerate import Accelerator
 
 from dmin_trace.capture.accelerate.capture_batches import CaptureBatches
+from dmin_trace.capture.accelerate.loop_variables import replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
 from dmin_trace.errors import CaptureError
 
 if TYPE_CHECKING:
-    from dmin_trace.capture.accelerate.script_capture import ScriptCapture
+    from dmin_trace.capture.accelerate.attach import ScriptCapture
 
 logger = logging.getLogger(__name__)
 
@@ -52,70 +44,43 @@ class LoopDriver:
     batches: the capture batches.
     captured: the capture has begun, or can no longer begin.
     step_pending: the script has yet to count, average and save its last optimizer step.
+    undo: what `remove` does.
     """
 
     def __init__(self, accelerator: Accelerator, capture: ScriptCapture) -> None:
-        """Wraps an accelerator with which nothing is prepared yet.
-
-        `capture` knows when the training ends, and gets the losses. If it is on demand, it begins at the first batch,
-        and the script ends after it.
-        """
+        """Wraps an accelerator with which nothing is prepared yet. `capture` knows when the training ends."""
         self.run = TrainingRun(accelerator)
         self.batches = CaptureBatches(self.run, capture)
-        self.captured = False
-        self.step_pending = False
-        self._accelerator = accelerator
-        self._capture = capture
+        self.captured = self.step_pending = False
+        self._accelerator, self._capture = accelerator, capture
         self._first_step = self._steps = self._epochs = 0
-        self._undo = ExitStack()
-        self._original: dict[str, Callable[..., Any]] = {}
+        self.undo = ExitStack()
         wrappers: dict[str, Callable[..., Any]] = {
             "prepare": self._prepare,
             "skip_first_batches": self._skip_first_batches,
             "accumulate": self._accumulate,
             "backward": self._backward,
-            "log": self._log,
-            "init_trackers": self._init_trackers,
             "load_state": self._load_state,
-            "clip_grad_norm_": self._clip_grad_norm,
-            "clip_grad_value_": self._clip_grad_value,
         }
+        for name in ("log", "init_trackers", "clip_grad_norm_", "clip_grad_value_"):
+            wrappers[name] = partial(self._skip_in_capture, name)
+        self._original: dict[str, Callable[..., Any]] = {name: getattr(accelerator, name) for name in wrappers}
         for name, wrapper in wrappers.items():
-            self._wrap(name, wrapper)
-
-    def on_remove(self, undo: Callable[[], None]) -> None:
-        """Adds to what `remove` does."""
-        self._undo.callback(undo)
+            self.undo.callback(replace_attribute(accelerator, name, wrapper))
 
     def remove(self) -> None:
         """Takes every wrapper off the accelerator and its loaders, and all else that attaching left."""
-        self._undo.close()
-
-    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
-        accelerator = self._accelerator
-        self._original[name] = getattr(accelerator, name)
-        # An attribute of the instance hides the method; deleting it brings the method back.
-        self._undo.callback(
-            partial(setattr, accelerator, name, vars(accelerator)[name])
-            if name in vars(accelerator)
-            else partial(delattr, accelerator, name)
-        )
-        setattr(accelerator, name, wrapper)
-
-    # -- what the script calls -------------------------------------------------------------------------------------
-
-    @property
-    def _capturing(self) -> bool:
-        """Whether the script's loop is running, or about to run, on capture batches."""
-        return self.batches.step is not None or self.step_pending
+        self.undo.close()
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
+        """Learns the models, the optimizers and the loader."""
         prepared = self._original["prepare"](*objects, **options)
         if self.run.add(prepared):
             self._drive(self.run.loader)
         return prepared
 
     def _skip_first_batches(self, loader: Any, *args: Any, **options: Any) -> Any:
+        """Drives the shortened loader of a resumed epoch too."""
         skipping = self._original["skip_first_batches"](loader, *args, **options)
         if loader is self.run.loader and skipping is not loader:
             self._drive(skipping)
@@ -123,6 +88,7 @@ class LoopDriver:
 
     @contextmanager
     def _accumulate(self, *models: Any) -> Iterator[None]:
+        """Counts optimizer steps, and holds the script's own step counting still."""
         if self.batches.step is None:
             with self._original["accumulate"](*models):
                 yield
@@ -137,8 +103,8 @@ class LoopDriver:
             self._end_deferral()
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
-        if self.batches.step is not None:
-            self.batches.backward(loss)
+        if (step := self.batches.step) is not None:
+            self.batches.backward(step, loss)
         elif self._capture.on_demand:
             raise CaptureError(
                 "The script trains on batches that are not capture batches: it never passed a DataLoader to "
@@ -148,43 +114,26 @@ class LoopDriver:
             self.run.backwards += 1
             self._original["backward"](loss, **options)
 
-    def _log(self, *args: Any, **options: Any) -> None:
-        if not self._capturing:
-            self._original["log"](*args, **options)
-
-    def _init_trackers(self, *args: Any, **options: Any) -> None:
-        if not self._capture.on_demand:
-            self._original["init_trackers"](*args, **options)
-
-    def _clip_grad_norm(self, *args: Any, **options: Any) -> Any:
-        if self._capturing:
-            return torch.zeros((), device=self._accelerator.device)
-        return self._original["clip_grad_norm_"](*args, **options)
-
-    def _clip_grad_value(self, *args: Any, **options: Any) -> None:
-        if not self._capturing:
-            self._original["clip_grad_value_"](*args, **options)
+    def _skip_in_capture(self, name: str, *args: Any, **options: Any) -> Any:
+        """Keeps capture batches out of logs and out of `.grad`. A capture on demand opens no tracker either."""
+        if self.batches.step is None and not self.step_pending and not self._capture.on_demand:
+            return self._original[name](*args, **options)
+        return torch.zeros((), device=self._accelerator.device) if name == "clip_grad_norm_" else None
 
     def _load_state(self, input_dir: Any = None, *args: Any, **options: Any) -> None:
-        # Diffusers' scripts keep the step that they resume from in the folder's name alone.
+        """Learns where a resumed run starts: diffusers' scripts keep that step in the folder's name alone."""
         found = re.findall(r"checkpoint[-_](\d+)", str(input_dir))
         self._first_step = int(found[-1]) if found else 0
         self._original["load_state"](input_dir, *args, **options)
 
-    # -- when to capture -------------------------------------------------------------------------------------------
-
     def _drive(self, loader: Any) -> None:
         """Makes the loader yield capture batches after its own; it stays the same object, its class a subclass."""
         kind = type(loader)
-        driver = self
-
-        def iterate(self: Any) -> Iterator[Any]:
-            return driver._batches_of(kind.__iter__(self))
-
         # accelerate's loaders answer __class__ by a property of their own; this is the one beneath it.
         set_class = vars(object)["__class__"].__set__
-        set_class(loader, type(kind.__name__, (kind,), {"__iter__": iterate, "__module__": kind.__module__}))
-        self._undo.callback(set_class, loader, kind)
+        iterate = {"__iter__": lambda loader: self._batches_of(kind.__iter__(loader)), "__module__": kind.__module__}
+        set_class(loader, type(kind.__name__, (kind,), iterate))
+        self.undo.callback(set_class, loader, kind)
 
     def _batches_of(self, own: Iterator[Any]) -> Iterator[Any]:
         """The batches of one pass over the loader, and the capture batches where the training ends in this pass."""

@@ -1,10 +1,6 @@
-"""Restores the variables of the script's loop.
+"""Restores the variables of the script's loop, which its training step changes on capture batches.
 
-The script's own training step runs on capture batches, and changes the loop's variables: `loss` is the last capture's,
-`train_loss` has captures added to it, a list of losses has grown. What the script does next (its log line, its last
-checkpoint) must see the values that the last training batch left. They are remembered before the first capture batch,
-and restored after the last.
-
+What the script does next (its log line, its last checkpoint) must see the values that the last training batch left.
 Remembered are the variables of every frame from the loop outwards, the items of their lists, dicts and sets, and the
 values of small tensors. The state of other objects (a meter class, say) is not.
 """
@@ -50,8 +46,7 @@ class LoopVariables:
 
     def globals(self) -> list[dict[str, Any]]:
         """Returns the global variables of the script's frames, each module once."""
-        found: dict[int, dict[str, Any]] = {id(frame.f_globals): frame.f_globals for frame, _ in self._frames}
-        return list(found.values())
+        return list({id(frame.f_globals): frame.f_globals for frame, _ in self._frames}.values())
 
     def restore(self) -> None:
         """Restores variables and what was changed in place. Variables that are new since then stay."""
@@ -89,12 +84,8 @@ def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 def undo_of(value: Any) -> Callable[[], None] | None:
     """Returns what restores `value` in place; None for a kind of value that training steps do not change in place."""
-    if type(value) is list:
-        return partial(_restore_list, value, list(value))
-    if type(value) is dict:
-        return partial(_restore_dict, value, dict(value))
-    if type(value) is set:
-        return partial(_restore_set, value, set(value))
+    if type(value) in (list, dict, set):
+        return partial(_restore_container, value, value.copy())
     if isinstance(value, LRScheduler):
         return partial(_restore_scheduler, value, value.state_dict(), [g["lr"] for g in value.optimizer.param_groups])
     if type(value) is torch.Tensor and not value.requires_grad and value.numel() <= MAX_TENSOR_ELEMENTS:
@@ -102,20 +93,25 @@ def undo_of(value: Any) -> Callable[[], None] | None:
     return None
 
 
-# Containers are touched only if they changed: an outer loop may be iterating over them.
-def _restore_list(value: list[Any], old: list[Any]) -> None:
-    if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
-        value[:] = old
+def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Gives an object an attribute of its own, which hides that of its class. Returns what takes it back."""
+    hidden = name in vars(owner)
+    undo = partial(setattr, owner, name, vars(owner)[name]) if hidden else partial(delattr, owner, name)
+    setattr(owner, name, value)
+    return undo
 
 
-def _restore_dict(value: dict[Any, Any], old: dict[Any, Any]) -> None:
-    if value.keys() != old.keys() or any(value[key] is not old[key] for key in old):
-        value.clear()
-        value.update(old)
-
-
-def _restore_set(value: set[Any], old: set[Any]) -> None:
-    if value != old:
+def _restore_container(value: Any, old: Any) -> None:
+    """Restores a container only if it changed: an outer loop may be iterating over it."""
+    if isinstance(value, list):
+        if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
+            value[:] = old
+        return
+    if isinstance(value, dict):
+        changed = value.keys() != old.keys() or any(value[key] is not old[key] for key in old)
+    else:
+        changed = value != old
+    if changed:
         value.clear()
         value.update(old)
 

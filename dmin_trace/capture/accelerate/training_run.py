@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.utils.data import DataLoader, IterableDataset
 
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
@@ -40,26 +41,19 @@ class TrainingRun:
         self.models += [one for one in prepared if isinstance(one, torch.nn.Module)]
         optimizers = [one for one in prepared if isinstance(one, torch.optim.Optimizer)]
         self.optimizers += [optimizer for optimizer in optimizers if optimizer not in self.optimizers]
-        loaders = [one for one in prepared if isinstance(one, torch.utils.data.DataLoader)]
+        loaders = [one for one in prepared if isinstance(one, DataLoader)]
         if not loaders or self.loader is not None:
             return False
         self.loader = loaders[0]
-        self._refuse()
-        return True
-
-    def _refuse(self) -> None:
         if self.accelerator.distributed_type in UNSUPPORTED:
             raise AttachError(
                 f"This run is distributed with {self.accelerator.distributed_type.value}, which splits gradients in a "
                 "way that cannot be captured yet. Capture on demand in one process: dmin-trace capture."
             )
-        if isinstance(self.loader.dataset, torch.utils.data.IterableDataset):
-            raise AttachError(
-                "The training data is an IterableDataset, whose samples have no index to attribute to. Use a dataset "
-                "with __len__ and __getitem__."
-            )
+        refuse_iterable(self.loader.dataset)
         if self.loader.collate_fn is None:
             raise AttachError("The dataloader has no collate_fn, so a batch of one sample cannot be made.")
+        return True
 
     @property
     def samples(self) -> int:
@@ -67,14 +61,10 @@ class TrainingRun:
         return len(self.loader.dataset)
 
     def fetch(self, sample: int, seed: int) -> tuple[Any, Any]:
-        """A sample's dataset item and the batch collated from it, with all generators seeded.
-
-        Raises whatever the data set and its collate_fn raise.
-        """
+        """A sample's dataset item and the batch collated from it, with all generators seeded."""
         seed_everything(seed)
-        dataset = self.loader.dataset
-        items = dataset.__getitems__([sample]) if hasattr(dataset, "__getitems__") else [dataset[sample]]
-        return items[0], self.loader.collate_fn(items)
+        item = item_of(self.loader.dataset, sample)
+        return item, self.loader.collate_fn([item])
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The script's own module inside DDP's or torch.compile's."""
@@ -92,3 +82,17 @@ class TrainingRun:
     def set_sync(self, sync: bool) -> None:
         """Sets `accelerator.sync_gradients`: while it is False, prepared optimizers and schedulers do not step."""
         self.accelerator.gradient_state._set_sync_gradients(sync)
+
+
+def refuse_iterable(dataset: Any) -> None:
+    """Raises AttachError for a data set without indices."""
+    if isinstance(dataset, IterableDataset):
+        raise AttachError(
+            "The training data is an IterableDataset, whose samples have no index to attribute to. Use a dataset with "
+            "__len__ and __getitem__."
+        )
+
+
+def item_of(dataset: Any, sample: int) -> Any:
+    """A sample of a data set, fetched as a dataloader does it."""
+    return dataset.__getitems__([sample])[0] if hasattr(dataset, "__getitems__") else dataset[sample]

@@ -40,12 +40,10 @@ def linear_datamodeling_score(
         scores: (Q, N) of every sample for each query.
         subsets: (M, N) whether each model was trained on each sample.
         losses: (M, Q) of each model on each query, best as means over many timesteps and noises, and several seeds.
-        seed: of the bootstrap, which resamples both queries and models.
-        resamples: the number of resamples.
+        seed, resamples: of the bootstrap, which resamples both queries and models.
 
-    Raises:
-        EvaluationError: shapes that do not fit, numbers that are not finite, fewer than two models, or a query for
-            which all models have the same loss or the same sum of scores, and so no ranks.
+    Raises EvaluationError for shapes that do not fit, numbers that are not finite, fewer than two models, or a query
+    for which all models have the same loss or the same sum of scores, and so no ranks.
     """
     of_samples, of_models = finite_matrix("The scores", scores), finite_matrix("The losses", losses)
     subsets = np.asarray(subsets)

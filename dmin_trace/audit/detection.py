@@ -24,9 +24,8 @@ class TopRate:
 
     k: the number of best samples that were looked at.
     rate: the mean over the queries; its interval resamples queries.
-    chance: the mean rate of a random ranking.
-    best: the mean rate of a perfect ranking; below 1 if a query has fewer than k matching samples, or more duplicates
-        than k.
+    chance, best: the mean rate of a random and of a perfect ranking. The best is below 1 if a query has fewer than k
+        matching samples, or more duplicates than k.
     each: (Q,) the rate of each query.
     """
 
@@ -59,16 +58,14 @@ def detection_rate(
         ks: numbers from 1 to K.
         query_positions: (Q,) the position in `labels` of each query, if the queries are samples; a query is then not
             counted in the chance.
-        seed: of the bootstrap.
-        resamples: the number of bootstrap resamples of the queries.
+        seed, resamples: of the bootstrap of the queries.
 
-    Returns:
-        One result for each of `ks`, in their order.
-
-    Raises:
-        EvaluationError: shapes that do not fit, a query without a label, or fewer than two different labels.
+    Returns one result for each of `ks`, in their order. Raises EvaluationError for shapes that do not fit, a query
+    without a label, or fewer than two different labels.
     """
-    ranking = _check_ranking(ranking, len(labels), ks)
+    ranking = _check_ranking(ranking, ks)
+    if ranking.min() < 0 or ranking.max() >= len(labels):
+        raise EvaluationError(f"The ranking names samples beyond the {len(labels)} that have labels.")
     if len(query_labels) != len(ranking):
         raise EvaluationError(f"There are {len(query_labels)} labels of queries and {len(ranking)} queries.")
     numbers: dict[Any, int] = {}
@@ -121,16 +118,12 @@ def duplicate_recall(
         duplicates: for each query the samples that are its duplicates, without the query itself; at least one.
         ks: numbers from 1 to K.
         ranked: the number of samples that are ranked for a query, without the query itself.
-        seed: of the bootstrap.
-        resamples: the number of bootstrap resamples of the queries.
+        seed, resamples: of the bootstrap of the queries.
 
-    Returns:
-        One result for each of `ks`, in their order.
-
-    Raises:
-        EvaluationError: shapes that do not fit, or a query without duplicates.
+    Returns one result for each of `ks`, in their order. Raises EvaluationError for shapes that do not fit, or a query
+    without duplicates.
     """
-    ranking = _check_ranking(ranking, None, ks)
+    ranking = _check_ranking(ranking, ks)
     if len(duplicates) != len(ranking):
         raise EvaluationError(f"There are duplicates of {len(duplicates)} queries, and {len(ranking)} queries.")
     sets = [np.unique(np.fromiter(of, np.int64, len(of))) for of in duplicates]
@@ -157,21 +150,25 @@ def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions)
     return others
 
 
-def _check_ranking(ranking: NDArray[Any], samples: int | None, ks: Sequence[int]) -> NDArray[np.int64]:
+def check_ks(ks: Sequence[int], others: int) -> None:
+    """Raises EvaluationError if some k is not a number of best samples, where each query has so many others."""
+    if not ks or min(ks) < 1 or max(ks) > others:
+        raise EvaluationError(
+            f"k is {', '.join(map(str, ks))}; expected numbers from 1 to {others}, since a query is ranked with so "
+            "many samples. Give another k."
+        )
+
+
+def _check_ranking(ranking: NDArray[Any], ks: Sequence[int]) -> NDArray[np.int64]:
     ranking = np.asarray(ranking)
     if ranking.ndim != 2 or not ranking.size or not np.issubdtype(ranking.dtype, np.integer):
         raise EvaluationError(
             f"The ranking is {ranking.dtype} of shape {ranking.shape}; expected integers of shape (queries, k)."
         )
-    if samples is not None and not (ranking.min() >= 0 and ranking.max() < samples):
-        raise EvaluationError(f"The ranking names samples beyond the {samples} that have labels.")
-    if not ks or min(ks) < 1 or max(ks) > ranking.shape[1]:
-        raise EvaluationError(f"k is {list(ks)}; expected numbers from 1 to {ranking.shape[1]}, the samples ranked.")
+    check_ks(ks, ranking.shape[1])
     return ranking.astype(np.int64)
 
 
 def _label_number(label: Any, numbers: dict[Any, int]) -> int:
     """The number of a label, in the order of their first appearance; -1 for no label."""
-    if label is None or label != label:
-        return -1
-    return numbers.setdefault(label, len(numbers))
+    return -1 if label is None or label != label else numbers.setdefault(label, len(numbers))

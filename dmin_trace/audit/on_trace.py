@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.audit.datamodeling import linear_datamodeling_score
-from dmin_trace.audit.detection import detection_rate, duplicate_recall, without_query
+from dmin_trace.audit.detection import check_ks, detection_rate, duplicate_recall, without_query
 from dmin_trace.audit.intervals import Estimate
 from dmin_trace.errors import EvaluationError
 from dmin_trace.query import TopK, Trace
@@ -23,7 +23,6 @@ from dmin_trace.store import ArrayHeader, Queries, read_arrays
 
 DEFAULT_KS = (5, 10, 50, 100)
 """The numbers of best samples to look at, as far as the trace has other samples for them."""
-DEFAULT_QUERIES = 100
 BATCH_NUMBERS = 2**26
 """Numbers in the gradients of queries that are scored at a time."""
 MAX_MODELS = 10_000
@@ -39,12 +38,9 @@ DUPLICATES_MEANING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The result of one measure of a trace, for a person and for a program.
+    """The result of one measure of a trace: a title and figures as a table, what they mean, and all of it for JSON.
 
-    title: what was measured, on one line; it may hold text of the trace or the user.
-    headings, rows: the figures, as a table.
-    meaning: what the figures say, and what they do not say.
-    values: all of it for JSON; a number may be NaN.
+    The title and the values may hold text of the trace or the user; a number may be NaN.
     """
 
     title: str
@@ -72,7 +68,7 @@ def measure_column(
     kind: Literal["labels", "duplicates"],
     *,
     ks: Sequence[int] | None = None,
-    queries: int = DEFAULT_QUERIES,
+    queries: int = 100,
     score: Score = "deflated",
     exact: bool = False,
     seed: int = 0,
@@ -80,15 +76,13 @@ def measure_column(
     """Measures the best hits of samples by a column of the trace.
 
     Args:
-        trace: the trace.
-        column: the column; an empty text, the integer -1 and NaN mean no value, as in the store.
+        column: its name; an empty text, the integer -1 and NaN mean no value, as in the store.
         kind: "labels" gives the fraction of the best hits that have the query's value (`detection_rate`). "duplicates"
             takes samples with the same value as duplicates, and gives the fraction of them that is among the best hits
             (`duplicate_recall`).
         ks: the numbers of best samples; `DEFAULT_KS` if not given.
         queries: the number of samples used as queries, spread evenly over those that have a value or a duplicate.
-        score: the score that is measured.
-        exact: scan all samples even if there is an index.
+        score, exact: the score that is measured, and whether all samples are scanned even if there is an index.
         seed: of the bootstrap of the interval.
 
     Raises:
@@ -103,7 +97,10 @@ def measure_column(
     # A position in these is what the measures call a sample.
     samples = np.sort(trace.store.sample[trace.store.valid])
     values = [_value(by_sample[sample]) for sample in samples]
-    ks = _check_ks(ks, max(len(samples) - 1, 0))
+    others = max(len(samples) - 1, 0)
+    if ks is None:
+        ks = [k for k in DEFAULT_KS if k <= others] or DEFAULT_KS[:1]
+    check_ks(ks, others)
     groups: dict[Any, list[int]] = {}
     for position, value in enumerate(values):
         if value is not None:
@@ -127,7 +124,7 @@ def measure_column(
     else:
         title, meaning = f"Recall of duplicates by {column}", DUPLICATES_MEANING
         duplicates = [[other for other in groups[values[position]] if other != position] for position in chosen]
-        rates = duplicate_recall(ranking, duplicates, ks, ranked=len(samples) - 1, seed=seed)
+        rates = duplicate_recall(ranking, duplicates, ks, ranked=others, seed=seed)
     answered_by = top.answered_by.description
     return Measurement(
         title=f"{title}, {score} scores, {len(chosen):,} samples as queries",
@@ -154,13 +151,7 @@ def measure_column(
 def read_retrained(path: Path, samples: int, queries: int) -> Retrained:
     """Reads a file that `numpy.savez` wrote: `subsets` (M, N) bool, `losses` (M, Q). Nothing in it is executed.
 
-    Args:
-        path: the .npz file.
-        samples: N, the number of samples of the trace.
-        queries: Q.
-
-    Raises:
-        EvaluationError: it cannot be read, or its arrays are not of so many samples and queries.
+    Raises EvaluationError if it cannot be read, or its arrays are not of N `samples` and Q `queries`.
     """
     expected = f"expected a file of numpy.savez with subsets, bool (models, {samples}), and losses (models, {queries})"
 
@@ -187,14 +178,7 @@ def measure_datamodeling(
 ) -> Measurement:
     """The linear datamodeling score of a trace's scores (`linear_datamodeling_score`).
 
-    All samples are scored. A sample without a usable gradient has score 0.
-
-    Args:
-        trace: the trace.
-        queries: Q queries of the trace.
-        retrained: the models.
-        score: the score that is measured.
-        seed: of the bootstrap of the interval.
+    All samples are scored. A sample without a usable gradient has score 0. `seed` is of the bootstrap of the interval.
 
     Raises:
         EvaluationError: the measure has no value.
@@ -225,23 +209,6 @@ def measure_datamodeling(
             "each": found.each.tolist(),
         },
     )
-
-
-def _check_ks(ks: Sequence[int] | None, others: int) -> Sequence[int]:
-    """The numbers of best samples, where each sample is ranked with so many others."""
-    if ks is None:
-        ks = [k for k in DEFAULT_KS if k <= others]
-        if not ks:
-            raise EvaluationError(
-                f"A sample is ranked with {others} others; expected {min(DEFAULT_KS)} or more. Give the number of best "
-                "samples to look at with -k."
-            )
-    if min(ks, default=0) < 1 or max(ks) > others:
-        raise EvaluationError(
-            f"k is {', '.join(map(str, ks))}; expected numbers from 1 to {others}, since a sample is ranked with so "
-            "many others."
-        )
-    return ks
 
 
 def _value(value: Any) -> Any:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dmin_trace.errors import TraceError, WeightsError
 from dmin_trace.search import damage, index_beside
-from dmin_trace.store import (
-    Damage,
-    Header,
-    Progress,
-    Verified,
-    open_store,
-    read_header,
-    size_of,
-    verify_chunks,
-    weights_beside,
-)
+from dmin_trace.store import Damage, Progress, Verified, open_store, read_header, size_of, verify_chunks, weights_beside
 
 
 def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
@@ -25,11 +16,11 @@ def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
     Raises TraceError if there is no store. All other problems are in the result.
     """
     found = Verified()
-    if size_of(path) is None:
-        read_header(path)  # raises the error for a missing store
     try:
         header, finished = read_header(path)
     except TraceError as error:
+        if size_of(path) is None:
+            raise
         found.damages.append(Damage(file=f"{path.name}/zarr.json", what=str(error)))
         found.notes.append("Nothing else can be checked without the header of the store.")
         return found
@@ -40,7 +31,7 @@ def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
         return found
     if not found.bad_arrays:
         _verify_index(path, found)
-    _verify_weights(path, header, found)
+    _verify_weights(path, header.parameters.names, header.weights, found)
     return found
 
 
@@ -55,8 +46,7 @@ def _verify_index(path: Path, found: Verified) -> None:
         found.notes.append(f"The index is not used: {reason}. Build it again with dmin-trace index.")
 
 
-def _verify_weights(path: Path, header: Header, found: Verified) -> None:
-    """Compares the weights with the fingerprint in the header."""
+def _verify_weights(path: Path, names: Sequence[str], expected: str, found: Verified) -> None:
     file = weights_beside(path)
     if not file.is_file():
         found.notes.append(f"There are no weights at {file}. Queries need them, or --weights.")
@@ -65,12 +55,12 @@ def _verify_weights(path: Path, header: Header, found: Verified) -> None:
     from dmin_trace.capture import weights
 
     try:
-        fingerprint = weights.fingerprint_of(file, header.parameters.names)
+        fingerprint = weights.fingerprint_of(file, names)
     except WeightsError as error:
         found.damages.append(Damage(file=file.name, what=str(error)))
         return
     found.files += 1
     found.bytes += file.stat().st_size
-    if fingerprint != header.weights:
-        what = f"has other weights: their fingerprint is {fingerprint[:16]}, in the header it is {header.weights[:16]}"
+    if fingerprint != expected:
+        what = f"has other weights: their fingerprint is {fingerprint[:16]}, in the header it is {expected[:16]}"
         found.damages.append(Damage(file=file.name, what=what))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dmin_trace.cli import capture, evaluate, index, query, store
+from dmin_trace.cli import capture, evaluate, query, store
 from dmin_trace.cli.console import print_error
 from dmin_trace.errors import DminTraceError, StoppedError
 from dmin_trace.version import VERSION
@@ -22,23 +22,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(capture.run)
-app.command()(capture.capture)
-app.command()(capture.estimate)
-app.command()(query.query)
-app.command()(index.index)
-app.command()(store.info)
-app.command()(store.verify)
+for command in (capture.run, capture.capture, capture.estimate, query.query):
+    app.command()(command)
+for command in (store.index, store.info, store.verify, store.pack):
+    app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
-app.command()(store.pack)
+
+DemoFolder = Annotated[Path, typer.Option(help="A folder for the model, the trace and the picture.")]
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="A folder for the model, the trace and the picture.")] = Path(
-        "dmin-trace-demo"
-    ),
-) -> None:
+def demo(out: DemoFolder = Path("dmin-trace-demo")) -> None:
     """Train on handwritten digits, generate some, and show which training digits influenced them. Takes minutes."""
     from dmin_trace.cli.demo import run_demo
 
@@ -51,12 +45,11 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def _top(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
+def _top(version: Version = False) -> None:
     pass
 
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dmin_trace.cli.console import show_log
-from dmin_trace.cli.options import EditedScript, Out, Verbose, script_command, with_settings
+from dmin_trace.cli.options import EditedScript, Out, Verbose, absolute, script_command, with_settings
 from dmin_trace.command import Job
+
+TRAINED_WEIGHTS = "The trained weights: a safetensors file, or a folder with one."
 
 
 @with_settings
@@ -27,12 +28,11 @@ def run(
     """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change."""
     from dmin_trace.capture.launch import run_script
 
-    show_log(verbose)
     job = Job(
         mode="final",
         command=script_command(context),
         settings=settings,
-        out=_absolute(out),
+        out=out,
         max_train_steps=max_train_steps,
         num_epochs=num_epochs,
         strict=strict,
@@ -44,7 +44,7 @@ def run(
 def capture(
     *,
     context: typer.Context,
-    weights: Annotated[Path, typer.Option(help="The trained weights: a safetensors file, or a folder with one.")],
+    weights: Annotated[str, typer.Option(parser=absolute, metavar="PATH", help=TRAINED_WEIGHTS)],
     settings: dict[str, Any],
     out: Out = None,
     edited_script: EditedScript = False,
@@ -53,15 +53,8 @@ def capture(
     """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
     from dmin_trace.capture.launch import run_script
 
-    show_log(verbose)
-    job = Job(
-        mode="now",
-        command=script_command(context),
-        settings=settings,
-        out=_absolute(out),
-        weights=_absolute(weights),
-        edited_script=edited_script,
-    )
+    command = script_command(context)
+    job = Job(mode="now", command=command, settings=settings, out=out, weights=weights, edited_script=edited_script)
     run_script(job)
 
 
@@ -72,14 +65,9 @@ def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbo
     from dmin_trace.capture.launch import run_script
     from dmin_trace.views import facts_table
 
-    show_log(verbose)
     trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
     folder = Path() if trial.out is None else trial.out.parent
     cost = describe_cost(estimate_cost(trial.recorder, trial.seconds_a_sample, folder))
     console = Console()
     title = "A whole capture of this script, estimated from two samples"
     console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))
-
-
-def _absolute(path: Path | None) -> str | None:
-    return None if path is None else str(path.absolute())

@@ -32,21 +32,21 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def show_log(verbose: bool) -> None:
-    """Shows the library's warnings and errors, and with `verbose` all of its log."""
+def show_log(verbose: bool) -> bool:
+    """Shows the library's warnings and errors, and with `verbose` all of its log. Returns `verbose`, for typer."""
     handler = logging.StreamHandler()
     handler.setFormatter(_HarmlessFormatter("dmin-trace: %(message)s"))
     library = logging.getLogger("dmin_trace")
     library.addHandler(handler)
     library.setLevel(logging.DEBUG if verbose else logging.WARNING)
     library.propagate = False
+    return verbose
 
 
 class _HarmlessFormatter(logging.Formatter):
     """Formats a record as one harmless line, followed by its traceback if it has one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The text of the record."""
         text = super().format(record)
         first, *traceback = text.split("\n") if record.exc_info else [text]
         return "\n".join([harmless(first, MAX_MESSAGE_LENGTH), *traceback])

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import track
 
 from dmin_trace.errors import QueryError, ScriptError
 from dmin_trace.query import Hit, open_trace
@@ -32,18 +31,10 @@ BATCH_SIZE = 64
 
 
 def run_demo(folder: Path, console: Console) -> float:
-    """Trains, captures, generates and queries; prints the tables and the path of a picture.
+    """Trains, captures, generates and queries in a new folder; prints the tables and the path of a picture.
 
-    Args:
-        folder: a new folder for the model, the trace and the picture.
-        console: where to print.
-
-    Returns:
-        The fraction of the training samples shown that have the same digit as their query.
-
-    Raises:
-        QueryError: the folder is there already, or the demo's packages are not installed.
-        ScriptError: the training failed; its own message is above.
+    Returns the fraction of the training samples shown that have the same digit as their query. Raises QueryError if the
+    folder exists or the demo's packages are not installed, and ScriptError if the training fails.
     """
     missing = [name for name in ("diffusers", "sklearn") if find_spec(name) is None]
     if missing:
@@ -55,16 +46,16 @@ def run_demo(folder: Path, console: Console) -> float:
 
     console.print("1. Train a small diffusion model on 1,797 digits, with one line of dmin_trace in the script.")
     with as_file(files("dmin_trace.examples") / "train_digits.py") as script:
-        # The layers are too small for several threads, which would wait for each other.
-        processes = _processes()
-        launch = [sys.executable]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        launch, environment = [sys.executable], {"OMP_NUM_THREADS": "1"}
+        # Two processes, since the layers are too small for threads. On other systems than Linux, gloo may not find the
+        # address of the machine.
+        processes = 2 if sys.platform == "linux" and core_count() > 1 and not torch.cuda.is_available() else 1
         if processes > 1:
             launch += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            environment |= {"ACCELERATE_USE_CPU": "true"}
+            environment["ACCELERATE_USE_CPU"] = "true"
         batch = ["--train_batch_size", str(BATCH_SIZE // processes)]
         command = [*launch, str(script), "--output_dir", str(folder), *TRAINING_ARGUMENTS, *batch]
-        if subprocess.run(command, check=False, env=environment).returncode:
+        if subprocess.run(command, check=False, env=os.environ | environment).returncode:
             raise ScriptError(f"{script} failed; its own message is above.")
         trace = open_trace(folder / "trace.zarr")
 
@@ -84,10 +75,8 @@ def run_demo(folder: Path, console: Console) -> float:
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
         console.print()
     labels = np.array(trace.columns["label"])
-    share = float(
-        np.mean([hit.columns["label"] == digit for digit, row in zip(digits, top.hits, strict=True) for hit in row])
-    )
-    chance = float(np.mean([np.mean(labels == digit) for digit in digits]))
+    share = float(np.mean(labels[top.samples] == np.array(digits)[:, None]))
+    chance = float(np.mean(labels == np.array(digits)[:, None]))
     picture = folder / "demo.png"
     draw_hits(images, top.hits).save(picture)
     console.print(f"Same digit as the query: {share:.0%} of the top {HIT_COUNT}; chance would give {chance:.0%}.")
@@ -96,47 +85,30 @@ def run_demo(folder: Path, console: Console) -> float:
     return share
 
 
-def _processes() -> int:
-    """The number of processes that train and capture: two if there are two cores and no GPU."""
-    # On other systems than Linux, gloo may not find the address of the machine.
-    two = sys.platform == "linux" and core_count() > 1 and not torch.cuda.is_available()
-    return 2 if two else 1
-
-
 def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
-    """Generates digits, and picks those that a classifier is surest of, each of another digit.
+    """Generates images of 8x8 with the pipeline in `folder`, and picks those of different digits that are surest.
 
-    Args:
-        folder: holds the trained pipeline.
-
-    Returns:
-        `QUERY_COUNT` images of 8x8, of as many digits, and the digits that the classifier sees in them.
+    Returns them and the digits that a classifier sees in them.
     """
-    import diffusers
-    from diffusers import DDIMScheduler, DDPMPipeline
+    from diffusers import DDIMPipeline, logging
     from sklearn.svm import SVC
 
-    diffusers.utils.logging.disable_progress_bar()
-    pipeline = DDPMPipeline.from_pretrained(folder)
-    model = pipeline.unet.eval()
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(100)
-    sample = torch.randn(GENERATED_COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for t in track(scheduler.timesteps, description="generate", console=Console(stderr=True), transient=True):
-            sample = scheduler.step(model(sample, t).sample, t, sample).prev_sample
-    pixels = ((sample[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    logging.disable_progress_bar()
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    seeded = torch.Generator().manual_seed(0)
+    with Console(stderr=True).status("Generating"):
+        images = pipeline(batch_size=GENERATED_COUNT, generator=seeded, num_inference_steps=100).images
 
     training, labels = training_digits()
     classifier = SVC(C=10, gamma=0.001).fit(training.reshape(len(training), -1) / 16, labels)
-    decisions = np.sort(classifier.decision_function(pixels.reshape(GENERATED_COUNT, -1) / 16), axis=1)
-    sureness = decisions[:, -1] - decisions[:, -2]
-    seen = classifier.predict(pixels.reshape(GENERATED_COUNT, -1) / 16)
-    chosen: list[int] = []
-    for k in np.argsort(-sureness):
-        if seen[k] not in seen[chosen] and len(chosen) < QUERY_COUNT:
-            chosen.append(int(k))
-    return [Image.fromarray(pixels[k]) for k in chosen], [int(seen[k]) for k in chosen]
+    flat = np.stack(images).reshape(GENERATED_COUNT, -1) / 16
+    decisions = np.sort(classifier.decision_function(flat), axis=1)
+    surest = np.argsort(decisions[:, -2] - decisions[:, -1])
+    seen = classifier.predict(flat)
+    _, first = np.unique(seen[surest], return_index=True)
+    chosen = surest[np.sort(first)[:QUERY_COUNT]]
+    return [images[k] for k in chosen], [int(digit) for digit in seen[chosen]]
 
 
 def training_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -150,25 +122,24 @@ def training_digits() -> tuple[np.ndarray, np.ndarray]:
 def draw_hits(images: list[Image.Image], hits: list[list[Hit]]) -> Image.Image:
     """A picture with a row for each query: the generated digit, then its training digits with scores, best first."""
     tile, gap, left, top = 64, 12, 24, 44
-    row = tile + 34
     training, _ = training_digits()
-    width = left * 2 + tile + 3 * gap + HIT_COUNT * (tile + gap) - gap
-    picture = Image.new("RGB", (width, top + len(images) * row), "white")
-    draw = ImageDraw.Draw(picture)
-    heading, font = ImageFont.load_default(15), ImageFont.load_default(12)
     first = left + tile + 3 * gap
+    size = (first + HIT_COUNT * (tile + gap) - gap + left, top + len(images) * (tile + 34))
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+
+    def paste(image: Image.Image, x: int, y: int, frame: str) -> None:
+        picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST).convert("RGB"), (x, y))
+        draw.rectangle((x - 1, y - 1, x + tile, y + tile), outline=frame)
+
+    heading, font = ImageFont.load_default(15), ImageFont.load_default(12)
     draw.text((left, 14), "generated", fill="black", font=heading)
     draw.text((first, 14), "training digits with the largest influence: label and score", fill="black", font=heading)
-    for y, (image, answer) in enumerate(zip(images, hits, strict=True)):
-        at = top + y * row
-        _paste(picture, image, left, at, tile, "black")
-        for x, hit in enumerate(answer):
-            place = first + x * (tile + gap)
-            _paste(picture, Image.fromarray(training[hit.sample]), place, at, tile, "silver")
-            draw.text((place, at + tile + 4), f"{hit.columns['label']}   {hit.score:.2f}", fill="dimgray", font=font)
+    for row, (image, answer) in enumerate(zip(images, hits, strict=True)):
+        y = top + row * (tile + 34)
+        paste(image, left, y, "black")
+        for column, hit in enumerate(answer):
+            x = first + column * (tile + gap)
+            paste(Image.fromarray(training[hit.sample]), x, y, "silver")
+            draw.text((x, y + tile + 4), f"{hit.columns['label']}   {hit.score:.2f}", fill="dimgray", font=font)
     return picture
-
-
-def _paste(picture: Image.Image, image: Image.Image, x: int, y: int, tile: int, frame: str) -> None:
-    picture.paste(image.resize((tile, tile), Image.Resampling.NEAREST).convert("RGB"), (x, y))
-    ImageDraw.Draw(picture).rectangle((x - 1, y - 1, x + tile, y + tile), outline=frame)

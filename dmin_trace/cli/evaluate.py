@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dmin_trace.cli import options
-from dmin_trace.cli.query import query_inputs
+from dmin_trace.cli.query import read_queries
 from dmin_trace.errors import QueryError
 
 if TYPE_CHECKING:
@@ -18,44 +18,41 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode=None)
 
+Models = Annotated[
+    Path,
+    typer.Argument(help="Retrained models, by numpy.savez: subsets, bool (models, samples); losses (models, queries)."),
+]
+Ks = Annotated[list[int] | None, typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
-
-def _add_column_command(kind: Literal["labels", "duplicates"], description: str) -> None:
-    @app.command(kind, help=f"{description} Samples are the queries, so no model is needed.")
-    def evaluate_column(
-        *,
-        trace: options.TracePath,
-        column: Annotated[str, typer.Argument(help="A column of labels, or of values that duplicates share.")],
-        k: Annotated[
-            list[int] | None,
-            typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100."),
-        ] = None,
-        queries: Annotated[int, typer.Option(help="Number of samples used as queries, spread evenly.")] = 100,
-        seed: Seed = 0,
-        score: options.ScoreName = "deflated",
-        exact: options.Exact = False,
-        json_path: options.JsonPath = None,
-    ) -> None:
-        from dmin_trace.audit import measure_column
-        from dmin_trace.query import open_trace
-
-        opened = open_trace(trace)
-        with Console(stderr=True).status("Scoring the queries"):
-            found = measure_column(opened, column, kind, ks=k, queries=queries, score=score, exact=exact, seed=seed)
-        _show(found, opened, json_path)
+DUPLICATES_HELP = """Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. A
+score that misses duplicates is broken. Samples are the queries, so no model is needed."""
+LABELS_HELP = """Detection rate: the fraction of the k best samples that have the label of the query. It measures
+likeness, not influence. Samples are the queries, so no model is needed."""
 
 
-_add_column_command(
-    "labels",
-    "Detection rate: the fraction of the k best samples that have the label of the query. It measures likeness, not "
-    "influence.",
-)
-_add_column_command(
-    "duplicates",
-    "Recall of duplicates: the fraction of a query's duplicates that are among its k best samples. A score that misses "
-    "duplicates is broken.",
-)
+@app.command("duplicates", help=DUPLICATES_HELP)
+@app.command("labels", help=LABELS_HELP)
+def evaluate_column(
+    *,
+    context: typer.Context,
+    trace: options.TracePath,
+    column: Annotated[str, typer.Argument(help="A column of labels, or of values that duplicates share.")],
+    k: Ks = None,
+    queries: Annotated[int, typer.Option(help="Number of samples used as queries, spread evenly.")] = 100,
+    seed: Seed = 0,
+    score: options.ScoreName = "deflated",
+    exact: options.Exact = False,
+    json_path: options.JsonPath = None,
+) -> None:
+    from dmin_trace.audit import measure_column
+    from dmin_trace.query import open_trace
+
+    opened = open_trace(trace)
+    kind: Literal["labels", "duplicates"] = "labels" if context.info_name == "labels" else "duplicates"
+    with Console(stderr=True).status("Scoring the queries"):
+        found = measure_column(opened, column, kind, ks=k, queries=queries, score=score, exact=exact, seed=seed)
+    _show(found, opened, json_path)
 
 
 @app.command("lds")
@@ -63,15 +60,9 @@ def lds(
     *,
     context: typer.Context,
     trace: options.TracePath,
-    models: Annotated[
-        Path,
-        typer.Argument(
-            help="A file of numpy.savez about retrained models: subsets, bool (models, samples), and losses (models, "
-            "queries)."
-        ),
-    ],
+    models: Models,
     images: options.ImagePaths = None,
-    sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
+    sample: options.Samples = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
     conditioning: options.Conditioning = None,
     weights: options.TracedWeights = None,
@@ -97,10 +88,7 @@ def lds(
     # Read before the queries are captured, which takes long.
     retrained = read_retrained(models, len(opened), len(sample or inputs))
     with Console(stderr=True).status("Capturing the gradients of the queries") as status:
-        if sample:
-            queries = opened.query_samples(sample)
-        else:
-            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
+        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
         status.update("Scoring every sample")
         found = measure_datamodeling(opened, queries, retrained, score=score, seed=seed)
     _show(found, opened, json_path)

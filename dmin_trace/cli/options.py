@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin, get_type_
 
 import typer
 
+from dmin_trace.cli.console import show_log
 from dmin_trace.command import Command
 from dmin_trace.errors import QueryError, ScriptError, SettingsError
 from dmin_trace.settings import Settings, make_settings
@@ -29,16 +30,25 @@ def _check_folder(path: Path | None) -> Path | None:
     return path
 
 
+def absolute(path: str) -> str:
+    """A path for a script that may run in another folder."""
+    return str(Path(path).absolute())
+
+
 TracePath = Annotated[Path, typer.Argument(help="The store.")]
 ImagePaths = Annotated[
     list[Path] | None,
     typer.Argument(help="Images, folders (with prompts in metadata.jsonl), or JSON lines of file_name and text."),
 ]
+Samples = Annotated[list[int] | None, typer.Option("--sample", help="A training sample as query. May be repeated.")]
 Conditioning = Annotated[
     list[Path] | None, typer.Option(help="What each image was made from (ControlNet, InstructPix2Pix), or one for all.")
 ]
 TracedWeights = Annotated[Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")]
-Out = Annotated[Path | None, typer.Option(help="The store. Default: trace.zarr in the script's output_dir.")]
+Out = Annotated[
+    str | None,
+    typer.Option(parser=absolute, metavar="PATH", help="The store. Default: trace.zarr in the script's output_dir."),
+]
 JsonPath = Annotated[Path | None, typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.")]
 CsvPath = Annotated[Path | None, typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.")]
 ScoreName = Annotated[
@@ -49,14 +59,11 @@ Exact = Annotated[bool, typer.Option("--exact", help="Scan every sample, even if
 EditedScript = Annotated[
     bool, typer.Option("--edited-script", help="The script was edited, but its loss and its data are the same.")
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the whole log.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=show_log, help="Show the whole log.")]
 
 
 def script_command(context: typer.Context) -> Command:
-    """The script and its arguments, which stand after `--`.
-
-    Raises ScriptError if there is none.
-    """
+    """The script and its arguments, which stand after `--`. Raises ScriptError if there is none."""
     if not context.obj:
         raise ScriptError(
             f"No script was given. Write it after two dashes: dmin-trace {context.info_name} -- SCRIPT ARGS."

@@ -31,7 +31,7 @@ def query(
     seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
     made: Annotated[Path | None, typer.Option(help="Folder for the images made. Default: generated.")] = None,
-    sample: Annotated[list[int] | None, typer.Option(help="A training sample as query. May be repeated.")] = None,
+    sample: options.Samples = None,
     k: Annotated[int, typer.Option("-k", help="Number of training samples to show.")] = 10,
     weights: options.TracedWeights = None,
     json_path: options.JsonPath = None,
@@ -63,22 +63,17 @@ def query(
     opened = open_trace(trace, unfinished=True)
     score_method(opened.store, score)
     check_k(opened.store, k)
-    if sample:
-        queries = opened.query_samples(sample)
-    else:
-        with Console(stderr=True).status("Reading the queries") as status:
-            if images:
-                inputs = read_inputs(images, prompt or [], conditioning or [])
-            else:
-                status.update("Making images")
-                folder = made or trace.absolute().parent / "generated"
-                count = 1 if num is None else num
-                inputs = generate_images(
-                    opened.store, prompt or [], folder, num=count, seed=seed or 0, command=context.obj
-                )
-            status.update("Capturing the gradients of the queries")
-            queries = query_inputs(opened, inputs, weights, context.obj, edited_script)
-    with Console(stderr=True).status("Scoring"):
+    with Console(stderr=True).status("Reading the queries") as status:
+        if prompt and not images:
+            status.update("Making images")
+            folder = made or trace.absolute().parent / "generated"
+            count = 1 if num is None else num
+            inputs = generate_images(opened.store, prompt, folder, num=count, seed=seed or 0, command=context.obj)
+        else:
+            inputs = read_inputs(images or [], prompt or [], conditioning or [])
+        status.update("Capturing the gradients of the queries")
+        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
+        status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
 
     console = Console()
@@ -102,10 +97,17 @@ def query(
         csv_path.write_text(hits_csv(top), encoding="utf-8", newline="")
 
 
-def query_inputs(
-    trace: Trace, inputs: Sequence[QueryInput], weights: Path | None, command: Sequence[str], edited_script: bool
+def read_queries(
+    trace: Trace,
+    samples: Sequence[int] | None,
+    inputs: Sequence[QueryInput],
+    weights: Path | None,
+    command: Sequence[str],
+    edited_script: bool,
 ) -> Queries:
-    """The queries for images; `command` is the script's command line, or empty for the remembered one."""
+    """The queries: stored samples, or else images. `command` is the script's, or empty for the remembered one."""
+    if samples:
+        return trace.query_samples(samples)
     return trace.query_images(
         [given.image for given in inputs],
         [given.prompt for given in inputs],

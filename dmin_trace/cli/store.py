@@ -1,7 +1,8 @@
-"""The commands for a store: info, verify, pack."""
+"""The commands for a store: info, verify, index, pack."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 from rich.console import Console
 
 from dmin_trace.cli.console import print_note, progress_bar
-from dmin_trace.cli.options import JsonPath, TracePath
+from dmin_trace.cli.options import JsonPath, TracePath, Verbose
+from dmin_trace.errors import SettingsError
 from dmin_trace.settings import Codec, Dtype, make_settings
 
 
@@ -33,8 +35,7 @@ def verify(
         bool, typer.Option("--drop-damaged", help="Mark damaged chunks as not done; the next capture makes them anew.")
     ] = False,
     failed: Annotated[
-        bool,
-        typer.Option("--drop-failed", help="The same for chunks with samples that could not be loaded."),
+        bool, typer.Option("--drop-failed", help="The same for chunks with samples that could not be loaded.")
     ] = False,
 ) -> None:
     """Compare all of a store, its index and its weights with their checksums, and name each damaged file.
@@ -71,6 +72,50 @@ def verify(
         raise typer.Exit(1)
 
 
+def index(
+    *,
+    trace: TracePath,
+    recall: Annotated[float, typer.Option(help="The part of the true 10 best that a query must find.")] = 0.99,
+    fold: Annotated[str, typer.Option(help="Numbers for each timestep, or auto: the fewest that suffice.")] = "auto",
+    m: Annotated[int, typer.Option("--M", help="HNSW: links of each sample.")] = 16,
+    ef_construction: Annotated[int, typer.Option(help="HNSW: candidates considered when a sample is linked.")] = 200,
+    directions: Annotated[
+        int | None, typer.Option(help="Principal directions that deflated scores take out. Default: as measured.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Build an index beside a store, so that queries need not scan it. Measures the recall that it reaches."""
+    from rich.progress import TaskID
+
+    from dmin_trace.search import build_index, index_beside
+    from dmin_trace.store import open_store
+    from dmin_trace.views import describe_index, facts_table
+
+    if fold != "auto" and not fold.isdecimal():
+        raise SettingsError(f"--fold is {fold!r}; expected auto, or a number such as 128.")
+    store = open_store(trace)
+    with progress_bar() as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: str, done: int, of: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step)
+            progress.update(tasks[step], completed=done, total=of)
+
+        facts = build_index(
+            store,
+            recall=recall,
+            fold=None if fold == "auto" else int(fold),
+            m=m,
+            ef_construction=ef_construction,
+            directions=directions,
+            progress=show,
+        )
+    console = Console()
+    title = str(index_beside(trace))
+    console.print(facts_table(describe_index(facts, store), title, ascii_only=console.options.ascii_only))
+
+
 def pack(
     *,
     trace: TracePath,
@@ -86,15 +131,9 @@ def pack(
 
     make_settings({"codec": codec, "dtype": dtype, "dimension": dimension})
     store = open_store(trace)
-    with progress_bar() as progress:
-        task = progress.add_task("pack", total=store.header.samples)
-        packed = pack_store(
-            store,
-            out,
-            codec=codec,
-            dtype=dtype,
-            dimension=dimension,
-            progress=lambda samples: progress.advance(task, samples),
-        )
+    with progress_bar() as bar:
+        task = bar.add_task("pack", total=store.header.samples)
+        advance = partial(bar.advance, task)
+        packed = pack_store(store, out, codec=codec, dtype=dtype, dimension=dimension, progress=advance)
     part = 100 * packed.bytes / store.bytes
     print_note(Console(stderr=True), f"{out}: {packed.bytes:,} bytes, {part:.1f}% of {store.bytes:,}.", style="")

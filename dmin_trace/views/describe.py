@@ -12,17 +12,16 @@ if TYPE_CHECKING:
 
 def describe_score(score: str, timesteps: int) -> str:
     """What a score with this name is, summed over this number of timesteps."""
-    count = "1 timestep" if timesteps == 1 else f"{timesteps} timesteps"
+    summed = f"summed over {timesteps} {'timestep' if timesteps == 1 else 'timesteps'}"
     if score == "dmin":
         return (
-            f"score: inner product of normalised compressed gradients, summed over {count}; "
-            f"{timesteps} would be a perfect match"
+            f"score: inner product of normalised compressed gradients, {summed}; {timesteps} would be a perfect match"
         )
     if score != "deflated":
-        return f"{score} score, summed over {count}; compare within a query only"
+        return f"{score} score, {summed}; compare within a query only"
     return (
-        f"{score} score: inner product of compressed gradients, the query's without what all samples share, summed "
-        f"over {count}; above 0 helps, below 0 hinders; compare within a query only"
+        f"{score} score: inner product of compressed gradients, the query's without what all samples share, {summed}; "
+        "above 0 helps, below 0 hinders; compare within a query only"
     )
 
 
@@ -38,68 +37,49 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
         stored = sum(file.stat().st_size for file in files if file.is_file()) / rows or stored
     whole = len(header.timesteps) * header.projection.length * 4
     state = "complete" if store.complete else f"unfinished: {int(store.done.sum())} of {header.chunks} chunks are done"
-    # A capture that has only begun has no rows yet.
-    unranked = _describe_unranked(store.unranked) if rows else []
-    unreached = []
-    if header.unreached:
-        names = _first_values(header.unreached, 3)
-        unreached = [
-            ("never reached", f"{len(header.unreached):,} tensors, among them {names}; their gradients are zero")
-        ]
-    draws = [("draws", f"{header.draws} at each timestep; a gradient is their mean")] if header.draws != 1 else []
-    return [
+    chunk_bytes = header.chunk_rows * header.sample_bytes
+    unreached = f"{len(header.unreached):,} tensors, among them {_first_values(header.unreached, 3)}"
+    shapes = (f"{name}({', '.join(map(str, shape))})" for name, shape in header.noise.draws[0])
+    facts = [
         ("samples", f"{rows:,} of {header.samples:,}; {state}"),
-        *unranked,
+        # A capture that has only begun has no rows yet.
+        *(_describe_unranked(store.unranked) if rows else ()),
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
         ("gradient", f"{header.projection.length:,} numbers in {len(header.parameters.names):,} tensors"),
-        *unreached,
+        ("never reached", f"{unreached}; their gradients are zero" if header.unreached else ""),
         ("compressed", f"to {header.dimension:,} numbers of {header.dtype}, projection {header.projection.kind}"),
-        (
-            "a sample",
-            f"{stored:,.0f} bytes; its gradients in float32 have {whole:,}, {whole / stored:,.4g} times as many",
-        ),
+        ("a sample", f"{stored:,.0f} bytes; its gradients in float32: {whole:,}, {whole / stored:,.4g} times as many"),
         ("the store", f"{store.bytes:,} bytes, codec {header.codec}"),
-        (
-            "chunks",
-            f"{header.chunks:,} of {header.chunk_rows:,} samples, {header.chunk_rows * header.sample_bytes:,} bytes",
-        ),
-        *draws,
+        ("chunks", f"{header.chunks:,} of {header.chunk_rows:,} samples, {chunk_bytes:,} bytes"),
+        ("draws", f"{header.draws} at each timestep; a gradient is their mean" if header.draws != 1 else ""),
         ("transform", header.transform),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
-        (
-            "the script draws",
-            ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in header.noise.draws[0]),
-        ),
+        ("the script draws", ", ".join(shapes)),
         ("columns", ", ".join(header.columns) or "none"),
         ("weights", header.weights[:16]),
-        ("script", " ".join((header.script, header.script_sha256[:16])).strip() or "not known"),
+        ("script", f"{header.script} {header.script_sha256[:16]}".strip() or "not known"),
         ("data set", header.data_sha256[:16] or "not known"),
         ("id", header.id),
         ("written by", ", ".join(f"{name} {version}" for name, version in header.writers.items())),
     ]
+    return [(name, value) for name, value in facts if value]
 
 
 def describe_index(facts: Facts, store: Store) -> list[tuple[str, str]]:
     """Names and values that `dmin-trace index` shows of the index it built."""
     max_hits = {depth.score: depth.k for depth in facts.depths}
     served = "; ".join(f"{kind} queries for up to {k} hits" for kind, k in max_hits.items())
+    parts = f"{facts.fold:,} bins and {facts.directions} directions for each timestep"
     described = [
-        (
-            "vectors",
-            f"{facts.vectors:,} of {facts.length:,} numbers: {facts.fold:,} bins and {facts.directions} directions for "
-            "each timestep",
-        ),
-        *(
-            (depth.name, f"{depth.recall:.3f}, from {depth.candidates} candidates (ef {depth.ef})")
-            for depth in facts.depths
-        ),
+        ("vectors", f"{facts.vectors:,} of {facts.length:,} numbers: {parts}"),
+        *((of.name, f"{of.recall:.3f}, from {of.candidates} candidates (ef {of.ef})") for of in facts.depths),
         ("measured with", f"{facts.queries} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / store.bytes:.1%} of the store's"),
         ("serves", served or "nothing: queries scan"),
+        ("deflated scores", f"by {facts.principal} principal directions of each timestep" if facts.principal else ""),
+        ("short of", facts.short),
     ]
-    if facts.principal:
-        described.append(("deflated scores", f"by {facts.principal} principal directions of each timestep"))
-    return [*described, ("short of", facts.short)] if facts.short else described
+    return [(name, value) for name, value in described if value]
 
 
 def summarize_index(facts: Facts | Unavailable) -> str:
@@ -116,20 +96,12 @@ def summarize_index(facts: Facts | Unavailable) -> str:
 
 
 def _describe_unranked(unranked: UnrankedSamples) -> list[tuple[str, str]]:
-    """One line for each reason why samples are never ranked."""
-    return [
-        (name, f"{count:,} samples{more}; never ranked")
-        for name, count, more in (
-            ("failed to load", len(unranked.failed), f": {_first_values(unranked.failed, 20)}"),
-            ("not finite", unranked.infinite, " have a gradient with NaN or infinity"),
-            ("zero", unranked.zero, " have a gradient that is zero"),
-        )
-        if count
-    ]
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return f"({', '.join(map(str, shape))})"
+    reasons = (
+        ("failed to load", len(unranked.failed), f": {_first_values(unranked.failed, 20)}"),
+        ("not finite", unranked.infinite, " have a gradient with NaN or infinity"),
+        ("zero", unranked.zero, " have a gradient that is zero"),
+    )
+    return [(name, f"{count:,} samples{more}; never ranked") for name, count, more in reasons if count]
 
 
 def _first_values(values: Sequence[object], count: int) -> str:

@@ -1,6 +1,7 @@
 """JSON and CSV for programs.
 
-JSON keeps the original text, escaped to plain ASCII. CSV cells are made safe for spreadsheets.
+JSON keeps the original text, escaped to plain ASCII; a number that is NaN or infinite is null. CSV cells are made safe
+for spreadsheets.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -36,11 +38,9 @@ def hits_json(top: TopK, trace_facts: Mapping[str, object]) -> str:
         queries     [{name, prompt, hits: [{rank, sample, score, per_timestep, columns}, ...]}, ...]
 
     `per_timestep` has one number for each of `timesteps`; `columns` are those of the store, in its order.
-    A number that is NaN or infinite is null.
     """
-    keys = ("rank", "sample", "score", "per_timestep", "columns")
     queries = [
-        {"name": name, "prompt": prompt, "hits": [{key: getattr(hit, key) for key in keys} for hit in hits]}
+        {"name": name, "prompt": prompt, "hits": [asdict(hit) for hit in hits]}
         for name, prompt, hits in zip(top.names, top.prompts, top.hits, strict=True)
     ]
     meaning = {"scored_by": top.score, "score": describe_score(top.score, len(top.timesteps))}
@@ -51,12 +51,12 @@ def hits_csv(top: TopK) -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
     Columns: query, prompt, rank, sample, score, scored_by (the name of the score), the columns of the store, then
-    per_timestep_<timestep> for each timestep. A store column whose name is taken gets "meta_" before its name. Control
-    characters in text are escaped, and text that a spreadsheet would take for a formula gets a leading "'". A missing
-    value, NaN or infinity is an empty cell. Lines end in a newline alone.
+    t<timestep> for each timestep. A store column whose name is taken gets "meta_" before its name. Control characters
+    in text are escaped, and text that a spreadsheet would take for a formula gets a leading "'". A missing value, NaN
+    or infinity is an empty cell. Lines end in a newline alone.
     """
     fixed = ["query", "prompt", "rank", "sample", "score", "scored_by"]
-    per_timestep = [f"per_timestep_{_timestep(t)}" for t in top.timesteps]
+    per_timestep = [f"t{t:g}" for t in top.timesteps]
     # A dict keeps the order in which the names first appear.
     names = dict.fromkeys(name for hits in top.hits for hit in hits for name in hit.columns)
     taken = {*fixed, *per_timestep}
@@ -81,12 +81,10 @@ def hits_csv(top: TopK) -> str:
 def measures_json(measures: Sequence[Mapping[str, object]], trace_facts: Mapping[str, object]) -> str:
     """The results of measures as strict JSON in plain ASCII, keys always in this order:
 
-        format      "dmin_trace.measures"
-        version     1; a reader should refuse any other
-        trace       the facts of the trace, as given
-        measures    [{measure, ...}, ...], as given
-
-    A number that is NaN or infinite is null.
+    format      "dmin_trace.measures"
+    version     1; a reader should refuse any other
+    trace       the facts of the trace, as given
+    measures    [{measure, ...}, ...], as given
     """
     return _json("measures", {"trace": trace_facts, "measures": list(measures)})
 
@@ -102,26 +100,17 @@ def verified_json(found: Verified) -> str:
         damages     [{file, array, chunk, rows, samples, what}, ...]
         notes       [text, ...]
 
-    `rows` and `samples` are lists; `array` and `chunk` are null for a file that is not of a chunk.
+    `array` and `chunk` are null for a file that is not of a chunk.
     """
-    damages = [
-        {
-            "file": damage.file,
-            "array": damage.array or None,
-            "chunk": damage.chunk,
-            "rows": list(damage.rows),
-            "samples": damage.samples,
-            "what": damage.what,
-        }
-        for damage in found.damages
-    ]
+    keys = ("file", "array", "chunk", "rows", "samples", "what")
+    damages = [{key: getattr(of, key) for key in keys} | {"array": of.array or None} for of in found.damages]
     counts = {name: getattr(found, name) for name in ("complete", "chunks", "done", "files", "bytes")}
     return _json("verified", {"whole": not damages, **counts, "damages": damages, "notes": found.notes})
 
 
 def _json(kind: str, content: Mapping[str, object]) -> str:
-    # ASCII only, so that the text is safe to show and to pipe, whatever the captions hold.
     document = {"format": f"dmin_trace.{kind}", "version": VERSION, **content}
+    # ASCII only, so that the text is safe to show and to pipe, whatever the captions hold.
     return json.dumps(_plain(document), allow_nan=False, ensure_ascii=True, indent=2)
 
 
@@ -129,27 +118,19 @@ def _plain(value: object) -> object:
     """The value with null for each NaN and infinity, and Python's numbers for NumPy's."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, range)):
         return [_plain(inner) for inner in value]
-    if isinstance(value, (str, bool)):
+    if isinstance(value, bool):
         return value
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        number = float(value)
-        return number if math.isfinite(number) else None
+        return float(value) if math.isfinite(value) else None
     return value
 
 
 def _cell(value: str | int | float | None) -> str | int | float:
-    if value is None:
-        return ""
     if isinstance(value, str):
         return spreadsheet_safe(value)
     # isfinite makes a float of an int, which may be too large for one.
-    return value if isinstance(value, int) or math.isfinite(value) else ""
-
-
-def _timestep(t: float) -> str:
-    # Not :g, which would give two close timesteps one name.
-    return str(int(t)) if math.isfinite(t) and t == int(t) else str(float(t))
+    return "" if value is None or not (isinstance(value, int) or math.isfinite(value)) else value

@@ -48,11 +48,11 @@ def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
     title.append(harmless(top.names[query], ascii_only=ascii_only), style="bold")
     if prompt is not None:
         title.append("\n").append(harmless(prompt, ascii_only=ascii_only), style="italic")
-    table = _table(None, caption=describe_score(top.score, len(top.timesteps)), ascii_only=ascii_only)
-    table.add_column(Text("#"), justify="right", no_wrap=True)
-    table.add_column(Text("score"), justify="right", no_wrap=True)
-    table.add_column(Text(_timestep_heading(top.timesteps)), no_wrap=True)
-    table.add_column(Text("sample"), justify="right", no_wrap=True)
+    table = _table("", caption=describe_score(top.score, len(top.timesteps)), ascii_only=ascii_only)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column(_timestep_heading(top.timesteps), no_wrap=True)
+    table.add_column("sample", justify="right", no_wrap=True)
     text_column = _choose_column(hits, TEXT_COLUMNS, FILE_COLUMNS)
     file_column = _choose_column(hits, FILE_COLUMNS, None)
     for column, style in ((text_column, ""), (file_column, "dim")):
@@ -65,12 +65,11 @@ def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
     for hit, value, scores in zip(hits, _align_decimals([hit.score for hit in hits]), averaged, strict=True):
         row = [Text(str(hit.rank)), Text(value), _draw_bars(scores, peak, ascii_only), Text(str(hit.sample))]
         if text_column is not None:
-            text = harmless(_cell(hit, text_column), MAX_TEXT_LENGTH, ascii_only=ascii_only)
-            row.append(Text(text))
+            row.append(Text(harmless(_cell(hit, text_column), MAX_TEXT_LENGTH, ascii_only=ascii_only)))
         if file_column is not None:
             path = _cell(hit, file_column)
-            # The end of a path tells two files apart.
-            path = path if len(path) <= MAX_FILE_LENGTH else "…" + path[1 - MAX_FILE_LENGTH :]
+            if len(path) > MAX_FILE_LENGTH:
+                path = "…" + path[1 - MAX_FILE_LENGTH :]  # the end of a path tells two files apart
             row.append(Text(harmless(path, MAX_FILE_LENGTH, ascii_only=ascii_only)))
         table.add_row(*row)
     # A title of the table itself would fold at its width.
@@ -79,63 +78,55 @@ def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
 
 def facts_table(facts: Sequence[tuple[str, str]], title: str, *, ascii_only: bool = False) -> Table:
     """Names and values, one pair a row, under a title. Long values fold; only those above 2,000 characters are cut."""
-    table = _table(title, box_style=box.SIMPLE, ascii_only=ascii_only)
+    table = _table(title, ("", ""), facts, ascii_only=ascii_only)
     table.show_header = False
-    table.add_column(style="dim", overflow="fold")
-    table.add_column(overflow="fold")
-    for name, value in facts:
-        _add_row(table, (name, value), ascii_only)
+    table.box = box.SIMPLE
+    table.columns[0].style = "dim"
     return table
 
 
 def measure_table(
-    title: str,
-    headings: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    meaning: str,
-    *,
-    ascii_only: bool = False,
+    title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], meaning: str, *, ascii_only: bool = False
 ) -> Table:
     """The figures of a measure under a title, and below them what they mean."""
-    table = _table(title, caption=meaning, ascii_only=ascii_only)
+    table = _table(title, headings, rows, caption=meaning, ascii_only=ascii_only)
     # Few figures make a narrow table, below which the meaning would have one word a line.
     table.min_width = 60
-    for heading in headings:
-        table.add_column(Text(harmless(heading, ascii_only=ascii_only)), justify="right", no_wrap=True)
-    for row in rows:
-        _add_row(table, row, ascii_only)
+    for column in table.columns:
+        column.justify = "right"
+        column.no_wrap = True
     return table
 
 
 def damage_table(found: Verified, title: str, *, ascii_only: bool = False) -> Table:
     """What `verify` found damaged, one row for each file; only cells above 2,000 characters are cut."""
-    table = _table(f"Damaged in {title}", ascii_only=ascii_only)
-    for heading in ("file", "samples", "what is wrong"):
-        table.add_column(Text(heading), overflow="fold")
-    for damage in found.damages:
-        lost = _ranges(damage.samples) or (f"rows {_ranges(damage.rows)}" if damage.rows else "")
-        _add_row(table, (damage.file, lost, damage.what), ascii_only)
-    return table
+    lost = [_ranges(of.samples) or (f"rows {_ranges(of.rows)}" if of.rows else "") for of in found.damages]
+    rows = [(of.file, samples, of.what) for of, samples in zip(found.damages, lost, strict=True)]
+    return _table(f"Damaged in {title}", ("file", "samples", "what is wrong"), rows, ascii_only=ascii_only)
 
 
 def _table(
-    title: str | None, *, caption: str | None = None, box_style: box.Box = box.SIMPLE_HEAD, ascii_only: bool
+    title: str, headings: Sequence[str] = (), rows: Sequence[Sequence[str]] = (), caption: str = "", *, ascii_only: bool
 ) -> Table:
-    return Table(
-        title=None if title is None else Text(harmless(title, ascii_only=ascii_only), style="bold"),
+    def text(value: str, style: str = "") -> Text:
+        return Text(harmless(value, 2000, ascii_only=ascii_only), style=style)
+
+    table = Table(
+        title=text(title, "bold") if title else None,
         title_justify="left",
         title_style="",
-        caption=None if caption is None else Text(harmless(caption, 2000, ascii_only=ascii_only)),
+        caption=text(caption) if caption else None,
         caption_justify="left",
         caption_style="dim",
-        box=box_style,
+        box=box.SIMPLE_HEAD,
         header_style="bold",
         pad_edge=False,
     )
-
-
-def _add_row(table: Table, cells: Sequence[str], ascii_only: bool) -> None:
-    table.add_row(*(Text(harmless(cell, 2000, ascii_only=ascii_only)) for cell in cells))
+    for heading in headings:
+        table.add_column(text(heading), overflow="fold")
+    for row in rows:
+        table.add_row(*map(text, row))
+    return table
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -157,19 +148,16 @@ def _cell(hit: Hit, column: str) -> str:
 def _choose_column(hits: Sequence[Hit], wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
     """The first wanted column that has a value in some hit; else the first column that is not among the others."""
     present = dict.fromkeys(name for hit in hits for name, value in hit.columns.items() if value is not None)
-    for want in wanted:
-        for name in present:
-            if name.lower() == want:
-                return name
-    if others is None:
-        return None
-    return next((name for name in present if name.lower() not in others), None)
+    chosen = [name for want in wanted for name in present if name.lower() == want]
+    if others is not None:
+        chosen += [name for name in present if name.lower() not in others]
+    return chosen[0] if chosen else None
 
 
 def _timestep_heading(timesteps: tuple[float, ...]) -> str:
-    """A heading with the first timestep above the first bar and the last above the last."""
-    if len(timesteps) < 2:
-        return "".join(f"t={t:g}" for t in timesteps)
+    """The first timestep above the first bar and the last above the last."""
+    if len(timesteps) == 1:
+        return f"t={timesteps[0]:g}"
     first, last = f"t={timesteps[0]:g}", f"{timesteps[-1]:g}"
     gap = max(1, min(len(timesteps), MAX_BARS) - len(first) - len(last))
     return first + " " * gap + last
@@ -177,10 +165,8 @@ def _timestep_heading(timesteps: tuple[float, ...]) -> str:
 
 def _average_neighbours(scores: Sequence[float]) -> list[float]:
     """The scores, or the means of MAX_BARS groups of neighbours where there are more."""
-    count = len(scores)
-    if count <= MAX_BARS:
-        return list(scores)
-    edges = [count * k // MAX_BARS for k in range(MAX_BARS + 1)]
+    bars = min(len(scores), MAX_BARS)
+    edges = [len(scores) * k // bars for k in range(bars + 1)]
     return [sum(scores[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
 
 

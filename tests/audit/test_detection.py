@@ -110,10 +110,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "k too large": (
         lambda: detection_rate([1, 2, 3], RANKING, [1, 2], [1, 3]),
-        r"k is \[1, 3\]; expected .* from 1 to 2",
+        "k is 1, 3; expected .* from 1 to 2",
     ),
-    "k of zero": (lambda: duplicate_recall(RANKING, [{1}, {2}], [0], ranked=3), r"k is \[0\]"),
-    "no k": (lambda: duplicate_recall(RANKING, [{1}, {2}], [], ranked=3), r"k is \[\]"),
+    "k of zero": (lambda: duplicate_recall(RANKING, [{1}, {2}], [0], ranked=3), "k is 0; expected"),
+    "no k": (lambda: duplicate_recall(RANKING, [{1}, {2}], [], ranked=3), "k is ; expected"),
     "a ranking of floats": (lambda: detection_rate([1, 2], RANKING / 2, [1, 2], [1]), "float64 of shape"),
     "positions beyond the samples": (
         lambda: detection_rate([1, 2, 3], RANKING, [1, 2], [1], query_positions=[2, 3]),

@@ -127,7 +127,7 @@ def test_measure_column_of_duplicates_finds_them_and_leaves_the_query_out(tmp_pa
 
 
 def test_measure_column_of_duplicates_with_more_of_them_than_k(tmp_path: Path) -> None:
-    """Twenty equal gradients: the one that asks may not be among the first of them."""
+    """Twenty equal gradients: the query itself may not be among the first of them."""
     grad = labelled(tmp_path / "first.zarr")[1].grad.copy()
     grad[20:40] = grad[20]
     trace, rows = labelled(tmp_path / "trace.zarr", grad=grad)
@@ -398,7 +398,7 @@ def test_measure_column_of_labels_of_few_samples_needs_k(tmp_path: Path) -> None
     rows = make_rows(header)._replace(sample=np.arange(5))
     rows.columns["label"] = [1, 2, 1, 2, 1]
     trace = Trace(write_store(tmp_path / "trace.zarr", header, rows))
-    with pytest.raises(EvaluationError, match="A sample is ranked with 4 others; expected 5 or more"):
+    with pytest.raises(EvaluationError, match="k is 5; expected numbers from 1 to 4"):
         measure_labels(trace, "label")
     assert [of["k"] for of in measure_labels(trace, "label", ks=[2, 4]).values["rates"]] == [2, 4]
 
@@ -424,6 +424,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def figures(rate: dict[str, Any]) -> list[str]:
+    """The cells of a rate's line in the table."""
+    low, high = (f"{rate[end]:.3f}" for end in ("low", "high"))
+    return [str(rate["k"]), f"{rate['value']:.3f}", low, "to", high, f"{rate['chance']:.3f}", f"{rate['best']:.3f}"]
+
+
+def shown_rates(shown: str) -> list[list[str]]:
+    """The lines of a table that begin with a number."""
+    lines = [line.split() for line in shown.splitlines()]
+    return [cells for cells in lines if cells and cells[0].isdigit()]
+
+
 def test_evaluate_labels_and_duplicates(made: Path) -> None:
     options = ["-k", "1", "-k", "5", "--score", "dmin", "--json", "found.json"]
     ran = run([*CLI, "evaluate", "labels", "out/trace.zarr", "label", *options], made)
@@ -434,6 +446,7 @@ def test_evaluate_labels_and_duplicates(made: Path) -> None:
     assert (found["format"], found["version"]) == ("dmin_trace.measures", 1)
     (rates,) = found["measures"]
     assert rates["measure"] == "detection_rate"
+    assert shown_rates(ran.stdout) == [figures(rate) for rate in rates["rates"]]
     assert rates == measure_labels(open_trace(made / "out" / "trace.zarr"), "label", ks=[1, 5]).values
     ran = run([*CLI, "evaluate", "duplicates", "out/trace.zarr", "original", *options], made)
     assert "Recall of duplicates by original, dmin scores, 4 samples" in ran.stdout
@@ -441,6 +454,7 @@ def test_evaluate_labels_and_duplicates(made: Path) -> None:
     # A duplicate has its original's gradient, but for rounding.
     assert (recalls["measure"], recalls["queries"]) == ("duplicate_recall", [1, 2, 22, 23])
     assert [of["value"] for of in recalls["rates"]] == [1, 1]
+    assert shown_rates(ran.stdout) == [figures(rate) for rate in recalls["rates"]]
     assert ran.stderr == ""
 
 
@@ -457,6 +471,8 @@ def test_evaluate_lds(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "Linear datamodeling score" in ran.stdout and "predict" in ran.stdout
     by_images = json.loads((made / "images.json").read_text())["measures"][0]
     assert by_images["queries"] == ["0004.png", "0011.png", "0007.png"]
+    value, low, high = (f"{by_images[key]:.3f}" for key in ("value", "low", "high"))
+    assert shown_rates(ran.stdout) == [["3", "12", value, low, "to", high, "0.000"]]
     # What is captured anew is what is stored, but for int8.
     assert min(by_images["each"]) > 0.98
     monkeypatch.chdir(made)

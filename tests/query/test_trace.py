@@ -250,9 +250,19 @@ def test_queries_of_another_trace_are_refused(trace: dmin_trace.Trace, tmp_path:
 
 def test_query_samples_refuses_a_sample_without_a_gradient(tmp_path: Path) -> None:
     trace = shuffled(tmp_path / "trace.zarr")
-    sample = int(trace.store.sample[17])
-    with pytest.raises(QueryError, match=f"Sample {sample} has no gradient"):
-        trace.query_samples([6, sample])
+    for row in (3, 17):  # not finite, zero
+        sample = int(trace.store.sample[row])
+        with pytest.raises(QueryError, match=f"Sample {sample} has no gradient"):
+            trace.query_samples([6, sample])
+
+
+def test_query_samples_refuses_a_sample_that_is_not_stored(tmp_path: Path) -> None:
+    trace = shuffled(tmp_path / "trace.zarr", done=2)
+    stored = trace.store.sample[trace.store.rows_done].tolist()
+    missing = min(set(range(30)) - set(stored))
+    for sample in (30, -1, missing):
+        with pytest.raises(TraceError, match=f"holds no sample {sample}"):
+            trace.query_samples([stored[0], sample])
 
 
 def test_query_samples_is_the_commands_option(trace: dmin_trace.Trace, tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ def test_hits_csv_has_one_row_for_each_hit() -> None:
             "scored_by",
             "caption",
             "label",
-            "per_timestep_50",
-            "per_timestep_950.5",
+            "t50",
+            "t950.5",
         ],
         ["fox.png", "a red fox in the snow", "1", "50001", "0.25", "dmin", 'red, "fox"; quick', "", "0.5", "-0.25"],
         ["fox.png", "a red fox in the snow", "2", "50002", "", "dmin", "", "7", "0.25", ""],
@@ -127,7 +127,7 @@ def test_hits_csv_has_no_formula(text: str) -> None:
 
 
 def test_hits_csv_columns_have_different_names() -> None:
-    one = hit(1, (0.5,), prompt="mine", meta_prompt="too", per_timestep_1="odd")
+    one = hit(1, (0.5,), prompt="mine", meta_prompt="too", t1="odd")
     heading, row = read_csv(hits_csv(answer([[one]], (1.0,))))
     assert len(set(heading)) == len(heading)
     assert dict(zip(heading, row, strict=True)) == {
@@ -139,8 +139,8 @@ def test_hits_csv_columns_have_different_names() -> None:
         "scored_by": "dmin",
         "meta_prompt": "mine",
         "meta_meta_prompt": "too",
-        "meta_per_timestep_1": "odd",
-        "per_timestep_1": "0.5",
+        "meta_t1": "odd",
+        "t1": "0.5",
     }
 
 

@@ -21,11 +21,10 @@ import numpy as np
 import subsets
 import torch
 import typer
+from counterfactual_measure import counterfactual
 from numpy.typing import NDArray
 from page import Page
 from rich.progress import track
-
-from dmin_trace.audit import counterfactual
 
 REMOVED = 50
 """Of a thousand samples."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dmin_trace.audit.counterfactuals import Counterfactual, counterfactual
 from dmin_trace.audit.intervals import Estimate
 from dmin_trace.errors import EvaluationError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "reproduce"))
+
+from counterfactual_measure import Counterfactual, counterfactual
 
 
 def bounds(estimate: Estimate) -> tuple[float, float, float]:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from stores import make_header
+
 from dmin_trace.capture.estimate import CaptureCost, describe_cost
 
+HEADER = make_header(samples=1000, timesteps=10, dimension=2**14, rows=100)
 COST = CaptureCost(
-    samples=1000,
-    timesteps=10,
-    draws=1,
-    parameters=2_000_000,
-    tensors=4,
-    seconds_per_sample=0.5,
-    store=160_000_000,
+    header=replace(HEADER, projection=replace(HEADER.projection, length=2_000_000)),
     weights=8_000_000,
-    gradients=80_000_000_000,
+    seconds_per_sample=0.5,
     memory=900_000_000,
-    waiting=32_000_000,
     gpu_memory=0,
     free_disk=10**12,
     free_memory=10**12,
@@ -28,14 +24,16 @@ def test_describe_cost_names_time_disk_and_memory() -> None:
     rows = dict(describe_cost(COST))
     assert rows["samples x timesteps"] == "1,000 x 10"
     assert rows["time"] == "0:08:20 (0.5 s a sample, one process)"
-    assert rows["disk"] == "160.0 MB for the store (160.0 kB a sample), 8.0 MB for the weights"
-    assert rows["uncompressed"] == "80.0 GB would be the gradients as float32, 500 times as much"
-    assert rows["memory"] == "900.0 MB at the peak, of which 32.0 MB wait for the disk"
+    assert rows["disk"] == "164.1 MB for the store (164.1 kB a sample), 8.0 MB for the weights"
+    assert rows["uncompressed"] == "80.0 GB would be the gradients as float32, 487 times as much"
+    assert rows["memory"] == "932.8 MB at the peak, of which 32.8 MB wait for the disk"
     assert not rows.keys() & {"but", "GPU memory"}
 
 
 def test_describe_cost_tells_what_does_not_fit() -> None:
-    rows = describe_cost(replace(COST, draws=3, gpu_memory=10**9, free_disk=10**8, free_memory=10**7))
+    rows = describe_cost(
+        replace(COST, header=replace(COST.header, draws=3), gpu_memory=10**9, free_disk=10**8, free_memory=10**7)
+    )
     assert ("samples x timesteps", "1,000 x 10, 3 draws each") in rows and ("GPU memory", "1.0 GB at the peak") in rows
     assert dict(rows)["memory"].endswith("8.0 MB are the mean of the draws")
     assert [value for name, value in rows if name == "but"] == [

@@ -42,30 +42,24 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attach": "capture.accelerate.attach:attach",
-    "attribute": "query.trace:attribute",
-    "Hit": "query.topk:Hit",
-    "Settings": "settings:Settings",
-    "Queries": "store.queries:Queries",
-    "TopK": "query.topk:TopK",
-    "Trace": "query.trace:Trace",
-    "open_trace": "query.trace:open_trace",
-    "recording": "capture.recording:recording",
+    "attach": "capture.accelerate.attach",
+    "recording": "capture.recording",
+    "Settings": "settings",
+    "Queries": "store",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        import random
+    if name not in __all__:
+        raise AttributeError(f"module 'dmin_trace' has no attribute {name!r}")
+    import random
 
-        # Importing rich draws from python's generator, which a training script may have seeded before its line.
-        state = random.getstate()
-        try:
-            module, _, attribute = _HOMES[name].partition(":")
-            return getattr(import_module(f"dmin_trace.{module}"), attribute)
-        finally:
-            random.setstate(state)
-    raise AttributeError(f"module 'dmin_trace' has no attribute {name!r}")
+    # Importing rich draws from python's generator, which a training script may have seeded before its line.
+    state = random.getstate()
+    try:
+        return getattr(import_module(f"dmin_trace.{_HOMES.get(name, 'query')}"), name)
+    finally:
+        random.setstate(state)
 
 
 def __dir__() -> list[str]:

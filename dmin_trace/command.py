@@ -26,8 +26,7 @@ class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A script's command line.
 
     script: the script's path, absolute; "" if no script runs, as in a notebook.
-    arguments: what follows it.
-    folder: where it was started.
+    arguments, folder: what follows it, and where it was started.
     """
 
     script: str
@@ -93,7 +92,7 @@ def remember(store_id: str, command: Command) -> None:
 
 
 def recall(store_id: str) -> Command | None:
-    """Returns the remembered command line of the run that made a store; None if this user did not make it here."""
+    """Returns the command line of the run that made a store; None if this user did not make it on this machine."""
     try:
         return msgspec.convert(json.loads(_command_path(store_id).read_text(encoding="utf-8")), type=Command)
     except (OSError, ValueError):
@@ -114,11 +113,7 @@ def _command_path(store_id: str) -> Path:
 
 @dataclass(frozen=True)
 class Script:
-    """A script, identified by its file.
-
-    name: the file's name, without its folder; "" if it is not known.
-    sha256: the SHA-256 of its bytes, 64 hexadecimal digits; "" if it is not known.
-    """
+    """A script, identified by its file: the name without its folder, and the SHA-256 of its bytes; "" if not known."""
 
     name: str = ""
     sha256: str = ""

@@ -1,16 +1,5 @@
 """Everything that dmin_trace raises on purpose.
 
-    DminTraceError
-      SettingsError      an invalid setting; raised when it is given, before anything runs
-      AttachError        the training script does not have the structure that the loop driver needs
-      CaptureError       a capture that would give wrong gradients, and so was stopped
-        StoppedError     a capture that a signal ended, after the chunk in hand
-      WeightsError       weights that are missing, damaged, or not those of the trace
-      TraceError         a store that is missing, of another version, unfinished or damaged
-      QueryError         a query that does not fit the trace
-      ScriptError        the training script itself failed while it was driven
-      EvaluationError    data from which a measure cannot be computed
-
 Each message says what was found, what was expected and what to do. The command line prints it as one red line and
 exits with 1, or with 130 or 143 after a signal.
 """
@@ -25,7 +14,7 @@ class DminTraceError(Exception):
 
 
 class SettingsError(DminTraceError):
-    """Raised for an invalid setting."""
+    """Raised for an invalid setting, when it is given, before anything runs."""
 
 
 class AttachError(DminTraceError):

@@ -1,10 +1,7 @@
 """What a capture takes from each training sample: the settings, checked when they are made.
 
-Every setting changes the numbers in a store, so all of them are kept in its header, and a query uses them again. Where
-the store is written and when the training ends are arguments of `attach`, not settings.
-
-The settings are listed here and nowhere else. `SettingsOverrides` types them as keyword arguments of functions, and
-the command line makes an option of each field that has a `help` text.
+Every setting changes the numbers in a store, so all of them are kept in its header, and a query uses them again. The
+settings are listed here and nowhere else. The command line makes an option of each field that has a `help` text.
 """
 
 from __future__ import annotations
@@ -21,10 +18,8 @@ Projection = Literal["rotation", "uniform"]
 Transform = Literal["sign", "none"]
 Codec = Literal["none", "blosc"]
 
-MIN_DIMENSION = 2**4
-MAX_DIMENSION = 2**24
-MAX_TIMESTEPS = 1000
-MAX_DRAWS = 1000
+MIN_DIMENSION, MAX_DIMENSION = 2**4, 2**24
+MAX_TIMESTEPS = MAX_DRAWS = 1000
 COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 """A column is kept in a folder of its name."""
 
@@ -71,9 +66,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         self._check_timesteps()
-        if not _is_integer(self.dimension) or not (
-            MIN_DIMENSION <= self.dimension <= MAX_DIMENSION and self.dimension & (self.dimension - 1) == 0
-        ):
+        in_range = _is_integer(self.dimension) and MIN_DIMENSION <= self.dimension <= MAX_DIMENSION
+        if not in_range or self.dimension & (self.dimension - 1):
             raise SettingsError(
                 f"dimension is {brief(self.dimension)}; expected a power of two from {MIN_DIMENSION} to "
                 f"{MAX_DIMENSION}, such as 16384."
@@ -87,23 +81,19 @@ class Settings:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise SettingsError(f"{name} is {brief(value)}; expected one of {', '.join(get_args(kind))}.")
-        if self.columns is not None and not (
-            isinstance(self.columns, tuple)
-            and all(isinstance(name, str) and COLUMN_NAME.fullmatch(name) for name in self.columns)
-        ):
+        named = () if self.columns is None else self.columns
+        if not isinstance(named, tuple) or not all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in named):
             raise SettingsError(
                 f"columns is {brief(self.columns)}; expected names of dataset columns, made of letters, digits, '_', "
                 "'-', '.' and spaces."
             )
 
     def _check_timesteps(self) -> None:
-        if _is_integer(self.timesteps):
-            if not 1 <= self.timesteps <= MAX_TIMESTEPS:  # type: ignore[operator]
-                raise SettingsError(
-                    f"timesteps is {brief(self.timesteps)}; expected a number from 1 to {MAX_TIMESTEPS}."
-                )
-            return
         given = self.timesteps
+        if isinstance(given, int) and _is_integer(given):
+            if not 1 <= given <= MAX_TIMESTEPS:
+                raise SettingsError(f"timesteps is {brief(given)}; expected a number from 1 to {MAX_TIMESTEPS}.")
+            return
         if not isinstance(given, tuple) or not given or not all(_is_integer(t) and t >= 0 for t in given):
             raise SettingsError(
                 f"timesteps is {brief(given)}; expected a number, or a list of integers that are not negative."
@@ -145,11 +135,7 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
     if unknown := set(given) - known:
         names = ", ".join(sorted(unknown))
         raise SettingsError(f"{names[:120]} is not a setting; expected {', '.join(sorted(known))}.")
-    kept: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, (list, tuple)) else value
-        for name, value in given.items()
-        if value is not None
-    }
+    kept: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     return Settings(**kept)
 
 
@@ -160,10 +146,10 @@ def given_settings(settings: Settings | None, overrides: Mapping[str, Any]) -> d
     """
     if settings is not None and not isinstance(settings, Settings):
         raise SettingsError(f"settings is a {type(settings).__name__}; expected dmin_trace.Settings(...).")
-    given = {} if settings is None else asdict(settings)
-    given |= {name: value for name, value in overrides.items() if value is not None}
+    pairs = [*({} if settings is None else asdict(settings)).items(), *overrides.items()]
+    given = {name: value for name, value in pairs if value is not None}
     make_settings(given)
-    return {name: value for name, value in given.items() if value is not None}
+    return given
 
 
 def _is_integer(value: object) -> bool:

@@ -201,7 +201,7 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_weights(data: bytes) -> None:
         _put(harmed / "w.safetensors", data)
-        [files] = weights.weight_files(harmed / "w.safetensors")
+        [files] = weights.find_files(harmed / "w.safetensors")
         for tensor in weights.read(weights.list_saved(files, harmed / "w.safetensors").values()):
             assert tensor.numel() * tensor.element_size() <= len(data)
 

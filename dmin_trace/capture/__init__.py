@@ -9,7 +9,7 @@ Two drivers run training steps, and one recorder makes rows of their losses:
     random_state    the global random generators
     recorder        losses become rows; `checks` makes sure that they can be compared, `chunks` writes them
     ranks           the processes that fill one store together
-    provenance      the header of the store, and fingerprints of script and data
+    dataset         the readable columns, the samples that fail to load, and the fingerprint of the data
     host            what a family of training scripts must tell
 
 Other stages may use `host.script_host`, and `recording.recording`. This package imports nothing by itself: most of it

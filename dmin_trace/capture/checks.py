@@ -16,13 +16,12 @@ import numpy as np
 import torch
 
 from dmin_trace.capture.chunks import Row
-from dmin_trace.capture.dataset import image_shapes, named_entries, text_shapes
+from dmin_trace.capture.dataset import CaptureSource, batch_shapes
 from dmin_trace.capture.pinning import Call, show_calls
-from dmin_trace.capture.source import CaptureSource
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
-from dmin_trace.project import Plan
+from dmin_trace.project import Plan, make_plan
 from dmin_trace.settings import Settings
 from dmin_trace.store import Header, Store, check_data, check_script
 
@@ -44,25 +43,19 @@ class RowChecks:
         self.calls: list[list[Call]] = []
         self.batch_shapes: dict[str, tuple[int, ...]] = {}
         self.reached = [False] * len(trainable.names)
-        self._draws = settings.draws
-        self._trainable = trainable
-        self._source = source
+        self._draws, self._trainable, self._source = settings.draws, trainable, source
         self._like = None if like is None else like.header
         self._first_sample = 0
 
     def check_batch(self, batch: Any) -> None:
         """Raises QueryError if the images of a query's batch have other shapes than those of the trace."""
-        entries = named_entries(batch)
-        shapes = image_shapes(entries)
-        if self._like is not None:
-            # The number of texts may differ.
-            expected = {name: shape for name, shape in self._like.batch.items() if len(shape) >= 3}
-            if shapes != expected:
-                raise QueryError(
-                    f"The query has images of shape {_show_shapes(shapes)}, but those of the trace have "
-                    f"{_show_shapes(expected)}. Give an image of the size that the model was trained on."
-                )
-        self.batch_shapes = self.batch_shapes or shapes | text_shapes(entries)
+        found = batch_shapes(batch)
+        if self._like is not None and (ours := _show_images(found)) != (theirs := _show_images(self._like.batch)):
+            raise QueryError(
+                f"The query has images of shape {ours}, but those of the trace have {theirs}. Give an image of the "
+                "size that the model was trained on."
+            )
+        self.batch_shapes = self.batch_shapes or found
 
     def note_reached(self, reached: Sequence[bool]) -> None:
         """Notes for each parameter whether a loss depends on it."""
@@ -71,8 +64,7 @@ class RowChecks:
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
         """Compares the random calls of a training step; `row` is the earlier steps of the same sample.
 
-        Raises CaptureError if they differ from those of the first sample, or of the timestep's first draw; QueryError
-        if they differ from those of the trace.
+        Raises CaptureError if they differ from those of the first sample or draw; QueryError from those of the trace.
         """
         calls = show_calls(step.draws.calls)
         draw, number = step.pinned.draw, step.pinned.number
@@ -94,15 +86,19 @@ class RowChecks:
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
-        """Makes a row of a sample's T x D training steps, if their timesteps are those of the other samples.
+        """Makes a row of a sample's T x D training steps.
 
-        Raises:
-            CaptureError: the timesteps differ, or the first sample's losses do not depend on a trained parameter.
-            QueryError: the timesteps differ from those of the trace.
+        Raises CaptureError if their timesteps are not those of the other samples, or if the first sample's losses do
+        not depend on a trained parameter; QueryError if the timesteps are not those of the trace.
         """
         if not self.calls:
             self._check_reached()
-        row, seen = _to_cpu(steps, self._draws)
+        # One transfer of each kind for a sample.
+        gradients = torch.stack([step.gradient for step in steps if step.gradient is not None]).cpu().numpy()
+        norms = torch.stack([step.norm.float() for step in steps if step.norm is not None]).cpu().numpy()
+        losses = torch.stack([step.loss for step in steps if step.loss is not None]).cpu().numpy()
+        # A batch of several rows (prior preservation) shows the same timestep in each.
+        seen = tuple(torch.stack([step.seen[0] for step in steps if step.seen is not None]).cpu().tolist())
         timesteps = seen[:: self._draws]
         if any(timestep != timesteps[at // self._draws] for at, timestep in enumerate(seen)):
             raise CaptureError(
@@ -124,7 +120,7 @@ class RowChecks:
                 f"{steps[0].sample}, and {self.timesteps[number]} for sample {self._first_sample}. The script draws "
                 "timesteps in a way that is not pinned."
             )
-        return row
+        return Row(gradients, norms, np.asarray(losses.reshape(-1, self._draws).mean(axis=1)))
 
     def _check_reached(self) -> None:
         """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""
@@ -147,10 +143,11 @@ class RowChecks:
             )
 
 
-def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> None:
-    """Raises if queries are of another model than a trace: WeightsError for other weights, QueryError for the rest.
+def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> Plan:
+    """Returns the projection of queries, which is that of the trace; `weights` is the fingerprint of their weights.
 
-    `weights` is the fingerprint of the weights that the queries have.
+    Raises WeightsError if the queries' model has other weights than the trace's, QueryError if it differs otherwise or
+    if the projection differs.
     """
     header, expected = trace.header, trace.header.parameters
     if trainable.fingerprint != expected.fingerprint:
@@ -169,41 +166,33 @@ def refuse_other_model(settings: Settings, trainable: Trainable, weights: str, t
             f"The query's gradients have {ours}, those of {trace.path} have {theirs}, so its header contradicts its "
             "settings. The store was changed by hand: capture again."
         )
-
-
-def refuse_other_projection(plan: Plan, trace: Store) -> None:
-    """Raises QueryError if the projection of queries is not that of the trace."""
-    expected = trace.header.projection.fingerprint
-    if plan.fingerprint != expected:
+    width, made_by = header.projection.width, header.projection.fingerprint
+    plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection, width)
+    if plan.fingerprint != made_by:
         raise QueryError(
-            f"The projection's fingerprint is {plan.fingerprint[:16]}, that of the trace {expected[:16]}. The "
+            f"The projection's fingerprint is {plan.fingerprint[:16]}, that of the trace {made_by[:16]}. The "
             "trace was made by a version of dmin_trace that projects in another way; query it with that version."
         )
+    return plan
 
 
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
     """Raises TraceError if the store at `path` is complete, or belongs to another capture and cannot be continued.
 
-    Called before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
+    This comes before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
     """
-    header = earlier.header
+    header, move = earlier.header, "Give another path (out, --out), or move it away."
     if earlier.complete:
-        raise TraceError(f"{path} exists already and is complete. Give another path (out, --out), or move it away.")
+        raise TraceError(f"{path} exists already and is complete. {move}")
     if not source.edited_script:
         advice = "Run the script as it was; or, if its loss and its data are the same, continue with --edited-script."
         check_script(path, header, source.script.name, source.script.sha256, advice)
     check_data(path, header, source.samples, "")
-    if header.weights != weights:
-        raise _other_capture(path, f"weights are {header.weights[:16]}", weights[:16])
-    if (theirs := _treatment(header)) != (ours := _treatment(settings)):
-        raise _other_capture(path, f"gradients have {theirs}", ours)
-
-
-def _other_capture(path: Path, theirs: str, ours: str) -> TraceError:
-    return TraceError(
-        f"{path} belongs to another capture: its {theirs}, those of this run {ours}. Give another path (out, --out), "
-        "or move it away."
-    )
+    same = ("weights are", header.weights, weights), ("gradients have", _treatment(header), _treatment(settings))
+    for what, theirs, ours in same:
+        if theirs != ours:
+            found = f"its {what} {theirs:.32}, those of this run {ours:.32}"
+            raise TraceError(f"{path} belongs to another capture: {found}. {move}")
 
 
 def _treatment(facts: Settings | Header) -> str:
@@ -211,15 +200,7 @@ def _treatment(facts: Settings | Header) -> str:
     return f"draws {facts.draws} and transform {facts.transform}"
 
 
-def _to_cpu(steps: Sequence[CaptureStep], draws: int) -> tuple[Row, tuple[float, ...]]:
-    """The row, and the T x D timesteps: one transfer of each kind for a sample."""
-    gradients = torch.stack([step.gradient for step in steps if step.gradient is not None]).cpu().numpy()
-    norms = torch.stack([step.norm.float() for step in steps if step.norm is not None]).cpu().numpy()
-    losses = torch.stack([step.loss for step in steps if step.loss is not None]).cpu().numpy()
-    # A batch of several rows (prior preservation) shows the same timestep in each.
-    seen = torch.stack([step.seen[0] for step in steps if step.seen is not None]).cpu().tolist()
-    return Row(gradients, norms, np.asarray(losses.reshape(-1, draws).mean(axis=1))), tuple(seen)
-
-
-def _show_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{'x'.join(map(str, shape))} ({name})" for name, shape in shapes.items()) or "no images"
+def _show_images(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The shapes of the images in a batch, and not those of its texts, whose number may differ."""
+    images = sorted((name, shape) for name, shape in shapes.items() if len(shape) >= 3)
+    return ", ".join(f"{'x'.join(map(str, shape))} ({name})" for name, shape in images) or "no images"

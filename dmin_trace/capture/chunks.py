@@ -19,30 +19,24 @@ from dmin_trace.store import FAILED, Writer, quantise
 
 @dataclass(frozen=True)
 class Row:
-    """What is recorded of one sample.
-
-    gradients: (T, v) float32, the projected gradients.
-    norms: (T,) float32, the norms of the gradients.
-    losses: (T,) float32.
-    """
+    """What is recorded of one sample: projected gradients (T, v), norms of gradients (T,), losses (T,); float32."""
 
     gradients: np.ndarray
     norms: np.ndarray
     losses: np.ndarray
 
 
-@dataclass
 class _Chunk:
     """A chunk while its rows arrive."""
 
-    number: int
-    rows: range
-    values: np.ndarray
-    scale: np.ndarray
-    norm: np.ndarray
-    loss: np.ndarray
-    columns: dict[str, list[Any]]
-    filled: int = 0
+    def __init__(self, number: int, rows: range, shape: tuple[int, int], dtype: Dtype, names: Sequence[str]) -> None:
+        count, (timesteps, _) = len(rows), shape
+        self.number, self.rows, self.filled = number, rows, 0
+        self.values = np.zeros((count, *shape), dtype)
+        self.scale = np.ones((count, timesteps), np.float32)
+        self.norm = np.full((count, timesteps), FAILED, np.float32)
+        self.loss = np.full((count, timesteps), np.nan, np.float32)
+        self.columns: dict[str, list[Any]] = {name: [] for name in names}
 
 
 class ChunkQueue:
@@ -59,11 +53,6 @@ class ChunkQueue:
         self._writing: Future[None] | None = None
 
     @property
-    def rows(self) -> list[int]:
-        """The rows of all chunks, in order."""
-        return [row for _, rows in self._chunks for row in rows]
-
-    @property
     def missing_rows(self) -> int | None:
         """How many rows the chunk in hand still lacks; None if no chunk is in hand."""
         return None if self._chunk is None else len(self._chunk.rows) - self._chunk.filled
@@ -74,7 +63,7 @@ class ChunkQueue:
         `columns` are the row's readable columns, `names` the names of all. Raises TraceError if an earlier chunk could
         not be written.
         """
-        chunk = self._chunk = self._chunk or self._next_chunk(names)
+        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._dtype, names)
         at = slice(chunk.filled, chunk.filled + 1)
         if row is not None:
             chunk.values[at], chunk.scale[at] = quantise(row.gradients[None], self._dtype)
@@ -89,20 +78,6 @@ class ChunkQueue:
             stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, chunk.columns
             self._writing = self._pool.submit(self.writer.write, chunk.number, *stored)
             self._chunk = None
-
-    def _next_chunk(self, names: Sequence[str]) -> _Chunk:
-        number, rows = self._chunks.pop(0)
-        timesteps, dimension = self._shape
-        shape = len(rows), timesteps
-        return _Chunk(
-            number,
-            rows,
-            values=np.zeros((*shape, dimension), self._dtype),
-            scale=np.ones(shape, np.float32),
-            norm=np.full(shape, FAILED, np.float32),
-            loss=np.full(shape, np.nan, np.float32),
-            columns={name: [] for name in names},
-        )
 
     def check(self, *, wait: bool) -> None:
         """Raises what kept the last chunk from being written; without `wait`, only if that is known by now."""

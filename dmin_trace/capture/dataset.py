@@ -1,4 +1,4 @@
-"""The data set: its readable columns, its samples that fail to load, and what its collated batches hold.
+"""The data set: its readable columns, its samples that fail to load, its fingerprint, and what its batches hold.
 
 A column is what a person reads about a sample: a caption, a label, a file name. It is looked for in the dataset's item,
 then in the raw row of a `datasets.Dataset` (whose transform usually drops it), then in an attribute of the dataset that
@@ -7,12 +7,16 @@ is a sequence of N values.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError
 
 logger = logging.getLogger(__name__)
@@ -30,28 +34,48 @@ FIRST_SAMPLES = 20
 MAX_LOGGED_FAILURES = 10
 """Samples that failed to load whose reasons are logged, one by one."""
 
+FINGERPRINT_SAMPLES = 8
+"""Samples whose batches are in the fingerprint of a data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSource:
+    """What a capture is of, besides the weights and the settings.
+
+    samples: N, the number of training samples or of queries.
+    columns: the readable columns of the data set.
+    trained: whether the training moved a parameter. The loss must depend on each one that it moved.
+    fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
+    script: the script whose loop is run; an unknown one if the loop is the user's own code.
+    edited_script: the script may differ from the one that began the store.
+    packages: further packages whose versions are kept in the header.
+    """
+
+    samples: int
+    columns: Columns
+    trained: Callable[[torch.nn.Parameter], bool]
+    fetch: Callable[[int], Any] | None = None
+    script: Script = Script()
+    edited_script: bool = False
+    packages: Sequence[str] = ()
+
 
 class Columns:
-    """The readable columns of one dataset. The first sample determines their kinds."""
+    """The readable columns of one dataset; `kinds` has the kind of each. The first sample determines them."""
 
     def __init__(self, dataset: Any, names: tuple[str, ...] | None) -> None:
         """Keeps the columns of these names; with None, those of the usual names that the dataset has."""
-        self._dataset = dataset
-        self._names = names
+        self._dataset, self._names = dataset, names
         self._plain = _without_images(dataset)
-        self._kinds: dict[str, Kind] | None = None
-
-    @property
-    def kinds(self) -> dict[str, Kind]:
-        """The kind of each column. Empty before the first sample."""
-        return self._kinds or {}
+        self.kinds: dict[str, Kind] = {}
+        self._has_kinds = False
 
     def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
         """Returns the columns of one sample; `item` is what the dataset gave for it.
 
         Raises CaptureError if the dataset lacks a column that was named.
         """
-        if self._kinds is None:
+        if not self._has_kinds:
             found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
             missing = [name for name, value in found.items() if value is None]
             if self._names is not None and missing:
@@ -59,22 +83,22 @@ class Columns:
                     f"The dataset has no readable column {', '.join(missing)}. Name columns that hold text or numbers, "
                     "or leave columns out to keep those of the usual names."
                 )
-            self._kinds = {name: _kind(value) for name, value in found.items() if value is not None}
-        return {name: self._value(name, kind, sample, item) for name, kind in self._kinds.items()}
+            self._has_kinds = True
+            self.kinds = {
+                name: "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"
+                for name, value in found.items()
+                if value is not None
+            }
+        return {name: self._value(name, kind, sample, item) for name, kind in self.kinds.items()}
 
     def _value(self, name: str, kind: Kind, sample: int, item: Any) -> str | int | float:
         value = self._find(name, sample, item)
-        if value is None:
+        if value is None or isinstance(value, str) and kind != "string":
             return MISSING_VALUES[kind]
-        if kind == "string":
-            return str(value)
-        if isinstance(value, str):
-            return MISSING_VALUES[kind]
-        return int(value) if kind == "integer" else float(value)
+        return str(value) if kind == "string" else int(value) if kind == "integer" else float(value)
 
     def _find(self, name: str, sample: int, item: Any) -> str | int | float | None:
-        places: list[Any] = [item, self._plain[sample] if self._plain is not None else None]
-        for place in places:
+        for place in (item, None if self._plain is None else self._plain[sample]):
             if isinstance(place, Mapping) and (value := _readable(place.get(name))) is not None:
                 return value
         values = getattr(self._dataset, name, None)
@@ -84,10 +108,9 @@ class Columns:
 
 
 class FailedSamples:
-    """The samples that could not be loaded. A capture skips them, unless they are most of the first ones."""
+    """The samples, of N, that could not be loaded. A capture skips them, unless they are most of the first ones."""
 
     def __init__(self, samples: int) -> None:
-        """None has failed yet; `samples` is N."""
         self._first = min(FIRST_SAMPLES, samples)
         self._failed: set[int] = set()
 
@@ -126,12 +149,8 @@ def _without_images(dataset: Any) -> Any:
 
 
 def _readable(value: Any) -> str | int | float | None:
-    if (
-        isinstance(value, torch.Tensor)
-        and value.numel() == 1
-        or hasattr(value, "item")
-        and getattr(value, "ndim", None) == 0
-    ):
+    scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
+    if scalar or isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool):
         return int(value)
@@ -140,38 +159,79 @@ def _readable(value: Any) -> str | int | float | None:
     return value if isinstance(value, (str, int, float)) else None
 
 
-def _kind(value: str | int | float) -> Kind:
-    return "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"
+def batch_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the images in a collated batch, then of its texts, by name, or by number without names.
 
-
-def named_entries(batch: Any) -> dict[str, Any]:
-    """Returns the entries of a collated batch by name, or by number if they have no names."""
-    if isinstance(batch, Mapping):
-        return {str(name): value for name, value in batch.items()}
-    values = batch if isinstance(batch, (list, tuple)) else [batch]
-    return {str(k): value for k, value in enumerate(values)}
-
-
-def image_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the image-like tensors (floating point, three dimensions or more) of a batch."""
-    return {
-        name: tuple(value.shape)
-        for name, value in entries.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3
-    }
-
-
-def text_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the texts in a batch: rows of tokens (integers in two dimensions), and lists of text.
-
-    A named list of text counts only if its name says that it holds prompts: a batch may have file names.
+    Images are floating-point tensors of three dimensions or more. Texts have fewer: rows of tokens (integers in two
+    dimensions), and lists of text. A named list counts only if its name says so: a batch may have file names.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in entries.items():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
-            shapes[name] = tuple(value.shape)
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
-            if not name.isdigit() and not any(word in name for word in ("caption", "prompt", "text")):
-                continue
-            shapes[name] = (len(value),)
-    return shapes
+    values = batch if isinstance(batch, (Mapping, list, tuple)) else [batch]
+    named = values.items() if isinstance(values, Mapping) else enumerate(values)
+    images: dict[str, tuple[int, ...]] = {}
+    texts: dict[str, tuple[int, ...]] = {}
+    for name, value in ((str(name), value) for name, value in named):
+        is_prompt = name.isdigit() or any(word in name for word in ("caption", "prompt", "text"))
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and value.dim() >= 3:
+                images[name] = tuple(value.shape)
+            elif not value.is_floating_point() and value.dim() == 2:
+                texts[name] = tuple(value.shape)
+        elif is_prompt and isinstance(value, (list, tuple)) and value and all(isinstance(text, str) for text in value):
+            texts[name] = (len(value),)
+    return images | texts
+
+
+def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
+    """Returns the fingerprint of a data set of N samples; "" if its batches vary, or hold what cannot be read.
+
+    It is the SHA-256 over the batches of a few samples, spread over the data set. So it changes with the number of
+    samples, their order, their content and the transforms. `fetch` gives the batch of one sample, under the same seed
+    each time.
+    """
+    last = FINGERPRINT_SAMPLES - 1
+    chosen = sorted({round(k * (samples - 1) / last) for k in range(FINGERPRINT_SAMPLES)})
+    try:
+        first, second = (_hash_batches(samples, chosen, fetch) for _ in range(2))
+    except Exception:
+        # A kind of tensor without bytes, for example. A capture does not end for want of a fingerprint.
+        logger.debug("The data set has no fingerprint.", exc_info=True)
+        return ""
+    return first if first == second else ""
+
+
+def _hash_batches(samples: int, chosen: list[int], fetch: Callable[[int], Any]) -> str:
+    digest = hashlib.sha256(f"{samples}".encode())
+    for sample in chosen:
+        try:
+            batch = fetch(sample)
+        except Exception as error:
+            # A sample that fails to load is identified by its error.
+            batch = type(error).__name__
+        digest.update(f" {sample} ".encode())
+        _hash_value(digest.update, batch)
+    return digest.hexdigest()
+
+
+def _hash_value(update: Callable[[bytes], None], value: Any) -> None:
+    """Adds a value's content; for an object of unknown kind, its type."""
+    update(type(value).__name__.encode())
+    if isinstance(value, torch.Tensor):
+        update(f"{value.dtype} {tuple(value.shape)}".encode())
+        update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        update(f"{value.dtype} {value.shape}".encode())
+        update(np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for name, inside in value.items():
+            update(repr(name).encode("utf-8", "replace") if isinstance(name, (str, int)) else b"")
+            _hash_value(update, inside)
+    elif isinstance(value, (list, tuple)):
+        update(f"{len(value)}".encode())
+        for inside in value:
+            _hash_value(update, inside)
+    elif isinstance(value, (str, bytes, int, float, type(None))):
+        update(repr(value).encode("utf-8", "backslashreplace"))
+    elif hasattr(value, "tobytes") and hasattr(value, "size"):
+        # An image, or a numpy scalar.
+        update(f"{value.size} {getattr(value, 'mode', '')}".encode())
+        update(bytes(value.tobytes()))

@@ -1,12 +1,9 @@
 """Caches the outputs of frozen modules for the length of one sample.
 
 A script encodes a sample's image and caption in its training step, so a capture would encode them again at each of the
-T timesteps. The cache runs a module in which no parameter trains (an autoencoder, a text encoder) once for each sample,
-and returns the same output again for the same inputs. The key is the call: the module's exact inputs, compared bit by
-bit, and the conditions of the call. Only outputs that depend on nothing else are cached.
-
-Not cached: calls whose inputs require a gradient, calls that draw random numbers, modules in train mode (batch norms
-would count a batch less), and modules that are never called twice with the same inputs, such as a frozen denoiser.
+T timesteps. The cache runs a module in which no parameter trains (an autoencoder, a text encoder) once for each sample
+and call: the exact inputs, compared bit by bit, and the conditions. Not cached are calls that draw random numbers, or
+whose inputs need a gradient; modules in train mode (batch norms would count a batch less); and modules without hits.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,21 +21,14 @@ from dmin_trace.capture.random_state import RandomState
 
 logger = logging.getLogger(__name__)
 
-MAX_CACHED_CALLS = 4
-"""Calls of one module that are cached within a sample: a script may encode a prompt and an empty one."""
-
-MAX_CACHE_MISSES = 16
-"""After so many misses without a hit, a module is no longer cached."""
+MAX_CACHED_CALLS, MAX_CACHE_MISSES = 4, 16
+"""Calls of one module that are cached within a sample (a script may encode a prompt and an empty one), and misses
+without a hit after which a module is no longer cached."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a module and its output.
-
-    key: the inputs and the conditions of the call.
-    tensors: the tensors in the key and in the output.
-    versions: how often each tensor had been changed in place. A tensor that was changed since makes the entry invalid.
-    """
+    """A call of a module and its output. The entry is invalid once one of its tensors has another version."""
 
     key: tuple[Any, ...]
     tensors: list[torch.Tensor]
@@ -47,18 +36,17 @@ class _Call:
     output: Any
 
     def matches(self, key: tuple[Any, ...]) -> bool:
-        """Whether the output is that of a call with this key."""
         unchanged = all(t._version == version for t, version in zip(self.tensors, self.versions, strict=True))
         return unchanged and _equal(self.key, key)
 
 
 @dataclass
 class _CachedModule:
-    """A frozen module with its own forward, its cached calls, and its misses since the last hit."""
+    """A frozen module, its forward, also if that is the instance's own, its cached calls, and misses since a hit."""
 
     module: torch.nn.Module
     forward: Callable[..., Any]
-    had_own_forward: bool
+    own: dict[str, Any]
     calls: list[_Call] = field(default_factory=list)
     misses: int = 0
 
@@ -67,11 +55,9 @@ class EncoderCache:
     """While entered, caches the outputs of frozen modules."""
 
     def __init__(self, values: Iterable[Any], trained: Iterable[torch.nn.Module]) -> None:
-        """Finds the modules in which no parameter trains.
+        """Finds the modules in which no parameter trains among any objects, and in lists, tuples and dicts among them.
 
-        Args:
-            values: any objects; modules among them are found, and modules in lists, tuples and dicts.
-            trained: the modules that train. They and all their parts are never cached.
+        The modules in `trained` and all their parts are never cached.
         """
         own = {id(part) for model in trained for part in model.modules()}
         roots = {id(m): m for m in _modules_in(values) if _is_frozen(m) and own.isdisjoint(map(id, m.modules()))}
@@ -83,21 +69,18 @@ class EncoderCache:
 
     def __enter__(self) -> EncoderCache:
         for module in self._modules:
-            cached = _CachedModule(module, module.forward, had_own_forward="forward" in vars(module))
+            own = {name: value for name, value in vars(module).items() if name == "forward"}
+            cached = _CachedModule(module, module.forward, own)
             # An attribute of the instance hides the class's method.
             module.forward = partial(self._forward, cached)
             self._cached.append(cached)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         while self._cached:
             cached = self._cached.pop()
-            if cached.had_own_forward:
-                cached.module.forward = cached.forward
-            else:
-                del cached.module.forward
+            del cached.module.forward
+            vars(cached.module).update(cached.own)
 
     def forget(self) -> None:
         """Empties the cache, at the end of a sample."""
@@ -109,7 +92,11 @@ class EncoderCache:
         if self._inside or cached.misses >= MAX_CACHE_MISSES:
             return cached.forward(*args, **named)
         try:
-            key, tensors = _key_of(cached.module, args, named)
+            kind = next(cached.module.parameters()).device.type
+            autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            key = args, named, torch.is_grad_enabled(), *autocast
+            trains = any(part.training for part in cached.module.modules())
+            tensors = None if trains else _cacheable_tensors(key)
             hit = None if tensors is None else next((call for call in cached.calls if call.matches(key)), None)
             if hit is not None:
                 cached.misses = 0
@@ -139,17 +126,6 @@ class EncoderCache:
         return output
 
 
-def _key_of(
-    module: torch.nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], list[torch.Tensor] | None]:
-    """The key of a call and the tensors in it; None in place of the tensors if the call is not cached."""
-    kind = next(module.parameters()).device.type
-    conditions = torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    key = (args, named, *conditions)
-    trains = any(part.training for part in module.modules())
-    return key, None if trains else _cacheable_tensors(key)
-
-
 def _own_container(output: Any) -> Any:
     """The output in a new container. Its tensors are not copied: a copy would have a version of its own."""
     return output if isinstance(output, torch.Tensor) else copy.copy(output)
@@ -166,11 +142,8 @@ def _own_containers(key: Any) -> Any:
 
 def _modules_in(values: Iterable[Any]) -> Iterator[torch.nn.Module]:
     for value in values:
-        if isinstance(value, torch.nn.Module):
-            yield value
-        elif type(value) in (list, tuple, dict):
-            items = value.values() if isinstance(value, dict) else value
-            yield from (item for item in items if isinstance(item, torch.nn.Module))
+        items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else [value]
+        yield from (item for item in items if isinstance(item, torch.nn.Module))
 
 
 def _is_frozen(module: torch.nn.Module) -> bool:
@@ -180,14 +153,11 @@ def _is_frozen(module: torch.nn.Module) -> bool:
     return not compiled and bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-_PLAIN_TYPES = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
 def _cacheable_tensors(value: Any) -> list[torch.Tensor] | None:
     """The tensors in nested containers; None if there is something else, or a tensor with a graph."""
     if isinstance(value, torch.Tensor):
         return None if value.requires_grad or value.is_inference() else [value]
-    if isinstance(value, _PLAIN_TYPES):
+    if isinstance(value, (type(None), bool, int, float, str, torch.dtype, torch.device)):
         return []
     if not isinstance(value, (list, tuple, Mapping)):
         return None

@@ -21,16 +21,14 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureCost:
-    """What a capture would cost, in seconds and bytes.
+    """What a capture would cost, in seconds with one process, and in bytes.
 
     samples, timesteps, draws: N, T and D.
     parameters, tensors: the number of trained elements, and of the tensors that hold them.
-    seconds_per_sample: with one process.
     store, weights: the sizes of the store, and of the file of trained weights beside it.
     gradients: the size that all gradients would have as float32, not projected.
     memory, waiting: the peak of the process's memory, and the part of it that holds rows before they are on disk.
     gpu_memory: the peak of the GPU memory; 0 without a GPU.
-    free_disk, free_memory: what is free now.
     """
 
     samples: int

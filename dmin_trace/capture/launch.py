@@ -10,11 +10,10 @@ script may change any global state of its process, and may end it.
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,16 @@ from dmin_trace.errors import DminTraceError, ScriptError
 
 
 def run_script(job: Job) -> ScriptCapture:
-    """Runs the job's script in this process, attached.
+    """Runs the job's script in this process, attached. Returns the capture of the script's last Accelerator.
 
-    Returns:
-        The capture of the script's last Accelerator.
-
-    Raises:
-        ScriptError: there is no such script, it failed, or it ended without an Accelerator or without a capture.
-        DminTraceError: the capture was refused or failed.
+    Raises ScriptError if there is no such script, it failed, or it ended without an Accelerator or without a capture;
+    another DminTraceError if the capture was refused or failed.
     """
     command = job.command
     if not Path(command.script).is_file():
         raise ScriptError(f"There is no script at {command.script}. Give the training script's path after `--`.")
     captures: list[ScriptCapture] = []
-    with _as_main(command), _attaching(lambda accelerator: captures.append(attach_job(accelerator, job))):
+    with _as_main(command, lambda accelerator: captures.append(attach_job(accelerator, job))):
         try:
             runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:
@@ -66,33 +61,23 @@ def run_script(job: Job) -> ScriptCapture:
 
 
 @contextmanager
-def _as_main(command: Command) -> Iterator[None]:
-    """Sets the arguments, the import path and the working folder that `python script.py` has."""
-    before = sys.argv, sys.path[:], Path.cwd()
-    sys.argv = [command.script, *command.arguments]
-    sys.path.insert(0, str(Path(command.script).parent))
-    os.chdir(command.folder)
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = before[0], before[1]
-        os.chdir(before[2])
-
-
-@contextmanager
-def _attaching(attach: Callable[[Accelerator], None]) -> Iterator[None]:
-    """While entered, attaches to every new Accelerator as soon as it is made."""
-    make = Accelerator.__init__
+def _as_main(command: Command, attach: Callable[[Accelerator], None]) -> Iterator[None]:
+    """Sets what `python script.py` sets: arguments, import path, folder. Attaches to each new Accelerator at once."""
+    make, before = Accelerator.__init__, (sys.argv, sys.path[:])
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         attach(self)
 
-    Accelerator.__init__ = make_and_attach
-    try:
-        yield
-    finally:
-        Accelerator.__init__ = make
+    with chdir(command.folder):
+        sys.argv = [command.script, *command.arguments]
+        sys.path.insert(0, str(Path(command.script).parent))
+        Accelerator.__init__ = make_and_attach
+        try:
+            yield
+        finally:
+            Accelerator.__init__ = make
+            sys.argv, sys.path[:] = before
 
 
 def main() -> int:

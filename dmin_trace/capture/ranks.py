@@ -8,9 +8,12 @@ store is opened, after every chunk, and after the last row.
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 from dmin_trace.errors import CaptureError, message_of
 
@@ -49,15 +52,14 @@ class Ranks:
                 raise
             self.error = self.error or error
 
-    def meet(self, signal: int = 0) -> int:
-        """Waits for the other processes, and returns the number of the signal that any of them caught, or 0.
+    def meet(self, caught: int = 0) -> int:
+        """Waits for the other processes, and returns the number of the signal that any of them `caught`, or 0.
 
-        `signal` is the one that this process caught. Raises CaptureError if another process has failed or ended, and
-        an error of this process as it is.
+        Raises CaptureError if another process has failed or ended, and an error of this process as it is.
         """
         if self.count == 1:
-            return signal
-        message = json.dumps({"error": "" if self.error is None else message_of(self.error), "signal": signal})
+            return caught
+        message = json.dumps({"error": "" if self.error is None else message_of(self.error), "signal": caught})
         try:
             messages = [json.loads(text) for text in self.gather(message)]
         except Exception as error:
@@ -72,3 +74,46 @@ class Ranks:
                 self.meeting = False
                 raise self.error or CaptureError(f"Process {rank} of {self.count} failed: {told['error']}")
         return max(int(told["signal"]) for told in messages)
+
+
+class FirstSignal:
+    """While held, the first Ctrl-C or SIGTERM is noted, so that the chunk in hand can be finished.
+
+    It also puts the earlier handlers back, so a second one does what it would have done without a capture. A signal for
+    which another handler is set is left alone. So are all signals outside the main thread, where python runs handlers.
+
+    caught: the number of the signal, 0 before one came.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self.caught = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def name(self) -> str:
+        """The name of the caught signal for a person to read; "" before one came."""
+        return "Ctrl-C" if self.caught == signal.SIGINT else signal.Signals(self.caught).name if self.caught else ""
+
+    def hold(self) -> None:
+        """Begins to note signals."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if signal.getsignal(number) is handler:
+                self._before[number] = signal.signal(number, self._note)
+
+    def let_go(self) -> None:
+        """Puts the earlier handlers back. A second call does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._before.items():
+            # Another part of the program may have set its own in the meantime.
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught = number
+        self.let_go()

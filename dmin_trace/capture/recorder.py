@@ -10,32 +10,37 @@ comparable, `chunks` writes them, and `ranks` is where several processes meet.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dmin_trace.capture.checks import RowChecks, refuse_other_capture, refuse_other_model, refuse_other_projection
+from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
 from dmin_trace.capture.chunks import ChunkQueue, Row
-from dmin_trace.capture.dataset import FailedSamples
-from dmin_trace.capture.output import CaptureOutput
-from dmin_trace.capture.progress import SampleProgress
-from dmin_trace.capture.provenance import make_header
-from dmin_trace.capture.ranks import Ranks
-from dmin_trace.capture.signals import FirstSignal
-from dmin_trace.capture.source import CaptureSource, CaptureTarget
+from dmin_trace.capture.dataset import CaptureSource, FailedSamples, data_fingerprint
+from dmin_trace.capture.output import CaptureOutput, CaptureTarget
+from dmin_trace.capture.ranks import FirstSignal, Ranks
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
-from dmin_trace.store import Header, Store, choose_chunk_rows
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
+from dmin_trace.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Takes the gradients of one capture, of training samples or of queries, to the store."""
+    """Takes the gradients of one capture, of training samples or of queries, to the store.
+
+    weights_saved: whether the trained weights lie beside the store.
+    """
 
     def __init__(
         self,
@@ -45,18 +50,10 @@ class Recorder:
         target: CaptureTarget,
         ranks: Ranks | None = None,
     ) -> None:
-        """Fixes what is recorded. The parameters must hold the weights that the capture is of.
+        """Fixes what is recorded: gradients with respect to the parameters, which hold the weights of the capture.
 
-        Args:
-            settings: what to capture and how.
-            trainable: the parameters with respect to which gradients are taken.
-            source: what the capture is of.
-            target: where its rows go.
-            ranks: the processes that fill the store; None if this is the only one.
-
-        Raises:
-            QueryError: the parameters or the projection are not those of `target.like`.
-            WeightsError: the weights are not those of `target.like`.
+        `ranks` are the processes that fill the store; None if this is the only one. Raises QueryError or WeightsError
+        if the parameters, the projection or the weights are not those of `target.like`.
         """
         like = target.like
         self.settings, self.trainable = settings, trainable
@@ -65,11 +62,9 @@ class Recorder:
         self._output = CaptureOutput(target, self._ranks)
         self._weights = trainable.weights_fingerprint()
         if like is None:
-            self._make_plan(None)
+            self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
         else:
-            refuse_other_model(settings, trainable, self._weights, like)
-            self._make_plan(like.header.projection.width)
-            refuse_other_projection(self._plan, like)
+            self._plan = query_plan(settings, trainable, self._weights, like)
         self._dtype: Dtype = settings.dtype if like is None else "float32"
         self._checks = RowChecks(settings, trainable, source, like)
         self._chunk_rows = choose_chunk_rows(
@@ -84,40 +79,31 @@ class Recorder:
         self._mean: Mean | None = None
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
-        self._announced = False
-        self._progress = SampleProgress()
-
-    @property
-    def weights_saved(self) -> bool:
-        """Whether the trained weights lie beside the store."""
-        return self._output.weights_saved
-
-    # -- the beginning ---------------------------------------------------------------------------------------------
+        self._announced = self.weights_saved = False
+        self._progress = _sample_bar()
 
     def begin(self) -> list[int]:
         """Saves the weights, and returns the samples that this process captures, in order.
 
-        Raises:
-            CaptureError: there are no samples.
-            TraceError: there is another store at the path.
+        Raises CaptureError if there are no samples, TraceError if there is another store at the path.
         """
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
         if self.trial:
             return [0, min(1, self.samples - 1)]
-        ranks, earlier, pending = self._ranks, None, list[int]()
+        ranks = self._ranks
         with ranks.holding():
             earlier = self._output.find()
             pending = self._continue(earlier)
         ranks.meet()
         with ranks.holding():
-            self._output.prepare(self.trainable, earlier)
+            self.weights_saved = self._output.prepare(self.trainable, earlier)
         ranks.meet()
         size = self._chunk_rows
         chunks = [(c, range(c * size, min((c + 1) * size, self.samples))) for c in pending]
         ours = [chunks[rank :: ranks.count] for rank in range(ranks.count)]
         self._chunks = ChunkQueue(ours[ranks.rank], self.settings.timestep_count, self.settings.dimension, self._dtype)
-        samples = self._chunks.rows
+        samples = [row for _, rows in ours[ranks.rank] for row in rows]
         # Every process must run as many training steps: one with fewer rows repeats its last sample.
         self._longest = max(sum(len(rows) for _, rows in share) for share in ours)
         self._kept = len(samples)
@@ -125,7 +111,8 @@ class Recorder:
             self._signal.hold()
         ranks.meeting = True
         if ranks.rank == 0:
-            self._progress.start(self._longest)
+            self._progress.add_task("capture", total=self._longest, rate="")
+            self._progress.start()
         return samples + [samples[-1] if samples else 0] * (self._longest - len(samples))
 
     def _continue(self, earlier: Store | None) -> list[int]:
@@ -133,49 +120,61 @@ class Recorder:
         if earlier is None:
             return list(range(-(-self.samples // self._chunk_rows)))
         refuse_other_capture(self.out, earlier, self.settings, self._source, self._weights)
-        header = earlier.header
-        ours = self.settings.projection, self.settings.dimension, self.trainable.length
-        if (header.projection.kind, header.dimension, header.projection.length) == ours:
-            self._make_plan(header.projection.width)
+        header, plan = earlier.header, self._plan
+        theirs = header.projection.kind, header.dimension, header.projection.length
+        if theirs == (plan.kind, plan.dimension, plan.length):
+            self._plan = replace(plan, width=header.projection.width)
         self._chunk_rows = header.chunk_rows
         return [chunk for chunk, done in enumerate(earlier.done) if not done]
 
-    def _make_plan(self, width: int | None) -> None:
-        """Fixes the projection, with the width of a store that exists."""
-        settings = self.settings
-        self._plan = make_plan(self.trainable.length, settings.dimension, settings.seed, settings.projection, width)
-
     def header(self) -> Header:
-        """Returns the header of the store, once the first sample is recorded."""
-        return make_header(
-            self.settings,
-            self._source,
-            self.trainable,
-            self._plan,
-            self._checks,
-            weights=self._weights,
+        """Returns the header of the store, once the first sample is recorded.
+
+        A store of queries is temporary: it is not compressed, and its data has no fingerprint.
+        """
+        settings, source, plan, checks = self.settings, self._source, self._plan, self._checks
+        of_queries, trained = self._target.like is not None, self.trainable
+        fetch = None if of_queries else source.fetch
+        # Draws of one timestep make the same calls.
+        calls = tuple(tuple(made) for made in checks.calls[:: settings.draws])
+        reached = zip(trained.names, checks.reached, strict=True)
+        packages = dict.fromkeys(("torch", *source.packages, "numpy"))
+        kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+        return Header(
+            id=uuid.uuid4().hex,
+            samples=self.samples,
+            timesteps=checks.timesteps,
+            dimension=settings.dimension,
             dtype=self._dtype,
             chunk_rows=self._chunk_rows,
-            of_queries=self._target.like is not None,
+            projection=ProjectionFacts(
+                kind=plan.kind, seed=plan.seed, length=plan.length, width=plan.width, fingerprint=plan.fingerprint
+            ),
+            parameters=ParameterFacts(names=trained.names, shapes=trained.shapes, fingerprint=trained.fingerprint),
+            weights=self._weights,
+            noise=NoiseFacts(seed=settings.seed, draws=calls),
+            transform=settings.transform,
+            draws=settings.draws,
+            codec="none" if of_queries else settings.codec,
+            batch=checks.batch_shapes,
+            columns=source.columns.kinds,
+            settings=kept,
+            writers={"dmin_trace": VERSION} | {name: version(name) for name in packages},
+            script=source.script.name,
+            script_sha256=source.script.sha256,
+            data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
+            unreached=tuple(name for name, was_reached in reached if not was_reached),
         )
-
-    # -- samples and training steps --------------------------------------------------------------------------------
 
     def hold(self, error: Exception) -> bool:
         """Keeps an error of this process until the processes meet; False if this is the only one. See `Ranks.hold`."""
         return self._ranks.hold(error)
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
-        """Begins a sample: keeps its columns, and checks the shapes in its batch.
+        """Begins a sample: keeps the columns of its dataset item, and checks the shapes in the batch collated from it.
 
-        Args:
-            number: its dataset index.
-            item: what the dataset gave for it.
-            batch: what was collated from it; None if the loop does not give its batches.
-
-        Raises:
-            QueryError: the images have other shapes than those of the trace.
-            CaptureError: the dataset lacks a column that the settings name.
+        `batch` is None if the loop does not give its batches. Raises QueryError if the images have other shapes than
+        those of the trace, CaptureError if the dataset lacks a column that the settings name.
         """
         self._row_missing = False
         if batch is not None:
@@ -203,13 +202,7 @@ class Recorder:
     def backward(self, step: CaptureStep, loss: torch.Tensor, scale: float = 1.0) -> None:
         """Takes the gradient of a training step's loss, and after the last draw of a timestep compresses their mean.
 
-        Args:
-            step: the training step that is running.
-            loss: a scalar.
-            scale: the loss is multiplied by it before the backward pass, and the gradients are divided by it.
-
-        Raises:
-            CaptureError: the loss is not a scalar, or has no gradient.
+        `scale` is as for `take_gradient`. Raises CaptureError if the loss is not a scalar, or has no gradient.
         """
         if self._ranks.error is not None:
             return
@@ -259,7 +252,8 @@ class Recorder:
     def _end_row(self, row: Row | None) -> None:
         """Keeps a row, unless it is a repeated one, and stops here after a signal."""
         self._rows += 1
-        self._progress.advance()
+        for task in self._progress.tasks:
+            self._progress.update(task.id, advance=1, rate=f"{task.speed:.1f}/s" if task.speed else "")
         chunks, ranks = self._chunks, self._ranks
         if chunks is None:
             return
@@ -279,8 +273,6 @@ class Recorder:
         """Whether these parameters have changed since the beginning. For those that are not trained it returns True."""
         ours = {id(tensor) for tensor in self.trainable.tensors}
         return any(id(p) not in ours for p in parameters) or self.trainable.weights_fingerprint() != self._weights
-
-    # -- the end ---------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """Marks the store complete, after every process has written its chunks."""
@@ -331,3 +323,11 @@ class Recorder:
             f"{self.samples:,} samples are in {self.out}. Run it again: it continues where it stopped.",
             signal,
         )
+
+
+def _sample_bar() -> Progress:
+    """A bar on standard error that counts samples; nothing is shown if that is not a terminal."""
+    console = Console(stderr=True)
+    texts = TextColumn("capture"), BarColumn(), MofNCompleteColumn(), TextColumn("samples")
+    times = TextColumn("[dim]{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*texts, *times, console=console, disable=not console.is_terminal)

@@ -18,12 +18,12 @@ from typing import Any, Protocol, Unpack, runtime_checkable
 import numpy as np
 import torch
 
-from dmin_trace.capture.dataset import Columns
+from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.guard import Advice, StepGuard
+from dmin_trace.capture.output import CaptureTarget
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import CaptureStep, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError

@@ -5,7 +5,6 @@ Only safetensors is read and written: a weight file can come from anywhere, and 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dmin_trace.errors import WeightsError
+from dmin_trace.store import sync
 
 KeyConverter = Callable[[str], str]
 """Turns a key of a host's weight file into the name of a module's parameter."""
@@ -30,44 +30,34 @@ ADAPTER_ENDING = re.compile(r"(\.lora_\w+)\.([^.]+)\.weight$")
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """Where a saved tensor is.
-
-    file: the safetensors file.
-    key: its key in the file.
-    """
+    """Where a saved tensor is: the safetensors file, and its key in it."""
 
     file: Path
     key: str
 
 
-def write_whole(path: Path, values: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_whole(path: Path, values: dict[str, torch.Tensor]) -> None:
     """Writes a safetensors file, whole or not at all; it is on disk when this returns.
 
     Raises WeightsError if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(dict(values), partial, metadata=metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        save_file(values, partial)
+        sync(partial)
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         why = error.strerror or error if isinstance(error, OSError) else error
         raise WeightsError(f"{path} cannot be written: {why}. Make room, or give another path.") from None
 
 
-def weight_files(path: Path) -> list[list[Path]]:
+def find_files(path: Path) -> list[list[Path]]:
     """Returns the safetensors files that a path stands for, in groups of which the first that fits is used.
 
-    A file is a group by itself. A folder gives the files in it, then those in its subfolders.
-
-    Raises WeightsError if there is none.
+    A file is a group by itself. A folder gives the files in it, then those in its subfolders. Raises WeightsError if
+    there is none.
     """
     if path.is_file():
         return [[path]]
@@ -89,14 +79,16 @@ def list_saved(files: Iterable[Path], path: Path, convert: KeyConverter | None =
 
     The name of a subfolder of `path` (a pipeline's `unet`) goes in front of the names in its files. So does the number
     of the model if the files are accelerate's checkpoint of several (`model.safetensors`, `model_1.safetensors`).
-
     Raises WeightsError if a file cannot be read, or two files of one folder hold the same name.
     """
     saved: dict[str, SavedTensor] = {}
     files = list(files)
     several = any(file.stem == "model_1" for file in files)
     for file in files:
-        prefix = _prefix(file, path, several)
+        numbered = re.fullmatch(r"model(?:_(\d+))?", file.stem)
+        prefix = f"{numbered.group(1) or 0}." if numbered and several else ""
+        if file != path and file.parent != path:
+            prefix = f"{file.parent.name}."
         try:
             if not file.is_file():
                 # Opening a pipe would block.
@@ -135,23 +127,16 @@ def match_models(
 ) -> dict[int, list[SavedTensor]]:
     """Finds the saved tensors of every model's parameters, whatever prefix or adapter name they are saved under.
 
-    Args:
-        path: where the files were found.
-        models: by number, the names and shapes of each model's parameters.
-        saved: the tensors in the files, by name.
-
-    Returns:
-        By number, the saved tensor of each parameter, in order.
-
-    Raises:
-        WeightsError: a model's tensors are missing or have other shapes, or several sets of tensors fit.
+    `models` has the names and shapes of each model's parameters, by the model's number; `saved` the tensors in the
+    files at `path`, by name. Returns by number the saved tensor of each parameter, in order. Raises WeightsError if a
+    model's tensors are missing or have other shapes, or if several sets of tensors fit.
     """
     found: dict[int, dict[str, list[SavedTensor]]] = {}
     for k, parameters in models.items():
         sets = _complete_sets(list(parameters), saved)
         found[k] = {prefix: tensors for prefix, tensors in sets.items() if _shapes(tensors) == [*parameters.values()]}
         if not found[k]:
-            raise WeightsError(_why_not(path, parameters, saved))
+            raise _missing(path, parameters, saved)
     # A set that is the only one for a model is taken from the others. Repeated, since each choice may settle the next.
     for _ in models:
         taken = [tensors[0] for sets in found.values() if len(sets) == 1 for tensors in sets.values()]
@@ -164,39 +149,32 @@ def match_models(
         # Models of one kind (two text encoders) are saved in the order in which they are prepared.
         candidates = list(found[k].values())
         alike = [j for j in models if list(found[j].values()) == candidates]
-        if len(candidates) > len(alike) and not _all_equal(candidates):
-            raise WeightsError(
-                f"{path} holds several weights that fit: {', '.join(prefix.strip('.') for prefix in found[k])}. Give "
-                "the file or folder that is to be used."
-            )
+        if len(candidates) > len(alike):
+            first, *others = candidates
+            pairs = (pair for other in others for pair in zip(read(first), read(other), strict=True))
+            if not all(torch.equal(a, b) for a, b in pairs):
+                raise WeightsError(
+                    f"{path} holds several weights that fit: {', '.join(prefix.strip('.') for prefix in found[k])}. "
+                    "Give the file or folder that is to be used."
+                )
         chosen[k] = candidates[min(alike.index(k), len(candidates) - 1)]
     return chosen
 
 
-def wrong_shape(path: Path, name: str, found: Shape, expected: Shape) -> str:
-    """Returns the message for a saved tensor that has another shape than its parameter."""
-    return (
-        f"{path} holds {name} with shape {found}, but the script's model has {expected}. Give the weights that this "
-        "script saved."
-    )
+def wrong_shape(path: Path, name: str, found: Shape, expected: Shape) -> WeightsError:
+    """Returns the error for a saved tensor that has another shape than its parameter."""
+    shapes = f"with shape {found}, but the script's model has {expected}"
+    return WeightsError(f"{path} holds {name} {shapes}. Give the weights that this script saved.")
 
 
-def _prefix(file: Path, path: Path, several: bool) -> str:
-    """What goes in front of the keys of a file."""
-    if file != path and file.parent != path:
-        return f"{file.parent.name}."
-    numbered = re.fullmatch(r"model(?:_(\d+))?", file.stem)
-    return f"{numbered.group(1) or 0}." if numbered and several else ""
-
-
-def _complete_sets(names: Sequence[str], saved: Mapping[str, SavedTensor]) -> dict[str, list[SavedTensor]]:
+def _complete_sets(names: list[str], saved: Mapping[str, SavedTensor]) -> dict[str, list[SavedTensor]]:
     """The saved tensors of all of a model's parameters, for every prefix that has them all.
 
     An adapter may have another name in the file, or none. The script's own name for it comes first.
     """
     adapters = sorted({end.group(2) for key in saved if (end := ADAPTER_ENDING.search(key))})
     others = {adapter: [_with_adapter(name, adapter) for name in names] for adapter in ("", *adapters)}
-    for spellings in ({"": list(names)}, others):
+    for spellings in ({"": names}, others):
         found: dict[str, list[SavedTensor]] = {}
         for adapter, spelled in spellings.items():
             first = spelled[0]
@@ -221,23 +199,16 @@ def _shapes(tensors: Sequence[SavedTensor]) -> list[Shape]:
         return [tuple(opened[saved.file].get_slice(saved.key).get_shape()) for saved in tensors]
 
 
-def _all_equal(candidates: Sequence[Sequence[SavedTensor]]) -> bool:
-    first = candidates[0]
-    return all(torch.equal(a, b) for other in candidates[1:] for a, b in zip(read(first), read(other), strict=True))
-
-
-def _why_not(path: Path, parameters: Mapping[str, Shape], saved: Mapping[str, SavedTensor]) -> str:
-    """Why a model's parameters cannot be read: a wrong shape, or how many are missing."""
+def _missing(path: Path, parameters: Mapping[str, Shape], saved: Mapping[str, SavedTensor]) -> WeightsError:
+    """The error for parameters that cannot be read: a wrong shape, or how many are missing."""
     for tensors in _complete_sets(list(parameters), saved).values():
         for (name, shape), other in zip(parameters.items(), _shapes(tensors), strict=True):
             if shape != other:
                 return wrong_shape(path, name, other, shape)
-    endings = set()
-    for key in saved:
-        parts = _with_adapter(key, "").split(".")
-        endings |= {".".join(parts[k:]) for k in range(len(parts))}
+    split = [_with_adapter(key, "").split(".") for key in saved]
+    endings = {".".join(parts[k:]) for parts in split for k in range(len(parts))}
     missing = [name for name in parameters if _with_adapter(name, "") not in endings] or list(parameters)
-    return (
+    return WeightsError(
         f"{path} lacks {len(missing)} of the {len(parameters)} trainable tensors, among them {', '.join(missing[:3])}. "
         "Give the weights that this script saved, or a checkpoint of its training."
     )

@@ -9,16 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dmin_trace.capture.weight_files import (
-    KeyConverter,
-    SavedTensor,
-    list_saved,
-    match_models,
-    read,
-    weight_files,
-    write_whole,
-    wrong_shape,
-)
+from dmin_trace.capture import weight_files
+from dmin_trace.capture.weight_files import KeyConverter, SavedTensor
 from dmin_trace.errors import CaptureError, WeightsError
 
 
@@ -26,10 +18,8 @@ from dmin_trace.errors import CaptureError, WeightsError
 class Trainable:
     """The parameters that training moves, in a fixed order.
 
-    names: `module.parameter`, with the model's number in front if several models train.
-    tensors: the parameters themselves.
-    owners: the number of the model that each belongs to.
-    own_names: their names in that model.
+    names, tensors: `module.parameter`, with the model's number in front if several models train; and the parameters.
+    owners, own_names: the number of the model that each belongs to, and its name in that model.
     """
 
     names: tuple[str, ...]
@@ -58,8 +48,8 @@ class Trainable:
 
     def save(self, path: Path) -> None:
         """Writes the values to a safetensors file, whole or not at all. Raises WeightsError if it cannot be written."""
-        values = {n: p.detach().cpu().contiguous() for n, p in zip(self.names, self.tensors, strict=True)}
-        write_whole(path, values)
+        named = zip(self.names, self.tensors, strict=True)
+        weight_files.write_whole(path, {name: tensor.detach().cpu().contiguous() for name, tensor in named})
 
     def load(self, path: Path, convert: KeyConverter | None = None) -> None:
         """Reads every value from a safetensors file, or from those in a folder or in its subfolders.
@@ -67,13 +57,12 @@ class Trainable:
         Accepts a parameter's name with or without an adapter's name, alone or after a prefix (`unet.`), if the prefix
         is the same for all parameters of one model and differs from that of the other models.
 
-        Raises:
-            WeightsError: there is no such file, it cannot be read, a tensor is missing or has another shape, or more
-                than one fits. Nothing is changed then.
+        Raises WeightsError if there is no such file, it cannot be read, a tensor is missing or has another shape, or
+        more than one fits. Nothing is changed then.
         """
         refusal: WeightsError | None = None
-        for files in weight_files(path):
-            saved = list_saved(files, path, convert)
+        for files in weight_files.find_files(path):
+            saved = weight_files.list_saved(files, path, convert)
             try:
                 values = self._read(path, saved)
             except WeightsError as error:
@@ -95,12 +84,12 @@ class Trainable:
             models: dict[int, dict[str, tuple[int, ...]]] = {owner: {} for owner in sorted(set(self.owners))}
             for owner, name, shape in zip(self.owners, self.own_names, self.shapes, strict=True):
                 models[owner][name] = shape
-            queues = {owner: iter(found) for owner, found in match_models(path, models, saved).items()}
+            queues = {owner: iter(found) for owner, found in weight_files.match_models(path, models, saved).items()}
             chosen = [next(queues[owner]) for owner in self.owners]
-        values = list(read(chosen))
+        values = list(weight_files.read(chosen))
         for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
             if value.shape != parameter.shape:
-                raise WeightsError(wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape)))
+                raise weight_files.wrong_shape(path, name, tuple(value.shape), tuple(parameter.shape))
         return values
 
 
@@ -109,10 +98,10 @@ def fingerprint_of(path: Path, names: Sequence[str]) -> str:
 
     Raises WeightsError if the file cannot be read, or lacks one of the names.
     """
-    saved = list_saved([path], path)
+    saved = weight_files.list_saved([path], path)
     if missing := [name for name in names if name not in saved]:
         raise WeightsError(f"{path} lacks {len(missing)} of the {len(names)} tensors that the trace is of.")
-    return _fingerprint(zip(names, read([saved[name] for name in names]), strict=True))
+    return _fingerprint(zip(names, weight_files.read([saved[name] for name in names]), strict=True))
 
 
 def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -129,11 +118,9 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
 
     Without optimizers (None), all that are trainable. Raises CaptureError if there are none.
     """
-    if optimizers is None:
-        optimized = {id(p) for model in models for p in model.parameters()}
-    else:
-        optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    trainable = _choose_parameters(models, lambda name, p: p.requires_grad and id(p) in optimized)
+    groups = [group for optimizer in optimizers or () for group in optimizer.param_groups]
+    optimized = {id(p) for group in groups for p in group["params"]}
+    trainable = _choose(models, lambda name, p: p.requires_grad and (optimizers is None or id(p) in optimized))
     if trainable.tensors:
         return trainable
     if optimizers is None:
@@ -147,25 +134,16 @@ def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch
 def find_named(models: Sequence[torch.nn.Module], names: Sequence[str]) -> Trainable:
     """Returns the parameters with these names (see `Trainable`), trainable or not. Unknown names are left out."""
     wanted = set(names)
-    return _choose_parameters(models, lambda name, parameter: name in wanted)
+    return _choose(models, lambda name, parameter: name in wanted)
 
 
-def _choose_parameters(
-    models: Sequence[torch.nn.Module], choose: Callable[[str, torch.nn.Parameter], bool]
-) -> Trainable:
-    """The parameters that `choose` accepts by their full names, each once."""
-    names: list[str] = []
-    tensors: list[torch.nn.Parameter] = []
-    owners: list[int] = []
-    own_names: list[str] = []
-    seen: set[int] = set()
+def _choose(models: Sequence[torch.nn.Module], accept: Callable[[str, torch.nn.Parameter], bool]) -> Trainable:
+    """The parameters that `accept` takes by their full names, each once."""
+    chosen: dict[int, tuple[str, torch.nn.Parameter, int, str]] = {}
     for k, model in enumerate(models):
         for name, parameter in model.named_parameters():
             full = name if len(models) == 1 else f"{k}.{name}"
-            if id(parameter) not in seen and choose(full, parameter):
-                seen.add(id(parameter))
-                names.append(full)
-                tensors.append(parameter)
-                owners.append(k)
-                own_names.append(name)
-    return Trainable(tuple(names), tuple(tensors), tuple(owners), tuple(own_names))
+            if accept(full, parameter):
+                chosen.setdefault(id(parameter), (full, parameter, k, name))
+    columns = zip(*chosen.values(), strict=True) if chosen else [()] * 4
+    return Trainable(*columns)

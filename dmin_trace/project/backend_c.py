@@ -26,12 +26,9 @@ SMALL_TENSOR_SIZE = 2**16
 MIN_CHANNELS_LAST_SIZE = 2**12
 """Convolutions with fewer elements are not tested for the channels-last layout: copying them costs less."""
 
-MAX_WAITING_SIZE = 2**18
-"""Elements that wait for one call of the kernel, at most. Models have hundreds of small tensors, and a call for each
-would be the cost."""
-
-PART_SIZE = 2**18
-"""Elements of a tensor that are converted to float32 at a time."""
+MAX_WAITING_SIZE = PART_SIZE = 2**18
+"""Elements that wait for one call of the kernel, at most; and those that are converted to float32 at a time. Models
+have hundreds of small tensors, and a call for each would be the cost."""
 
 ELEMENT_SIZES = {torch.float32: 4, torch.bfloat16: 2}
 """Bytes of an element for the dtypes that the kernel reads. Tensors of other dtypes are converted."""
@@ -39,11 +36,8 @@ ELEMENT_SIZES = {torch.float32: 4, torch.bfloat16: 2}
 
 @dataclass(frozen=True)
 class PackedNumbers:
-    """A rotation's numbers as the kernel reads them: in few bytes, with signs in the highest bits.
+    """A rotation's numbers as the kernel reads them (`_rows.pyi`): in few bytes, with signs in the highest bits.
 
-    rows: the shift and the sign of each row, uint32.
-    columns: the sign of each column, (W,) int8.
-    places: the order of the W sums and the sign of each, uint32.
     buffers: free arrays of W float32 for sums. Allocating one for each gradient would cost much of the time.
     """
 
@@ -96,13 +90,8 @@ class CSums:
             if end > length:
                 break
             readable = size and tensor.is_cpu
-            if (
-                readable
-                and size == 4
-                and count >= MIN_CHANNELS_LAST_SIZE
-                and tensor.ndim == 4
-                and _has_channels_last(tensor)
-            ):
+            large = count >= MIN_CHANNELS_LAST_SIZE
+            if readable and size == 4 and large and tensor.ndim == 4 and _has_channels_last(tensor):
                 # The kernel reads this layout: a copy would take as long as all the rest.
                 wait((tensor.data_ptr(), count, tensor.shape[1], tensor.shape[2] * tensor.shape[3]))
                 hold(tensor)

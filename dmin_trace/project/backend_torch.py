@@ -9,13 +9,9 @@ import numpy as np
 import torch
 
 from dmin_trace.project.plan import Plan
-from dmin_trace.project.transform import signs_of
 
-SMALL_TENSOR_SIZE = 2**16
-"""Tensors with fewer elements are joined: models have hundreds of them, and a call for each would be the cost."""
-
-MAX_JOINED_SIZE = 2**18
-"""Elements of joined tensors, at most."""
+SMALL_TENSOR_SIZE, MAX_JOINED_SIZE = 2**16, 2**18
+"""Smaller tensors are joined up to a size, in elements: models have hundreds, and a call for each would be the cost."""
 
 PART_SIZE = 2**18
 """Elements that are converted to float32, squared and added at a time: few calls, and one read into the cache."""
@@ -25,8 +21,7 @@ PART_SIZE = 2**18
 class DeviceNumbers:
     """A plan's numbers on a device.
 
-    rows: rotation: the shift and the sign of each row.
-    columns: rotation: the sign of each column, (W,) float32.
+    rows, columns: rotation: the shift and the sign of each row; the sign of each column, (W,) float32.
     places: the order of the W sums (rotation), or the bin of each element (uniform), int32.
     signs: the sign of each of the W sums (rotation), or of each element (uniform), int8.
     """
@@ -49,6 +44,12 @@ def device_numbers(plan: Plan, device: torch.device) -> DeviceNumbers:
         )
     numbers: DeviceNumbers = plan.prepared[device]
     return numbers
+
+
+def signs_of(gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the sign of each element, and NaN for an element that is not finite, so that the norm is NaN too."""
+    # torch.sign gives 0 for NaN, and 1 for infinity.
+    return torch.sign(gradient).masked_fill_(~torch.isfinite(gradient), torch.nan)
 
 
 class TorchSums:
@@ -130,10 +131,8 @@ class TorchSums:
 def _row_parts(at: int, count: int, width: int) -> Iterator[tuple[int, int, int, int]]:
     """Cuts `count` elements that begin at element `at` into parts of one row and at most PART_SIZE elements.
 
-    Whole rows are taken PART_SIZE columns at a time, so that the signs and the sums of wide rows stay in the cache.
-
-    Yields:
-        The part's first element in the tensor, its row, its column, and its length.
+    Yields each part's first element in the tensor, its row, its column, and its length. Whole rows are taken PART_SIZE
+    columns at a time, so that the signs and the sums of wide rows stay in the cache.
     """
     first = min(-at % width, count)
     whole = (count - first) // width

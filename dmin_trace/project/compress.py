@@ -1,10 +1,8 @@
 """Compresses a gradient with a `Plan`: its tensors are added up in the plan's bins, and the result is normalised.
 
-A projection is linear, so tensors are added one after another at their place in the gradient. Nothing concatenates
-them, and the norm is divided out last.
-
-On a CPU, rotation runs in C (`backend_c`). On other devices, for the uniform kind, or where the C module was not built,
-it runs in torch (`backend_torch`). The two add up the same numbers, and differ by rounding only.
+A projection is linear, so tensors are added one after another at their place in the gradient, without a copy of the
+whole. On a CPU, rotation runs in C (`backend_c`). On other devices, for the uniform kind, or where the C module was not
+built, `backend_torch` runs. The two add up the same numbers, and differ by rounding only.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ def project(tensors: Iterable[torch.Tensor], plan: Plan, *, signs: bool = False)
     Args:
         tensors: the gradient in parts, L elements in all. Each part is freed before the next is requested.
         plan: the projection.
-        signs: replace each element by its sign; see `transform`.
+        signs: replace each element by its sign; see `Settings.transform`.
 
     Returns:
         The projected gradient, (v,) float32, not normalised, and the squared L2 norm of the gradient, a float64
@@ -52,38 +50,35 @@ def compress_gradient(
     the other has 1 + cos^2, so similar gradients are told apart best, and the product of a gradient with itself is
     one. On a trained model's gradients the errors of scores are 1.3 to 1.7 times smaller (docs/performance.md).
 
-    Args:
-        tensors: the gradient in parts, as for `project`.
-        plan: the projection.
-        signs: replace each element by its sign, as for `project`. The norm is then that of the signs.
+    Takes what `project` takes, and raises what it raises. With `signs`, the norm is that of the signs.
 
     Returns:
         The projected gradient, (v,) float32, with norm one, or all zeros if the gradient's norm is 0, infinite or NaN;
         and the gradient's norm, a float32 scalar.
-
-    Raises:
-        CaptureError: the tensors do not hold L elements.
     """
     return _added(tensors, plan, signs).finish_normalised()
 
 
 def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> CSums | TorchSums:
-    """Returns the sums of a whole gradient. Raises CaptureError if the tensors do not hold L elements."""
+    """Returns the sums of a whole gradient."""
     rest = iter(tensors)
     first = next(rest, None)
-    if first is None:
-        raise _wrong_length("0 elements", plan)
+    device = torch.device("cpu") if first is None else first.device
     sums: CSums | TorchSums
-    rest = chain(_pop_all([first]), rest)
-    if backend_c.KERNEL is not None and plan.kind == "rotation" and first.is_cpu:
+    if backend_c.KERNEL is not None and plan.kind == "rotation" and device.type == "cpu":
         sums = CSums(plan, backend_c.KERNEL, signs)
     else:
-        sums = TorchSums(plan, first.device, signs)
+        sums = TorchSums(plan, device, signs)
+    rest = chain(_pop_all([] if first is None else [first]), rest)
     # Without this a tensor would stay alive while the next is made.
     del first
     count = sums.add(rest)
     if count != plan.length:
-        raise _wrong_length(f"{count} elements or more" if count > plan.length else f"{count} elements", plan)
+        more = " or more" if count > plan.length else ""
+        raise CaptureError(
+            f"The gradient has {count} elements{more}; expected {plan.length}, as its projection was made for. Give "
+            "the gradients of all trained parameters, each once, in the order of the parameters."
+        )
     return sums
 
 
@@ -91,10 +86,3 @@ def _pop_all(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Yields the tensors and keeps no reference to them."""
     while tensors:
         yield tensors.pop(0)
-
-
-def _wrong_length(found: str, plan: Plan) -> CaptureError:
-    return CaptureError(
-        f"The gradient has {found}; expected {plan.length}, as its projection was made for. Give the gradients of all "
-        "trained parameters, each once, in the order of the parameters."
-    )

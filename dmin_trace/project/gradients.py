@@ -18,22 +18,16 @@ own scale changes during training, so a query's gradients would be rounded diffe
 def take_gradient(
     loss: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float = 1.0
 ) -> tuple[Iterator[torch.Tensor], list[bool]]:
-    """Takes the gradient of a scalar.
+    """Takes the gradient of a scalar with respect to the parameters.
 
-    The tensors are yielded one at a time and then freed, so that compressing them needs no second copy.
-
-    Args:
-        loss: the script's loss; a scalar.
-        parameters: the trained parameters.
-        scale: the loss is multiplied by it before the backward pass, and the gradients are divided by it.
+    The loss is multiplied by `scale` before the backward pass, and the gradients are divided by it.
 
     Returns:
         An iterator over the gradients, each with its parameter's shape, zeros if the loss does not depend on the
-        parameter; and for each parameter whether the loss depends on it.
+        parameter; each is freed before the next is made. And for each parameter whether the loss depends on it.
     """
-    taken: list[torch.Tensor | None] = list(
-        torch.autograd.grad(loss * scale if scale != 1.0 else loss, parameters, allow_unused=True)
-    )
+    scaled = loss * scale if scale != 1.0 else loss
+    taken: list[torch.Tensor | None] = [*torch.autograd.grad(scaled, parameters, allow_unused=True)]
     reached = [gradient is not None for gradient in taken]
     taken.reverse()
 
@@ -67,12 +61,11 @@ class Mean:
                 total.add_(gradient)
         else:
             # Copies: autograd may give one tensor for two parameters, or an expanded number.
-            self._sums = [
-                gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for gradient in taken
-            ]
+            layout = torch.contiguous_format
+            self._sums = [gradient.to(torch.float32, copy=True, memory_format=layout) for gradient in taken]
 
     def hand_out(self) -> Iterator[torch.Tensor]:
-        """Yields the mean, one tensor after another. Each is freed before the next is made."""
+        """Yields the mean, one tensor after another, and keeps none."""
         sums, self._sums = self._sums[::-1], []
         while sums:
             yield sums.pop().div_(self._count)

@@ -13,9 +13,7 @@ There are two kinds. Each gives every gradient element one bin of v and one sign
               probability that OPORP gives to two of W elements, which is below 1 / v, and all others with 1 / v.
 
 A projection folds: adding bins j and j + v/2 gives a projection to v/2. For rotation with the same W it is the one that
-`make_plan` makes for that dimension.
-
-This module imports no torch. The backends derive what they need from a plan's numbers.
+`make_plan` makes for that dimension. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -32,17 +30,11 @@ import numpy.typing as npt
 from dmin_trace.errors import SettingsError
 from dmin_trace.settings import Projection
 
-MIN_ROW_WIDTH = 2**14
-"""Row width for a small gradient. Permuting W sums costs much when the gradient is not many times longer than W."""
-
-FULL_ROW_WIDTH = 2**17
-"""Rows of this width hide the cost of a call for each row, and their sums fit in a core's cache."""
-
-MIN_ROW_COUNT = 2**6
-"""Rows are widened from MIN_ROW_WIDTH to FULL_ROW_WIDTH as long as there are this many of them."""
-
-MAX_ROW_COUNT = 2**11
-"""A longer gradient gets wider rows rather than more rows: on a GPU the number of calls is the cost."""
+# Permuting W sums costs much when the gradient is not many times longer than W: rows are widened from MIN to FULL as
+# long as there are MIN_ROW_COUNT of them. Full rows hide the cost of a call for each, and their sums fit in a core's
+# cache. A gradient of more than MAX_ROW_COUNT rows gets wider ones: on a GPU the number of calls is the cost.
+MIN_ROW_WIDTH, FULL_ROW_WIDTH = 2**14, 2**17
+MIN_ROW_COUNT, MAX_ROW_COUNT = 2**6, 2**11
 
 
 @dataclass(frozen=True)
@@ -90,13 +82,9 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 over the plan and its numbers: plans with equal fingerprints project alike."""
         digest = hashlib.sha256(repr((self.kind, self.length, self.dimension, self.seed, self.width)).encode())
-        drawn: tuple[npt.NDArray[np.int64] | npt.NDArray[np.int32] | npt.NDArray[np.int8], ...]
-        if self.kind == "rotation":
-            drawn = (self.shifts(), self.row_signs(), self.column_signs(), self.order(), self.signs())
-        else:
-            drawn = (self.bins(), self.signs())
-        for numbers in drawn:
-            digest.update(numbers.tobytes())
+        rotation = self.shifts, self.row_signs, self.column_signs, self.order, self.signs
+        for draw in rotation if self.kind == "rotation" else (self.bins, self.signs):
+            digest.update(draw().tobytes())
         return digest.hexdigest()
 
     def shifts(self) -> npt.NDArray[np.int64]:
@@ -140,18 +128,10 @@ class Plan:
 
 
 def make_plan(length: int, dimension: int, seed: int, kind: Projection, width: int | None = None) -> Plan:
-    """Makes the projection of gradients of `length` elements to `dimension` numbers.
+    """Makes the projection of gradients of L elements to v numbers, from `seed`.
 
-    Args:
-        length: L.
-        dimension: v, a power of two.
-        seed: the seed of the projection's numbers.
-        kind: "rotation" or "uniform".
-        width: the width of an earlier plan, as a store keeps it. None for a new plan.
-
-    Raises:
-        SettingsError: length is below one, dimension is not a power of two, the kind is unknown, or the width does not
-            fit them.
+    `width` is that of an earlier plan, as a store keeps it; None for a new plan. Raises SettingsError if length is
+    below one, dimension is not a power of two, the kind is unknown, or the width does not fit them.
     """
     if width is None:
         if kind == "uniform":

@@ -1,13 +1,10 @@
-"""The files of chunks, read and checked: the numbers, texts and checksums of one chunk.
+"""The files of chunks, read and checked: gradients, numbers, texts and checksums.
 
 Nothing that a file or the metadata claims is allocated before the file's size agrees, no link is followed, and every
 checksum is compared before what it covers is used.
 """
 
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +14,60 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
 from dmin_trace.store import untrusted
-from dmin_trace.store.header import MAX_SAMPLE_INDEX, Header
+from dmin_trace.store.header import FRAME_HEADER_BYTES, MAX_SAMPLE_INDEX, Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
 
+MAX_MAPS = 2**8
+"""Chunks whose maps are kept. Each holds an open file, and the user's process may have many of its own."""
 WHAT_TO_DO = (
     "dmin-trace verify names all that is damaged. Restore the file from a copy; or take away the marks of the damaged "
     "chunks (dmin-trace verify --drop-damaged) and run the capture again, which makes those chunks anew."
 )
 
+Array = NDArray[Any]
+
 
 class ChunkFiles:
-    """The files of a store's chunks."""
+    """The files of a store's chunks; `done` says which can be read."""
 
     def __init__(self, path: Path, header: Header, done: NDArray[np.bool_]) -> None:
-        """The chunks of the store at `path`; `done` says which can be read."""
-        self.path = path
-        self.header = header
-        self.done = done
+        self.path, self.header, self.done = path, header, done
         self.layouts = array_layouts(header)
 
-    def find(self, name: str, chunk: int) -> tuple[Path, int | None]:
-        """The path of a done chunk's file, and its size; None if there is no regular file.
-
-        Raises TraceError if the chunk is not done, or if its file is reached by a link.
-        """
+    def find(self, name: str, chunk: int) -> tuple[Path, int]:
+        """The path of a done chunk's file, and its size. Raises TraceError if it is not done, missing or a link."""
         if not 0 <= chunk < self.header.chunks:
             raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
             raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
-        axes = len(self.layouts[name].shape)
+        names = chunk_names(name, chunk, len(self.layouts[name].shape))
         try:
-            size = untrusted.size_within(self.path, chunk_names(name, chunk, axes))
+            size = untrusted.size_within(self.path, names)
         except ValueError as error:
             raise self.damaged(name, chunk, f"is not in it: {error}") from None
-        return chunk_file(self.path, name, chunk, axes), size
+        if size is None:
+            raise self.damaged(name, chunk, "is missing, or no file")
+        return self.path.joinpath(*names), size
 
     def checked_file(self, name: str, chunk: int) -> Path:
-        """The path of a done chunk's file. Raises TraceError as `find` does, and if the size is wrong."""
+        """As `find`, and raises TraceError if the size is wrong."""
         file, size = self.find(name, chunk)
-        expected = self.layouts[name].file_bytes
-        if size != expected:
-            raise self.damaged(name, chunk, f"has {size or 0} bytes, expected {expected}")
+        if size != (expected := self.layouts[name].file_bytes):
+            raise self.damaged(name, chunk, f"has {size} bytes, expected {expected}")
         return file
 
-    def values(self, name: str, chunk: int) -> NDArray[Any]:
-        """The values of a chunk of a small numeric array, without padding, compared with their checksum."""
+    def content(self, name: str, chunk: int) -> bytes:
+        """What the file of a done chunk holds, compared with the checksum behind it. The file's size is not checked."""
+        whole = self.find(name, chunk)[0].read_bytes()
+        self.compare(name, chunk, google_crc32c.value(whole[:-CHECKSUM_BYTES]), whole[-CHECKSUM_BYTES:])
+        return whole[:-CHECKSUM_BYTES]
+
+    def values(self, name: str, chunk: int) -> Array:
+        """The values of a chunk of a small numeric array, without padding."""
         layout = self.layouts[name]
-        whole = np.fromfile(self.checked_file(name, chunk), np.uint8, layout.file_bytes or 0)
-        self.compare(name, chunk, google_crc32c.value(whole[:-CHECKSUM_BYTES]), whole[-CHECKSUM_BYTES:].tobytes())
-        dtype = np.dtype(layout.dtype)
-        values = whole[:-CHECKSUM_BYTES].view(dtype.newbyteorder("<")).reshape(layout.chunks)
-        return values[: len(self.header.rows(chunk))].astype(dtype, copy=False)
+        self.checked_file(name, chunk)
+        dtype = np.dtype(layout.dtype).newbyteorder("<")
+        return np.frombuffer(self.content(name, chunk), dtype).reshape(layout.chunks)[: len(self.header.rows(chunk))]
 
     def numbers(self, chunk: int) -> NDArray[np.float64]:
         """(n, 1 + 3 T) the numbers of a chunk's rows; `layout.number_columns` says what is where."""
@@ -79,11 +79,7 @@ class ChunkFiles:
 
     def texts(self, name: str, chunk: int) -> list[str]:
         """The texts of a chunk: their count, then of each its length and its UTF-8; counts have 4 bytes each."""
-        file, size = self.find(name, chunk)
-        whole = file.read_bytes() if size is not None else b""
-        data = whole[:-CHECKSUM_BYTES]
-        if size is not None and size > CHECKSUM_BYTES:
-            self.compare(name, chunk, google_crc32c.value(data), whole[-CHECKSUM_BYTES:])
+        data = self.content(name, chunk)
         texts: list[str] = []
         at = 4
         try:
@@ -101,19 +97,23 @@ class ChunkFiles:
         return texts[: len(self.header.rows(chunk))]
 
     def checksum(self, name: str, chunk: int) -> bytes:
-        """The checksum behind a chunk's numbers, as it is written; nothing is compared with it.
-
-        Raises TraceError as `find` does, and if the file cannot be read.
-        """
+        """The checksum behind a chunk's numbers, as it is written; nothing is compared with it."""
         file, size = self.find(name, chunk)
-        if size is None or size < CHECKSUM_BYTES:
-            raise self.damaged(name, chunk, f"has {size or 0} bytes")
+        if size < CHECKSUM_BYTES:
+            raise self.damaged(name, chunk, f"has {size} bytes")
+        return self.read_at(file, name, chunk, size - CHECKSUM_BYTES, CHECKSUM_BYTES)
+
+    def read_at(self, file: Path, name: str, chunk: int, start: int, size: int) -> bytes:
+        """Bytes of a chunk's file. Raises TraceError if they cannot be read."""
         try:
             with file.open("rb", buffering=0) as opened:
-                opened.seek(-CHECKSUM_BYTES, os.SEEK_END)
-                return opened.read(CHECKSUM_BYTES)
+                opened.seek(start)
+                data = opened.read(size)
         except OSError as error:
             raise self.damaged(name, chunk, f"cannot be read ({error.strerror})") from None
+        if len(data) != size:
+            raise self.damaged(name, chunk, "became shorter while read")
+        return data
 
     def compare(self, name: str, chunk: int, crc: int, checksum: Sequence[int]) -> None:
         """Raises TraceError if the checksum behind a chunk's numbers is not their crc32c."""
@@ -123,3 +123,111 @@ class ChunkFiles:
     def damaged(self, name: str, chunk: int, what: str) -> TraceError:
         """The error that says what is wrong with a chunk."""
         return TraceError(f"{self.path} is damaged: chunk {chunk} of {name} {what}. {WHAT_TO_DO}")
+
+
+class GradientChunks:
+    """The chunks of the array `grad`. The checksum of a chunk is compared when it is first read."""
+
+    def __init__(self, files: ChunkFiles) -> None:
+        self._files = files
+        self._header = files.header
+        self._dtype = np.dtype(files.header.dtype).newbyteorder("<")
+        self._row_shape = (len(files.header.timesteps), files.header.dimension)
+        self._compared: set[int] = set()
+        self._sized: set[int] = set()
+        self._maps: dict[int, Array] = {}
+        self._last_unpacked: tuple[int, Array] | None = None
+
+    def chunk(self, chunk: int) -> Array:
+        """The stored numbers of a done chunk, (n, T, v): mapped from its file, or unpacked.
+
+        Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
+        """
+        header = self._header
+        shape = (header.chunk_rows, *self._row_shape)
+        if header.codec != "none":
+            return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
+        file = self._files.checked_file("grad", chunk)
+        if chunk not in self._compared:
+            whole = np.memmap(file, np.uint8, "r")
+            crc = google_crc32c.value(whole[:-CHECKSUM_BYTES])
+            self._files.compare("grad", chunk, crc, whole[-CHECKSUM_BYTES:].tobytes())
+            self._compared.add(chunk)
+        return np.memmap(file, self._dtype, "r", shape=shape)[: len(header.rows(chunk))]
+
+    def parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
+        """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
+
+        A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
+        from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
+        map kept, which is three times as fast if the chunk is still in the cache.
+
+        Raises TraceError as `chunk` does. The checksum is compared after the last part: use nothing that was made of
+        the parts before the iteration has ended.
+        """
+        header = self._header
+        count = len(header.rows(chunk))
+        if header.codec != "none" or chunk in self._maps or (chunk in self._compared and len(self._maps) < MAX_MAPS):
+            whole = self._maps[chunk] if chunk in self._maps else self.chunk(chunk)
+            if header.codec == "none":
+                self._maps[chunk] = whole
+            yield from (whole[start : start + rows] for start in range(0, count, rows))
+            return
+        crc = 0
+        with self._files.checked_file("grad", chunk).open("rb", buffering=0) as file:
+            # The padding of the last chunk is read too: the checksum covers it.
+            for start in range(0, header.chunk_rows, rows):
+                part = memory[: min(rows, header.chunk_rows - start) * header.sample_bytes]
+                filled = 0
+                while filled < len(part):
+                    if not (read := file.readinto(part[filled:].data)):
+                        raise self._files.damaged("grad", chunk, "became shorter while read")
+                    filled += read
+                crc = google_crc32c.extend(crc, part)
+                if start < count:
+                    yield part[: (count - start) * header.sample_bytes].view(self._dtype).reshape(-1, *self._row_shape)
+            self._files.compare("grad", chunk, crc, file.read(CHECKSUM_BYTES))
+        self._compared.add(chunk)
+
+    def row(self, row: int, checksum: int | None = None) -> Array:
+        """The stored numbers of one row, (T, v), read from its file: for scattered rows cheaper than many maps.
+
+        Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read. `checksum` is the
+        row's own (`row_checksum`); without it the whole chunk is read once and its checksum compared.
+        """
+        header, files = self._header, self._files
+        chunk, place = divmod(row, header.chunk_rows)
+        if header.codec != "none":
+            if self._last_unpacked is None or self._last_unpacked[0] != chunk:
+                self._last_unpacked = (chunk, self.chunk(chunk))
+            return np.asarray(self._last_unpacked[1][place])
+        if checksum is None and chunk not in self._compared:
+            self.chunk(chunk)
+        if chunk not in self._sized:
+            files.checked_file("grad", chunk)
+            self._sized.add(chunk)
+        size, file = header.sample_bytes, chunk_file(files.path, "grad", chunk, 3)
+        numbers = files.read_at(file, "grad", chunk, place * size, size)
+        if checksum is not None and google_crc32c.value(numbers) != checksum:
+            raise files.damaged("grad", chunk, f"does not have the numbers of its checksum, in its row {place}")
+        return np.frombuffer(numbers, self._dtype).reshape(self._row_shape)
+
+    def _unpacked(self, chunk: int) -> Array:
+        """The numbers of a chunk's Blosc frame, flat. Its claims are checked before memory is allocated."""
+        from numcodecs import blosc
+
+        files, size = self._files, self._header.chunk_rows * self._header.sample_bytes
+        length, most = files.find("grad", chunk)[1], size + FRAME_HEADER_BYTES + CHECKSUM_BYTES
+        if not FRAME_HEADER_BYTES + CHECKSUM_BYTES <= length <= most:
+            raise files.damaged("grad", chunk, f"has {length} bytes, expected at most {most}")
+        frame = files.content("grad", chunk)
+        # Bytes 4 to 16 of a frame: the size of what is packed, that of its blocks, and the frame's own.
+        unpacked, block, packed = (int.from_bytes(frame[at : at + 4], "little") for at in (4, 8, 12))
+        if (unpacked, packed) != (size, len(frame)) or not 0 < block <= size:
+            raise files.damaged("grad", chunk, f"claims {unpacked} bytes in {packed}, expected {size} in {len(frame)}")
+        numbers = np.empty(size, np.uint8)
+        try:
+            blosc.decompress(frame, numbers)
+        except (RuntimeError, ValueError):
+            raise files.damaged("grad", chunk, "cannot be unpacked") from None
+        return numbers.view(self._dtype)

@@ -1,14 +1,23 @@
 """Files and folders that stay on disk: fsync, new folders, and what killed captures leave."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dmin_trace.errors import TraceError
 from dmin_trace.store.layout import weights_beside
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the OSError of a disk that refuses into a TraceError that names the store."""
+    try:
+        yield
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 def sync(path: Path) -> None:
@@ -61,13 +70,11 @@ def sweep(path: Path) -> None:
 def check_free(path: Path) -> None:
     """Raises TraceError if something exists at `path`, or if nothing can be written there."""
     parent = path.absolute().parent
-    try:
+    with writing(path):
         taken = path.exists() or path.is_symlink()
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent
         writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
     if taken:
         raise TraceError(
             f"{path} exists already and belongs to another run. Give another path (out, --out), or move it away."

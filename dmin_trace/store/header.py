@@ -3,14 +3,12 @@
 A store can come from anybody, so every attribute is checked when it is read, and the first wrong one is named.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -90,18 +88,15 @@ class Header:
     """What a store holds.
 
     id: 32 hexadecimal digits, the store's name in the user's own records.
-    samples: N.
-    timesteps: as the denoiser saw them.
+    samples, timesteps: N, and the T timesteps as the denoiser saw them.
     dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is compressed, and R.
     weights: fingerprint of the trained parameters.
     draws: D, the number of noises at each timestep over which a gradient is the mean.
     transform: what was done to gradients before the projection.
     batch: shapes of what is made of images or words in a batch of one sample.
-    columns: the readable columns and their kinds.
-    settings: the capture's settings, as JSON.
+    columns, settings: the readable columns and their kinds; the capture's settings, as JSON.
     writers: versions of the packages that wrote the store.
-    script, script_sha256: the name of the script and the SHA-256 of its file; "" if not known.
-    data_sha256: fingerprint of the data set; "" if not known.
+    script, script_sha256, data_sha256: the script's name, fingerprints of its file and of the data; "" if not known.
     unreached: the trained parameters on which the loss does not depend.
     """
 
@@ -147,33 +142,26 @@ class Header:
         return attributes
 
     @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Header:
-        """The header in the attributes of the store at `path`.
-
-        Raises TraceError that names the first attribute that is wrong.
-        """
+    def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Self:
+        """The header in the attributes of a store. Raises TraceError that names the first attribute that is wrong."""
         header = decode(attributes, cls, path)
-        sample = max(header.sample_bytes, number_bytes(len(header.timesteps)))
-
-        def check(right: bool, name: str, expected: str) -> None:
+        rows, names, steps = header.chunk_rows, len(header.parameters.names), len(header.timesteps)
+        sample = max(header.sample_bytes, number_bytes(steps))
+        packable = header.codec == "none" or rows > 1 or header.sample_bytes <= MAX_PACKED_BYTES
+        small = rows == 1 or rows * sample <= MAX_CHUNK_BYTES
+        named = all(map(COLUMN_NAME.fullmatch, header.columns))  # a column's name is the name of a folder in meta/
+        for right, name, expected in (
+            (packable, "codec", f"none for chunks of more than {MAX_PACKED_BYTES} bytes"),
+            (small, "chunk_rows", f"1, or chunks of {MAX_CHUNK_BYTES} bytes at most"),
+            (header.chunks <= MAX_CHUNKS, "chunk_rows", f"at most {MAX_CHUNKS} chunks for {header.samples} samples"),
+            # A file's name may be no Unicode.
+            (re.fullmatch(r"[^/\\]{0,255}", header.script), "script", "the name of a file"),
+            (named, "columns", "names of letters, digits, '_', '-', '.' and spaces"),
+            (len(header.parameters.shapes) == names, "parameters.shapes", f"one for each of the {names} names"),
+            (len(header.noise.draws) == steps, "noise.draws", f"one list for each of the {steps} timesteps"),
+        ):
             if not right:
                 raise _wrong(attributes, name, expected, path)
-
-        small = header.codec == "none" or header.chunk_rows > 1 or header.sample_bytes <= MAX_PACKED_BYTES
-        check(small, "codec", f"none for chunks of more than {MAX_PACKED_BYTES} bytes")
-        small = header.chunk_rows == 1 or header.chunk_rows * sample <= MAX_CHUNK_BYTES
-        check(small, "chunk_rows", f"1, or chunks of {MAX_CHUNK_BYTES} bytes at most")
-        few = header.chunks <= MAX_CHUNKS
-        check(few, "chunk_rows", f"at most {MAX_CHUNKS} chunks for {header.samples} samples")
-        # A file's name may be no Unicode.
-        check(bool(re.fullmatch(r"[^/\\]{0,255}", header.script)), "script", "the name of a file")
-        # A column's name is the name of a folder in meta/.
-        named = all(COLUMN_NAME.fullmatch(name) for name in header.columns)
-        check(named, "columns", "names of letters, digits, '_', '-', '.' and spaces")
-        count = len(header.parameters.names)
-        check(len(header.parameters.shapes) == count, "parameters.shapes", f"one for each of the {count} names")
-        count = len(header.timesteps)
-        check(len(header.noise.draws) == count, "noise.draws", f"one list for each of the {count} timesteps")
         return header
 
 
@@ -183,10 +171,7 @@ def number_bytes(timesteps: int) -> int:
 
 
 def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> Decoded:
-    """Attributes of the store at `path` as a dataclass, types and limits checked; others are passed over.
-
-    Raises TraceError that names the first attribute that is wrong.
-    """
+    """Attributes of a store as a dataclass; others are passed over. Raises TraceError as `Header.from_attributes`."""
     try:
         return msgspec.convert(attributes, kind, strict=True)
     except msgspec.ValidationError as error:

@@ -1,14 +1,9 @@
-"""Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew.
-
-Readers compare what they use. This reads everything, and names each file that is not what was written, down to the
-chunk and its samples.
-"""
-
-from __future__ import annotations
+"""Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew."""
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,14 +11,15 @@ import google_crc32c
 import numpy as np
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import untrusted
-from dmin_trace.store.cores import core_count
+from dmin_trace.store.files import writing
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, FAILED, array_layouts, chunk_file, chunk_names
 from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.marks import done_chunks, remove_marks
 from dmin_trace.store.metadata import Finished, damaged_metadata, read_header, restore_metadata, set_finished
+from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.reader import Store, open_store
+from dmin_trace.store.untrusted import size_within
 
 BLOCK_BYTES = 2**20
 """Bytes that are read at a time: they are in a core's cache when their checksum is taken."""
@@ -40,11 +36,9 @@ Progress = Callable[[int, int], None]
 class Damage:
     """A file that is not what was written.
 
-    file: its path from the folder in which the store lies.
-    what: what is wrong with it.
-    array, chunk: those that it holds, if it is the file of a chunk; the array alone for metadata.
-    rows: the rows of the store that are lost with it.
-    samples: their data set indices, if those can still be read.
+    file, what: its path from the folder in which the store lies, and what is wrong with it.
+    array, chunk: those that it holds; the array alone if it is metadata.
+    rows, samples: the rows of the store that are lost with it, and their data set indices, if those can be read.
     """
 
     file: str
@@ -59,11 +53,9 @@ class Damage:
 class Verified:
     """What was compared, and what was found.
 
-    complete: whether the store says that it is complete, and all its marks are there.
-    chunks, done: how many chunks there are, and how many are done.
+    complete, chunks, done: of the store: see `Store.complete`; how many chunks there are, and how many are done.
     files, bytes: how many were compared.
-    damages: in the order of the files.
-    notes: what is no damage, but should be known.
+    damages, notes: what is damaged, in the order of the files; and what is no damage, but should be known.
     """
 
     complete: bool = False
@@ -90,12 +82,7 @@ def verify_chunks(
 ) -> Verified:
     """Compares the arrays of a store: their metadata, their marks, and every file of a done chunk.
 
-    Args:
-        path: the store.
-        header, finished: from `read_header`.
-        progress: see `Progress`.
-
-    Raises TraceError if the marks are reached by a link.
+    `header` and `finished` are from `read_header`. Raises TraceError if the marks are reached by a link.
     """
     done = done_chunks(path, header)
     store = Store(path, header, done, finished)
@@ -110,20 +97,22 @@ def verify_chunks(
         if finished is not None or marked:
             what = "is not the mark of a chunk that is done" if marked else "is missing"
             found.damages.append(_chunk_damage(store, "done", chunk, what))
-    names = [name for name in array_layouts(header) if name != "done"]
-    files = {(name, chunk): size_of(path, _names(header, name, chunk)) for chunk in store.chunks_done for name in names}
-    of = sum(size or 0 for size in files.values())
+    layouts = {name: layout for name, layout in array_layouts(header).items() if name != "done"}
+    places = [(name, chunk) for chunk in store.chunks_done for name in layouts]
+    names = [chunk_names(name, chunk, len(layouts[name].shape)) for name, chunk in places]
+    sizes = [size_of(path, found_by) or 0 for found_by in names]
+    of = sum(sizes)
     memory = threading.local()
 
-    def compare(place: tuple[str, int]) -> str:
+    def compare(place: tuple[str, int], found_by: list[str]) -> str:
         if not hasattr(memory, "block"):
             memory.block = np.empty(BLOCK_BYTES, np.uint8)
-        return _file_damage(path, header, *place, memory.block)
+        return _file_damage(path, found_by, layouts[place[0]].file_bytes, memory.block)
 
     with ThreadPoolExecutor(max(PARALLEL_READS, core_count())) as pool:
-        for place, what in zip(files, pool.map(compare, files), strict=True):
+        for place, size, what in zip(places, sizes, pool.map(compare, places, names), strict=True):
             found.files += 1
-            found.bytes += files[place] or 0
+            found.bytes += size
             if what:
                 found.damages.append(_chunk_damage(store, *place, what))
             if progress is not None:
@@ -137,15 +126,10 @@ def verify_chunks(
 
 
 def drop_damaged(path: Path) -> list[int]:
-    """Takes away the marks of damaged chunks, so that an ordinary capture makes them anew.
+    """Takes away the marks of damaged chunks, and returns their numbers: an ordinary capture makes them anew.
 
-    Damaged metadata of arrays is written anew here: the header says all that is in it.
-
-    Returns:
-        The numbers of those chunks.
-
-    Raises:
-        TraceError: there is no store, its header is damaged, a capture is writing it, or the disk refuses.
+    Damaged metadata of arrays is written anew here. Raises TraceError if there is no store, its header is damaged, a
+    capture is writing it, or the disk refuses.
     """
     header, finished = read_header(path)
     found = verify_chunks(path, header, finished)
@@ -160,24 +144,23 @@ def drop_failed(path: Path) -> list[int]:
     """
     store = open_store(path, unfinished=True)
     failed = np.flatnonzero((store.norm == FAILED).any(axis=1))
-    chunks = sorted({int(row) // store.header.chunk_rows for row in failed})
-    _drop(path, store.header, chunks)
+    chunks: list[int] = np.unique(failed // store.header.chunk_rows).tolist()
+    _drop(path, store.header, chunks, [])
     return chunks
 
 
-def _drop(path: Path, header: Header, chunks: Sequence[int], arrays: Sequence[str] = ()) -> None:
+def _drop(path: Path, header: Header, chunks: Sequence[int], arrays: Sequence[str]) -> None:
     if not chunks and not arrays:
         return
     lock = StoreLock(path.absolute())
     lock.take()
     try:
-        restore_metadata(path, header, arrays)
-        if chunks:
-            # The marks go first: killed at any moment, a store that lacks one is not complete.
-            remove_marks(path, chunks)
-            set_finished(path, None)
-    except OSError as error:
-        raise TraceError(f"{path} cannot be written: {error.strerror or error}.") from None
+        with writing(path):
+            restore_metadata(path, header, arrays)
+            if chunks:
+                # The marks go first: killed at any moment, a store that lacks one is not complete.
+                remove_marks(path, chunks)
+                set_finished(path, None)
     finally:
         lock.release()
 
@@ -185,21 +168,15 @@ def _drop(path: Path, header: Header, chunks: Sequence[int], arrays: Sequence[st
 def size_of(path: Path, names: Sequence[str] = ("zarr.json",)) -> int | None:
     """The size of a file of the store, by the names that lead to it; None if it is none, or reached by a link."""
     try:
-        return untrusted.size_within(path, names)
+        return size_within(path, names)
     except ValueError:
         return None
 
 
-def _names(header: Header, name: str, chunk: int) -> list[str]:
-    return chunk_names(name, chunk, len(array_layouts(header)[name].shape))
-
-
-def _file_damage(path: Path, header: Header, name: str, chunk: int, block: np.ndarray) -> str:
+def _file_damage(path: Path, names: Sequence[str], expected: int | None, block: np.ndarray) -> str:
     """What is wrong with the file of a done chunk; "" if nothing is. Reads it through `block`."""
-    expected = array_layouts(header)[name].file_bytes
-    names = _names(header, name, chunk)
     try:
-        size = untrusted.size_within(path, names)
+        size = size_within(path, names)
         if size is None or (size != expected if expected is not None else size < CHECKSUM_BYTES):
             return f"has {size or 0} bytes" + ("" if expected is None else f", expected {expected}")
         crc, left = 0, size - CHECKSUM_BYTES
@@ -219,15 +196,8 @@ def _file_damage(path: Path, header: Header, name: str, chunk: int, block: np.nd
 def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
     samples: tuple[int, ...] = ()
     if name != "numbers" and store.done[chunk]:
-        try:
-            samples = tuple(store.numbers(store.header.rows(chunk)).sample.tolist())
-        except (TraceError, OSError):
-            samples = ()
-    return Damage(
-        file="/".join([store.path.name, *_names(store.header, name, chunk)]),
-        what=what,
-        array=name,
-        chunk=chunk,
-        rows=store.header.rows(chunk),
-        samples=samples,
-    )
+        with suppress(TraceError, OSError):
+            samples = tuple(store.numbers_of(chunk).sample.tolist())
+    names = chunk_names(name, chunk, len(array_layouts(store.header)[name].shape))
+    file, rows = "/".join([store.path.name, *names]), store.header.rows(chunk)
+    return Damage(file=file, what=what, array=name, chunk=chunk, rows=rows, samples=samples)

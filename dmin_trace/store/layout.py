@@ -6,11 +6,9 @@
       meta/    one array (N,) for each readable column: string, int64 or float64; chunks (R,)
       done     (ceil(N / R),) uint8                 a mark for each chunk of rows; chunks (1,)
 
-Rows are numbered in order of arrival; `sample` maps a row to its data set index. Random projections do not compress,
-so the file of a chunk is the array in C order with a crc32c behind it: ordinary Zarr, and readable by memory map.
+Rows are numbered in order of arrival. Random projections do not compress, so the file of a chunk is the array in C
+order with a crc32c behind it: ordinary Zarr, and readable by memory map.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
@@ -39,11 +37,8 @@ MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "nu
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of a store.
+    """One array of a store: shape, dtype, chunks, fill value and names of axes as Zarr has them.
 
-    shape, dtype, chunks: as Zarr has them.
-    fill: the value of chunks that are not written.
-    axes: a name for each dimension.
     packed: whether Blosc compresses its chunks.
     attributes: what a reader of plain Zarr needs to know.
     """
@@ -66,26 +61,14 @@ class ArrayLayout:
 
 def array_layouts(header: Header) -> dict[str, ArrayLayout]:
     """The arrays of a store by name, in the order in which a chunk of them is written."""
-    count, steps, rows = header.samples, len(header.timesteps), header.chunk_rows
-    columns = number_columns(steps)
+    count, rows, steps, v = header.samples, header.chunk_rows, len(header.timesteps), header.dimension
+    width, axes, fill = 1 + 3 * steps, ("row", "timestep", "dimension"), 0 if header.dtype == "int8" else math.nan
+    packed = header.codec != "none"
+    values = {"values": "stored number times the scale of its row and timestep in the array numbers"}
+    columns = {"columns": {name: [place.start, place.stop] for name, place in number_columns(steps).items()}}
     layouts = {
-        "grad": ArrayLayout(
-            (count, steps, header.dimension),
-            header.dtype,
-            (rows, steps, header.dimension),
-            0 if header.dtype == "int8" else math.nan,
-            ("row", "timestep", "dimension"),
-            packed=header.codec != "none",
-            attributes={"values": "stored number times the scale of its row and timestep in the array numbers"},
-        ),
-        "numbers": ArrayLayout(
-            (count, 1 + 3 * steps),
-            "float64",
-            (rows, 1 + 3 * steps),
-            math.nan,
-            ("row", "column"),
-            attributes={"columns": {name: [place.start, place.stop] for name, place in columns.items()}},
-        ),
+        "grad": ArrayLayout((count, steps, v), header.dtype, (rows, steps, v), fill, axes, packed, values),
+        "numbers": ArrayLayout((count, width), "float64", (rows, width), math.nan, ("row", "column"), False, columns),
     }
     for name, kind in header.columns.items():
         layouts[f"meta/{name}"] = ArrayLayout((count,), STORED[kind], (rows,), MISSING[kind], ("row",))
@@ -102,8 +85,7 @@ def number_columns(timesteps: int) -> dict[str, slice]:
 def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1) -> int:
     """R, the rows of a chunk: a power of two, such that every one of the writers has a chunk.
 
-    A chunk has about CHUNK_BYTES; in large stores more, up to MAX_CHUNK_BYTES: a million samples of default size are
-    about 2,000 chunks.
+    A chunk has about CHUNK_BYTES; in large stores more: a million samples of default size are about 2,000 chunks.
     """
     row = max(timesteps * dimension * np.dtype(dtype).itemsize, number_bytes(timesteps))
     size = min(max(CHUNK_BYTES, samples * row // CHUNKS_OF_LARGE_STORE), MAX_CHUNK_BYTES)
@@ -112,12 +94,8 @@ def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype
 
 def bytes_of(header: Header) -> int:
     """The bytes of a store's numbers on disk. Texts and metadata are not counted, and little beside them."""
-    layouts = array_layouts(header).values()
-    sizes = [
-        math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize + CHECKSUM_BYTES
-        for layout in layouts
-        if layout.dtype != "string"
-    ]
+    layouts = (layout for layout in array_layouts(header).values() if layout.dtype != "string")
+    sizes = (math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize + CHECKSUM_BYTES for layout in layouts)
     return sum(sizes) * header.chunks
 
 

@@ -4,8 +4,6 @@ The lock's file is `.NAME.lock` beside the store NAME. The system releases the l
 stays, and the next capture takes the lock and removes the file at its end.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 from pathlib import Path
@@ -22,10 +20,9 @@ _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, err
 
 
 class StoreLock:
-    """The lock of one store."""
+    """The lock of the store at a path. The store may not exist yet; its folder must."""
 
     def __init__(self, store: Path) -> None:
-        """The lock of the store at this path. The store may not exist yet; its folder must."""
         self._store = store
         self._path = store.with_name(f".{store.name}.lock")
         # A script may end its loop in another thread than the one that took the lock.
@@ -40,12 +37,12 @@ class StoreLock:
                 f"Another capture is writing {self._store}: it holds {self._path}. Wait until it has ended, or give "
                 "another path (out, --out)."
             ) from None
-        except NotImplementedError:
-            self._go_without("locks are not supported")
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
                 raise TraceError(f"{self._store} cannot be written: {error.strerror or error}.") from None
-            self._go_without(str(error.strerror or error))
+            why = getattr(error, "strerror", None) or "locks are not supported"
+            logger.warning("%s cannot be locked (%s): make sure that no other capture writes it.", self._store, why)
+            self._path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Releases the lock and removes its file. A second call does nothing."""
@@ -53,7 +50,3 @@ class StoreLock:
             # The file is removed first: a process that waits for it then finds it gone, and makes another.
             self._path.unlink(missing_ok=True)
             self._lock.release()
-
-    def _go_without(self, why: str) -> None:
-        logger.warning("%s cannot be locked (%s): make sure that no other capture writes it.", self._store, why)
-        self._path.unlink(missing_ok=True)

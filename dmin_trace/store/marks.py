@@ -1,7 +1,5 @@
 """Which chunks are done: those with their mark, written last, in the array `done`."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -12,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import untrusted
 from dmin_trace.store.files import sync
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, chunk_file, chunk_names
+from dmin_trace.store.untrusted import size_within
 
 DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
 """The content of a mark. A file with any other content is no mark."""
@@ -31,27 +29,24 @@ def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
         return done
     with os.scandir(folder) as found:
         for mark in found:
-            if re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and (chunk := int(mark.name)) < header.chunks:
-                done[chunk] = mark.is_file(follow_symlinks=False) and _start_of(mark.path) == DONE
+            numbered = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
+            if numbered and mark.is_file(follow_symlinks=False):
+                # A query opens all marks: `Path` would take twice as long.
+                handle = os.open(mark.path, os.O_RDONLY)
+                try:
+                    done[int(mark.name)] = os.read(handle, len(DONE) + 1) == DONE
+                finally:
+                    os.close(handle)
     return done
-
-
-def _start_of(mark: str) -> bytes:
-    """The first bytes of a file, one more than a mark has. A query opens all marks: `Path` would take twice as long."""
-    handle = os.open(mark, os.O_RDONLY)
-    try:
-        return os.read(handle, len(DONE) + 1)
-    finally:
-        os.close(handle)
 
 
 def is_done(path: Path, chunk: int) -> bool:
     """Whether a chunk has its mark."""
-    names = chunk_names("done", chunk, 1)
     try:
-        return untrusted.size_within(path, names) == len(DONE) and path.joinpath(*names).read_bytes() == DONE
+        size = size_within(path, chunk_names("done", chunk, 1))
     except ValueError:
         return False
+    return size == len(DONE) and chunk_file(path, "done", chunk, 1).read_bytes() == DONE
 
 
 def remove_marks(path: Path, chunks: Sequence[int]) -> None:

@@ -5,8 +5,6 @@ what `Finished` says, and a SHA-256 digest of all this, which finds damage, but 
 metadata of the arrays follows from the Header. It is for other readers of Zarr; here only `verify` reads it.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,11 +31,7 @@ BLOSC: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuf
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What is known of a store when its last chunk is written.
-
-    state: SHA-256 of the header and of the checksums of all chunks.
-    valid_count: the number of rows that can be ranked.
-    """
+    """What is known of a store when its last chunk is written: `Store.state` and `Store.valid_count`."""
 
     state: Digest
     valid_count: Annotated[int, Meta(ge=0)]
@@ -48,7 +42,28 @@ def read_header(path: Path) -> tuple[Header, Finished | None]:
 
     Raises TraceError if there is no store of dmin_trace at `path`, or if its metadata is damaged.
     """
-    attributes = _read_attributes(path)
+    try:
+        if not path.exists():
+            raise TraceError(f"There is no store at {path}.")
+        if untrusted.size_within(path, ["zarr.json"]) is None:
+            raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
+    except (OSError, ValueError) as error:
+        raise TraceError(f"There is no store at {path}: {_reason(error)}.") from None
+    try:
+        metadata = untrusted.read_json(path, ["zarr.json"])
+    except (ValueError, OSError) as error:
+        raise TraceError(f"{path}/zarr.json cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
+    if not isinstance(metadata, dict):
+        raise TraceError(f"{path}/zarr.json holds no JSON object; the store is damaged.")
+    attributes = metadata.get("attributes")
+    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
+        raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
+    version = attributes.get("version")
+    if type(version) is not int or version != VERSION:
+        raise TraceError(
+            f"{path} is of version {brief(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
+            "or capture again."
+        )
     header = Header.from_attributes(attributes, path)
     if attributes.get(DIGEST) != digest_of(attributes):
         raise TraceError(
@@ -84,10 +99,7 @@ def create_arrays(path: Path, header: Header) -> None:
 
 
 def check_with_zarr(path: Path, header: Header) -> None:
-    """Opens a new store with zarr-python, so that no store is made which other readers of Zarr refuse.
-
-    Raises TraceError if zarr-python sees another shape, dtype or chunk than the header says.
-    """
+    """Raises TraceError if zarr-python sees another shape, dtype or chunk in a new store than the header says."""
     import zarr
 
     group = zarr.open_group(path, mode="r", zarr_format=3)
@@ -98,10 +110,10 @@ def check_with_zarr(path: Path, header: Header) -> None:
             array = group[name]
             found = (array.shape, array.chunks, str(array.dtype)) if isinstance(array, zarr.Array) else ()
             dtype = str(np.dtypes.StringDType()) if layout.dtype == "string" else layout.dtype
-            if found != (layout.shape, layout.chunks, dtype):
+            if found != (expected := (layout.shape, layout.chunks, dtype)):
                 raise TraceError(
-                    f"zarr {zarr.__version__} reads the array {name} as {brief(found)}; expected "
-                    f"{brief((layout.shape, layout.chunks, dtype))}. Install another version of zarr."
+                    f"zarr {zarr.__version__} reads the array {name} as {brief(found)}; expected {brief(expected)}. "
+                    "Install another version of zarr."
                 )
 
 
@@ -110,12 +122,10 @@ def damaged_metadata(path: Path, header: Header) -> dict[str, str]:
     found = {}
     for name, expected in _inner_metadata(header).items():
         try:
-            metadata = untrusted.read_json(path, [*name.split("/"), "zarr.json"])
+            if untrusted.read_json(path, [*name.split("/"), "zarr.json"]) != expected:
+                found[name] = "is not what was written"
         except (ValueError, OSError) as error:
             found[name] = f"cannot be read: {_reason(error)}"
-            continue
-        if metadata != expected:
-            found[name] = "is not what was written"
     return found
 
 
@@ -126,20 +136,17 @@ def restore_metadata(path: Path, header: Header, names: Iterable[str]) -> None:
 
 
 def _inner_metadata(header: Header) -> dict[str, dict[str, Any]]:
-    """The zarr.json of each array, and of the group that holds the columns."""
+    """The zarr.json of each array, and of the group that holds the columns, as the specification of Zarr 3 has it."""
     return {"meta": _group({})} | {name: _array(layout) for name, layout in array_layouts(header).items()}
 
 
 def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The zarr.json of a group, as the specification of Zarr 3 has it."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def _array(layout: ArrayLayout) -> dict[str, Any]:
-    """The zarr.json of an array, as the specification of Zarr 3 has it."""
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if layout.dtype == "string":
-        codecs = [{"name": "vlen-utf8"}]
+    numbers = {"name": "bytes", "configuration": {"endian": "little"}}
+    codecs: list[dict[str, Any]] = [{"name": "vlen-utf8"} if layout.dtype == "string" else numbers]
     if layout.packed:
         codecs.append({"name": "blosc", "configuration": {"typesize": np.dtype(layout.dtype).itemsize, **BLOSC}})
     return {
@@ -154,35 +161,6 @@ def _array(layout: ArrayLayout) -> dict[str, Any]:
         "dimension_names": list(layout.axes),
         "attributes": layout.attributes,
     }
-
-
-def _read_attributes(path: Path) -> dict[str, Any]:
-    """The group's attributes. Raises TraceError if there is no store of dmin_trace, or one of another version."""
-    try:
-        exists, has_metadata = path.exists(), untrusted.size_within(path, ["zarr.json"]) is not None
-    except (OSError, ValueError) as error:
-        raise TraceError(f"There is no store at {path}: {_reason(error)}.") from None
-    if not exists:
-        raise TraceError(f"There is no store at {path}.")
-    if not has_metadata:
-        raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
-    try:
-        metadata = untrusted.read_json(path, ["zarr.json"])
-    except (ValueError, OSError) as error:
-        file = path / "zarr.json"
-        raise TraceError(f"{file} cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
-    if not isinstance(metadata, dict):
-        raise TraceError(f"{path / 'zarr.json'} holds no JSON object; the store is damaged.")
-    attributes = metadata.get("attributes")
-    if not isinstance(attributes, dict) or attributes.get("format") != FORMAT:
-        raise TraceError(f"{path} is a Zarr store, but not a trace of dmin_trace.")
-    version = attributes.get("version")
-    if type(version) is not int or version != VERSION:
-        raise TraceError(
-            f"{path} is of version {brief(version)}; expected {VERSION}. Read it with the dmin_trace that wrote it, "
-            "or capture again."
-        )
-    return attributes
 
 
 def _reason(error: Exception) -> str:

@@ -1,13 +1,9 @@
 """Rewrites a finished store with another codec, another dtype, or fewer dimensions.
 
-A projection folds: adding bins j and j + v/2 gives the projected gradient of the plan of v/2 dimensions, so a store can
-be made smaller without another capture. Folded gradients are normalised again, as those of a capture are. The new store
-has the same samples, norms, losses and columns, an id of its own, and the same weights and command for queries.
-
-It is written chunk by chunk, as a capture writes, under a temporary name until it is complete.
+A projection folds: adding bins j and j + v/2 gives the projected gradient of the plan of v/2 dimensions. Folded
+gradients are normalised again, as those of a capture are. The new store has the same samples, norms, losses and
+columns, an id of its own, and the same weights and command for queries.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
@@ -17,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dmin_trace.command import recall, remember
 from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.settings import Codec, Dtype, make_settings
-from dmin_trace.store.files import check_free
+from dmin_trace.store.files import check_free, writing
 from dmin_trace.store.header import Header, ProjectionFacts
 from dmin_trace.store.layout import choose_chunk_rows, weights_beside
 from dmin_trace.store.quantisation import quantise
@@ -42,19 +37,14 @@ def pack_store(
     dimension: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Store:
-    """Writes a finished store anew at `out`, whole or not at all.
+    """Writes a finished store anew at `out`, whole or not at all, and returns the new store.
 
     Stored numbers are copied as they are unless the dtype or the dimension changes.
 
     Args:
-        store: the store.
-        out: the new one.
-        codec, dtype, dimension: of the new store; those of the old one where not given. The dimension is v, v/2, v/4
-            and so on.
+        store, out: the store, and the path of the new one.
+        codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
         progress: called with the number of samples of each chunk that is written.
-
-    Returns:
-        The new store.
 
     Raises:
         SettingsError: a codec, dtype or dimension is invalid, the store does not fold to it, or none differs.
@@ -71,22 +61,21 @@ def pack_store(
         raise TraceError(f"{beside} exists already, where a copy of {weights} is to lie. Give another --out.")
     partial = out.with_name(f".{out.name}.{header.id}.packing")
     try:
-        writer = create(partial, header)
-        for chunk in range(writer.chunks):
-            _write(store, writer, chunk)
-            if progress is not None:
-                progress(len(writer.rows(chunk)))
-        writer.finish()
-        if has_weights:
-            _link(weights, beside)
-        try:
-            partial.rename(out)
-        except OSError:
+        with writing(out):
+            writer = create(partial, header)
+            for chunk in range(writer.chunks):
+                _write(store, writer, chunk)
+                if progress is not None:
+                    progress(len(writer.rows(chunk)))
+            writer.finish()
             if has_weights:
-                beside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise TraceError(f"{out} cannot be written: {error.strerror or error}.") from None
+                _link(weights, beside)
+            try:
+                partial.rename(out)
+            except OSError:
+                if has_weights:
+                    beside.unlink(missing_ok=True)
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if (command := recall(store.header.id)) is not None:
@@ -104,9 +93,6 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
             f"{store.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
             "another --codec, --dtype or --dimension."
         )
-    projection = old.projection
-    if settings.dimension != old.dimension:
-        projection = _folded_projection(old, settings.dimension)
     return replace(
         old,
         id=uuid.uuid4().hex,
@@ -114,7 +100,7 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
         dtype=settings.dtype,
         codec=settings.codec,
         chunk_rows=choose_chunk_rows(old.samples, len(old.timesteps), settings.dimension, settings.dtype),
-        projection=projection,
+        projection=_folded_projection(old, settings.dimension),
         settings={**old.settings, **changed},
     )
 
@@ -122,6 +108,8 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
 def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
     """The projection of the folded gradients. Raises SettingsError if there is none."""
     facts = old.projection
+    if dimension == old.dimension:
+        return facts
     if dimension > old.dimension:
         raise SettingsError(
             f"dimension is {dimension}, and the trace has {old.dimension}: what was not kept cannot be made. Give "
@@ -146,40 +134,33 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
 
 
 def _write(store: Store, writer: Writer, chunk: int) -> None:
-    """Writes one chunk of the new store from the chunks of the old one that hold its rows."""
     old, new = store.header, writer.header
     rows = writer.rows(chunk)
     values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
     kept = store.numbers(rows)
     scale = kept.scale
+    step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
     for number in range(rows.start // old.chunk_rows, (rows.stop - 1) // old.chunk_rows + 1):
         held = old.rows(number)
-        first, last = max(held.start, rows.start), min(held.stop, rows.stop)
         grad = store.grad_chunk(number)
-        step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
-        for start in range(first, last, step):
+        last = min(held.stop, rows.stop)
+        for start in range(max(held.start, rows.start), last, step):
             stop = min(start + step, last)
             there, here = slice(start - held.start, stop - held.start), slice(start - rows.start, stop - rows.start)
             if (old.dtype, old.dimension) == (new.dtype, new.dimension):
                 values[here] = grad[there]
                 continue
             with np.errstate(over="ignore", invalid="ignore"):  # numbers of a damaged store; an error below
-                folded = _folded(grad[there].astype(np.float32) * scale[here][:, :, None], new.dimension)
+                folded = grad[there].astype(np.float32) * scale[here][:, :, None]
+                if old.dimension != new.dimension:
+                    folded = folded.reshape(*folded.shape[:2], -1, new.dimension).sum(axis=2)
+                    norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
+                    folded = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)  # zeros stay zeros
             if not np.isfinite(folded).all():
                 raise TraceError(f"{store.path} is damaged: chunk {number} holds numbers that are not finite.")
             values[here], scale[here] = quantise(folded, new.dtype)
     columns = {name: store.column_at(name, rows) for name in new.columns}
     writer.write(chunk, values, scale, kept.norm, kept.loss, kept.sample, columns)
-
-
-def _folded(grad: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
-    """Projected gradients (n, T, v) folded to fewer dimensions and divided by their norms; zeros stay zeros."""
-    if grad.shape[2] == dimension:
-        return grad
-    folded = grad.reshape(*grad.shape[:2], -1, dimension).sum(axis=2)
-    norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
-    unit: NDArray[np.float32] = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)
-    return unit
 
 
 def _link(file: Path, beside: Path) -> None:

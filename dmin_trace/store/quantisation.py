@@ -1,7 +1,5 @@
 """int8 is made here: projected gradients become the numbers that are stored."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import google_crc32c

@@ -1,25 +1,21 @@
 """The projected gradients of queries, in memory and in a file.
 
-They come from images (`Trace.query_images`), from training samples (`Trace.query_samples`) or from a loop of one's own
-(`Trace.query_loss`, `recording`), and any score can be computed from them later without the model.
+Any score can be computed from them later without the model.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError
-from dmin_trace.store.untrusted_npz import ArrayHeader, read_arrays
+from dmin_trace.store.untrusted import ArrayHeader, read_arrays
 
-FORMAT = "dmin_trace queries"
-VERSION = 1
 MAX_TEXT_BYTES = 2**26
 """Bytes of the names and prompts in a file of queries, at most."""
 
@@ -27,8 +23,8 @@ MAX_TEXT_BYTES = 2**26
 class _Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file holds besides numbers, as JSON."""
 
-    format: str
-    version: int
+    format: Literal["dmin_trace queries"]
+    version: Literal[1]
     trace_id: str
     names: tuple[str, ...]
     prompts: tuple[str | None, ...]
@@ -39,8 +35,7 @@ class Queries:
     """The projected gradients of Q queries of one trace.
 
     gradients: (Q, T, v) float32, in the order of the trace's timesteps; of norm about one at each timestep.
-    names: Q names to show, such as file names.
-    prompts: the Q prompts; None for a query without one.
+    names, prompts: Q names to show, such as file names; the Q prompts, None for a query without one.
     trace_id: the id of the trace that they can be compared with.
 
     Raises QueryError if the lengths differ, or a gradient is not finite.
@@ -72,11 +67,8 @@ class Queries:
         return f"Queries({count:,} {'query' if count == 1 else 'queries'}, T={timesteps}, v={dimension:,})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the queries to one .npz file, and replaces a file that is there.
-
-        Raises QueryError if the file cannot be written.
-        """
-        texts = _Texts(FORMAT, VERSION, self.trace_id, self.names, self.prompts)
+        """Writes the queries to one .npz file, and replaces a file that is there. Raises QueryError if it cannot."""
+        texts = _Texts("dmin_trace queries", 1, self.trace_id, self.names, self.prompts)
         try:
             encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)
             with Path(path).open("wb") as file:
@@ -85,7 +77,7 @@ class Queries:
             raise QueryError(f"{path} cannot be written: {error}.") from None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Queries:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a file that `save` wrote. The file may come from anybody: nothing in it is executed.
 
         Raises QueryError if it cannot be read, or is no file of queries.
@@ -105,8 +97,6 @@ class Queries:
         try:
             arrays = read_arrays(path, ("gradients", "texts"), check)
             texts = msgspec.json.decode(arrays["texts"].tobytes(), type=_Texts)
-            if (texts.format, texts.version) != (FORMAT, VERSION):
-                raise ValueError(f"it is of {texts.format!r}, version {texts.version}")
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise QueryError(
                 f"{path} cannot be read as queries: {error}; expected a file that Queries.save wrote."

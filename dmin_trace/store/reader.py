@@ -1,10 +1,8 @@
 """A store opened for reading.
 
 Readers go by the marks of chunks, never by fill values, and read the files themselves: Zarr's own pipeline believes the
-metadata. What is read is compared with its checksum (`chunks`, `gradient_chunks`).
+metadata. What is read is compared with its checksum (`chunks`).
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -20,19 +18,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.store.chunks import ChunkFiles
-from dmin_trace.store.gradient_chunks import GradientChunks
-from dmin_trace.store.header import Header
+from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks
+from dmin_trace.store.header import ColumnKind, Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.marks import done_chunks
 from dmin_trace.store.metadata import Finished, read_header
 
-BELIEVED_NUMBERS = 2**20
-"""Numbers that are allocated because the header says so, for rows of which no file says anything."""
-MAX_BELIEVED_NUMBERS = 2**28
-"""Numbers that are allocated for rows of which few files say anything."""
-
-Array = NDArray[Any]
+BELIEVED_NUMBERS, MAX_BELIEVED_NUMBERS = 2**20, 2**28
+"""Numbers that are allocated because the header says so, for rows of which no files, or few, say anything."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +33,11 @@ class RowNumbers:
     """What is stored of n rows besides their gradients.
 
     sample: (n,) int64, data set indices; -1 in chunks that are not done.
-    norm: (n, T) float32, the L2 norm of each transformed gradient, before the row was normalised; NaN in chunks that
-        are not done, and -1 for samples that could not be loaded.
-    loss: (n, T) float32, the script's loss; NaN likewise, and for samples that could not be loaded.
+    norm: (n, T) float32, the L2 norm of each transformed gradient; -1 for samples that could not be loaded.
+    loss: (n, T) float32, the script's loss; NaN for samples that could not be loaded.
     scale: (n, T) float32, by which stored numbers are multiplied; ones unless the dtype is int8.
+
+    In chunks that are not done, norms and losses are NaN.
     """
 
     sample: NDArray[np.int64]
@@ -57,8 +51,7 @@ class UnrankedSamples:
     """Samples that are stored and never ranked, each counted once.
 
     failed: the data set indices of those that could not be loaded.
-    infinite: how many have a gradient that is not finite at some timestep.
-    zero: how many have a gradient that is zero at some timestep.
+    infinite, zero: how many have a gradient that is not finite, or zero, at some timestep.
     """
 
     failed: tuple[int, ...]
@@ -67,24 +60,29 @@ class UnrankedSamples:
 
 
 class Store:
-    """A store opened for reading, by `open_store`."""
+    """A store opened for reading, by `open_store`.
+
+    path, header: where it is, and what it holds.
+    done: (chunks,) which chunks are done.
+    complete: whether all are, and the store says so.
+    grad_chunk, grad_parts, stored_row: projected gradients as they are stored; see `GradientChunks`.
+    """
 
     def __init__(self, path: Path, header: Header, done: NDArray[np.bool_], finished: Finished | None) -> None:
-        """The store at `path`; `finished` is what it says of its content if it says that it is complete."""
         self.path = path
         self.header = header
         self.done = done
         self.complete = finished is not None and bool(done.all())
         self._finished = finished if self.complete else None
         self._files = ChunkFiles(path, header, done)
-        self._gradients = GradientChunks(self._files)
+        gradients = GradientChunks(self._files)
+        self.grad_chunk = gradients.chunk
+        self.grad_parts = gradients.parts
+        self.stored_row = gradients.row
 
     @cached_property
     def state(self) -> str:
-        """SHA-256 of the header and of the checksums of all done chunks: equal for equal content.
-
-        A complete store keeps it; of others the checksums are read.
-        """
+        """SHA-256 of the header and of the checksums of all done chunks. A complete store keeps it."""
         return self._finished.state if self._finished is not None else self.compute_state()
 
     def compute_state(self) -> str:
@@ -134,8 +132,7 @@ class Store:
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
         """(N,) whether a row can be ranked: done, and the norms of all its gradients finite and positive."""
-        usable: NDArray[np.bool_] = np.all(np.isfinite(self.norm) & (self.norm > 0), axis=1)
-        return usable
+        return np.asarray((np.isfinite(self.norm) & (self.norm > 0)).all(axis=1))
 
     @cached_property
     def unranked(self) -> UnrankedSamples:
@@ -150,7 +147,7 @@ class Store:
         )
 
     def numbers(self, rows: ArrayLike) -> RowNumbers:
-        """What is stored of these rows besides their gradients. Only their chunks are read.
+        """What is stored of these rows. Only their chunks are read.
 
         Raises TraceError for a row that the store does not have or that is not done, and for a damaged chunk.
         """
@@ -160,13 +157,22 @@ class Store:
             table[here] = self._files.numbers(chunk)[places]
         return self._row_numbers(table)
 
+    def numbers_of(self, chunk: int) -> RowNumbers:
+        """What is stored of a chunk's rows. Raises TraceError if it is not done, or damaged."""
+        return self._row_numbers(self._files.numbers(chunk))
+
+    def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
+        place = number_columns(len(self.header.timesteps))
+        with np.errstate(over="ignore"):
+            norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
+        return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)
+
     def column(self, name: str) -> list[Any]:
         """The N values of a readable column: "", -1 or NaN where a sample has none, and in chunks that are not done.
 
         Raises TraceError if there is no column of this name, or if its files are damaged.
         """
-        kind = self._column_kind(name)
-        values = [MISSING[kind]] * len(self._row_done)
+        values = [MISSING[self._column_kind(name)]] * len(self._row_done)
         for chunk in self.chunks_done:
             rows = self.header.rows(chunk)
             values[rows.start : rows.stop] = self._column_chunk(name, chunk)
@@ -183,6 +189,17 @@ class Store:
                 values[at] = held[place]
         return values
 
+    def _column_kind(self, name: str) -> ColumnKind:
+        if (kind := self.header.columns.get(name)) is None:
+            raise TraceError(f"{self.path} has no column {name}; it has {', '.join(self.header.columns) or 'none'}.")
+        return kind
+
+    def _column_chunk(self, name: str, chunk: int) -> list[Any]:
+        if self.header.columns[name] == "string":
+            return self._files.texts(f"meta/{name}", chunk)
+        values: list[Any] = self._files.values(f"meta/{name}", chunk).tolist()
+        return values
+
     def row_of(self, sample: int) -> int:
         """The row of a data set index. Raises TraceError if the store does not hold it."""
         return int(self.rows_of([sample])[0])
@@ -196,19 +213,12 @@ class Store:
         if possible and np.array_equal(self.numbers(wanted).sample, wanted):
             return wanted
         order = np.argsort(self.sample, kind="stable")
-        places = np.minimum(np.searchsorted(self.sample, wanted, sorter=order), len(order) - 1)
-        rows = order[places]
+        rows = order[np.minimum(np.searchsorted(self.sample, wanted, sorter=order), len(order) - 1)]
         if (lost := wanted[(self.sample[rows] != wanted) | (wanted < 0)]).size:
             held = self.sample[self._row_done]
-            raise TraceError(
-                f"{self.path} holds no sample {lost[0]}; "
-                + (f"its samples are {held.min()} to {held.max()}." if held.size else "none is done.")
-            )
+            known = f"its samples are {held.min()} to {held.max()}" if held.size else "none is done"
+            raise TraceError(f"{self.path} holds no sample {lost[0]}; {known}.")
         return rows
-
-    def numbers_of(self, chunk: int) -> RowNumbers:
-        """What is stored of a chunk's rows besides their gradients. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk))
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""
@@ -218,41 +228,6 @@ class Store:
             grad, scale = self.grad_chunk(chunk), self.numbers_of(chunk).scale
             found[here] = grad[places].astype(np.float32) * scale[places][:, :, None]
         return found
-
-    def grad_chunk(self, chunk: int) -> Array:
-        """The stored numbers of a done chunk, (n, T, v): mapped from its file, or unpacked.
-
-        The first call for a chunk compares its checksum, which reads all of it.
-
-        Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
-        """
-        return self._gradients.chunk(chunk)
-
-    def grad_parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
-        """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
-
-        A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
-        from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
-        map kept, which is three times as fast if the chunk is still in the cache.
-
-        Raises TraceError as `grad_chunk` does. The checksum is compared after the last part: use nothing that was made
-        of the parts before the iteration has ended.
-        """
-        return self._gradients.parts(chunk, rows, memory)
-
-    def stored_row(self, row: int, checksum: int | None = None) -> Array:
-        """The stored numbers of one row, (T, v), read from its file: for scattered rows cheaper than many maps.
-
-        Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read.
-
-        Args:
-            row: the row.
-            checksum: the row's own (`row_checksum`), if it is known. Otherwise the whole chunk is read once and its
-                checksum compared.
-
-        Raises TraceError as `grad_chunk` does, and if the row does not have its checksum.
-        """
-        return self._gradients.row(row, checksum)
 
     @cached_property
     def bytes(self) -> int:
@@ -269,14 +244,9 @@ class Store:
         held = sum(len(header.rows(chunk)) for chunk in self.chunks_done)
         numbers, times = header.samples * len(header.timesteps), header.samples / max(held, 1)
         if numbers > BELIEVED_NUMBERS and times > 1000 or numbers > MAX_BELIEVED_NUMBERS and times > 8:
-            raise TraceError(
-                f"{self.path} claims {header.samples} samples, and {held} are done: too few to read. Finish the "
-                "capture."
-            )
-        rows = np.zeros(header.samples, np.bool_)
-        for chunk in self.chunks_done:
-            rows[header.rows(chunk).start : header.rows(chunk).stop] = True
-        return rows
+            claim = f"{self.path} claims {header.samples} samples, and {held} are done"
+            raise TraceError(f"{claim}: too few to read. Finish the capture.")
+        return np.repeat(self.done, header.chunk_rows)[: header.samples]
 
     def _whole(self, name: str, fill: float = np.nan, dtype: type[Any] = np.float32) -> Array:
         """(N, columns) one kind of numbers of all rows; `fill` in chunks that are not done."""
@@ -289,23 +259,6 @@ class Store:
                 values[rows.start : rows.stop] = self._files.numbers(chunk)[:, place]
         return values
 
-    def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
-        place = number_columns(len(self.header.timesteps))
-        with np.errstate(over="ignore"):
-            norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
-        return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)
-
-    def _column_kind(self, name: str) -> Any:
-        if (kind := self.header.columns.get(name)) is None:
-            raise TraceError(f"{self.path} has no column {name}; it has {', '.join(self.header.columns) or 'none'}.")
-        return kind
-
-    def _column_chunk(self, name: str, chunk: int) -> list[Any]:
-        if self._column_kind(name) == "string":
-            return self._files.texts(f"meta/{name}", chunk)
-        values: list[Any] = self._files.values(f"meta/{name}", chunk).tolist()
-        return values
-
     def _rows(self, rows: ArrayLike) -> NDArray[np.int64]:
         given = np.asarray(rows)
         if given.size and not (given.min() >= 0 and given.max() < self.header.samples):
@@ -313,8 +266,7 @@ class Store:
         return given.astype(np.int64)
 
     def _by_chunk(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """For each chunk that holds some of the rows: its number, where those stand in `rows`, and their places in the
-        chunk."""
+        """For each chunk of these rows: its number, where its rows stand in `rows`, and their places in the chunk."""
         chunks = rows // self.header.chunk_rows
         for chunk in np.unique(chunks):
             here = np.flatnonzero(chunks == chunk)
@@ -322,14 +274,9 @@ class Store:
 
 
 def open_store(path: str | os.PathLike[str], *, unfinished: bool = False) -> Store:
-    """Opens a store for reading.
+    """Opens a store for reading; with `unfinished` even if the capture has not finished: done chunks can be read.
 
-    Args:
-        path: the store.
-        unfinished: open it even if the capture has not finished; done chunks can be read.
-
-    Raises:
-        TraceError: there is no store of dmin_trace at `path`, or it is of another version, unfinished or damaged.
+    Raises TraceError if there is no store of dmin_trace at `path`, or it is of another version, unfinished or damaged.
     """
     path = Path(path)
     header, finished = read_header(path)

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dmin_trace.capture.dataset import (
-    MAX_LOGGED_FAILURES,
-    Columns,
-    FailedSamples,
-    image_shapes,
-    named_entries,
-    text_shapes,
-)
+from dmin_trace.capture.dataset import MAX_LOGGED_FAILURES, Columns, FailedSamples, batch_shapes
 from dmin_trace.errors import CaptureError
 
 
@@ -62,7 +55,7 @@ def test_failed_samples_stop_a_capture_if_most_of_the_first_fail() -> None:
 
 def test_shapes_of_images_and_texts_in_a_batch() -> None:
     batch = {"pixels": torch.zeros(1, 3, 8, 8), "input_ids": torch.ones(1, 77, dtype=torch.long), "prompts": ["a cat"]}
-    entries = named_entries(batch | {"file_names": ["a.png"], "size": torch.ones(1, 2)})
-    assert image_shapes(entries) == {"pixels": (1, 3, 8, 8)}
-    assert text_shapes(entries) == {"input_ids": (1, 77), "prompts": (1,)}
-    assert text_shapes(named_entries([torch.zeros(1, 3, 8, 8), ["a cat"]])) == {"1": (1,)}
+    shapes = batch_shapes(batch | {"file_names": ["a.png"], "size": torch.ones(1, 2)})
+    assert shapes == {"pixels": (1, 3, 8, 8), "input_ids": (1, 77), "prompts": (1,)}
+    assert batch_shapes([["a cat"], torch.zeros(1, 3, 8, 8)]) == {"1": (1, 3, 8, 8), "0": (1,)}
+    assert list(batch_shapes([["a cat"], torch.zeros(1, 3, 8, 8)])) == ["1", "0"]

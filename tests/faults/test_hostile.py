@@ -25,7 +25,7 @@ from torture_stores import make_store
 
 from dmin_trace import query, views
 from dmin_trace.audit import read_retrained, verify_store
-from dmin_trace.capture.weight_files import list_saved, read, weight_files
+from dmin_trace.capture.weight_files import find_files, list_saved, read
 from dmin_trace.cli.app import main
 from dmin_trace.errors import DminTraceError, EvaluationError, QueryError, TraceError, WeightsError
 from dmin_trace.query import Hit, read_inputs
@@ -393,7 +393,7 @@ def test_weight_files_from_anybody_are_one_line(tmp_path: Path, name: str) -> No
     file = tmp_path / "w.safetensors"
     file.write_bytes(WEIGHTS[name])
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
-        [files] = weight_files(file)
+        [files] = find_files(file)
         list(read(list_saved(files, file).values()))
 
 
@@ -401,9 +401,9 @@ def test_a_pipe_of_weights_blocks_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.safetensors")
     code = """
 import pathlib, sys
-from dmin_trace.capture.weight_files import list_saved, weight_files
+from dmin_trace.capture.weight_files import find_files, list_saved
 folder = pathlib.Path(sys.argv[1])
-list_saved(weight_files(folder)[0], folder)
+list_saved(find_files(folder)[0], folder)
 """
     ran = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import plain_script
 from warm import Running, Warm
 
-from dmin_trace.capture.provenance import data_fingerprint
+from dmin_trace.capture.dataset import data_fingerprint
 from dmin_trace.command import Script, script_of
 
 STOP = """

@@ -16,7 +16,7 @@ from tiny import EXAMPLE, digit_folder, run, without_the_line
 
 import dmin_trace
 from dmin_trace.errors import QueryError, TraceError
-from dmin_trace.project.transform import signs_of
+from dmin_trace.project.backend_torch import signs_of
 from dmin_trace.store import open_store
 
 CLI = ("-m", "dmin_trace.cli.app")

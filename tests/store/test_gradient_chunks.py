@@ -1,4 +1,4 @@
-"""GradientChunks: mapped, read in parts, and unpacked."""
+"""GradientChunks (store/chunks.py): mapped, read in parts, and unpacked."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_parts_are_the_chunk(tmp_path: Path, codec: Codec, rows: int) -> None:
 
 
 def test_parts_keeps_few_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmin_trace.store.gradient_chunks.MAX_MAPS", 2)
+    monkeypatch.setattr("dmin_trace.store.chunks.MAX_MAPS", 2)
     header = make_header(samples=20)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     memory = np.empty(4 * header.sample_bytes, np.uint8)

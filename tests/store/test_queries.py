@@ -63,7 +63,7 @@ def test_load_allocates_nothing_on_the_word_of_a_header(tmp_path: Path) -> None:
     ("texts", "reason"),
     [
         (b"[]", "object"),
-        (b'{"format":"x","version":1,"trace_id":"","names":[],"prompts":[]}', "it is of 'x'"),
+        (b'{"format":"x","version":1,"trace_id":"","names":[],"prompts":[]}', "Invalid enum value 'x'"),
         (b'{"format":"dmin_trace queries","version":1,"trace_id":3,"names":[],"prompts":[]}', "trace_id"),
         (b"[" * 100_000, "cannot be read"),
     ],

@@ -22,14 +22,14 @@ from accelerate.utils import gather_object
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import LoopDriver
-from dmin_trace.capture.dataset import Columns
+from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.host import script_host
+from dmin_trace.capture.output import CaptureTarget
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
 from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.capture.source import CaptureSource, CaptureTarget
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, remember, script_of

@@ -1,0 +1,56 @@
+"""Whether a run is the one that a store is of: its script, its data set, and all else that the header says."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmin_trace.errors import TraceError, brief
+from dmin_trace.store.header import Header
+
+MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "unreached")
+"""Attributes in which two runs of one capture may differ. Script and data are compared where both are known."""
+
+
+def check_script(path: Path, header: Header, name: str, sha256: str, what: str) -> None:
+    """Raises TraceError if a script (its name and SHA-256) differs from that of the store at `path`, if both are known.
+
+    `what` tells the user what to do about it.
+    """
+    if header.script_sha256 and sha256 and header.script_sha256 != sha256:
+        raise TraceError(
+            f"The script is not the one that made {path}: the SHA-256 of {name} is {sha256[:16]}, that of the trace's "
+            f"{brief(header.script)} is {header.script_sha256[:16]}. {what}"
+        )
+
+
+def check_data(path: Path, header: Header, samples: int, sha256: str) -> None:
+    """Raises TraceError if a data set differs from the store's in its length or, if both are known, fingerprint."""
+    theirs, ours = (f"it has {count:,} samples" for count in (header.samples, samples))
+    if header.samples == samples and header.data_sha256 and sha256:
+        theirs, ours = (f"the fingerprint of its content is {known[:16]}" for known in (header.data_sha256, sha256))
+    if theirs != ours:
+        raise TraceError(
+            f"The data set is not the one that {path} is of. That of the trace: {theirs}; that of this run: {ours}. "
+            "Give the same one, in the same order and with the same transforms; or another path (out, --out)."
+        )
+
+
+def check_capture(path: Path, existing: Header, header: Header) -> None:
+    """Raises TraceError if a header is of another capture than the existing one of the store at `path`."""
+    check_data(path, existing, header.samples, header.data_sha256)
+    found, expected = (_flat(facts.to_attributes()) for facts in (existing, header))
+    for name in sorted(found | expected):
+        theirs, ours = (facts.get(name, "missing") for facts in (found, expected))
+        if name.split(".")[0] not in MAY_DIFFER and theirs != ours:
+            raise TraceError(
+                f"{path} belongs to another capture: its {name} is {brief(theirs)}, that of this run is {brief(ours)}. "
+                "Give another path (--out), or move it away."
+            )
+
+
+def _flat(attributes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Attributes of attributes by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in attributes.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -6,8 +6,6 @@ many training samples and takes more candidates than a sample does (docs/perform
 reached, the index keeps no graph, and queries scan all samples.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -5,8 +5,6 @@ query's (paper, equations 7 to 9, without the constant of the learning rate). Ch
 core, with BLAS on one thread each. Memory does not grow with the number of samples, but for what is returned.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence

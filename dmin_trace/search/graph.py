@@ -12,8 +12,6 @@ slow; the rows that it names are rows of the store, and their scores come from t
     levels     for each element the bytes of its links above level 0 (4), and for each level their count and M numbers
 """
 
-from __future__ import annotations
-
 import math
 import os
 import struct

@@ -4,8 +4,6 @@ A score method is fitted to a store once, and then changes the gradients of quer
 queries with the stored rows are the influence scores.
 """
 
-from __future__ import annotations
-
 from typing import get_args
 
 from dmin_trace.errors import QueryError

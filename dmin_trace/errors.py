@@ -26,7 +26,7 @@ class CaptureError(DminTraceError):
 
 
 class StoppedError(CaptureError):
-    """Raised after Ctrl-C or SIGTERM, when the chunk in hand is written.
+    """Raised after Ctrl-C or SIGTERM, when the current chunk is written.
 
     signal: the number of the signal; a process that it ends exits with 128 and this number.
     """

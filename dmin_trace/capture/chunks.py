@@ -54,7 +54,7 @@ class ChunkQueue:
 
     @property
     def missing_rows(self) -> int | None:
-        """How many rows the chunk in hand still lacks; None if no chunk is in hand."""
+        """How many rows the current chunk still lacks; None if there is no current chunk."""
         return None if self._chunk is None else len(self._chunk.rows) - self._chunk.filled
 
     def add(self, row: Row | None, columns: Mapping[str, str | int | float], names: Sequence[str]) -> None:

@@ -193,7 +193,7 @@ def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
     try:
         first, second = (_hash_batches(samples, chosen, fetch) for _ in range(2))
     except Exception:
-        # A kind of tensor without bytes, for example. A capture does not end for want of a fingerprint.
+        # A kind of tensor without bytes, for example. A missing fingerprint does not end a capture.
         logger.debug("The data set has no fingerprint.", exc_info=True)
         return ""
     return first if first == second else ""

@@ -36,7 +36,7 @@ class Ranks:
     meeting: bool = field(default=False, init=False)
 
     def hold(self, error: Exception) -> bool:
-        """Keeps an error until the next meeting. Returns False, and keeps nothing, if nobody waits for this process."""
+        """Keeps an error until the next meeting. Returns False, and keeps nothing, if no process waits for this one."""
         if not self.meeting or self.count == 1:
             return False
         self.error = self.error or error
@@ -77,7 +77,7 @@ class Ranks:
 
 
 class FirstSignal:
-    """While held, the first Ctrl-C or SIGTERM is noted, so that the chunk in hand can be finished.
+    """While held, the first Ctrl-C or SIGTERM is noted, so that the current chunk can be finished.
 
     It also puts the earlier handlers back, so a second one does what it would have done without a capture. A signal for
     which another handler is set is left alone. So are all signals outside the main thread, where python runs handlers.

@@ -305,7 +305,7 @@ class Recorder:
             self._announced = True
             left = None if self._chunks is None else self._chunks.missing_rows
             logger.warning(
-                "%s: the chunk in hand is finished first, %d more samples; a second one stops at once.",
+                "%s: the current chunk is finished first, %d more samples; a second one stops at once.",
                 self._signal.name,
                 self._chunk_rows if left is None else left,
             )

@@ -124,7 +124,7 @@ def read_arrays(
     """
     try:
         if not path.is_file():
-            raise ValueError("it is no file")  # a pipe would block whoever opens it
+            raise ValueError("it is no file")  # opening a pipe would block
         headers = {}
         with zipfile.ZipFile(path) as archive:
             for name in names:

@@ -1,4 +1,4 @@
-"""Creates a store, goes on with one, and writes its chunks.
+"""Creates a store, or resumes one, and writes its chunks.
 
 Each process owns whole chunks and writes each once, in this order: its files; fsync of them and of the folders that
 name them; then its mark, fsynced likewise. A chunk is done when its mark is there, so whenever a capture is killed, the
@@ -164,7 +164,7 @@ def create(path: Path, header: Header) -> Writer:
 
 
 def resume(path: Path, header: Header) -> Writer:
-    """Opens an unfinished store, to go on with it. Raises TraceError if it is of another capture."""
+    """Opens an unfinished store, to resume it. Raises TraceError if it is of another capture."""
     existing = read_header(path)[0]
     check_capture(path, existing, header)
     return Writer(path, existing)

@@ -224,7 +224,7 @@ def test_a_failure_inside_a_breaking_loop_still_runs_the_deferred_end(tmp_path: 
     bare = without_the_line(script, tmp_path / "without.py")
     ran = run([script, "--output_dir", "with"], tmp_path)
     run([bare, "--output_dir", "without"], tmp_path)
-    assert "could not capture this run; the training goes on" in ran.stderr
+    assert "could not capture this run; the training continues" in ran.stderr
     for name in ("state.pt", "log.txt"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
 

@@ -92,7 +92,7 @@ def test_a_signal_finishes_the_chunk_in_hand_and_says_how_to_go_on(
         "r.Recorder.sample = seen\n"
     )
     said = capture.warm.run(capture.command(store), capture.folder, 128 + which, capture.prelude + signals)
-    assert said.count(f"{name}: the chunk in hand is finished first, 13 more samples; a second one stops at once.") == 1
+    assert said.count(f"{name}: the current chunk is finished first, 13 more samples; a second one stops at once.") == 1
     assert said.count(f"stopped by {name}: 32 of 40 samples are in") == 1 and "continues where it stopped" in said
     assert "Traceback" not in said
     assert done(store) == {0, 1} and not (tmp_path / "out" / ".trace.zarr.lock").exists()

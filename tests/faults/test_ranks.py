@@ -41,7 +41,7 @@ def test_both_stop_for_a_signal_or_an_error_of_one_and_go_on(
     ).replace("\n", "\n    ")
     group = start_ranks(capture, store, 2, RANK_1 + told + "\n")
     assert ended(group) == [128 + signal.SIGTERM] * 2, [running.said() for running in group]
-    assert "SIGTERM: the chunk in hand is finished first" in group[1].said()
+    assert "SIGTERM: the current chunk is finished first" in group[1].said()
     assert "stopped by a signal to another process: 8 of 20 samples" in group[0].said()
     before = stamps(store)
     assert done(store) == {0, 1, 2, 3}
@@ -98,7 +98,7 @@ def test_in_a_training_an_error_of_one_ends_the_capture_of_both_and_neither_trai
     group = start_scripts(warm, script, tmp_path, "with", RANK_1 + hook.replace("\n", "\n    ") + "\n")
     assert ended(group) == [0, 0], [running.said() for running in group]
     assert "failed: RuntimeError: the hook is broken" in group[0].said()
-    assert all(running.said().count("the training goes on") == 1 for running in group)
+    assert all(running.said().count("the training continues") == 1 for running in group)
     for rank in (0, 1):
         for name in ("state.pt", "log.txt"):
             without = (tmp_path / f"without{rank}" / name).read_bytes()

@@ -123,7 +123,7 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
     prelude, words = STOPS[name]
     out = name.replace(" ", "-")
     said = warm.run([folder / "script.py", "--output_dir", out], folder, prelude=small_chunks(2) + prelude)
-    assert words in said and said.count("dmin_trace could not capture this run; the training goes on.") == 1
+    assert words in said and said.count("dmin_trace could not capture this run; the training continues.") == 1
     assert len(said.strip().splitlines()) == 1, said
     # An error of ours is caught where it is, and not by what catches the script's own.
     assert "own code" not in said
@@ -172,8 +172,8 @@ def test_a_signal_ends_the_capture_and_not_the_training(warm: Warm, folder: Path
     signal = "import os\nif batch['index'][0] == 4 and once: once.clear(); os.kill(os.getpid(), 15)"
     prelude = small_chunks(4) + "import builtins; builtins.once = [1]\n"
     said = warm.run([folder / "script.py", "--output_dir", "signal"], folder, ON_CAPTURE=signal, prelude=prelude)
-    assert "SIGTERM: the chunk in hand is finished first, 4 more samples" in said
-    assert said.count("dmin_trace stopped capturing this run; the training goes on.") == 1
+    assert "SIGTERM: the current chunk is finished first, 4 more samples" in said
+    assert said.count("dmin_trace stopped capturing this run; the training continues.") == 1
     assert "8 of 10 samples are in" in said and "dmin-trace capture --weights" in said
     check_files(folder, "signal")
 

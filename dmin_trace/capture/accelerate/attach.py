@@ -284,7 +284,7 @@ class ScriptCapture:
             self.error = error
             if not self._launched:
                 what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
-                logger.error("dmin_trace %s this run; the training goes on. %s", what, self._what_to_do(error))
+                logger.error("dmin_trace %s this run; the training continues. %s", what, self._what_to_do(error))
 
     def leave(self) -> None:
         """Puts back the weights and the script's functions."""

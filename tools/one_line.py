@@ -478,19 +478,19 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
 
 PAGE = """# The one line in diffusers' training scripts
 
-Written by `tools/one_line.py`, which runs each script on a tiny random model and ten pictures. In each,
-`dmin_trace.attach(accelerator, args)` was put after the `accelerator = Accelerator(...)` statement, and nothing else
-was changed.
+Written by `tools/one_line.py`, which runs each script on a tiny random model and ten pictures. In each script,
+`dmin_trace.attach(accelerator, args)` stands after the `accelerator = Accelerator(...)` statement; nothing else is
+changed.
 
 - *gradients*: captured, samples x timesteps.
-- *undisturbed*: so many saved tensors are the same bit for bit with and without the line.
+- *undisturbed*: the number of saved tensors, all the same bit for bit with and without the line.
 - *on demand*: the largest difference between rows captured at the end of the training and rows captured afterwards from
   the saved weights with `dmin-trace capture`.
-- *reference*: the largest difference to the rows that `tools/reference.py` computes, which shares no code with the
+- *reference*: the largest difference from the rows that `tools/reference.py` computes, which shares no code with the
   loop driver.
-- *copy finds itself*: asked about a copy of a training picture, its score against the runner-up's (4 is the most). With
-  prior preservation a sample's gradient is of a class picture too, which its copy has no part in: it scores less than
-  4, and need not come first (with SD3 it came third).
+- *copy finds itself*: for a query that is a copy of a training picture, the score of that picture and the second best
+  score (4 is the largest possible). With prior preservation a sample's gradient includes a class picture, which the
+  query does not have: its score is below 4, and need not be the best (with SD3 it was the third).
 
 """
 

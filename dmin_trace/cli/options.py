@@ -102,13 +102,15 @@ def _settings_option(field: Field[Any], kind: Any) -> inspect.Parameter:
     if field.default is not None:
         text += f" Default: {field.default}."
     option: Any
-    if kind is int or get_origin(kind) is Literal:
+    if kind is int:
+        annotation, option = int | None, typer.Option(name, help=text, metavar="NUMBER")
+    elif get_origin(kind) is Literal:
         annotation, option = kind | None, typer.Option(name, help=text)
     elif field.name == "timesteps":
         annotation, option = str | None, typer.Option(name, help=text, parser=parse_timesteps, metavar="NUMBER|LIST")
     else:
         # One of several values: --column label --column caption.
-        annotation, option = list[str] | None, typer.Option(name.removesuffix("s"), help=text)
+        annotation, option = list[str] | None, typer.Option(name.removesuffix("s"), help=text, metavar="NAME")
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
     )

@@ -102,6 +102,7 @@ def _settings_option(field: Field[Any], kind: Any) -> inspect.Parameter:
     if field.default is not None:
         text += f" Default: {field.default}."
     option: Any
+    annotation: Any
     if kind is int:
         annotation, option = int | None, typer.Option(name, help=text, metavar="NUMBER")
     elif get_origin(kind) is Literal:

@@ -52,6 +52,9 @@ def averaged_models(values: Iterable[Any]) -> list[Any]:
 @contextmanager
 def averaged_weights(ema: Any, parameters: Sequence[torch.nn.Parameter], step_first: bool) -> Iterator[None]:
     """While entered, the parameters hold the average of an `EMAModel`; afterwards both are as before, bit for bit."""
+    # Where weights are averaged torch is imported already; a query asks this module for less.
+    import torch
+
     average = [shadow.clone() for shadow in ema.shadow_params]
     counters = {name: getattr(ema, name) for name in ("optimization_step", "cur_decay_value")}
     weights = [parameter.detach().clone() for parameter in parameters]

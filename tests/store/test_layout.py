@@ -106,7 +106,7 @@ def test_zarr_reads_a_packed_store(tmp_path: Path, dtype: Dtype) -> None:
     shown = dict(describe_store(packed))
     size = sum(chunk_file(packed.path, "grad", chunk, 3).stat().st_size for chunk in range(3))
     assert shown["the store"] == f"{packed.bytes:,} bytes, codec blosc"
-    assert shown["a sample"].startswith(f"{size / 10:,.0f} bytes; its gradients in float32 have 60,000, ")
+    assert shown["a sample"].startswith(f"{size / 10:,.0f} bytes; its gradients in float32: 60,000, ")
     assert shown["chunks"] == f"3 of 4 samples, {4 * header.sample_bytes:,} bytes"
 
 

@@ -11,6 +11,7 @@ import torch
 
 from dmin_trace.project import compress_gradient, make_plan
 from dmin_trace.store import open_store
+from dmin_trace.store.metadata import set_finished
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "reproduce"))
 
@@ -82,8 +83,7 @@ def test_a_capture_that_was_stopped_goes_on(trained: tuple[torch.nn.Module, torc
     capture()
     files = [path for path in (tmp_path / "sign.zarr").rglob("*") if path.is_file()]
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-    metadata = tmp_path / "sign.zarr" / "zarr.json"
-    metadata.write_text(metadata.read_text().replace('"complete": true', '"complete": false'))
+    set_finished(tmp_path / "sign.zarr", None)
     (tmp_path / "sign.zarr" / "done" / "c" / "1").unlink()
     capture()
     assert open_store(tmp_path / "sign.zarr").complete

@@ -116,7 +116,7 @@ def test_a_second_signal_stops_at_once(capture: Capture, tmp_path: Path) -> None
     while not store.exists() and time.monotonic() < until:
         time.sleep(0.01)
     running.kill(signal.SIGTERM)
-    while "in hand" not in running.said() and time.monotonic() < until:
+    while "current chunk" not in running.said() and time.monotonic() < until:
         time.sleep(0.01)
     running.kill(signal.SIGTERM)
     assert running.wait(20) == -signal.SIGTERM

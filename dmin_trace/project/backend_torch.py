@@ -61,13 +61,15 @@ class TorchSums:
         count = 2 * plan.width if plan.kind == "rotation" else plan.dimension
         self._sums = torch.zeros(count, dtype=torch.float32, device=device)
         self._converted = self._sums.new_empty(0)
+        # On other devices calls cost more than the cache gains.
+        self._part = PART_SIZE if device.type == "cpu" else max(PART_SIZE, plan.width)
         self._squares: list[torch.Tensor] = []
 
     def add(self, tensors: Iterable[torch.Tensor]) -> int:
         """Adds tensors up to the plan's length, and returns their number of elements, or one above that length."""
         add = self._add_rows if self._plan.kind == "rotation" else self._add_to_bins
         end = 0
-        for tensor in _join_small(tensors):
+        for tensor in join_small(tensors):
             flat = tensor.detach().reshape(-1)
             del tensor
             if self._signs:
@@ -76,7 +78,7 @@ class TorchSums:
             if end > self._plan.length:
                 break
             if flat.dtype != self._sums.dtype and not self._converted.numel():
-                self._converted = self._sums.new_empty(min(PART_SIZE, self._plan.width))
+                self._converted = self._sums.new_empty(min(self._part, self._plan.width))
             add(flat, at)
             del flat
         return end
@@ -108,7 +110,7 @@ class TorchSums:
         numbers, sums = self._numbers, self._sums
         # Without autograd's bookkeeping, whose share of many short calls is noticeable.
         with torch.inference_mode():
-            for done, row, column, count in _row_parts(at, flat.numel(), self._plan.width):
+            for done, row, column, count in _row_parts(at, flat.numel(), self._plan.width, self._part):
                 part = self._as_float32(flat.narrow(0, done, count))
                 # Squared here, while the part is in the cache: a separate norm would read the gradient twice.
                 self._squares.append(torch.dot(part, part))
@@ -128,36 +130,38 @@ class TorchSums:
         return part if part.dtype == torch.float32 else self._converted.narrow(0, 0, part.numel()).copy_(part)
 
 
-def _row_parts(at: int, count: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cuts `count` elements that begin at element `at` into parts of one row and at most PART_SIZE elements.
+def _row_parts(at: int, count: int, width: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cuts `count` elements that begin at element `at` into parts of one row and at most `size` elements.
 
-    Yields each part's first element in the tensor, its row, its column, and its length. Whole rows are taken PART_SIZE
+    Yields each part's first element in the tensor, its row, its column, and its length. Whole rows are taken `size`
     columns at a time, so that the signs and the sums of wide rows stay in the cache.
     """
     first = min(-at % width, count)
     whole = (count - first) // width
     last = first + whole * width
-    for done in range(0, first, PART_SIZE):
-        yield done, at // width, at % width + done, min(PART_SIZE, first - done)
+    for done in range(0, first, size):
+        yield done, at // width, at % width + done, min(size, first - done)
     row = (at + first) // width
-    for column in range(0, width, PART_SIZE):
-        length = min(PART_SIZE, width - column)
+    for column in range(0, width, size):
+        length = min(size, width - column)
         for k in range(whole):
             yield first + k * width + column, row + k, column, length
-    for done in range(last, count, PART_SIZE):
-        yield done, row + whole, done - last, min(PART_SIZE, count - done)
+    for done in range(last, count, size):
+        yield done, row + whole, done - last, min(size, count - done)
 
 
-def _join_small(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yields the tensors, with small neighbours joined to one."""
+def join_small(
+    tensors: Iterable[torch.Tensor], size_below: int = SMALL_TENSOR_SIZE, joined_size: int = MAX_JOINED_SIZE
+) -> Iterator[torch.Tensor]:
+    """Yields the tensors, with neighbours below a size joined to one; sizes are in elements."""
     small: list[torch.Tensor] = []
     count = 0
     for tensor in tensors:
         size = tensor.numel()
         # Autocast does not support torch.cat in float64.
-        is_small = size < SMALL_TENSOR_SIZE and tensor.dtype != torch.float64
+        is_small = size < size_below and tensor.dtype != torch.float64
         alike = small and tensor.dtype == small[0].dtype and tensor.device == small[0].device
-        if small and not (is_small and alike and count + size <= MAX_JOINED_SIZE):
+        if small and not (is_small and alike and count + size <= joined_size):
             yield _laid_end_to_end(small)
             small, count = [], 0
         if is_small:

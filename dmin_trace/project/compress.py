@@ -1,8 +1,9 @@
 """Compresses a gradient with a `Plan`: its tensors are added up in the plan's bins, and the result is normalised.
 
 A projection is linear, so tensors are added one after another at their place in the gradient, without a copy of the
-whole. On a CPU, rotation runs in C (`backend_c`). On other devices, for the uniform kind, or where the C module was not
-built, `backend_torch` runs. The two add up the same numbers, and differ by rounding only.
+whole. Rotation runs in C on a CPU (`backend_c`) and in Triton on a CUDA device (`backend_triton`). On other devices, for
+the uniform kind, or where the C module was not built or Triton is missing, `backend_torch` runs. All add up the same
+numbers, and differ by rounding only.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from itertools import chain
 import torch
 
 from dmin_trace.errors import CaptureError
-from dmin_trace.project import backend_c
+from dmin_trace.project import backend_c, backend_triton
 from dmin_trace.project.backend_c import CSums
 from dmin_trace.project.backend_torch import TorchSums
+from dmin_trace.project.backend_triton import TritonSums
 from dmin_trace.project.plan import Plan
 
 
@@ -59,14 +61,16 @@ def compress_gradient(
     return _added(tensors, plan, signs).finish_normalised()
 
 
-def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> CSums | TorchSums:
+def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> CSums | TorchSums | TritonSums:
     """Returns the sums of a whole gradient."""
     rest = iter(tensors)
     first = next(rest, None)
     device = torch.device("cpu") if first is None else first.device
-    sums: CSums | TorchSums
+    sums: CSums | TorchSums | TritonSums
     if backend_c.KERNEL is not None and plan.kind == "rotation" and device.type == "cpu":
         sums = CSums(plan, backend_c.KERNEL, signs)
+    elif backend_triton.KERNELS is not None and plan.kind == "rotation" and device.type == "cuda":
+        sums = TritonSums(plan, device, backend_triton.KERNELS, signs)
     else:
         sums = TorchSums(plan, device, signs)
     rest = chain(_pop_all([] if first is None else [first]), rest)

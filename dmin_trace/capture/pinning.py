@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dmin_trace.capture.random_state import seed_of
+from dmin_trace.capture.random_state import generator_marks, seed_of
 from dmin_trace.errors import CaptureError
 from dmin_trace.settings import Settings
 
@@ -89,6 +89,8 @@ class PinnedDraws(TorchFunctionMode):
     _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
     _entered: ExitStack = field(default_factory=ExitStack)
     _stopped: bool = False
+    _depth: int = 0
+    _marks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -146,6 +148,21 @@ class PinnedDraws(TorchFunctionMode):
         for generator, state in self._generators.values():
             generator.set_state(state)
         self._generators.clear()
+
+    def enter_model(self) -> None:
+        """Leaves the mode while a model runs: it would see thousands of calls, which would take longer, and hardly a draw."""
+        self._depth += 1
+        if self._depth == 1:
+            self._marks = generator_marks()
+            self._entered.close()
+
+    def leave_model(self) -> None:
+        """Enters the mode again, and records that the model drew, if it did: the states of the generators tell."""
+        self._depth -= 1
+        if self._depth == 0 and not self._stopped:
+            self.start()
+            if (marks := generator_marks()) != self._marks:
+                self.calls.append(("model", marks))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

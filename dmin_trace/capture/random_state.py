@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,20 @@ def seed_everything(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def generator_marks() -> tuple[int, ...]:
+    """Numbers that tell how far torch's global generators are: equal seeds with equal draws since give equal numbers.
+
+    Nothing waits for a device: a CUDA generator counts its draws on the processor.
+    """
+    states = [torch.default_generator.get_state()]
+    if torch.backends.mps.is_available():
+        states.append(torch.mps.get_rng_state())
+    offsets = (
+        [generator.get_offset() for generator in torch.cuda.default_generators] if torch.cuda.is_initialized() else []
+    )
+    return *(zlib.crc32(state.numpy().tobytes()) for state in states), *offsets
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ class StepGuard:
                     undo.callback(setattr, module, "training", module.training)
                 model.eval()
             for module in self._denoisers:
-                undo.callback(module.register_forward_pre_hook(self._see, with_kwargs=True).remove)
+                undo.callback(module.register_forward_pre_hook(self._enter_model, with_kwargs=True).remove)
+                undo.callback(module.register_forward_hook(self._leave_model, always_call=True).remove)
             if self._backward is not None:
                 for parameter in self._parameters:
                     undo.callback(setattr, parameter, "grad", parameter.grad)
@@ -193,12 +194,17 @@ class StepGuard:
                 f"{', '.join(TIMESTEP_ARGUMENTS)}), so it is not known whether it was the pinned one. {advice.seen}"
             )
 
-    def _see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_model(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.step is not None:
             try:
                 self.step.see_timestep(module, args, kwargs)
             except Exception as error:
                 self.step.draws.keep(error)
+            self.step.draws.enter_model()
+
+    def _leave_model(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.step is not None:
+            self.step.draws.leave_model()
 
 
 def _refuse_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

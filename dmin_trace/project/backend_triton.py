@@ -19,7 +19,7 @@ except ImportError:
 BLOCK_SIZE, UNROLLED_ROWS, WARPS = 1024, 4, 4
 """Sums that one program owns, rows whose elements it reads at a time, and its warps."""
 
-SUMS_SIZE = 2**20
+SUMS_SIZE = 2**21
 """Partial sums, at most, if W is smaller: rows are split among so many programs that the device is busy."""
 
 SMALL_TENSOR_SIZE, MAX_JOINED_SIZE = 2**21, 2**23

@@ -66,6 +66,17 @@ def queued_seconds(work: Callable[[int], object], times: int, device: torch.devi
     return (time.perf_counter() - began) / times
 
 
+def replayed_seconds(work: Callable[[int], object], times: int) -> float:
+    """Seconds of the device alone for one call: `times` of them are recorded as a CUDA graph, which is replayed."""
+    for k in range(3):
+        work(k)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for k in range(times):
+            work(k)
+    return queued_seconds(lambda _: graph.replay(), 10, torch.device("cuda")) / times
+
+
 def wait(device: torch.device) -> None:
     """Waits until the device has done all."""
     if device.type == "cuda":
@@ -135,6 +146,7 @@ def noise_prediction(model: Any, device: torch.device, latent: tuple[int, ...], 
 
 def sd1_lora(device: torch.device, dry: bool) -> Workload:
     """Stable Diffusion 1.x at 512 pixels, rank 4, bf16."""
+
     def build() -> Any:
         channels = (32, 64) if dry else (320, 640, 1280, 1280)
         return UNet2DConditionModel(
@@ -154,6 +166,7 @@ def sd1_lora(device: torch.device, dry: bool) -> Workload:
 
 def sdxl_lora(device: torch.device, dry: bool) -> Workload:
     """SDXL at 1024 pixels, rank 4, bf16."""
+
     def build() -> Any:
         return UNet2DConditionModel(
             sample_size=128, in_channels=4, out_channels=4, layers_per_block=1 if dry else 2,
@@ -180,6 +193,7 @@ def sdxl_lora(device: torch.device, dry: bool) -> Workload:
 
 def sd3(device: torch.device, dry: bool, full: bool) -> Workload:
     """SD3 medium at 1024 pixels, flow matching: LoRA of rank 4 on bf16 weights, or all weights in float32, autocast."""
+
     def build() -> Any:
         heads = 2 if dry else 24
         return SD3Transformer2DModel(
@@ -227,7 +241,7 @@ def cifar(device: torch.device, dry: bool) -> Workload:
 WORKLOADS: dict[str, tuple[Callable[[torch.device, bool], Workload], tuple[int, ...], int]] = {
     "DDPM CIFAR-10, all weights": (cifar, (1, 4, 8, 32), 12),
     "SD1.x LoRA, 512 pixels": (sd1_lora, (1, 4, 8), 12),
-    "SDXL LoRA, 1024 pixels": (sdxl_lora, (1, 4), 5),
+    "SDXL LoRA, 1024 pixels": (sdxl_lora, (1, 4), 4),
     "SD3-medium LoRA, 1024 pixels": (lambda d, dry: sd3(d, dry, full=False), (1, 4), 5),
     "SD3-medium, all weights, 1024 pixels": (lambda d, dry: sd3(d, dry, full=True), (1,), 3),
 }
@@ -322,19 +336,31 @@ def measure_compress(device: torch.device, dry: bool) -> Iterator[dict[str, Any]
                 plan = make_plan(length, 2**exponent, 0, "rotation")
                 for signs in (False, True) if exponent == 14 else (False,):
                     ours = queued_seconds(
-                        lambda k: compress_gradient([values[k % copies]], plan, signs=signs), times, device  # noqa: B023
+                        lambda k: compress_gradient([values[k % copies]], plan, signs=signs),
+                        times,
+                        device,  # noqa: B023
                     )
-                    yield {
+                    found = {
                         "L": f"2^{length.bit_length() - 1}", "dtype": str(dtype).removeprefix("torch."),
                         "v": f"2^{exponent}", "signs": signs, "read_ms": 1e3 * read, "ours_ms": 1e3 * ours,
                         "reads": ours / read, "GB_per_s": length * dtype.itemsize / ours / 1e9,
                     }  # fmt: skip
+                    if device.type == "cuda" and copies > 1:
+                        alone = replayed_seconds(
+                            lambda k: compress_gradient([values[k % copies]], plan, signs=signs),
+                            8,  # noqa: B023
+                        )
+                        read_alone = replayed_seconds(lambda k: values[k % copies].sum(), 8)  # noqa: B023
+                        found |= {"device_ms": 1e3 * alone, "device_reads": alone / read_alone}
+                    yield found
             plan = make_plan(length, 2**14, 0, "rotation")
             kernels = backend_triton.KERNELS
             backend_triton.KERNELS = None
             try:
                 torch_path = queued_seconds(
-                    lambda k: compress_gradient([values[k % copies]], plan), max(2, times // 10), device  # noqa: B023
+                    lambda k: compress_gradient([values[k % copies]], plan),
+                    max(2, times // 10),
+                    device,  # noqa: B023
                 )
             finally:
                 backend_triton.KERNELS = kernels
@@ -354,11 +380,8 @@ def measure_tuning(device: torch.device, dry: bool) -> Iterator[dict[str, Any]]:
         values = torch.randn(2**28, dtype=dtype, device=device)
         read = queued_seconds(lambda _: values.sum(), 10, device)  # noqa: B023
         plan = make_plan(2**28, 2**14, 0, "rotation")
-        for block, unrolled, warps in (
-            *((1024, 4, 4), (1024, 8, 4), (1024, 2, 4), (2048, 4, 4), (2048, 2, 4), (512, 4, 4), (512, 8, 4)),
-            *((2048, 4, 8), (1024, 4, 8), (1024, 8, 8), (512, 8, 2), (256, 8, 2), (256, 16, 4)),
-        ):
-            for size in (2**20, 2**21):
+        for block, unrolled, warps in ((1024, 4, 4), (1024, 4, 8), (2048, 4, 8), (512, 4, 4), (1024, 8, 4)):
+            for size in (2**20, 2**21) if warps == 4 else (2**21,):
                 backend_triton.BLOCK_SIZE, backend_triton.UNROLLED_ROWS, backend_triton.WARPS = block, unrolled, warps
                 backend_triton.SUMS_SIZE = size
                 ours = queued_seconds(lambda _: compress_gradient([values], plan), 10, device)  # noqa: B023
@@ -389,15 +412,6 @@ def main(
     def keep() -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    parts = ("tuning", measure_tuning), ("compress", measure_compress)
-    for name, measure in parts:
-        if chosen(name):
-            result[name] = []
-            with failures_kept(result, name):
-                for found in measure(device, dry):
-                    result[name].append(found)
-                    print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
-                    keep()
     result["workloads"] = []
     for name in WORKLOADS:
         if chosen(name):
@@ -406,6 +420,15 @@ def main(
                 result["workloads"].append(found)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
             keep()
+    parts = ("compress", measure_compress), ("tuning", measure_tuning)
+    for name, measure in parts:
+        if chosen(name):
+            result[name] = []
+            with failures_kept(result, name):
+                for found in measure(device, dry):
+                    result[name].append(found)
+                    print(name, {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+                    keep()
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ class PinnedDraws(TorchFunctionMode):
         self._generators.clear()
 
     def enter_model(self) -> None:
-        """Leaves the mode while a model runs: it would see thousands of calls, which would take longer, and hardly a draw."""
+        """Leaves the mode while a model runs: to see each of its thousands of calls would take time."""
         self._depth += 1
         if self._depth == 1:
             self._marks = generator_marks()

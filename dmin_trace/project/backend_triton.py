@@ -1,4 +1,4 @@
-"""Rotation on a CUDA device: one pass over the gradient, in kernels of Triton, which torch's CUDA builds bring along."""
+"""Rotation on a CUDA device: one pass over the gradient, in kernels of Triton, which comes with torch for CUDA."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SUMS_SIZE = 2**21
 """Partial sums, at most, if W is smaller: rows are split among so many programs that the device is busy."""
 
 SMALL_TENSOR_SIZE, MAX_JOINED_SIZE = 2**21, 2**23
-"""Smaller tensors are joined up to a size, in elements: copying them costs less than a launch of the kernel for each."""
+"""Smaller tensors are joined up to a size, in elements: copying them costs less than launching a kernel for each."""
 
 FOLD_SIZE, FOLDS = 1024, 32
 """Numbers that one program of the second pass reads at a time, and how many of them belong to one bin."""

@@ -1,9 +1,9 @@
 """Compresses a gradient with a `Plan`: its tensors are added up in the plan's bins, and the result is normalised.
 
 A projection is linear, so tensors are added one after another at their place in the gradient, without a copy of the
-whole. Rotation runs in C on a CPU (`backend_c`) and in Triton on a CUDA device (`backend_triton`). On other devices, for
-the uniform kind, or where the C module was not built or Triton is missing, `backend_torch` runs. All add up the same
-numbers, and differ by rounding only.
+whole. Rotation runs in C on a CPU (`backend_c`) and in Triton on a CUDA device (`backend_triton`). On other devices,
+for the uniform kind, or where the C module was not built or Triton is missing, `backend_torch` runs. All add up the
+same numbers, and differ by rounding only.
 """
 
 from __future__ import annotations

@@ -208,4 +208,3 @@ def test_recording_on_the_device(tmp_path: Path, dtype: torch.dtype | None) -> N
     hits = opened.top_k(again.queries, 2, "dmin").hits
     assert [row[0].sample for row in hits] == [3, 5]
     assert all(row[0].score == pytest.approx(3, abs=1e-4) for row in hits)
-

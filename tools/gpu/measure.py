@@ -3,15 +3,14 @@
     python tools/gpu/measure.py OUT.json           on a device, some minutes; OUT.json is written after every figure
     python tools/gpu/measure.py OUT.json --dry     tiny sizes on the processor, to try the program
 
-`tools/gpu/read.py` makes docs/gpu.md of the file. Speed does not depend on the weights' values. Figures are ratios against
-a named reference in the same run, and seconds. Every part runs alone with `--only PART`.
+`tools/gpu/read.py` makes docs/gpu.md of the file. Speed does not depend on the weights' values. Figures are seconds and
+ratios against a named reference in the same run. Every part runs alone with `--only PART`.
 """
 
 import contextlib
 import gc
 import json
 import platform
-import shutil
 import statistics
 import tempfile
 import time
@@ -34,9 +33,10 @@ from dmin_trace.project import backend_triton, compress_gradient, make_plan, tak
 LORA_LAYERS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
-def seconds_of(work: Callable[[], object], times: int, device: torch.device) -> float:
-    """Seconds of one call, the median of `times` after one that is not counted; each call is waited for."""
-    work()
+def seconds_of(work: Callable[[], object], times: int, device: torch.device, *, warm: bool = True) -> float:
+    """Seconds of one call, the median of `times`, by default after one that is not counted; each is waited for."""
+    if warm:
+        work()
     taken = []
     for _ in range(times):
         wait(device)
@@ -150,7 +150,8 @@ def sd1_lora(device: torch.device, dry: bool) -> Workload:
     def build() -> Any:
         channels = (32, 64) if dry else (320, 640, 1280, 1280)
         return UNet2DConditionModel(
-            sample_size=64, in_channels=4, out_channels=4, layers_per_block=1 if dry else 2, block_out_channels=channels,
+            sample_size=64, in_channels=4, out_channels=4,
+            layers_per_block=1 if dry else 2, block_out_channels=channels,
             down_block_types=("CrossAttnDownBlock2D",) * (len(channels) - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(channels) - 1),
             cross_attention_dim=768, attention_head_dim=8,
@@ -248,6 +249,14 @@ WORKLOADS: dict[str, tuple[Callable[[torch.device, bool], Workload], tuple[int, 
 """For each: how it is made, the batch sizes of training, and the samples that are captured."""
 
 
+def compress_alone(work: Workload, trained: list[torch.Tensor], device: torch.device) -> dict[str, float]:
+    """What compressing one gradient of the model takes, with its many tensors."""
+    gradients = torch.autograd.grad(work.loss(1), trained)
+    plan = make_plan(sum(gradient.numel() for gradient in gradients), 2**14, 0, "rotation")
+    seconds = queued_seconds(lambda _: compress_gradient(gradients, plan, signs=True), 10, device)
+    return {"compress_s": seconds, "gradient_GB": sum(g.numel() * g.element_size() for g in gradients) / 1e9}
+
+
 def measure_workload(name: str, device: torch.device, dry: bool) -> dict[str, Any]:
     """The passes alone, the capture, the compression, and training, of one model."""
     build, batches, samples = WORKLOADS[name]
@@ -266,38 +275,31 @@ def measure_workload(name: str, device: torch.device, dry: bool) -> dict[str, An
                 pass
 
     forget(device)
-    found["passes_s"] = seconds_of(passes, 3, device) / timesteps
+    seconds_of(passes, 1, device)
     found["passes_peak_GB"] = peak(device)
-
-    plan = make_plan(length, 2**14, 0, "rotation")
-    gradients = list(torch.autograd.grad(work.loss(1), trained))
-    size = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
-    found["compress_s"] = queued_seconds(lambda _: compress_gradient(gradients, plan, signs=True), 10, device)
-    found["gradient_GB"] = size / 1e9
-    del gradients
+    found |= compress_alone(work, trained, device)
 
     forget(device)
-    folder = Path(tempfile.mkdtemp())
-    try:
+    taken, alone = [], []
+    with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        taken: list[float] = []
-        with dmin_trace.recording(work.model, samples=samples, out=folder / "t.zarr", timesteps=timesteps) as recording:
+        out = Path(folder) / "t.zarr"
+        with dmin_trace.recording(work.model, samples=samples, out=out, timesteps=timesteps) as recording:
             found["start_s"] = time.perf_counter() - began
             for i in recording.samples:
-                wait(device)
+                # In turns: the machine is shared.
+                alone.append(seconds_of(passes, 1, device, warm=False) / timesteps)
                 began = time.perf_counter()
                 for k in recording.timesteps:
                     with recording.step(i, k):
                         work.loss(1).backward()
                 wait(device)
                 taken.append((time.perf_counter() - began) / timesteps)
-        found["capture_s"] = statistics.median(taken[2:] or taken)
-        found["first_sample_s"] = taken[0] * timesteps
-        found["capture_peak_GB"] = peak(device)
-    finally:
-        shutil.rmtree(folder)
-    found["passes_again_s"] = seconds_of(passes, 3, device) / timesteps
-    found["added_percent"] = 100 * (found["capture_s"] / min(found["passes_s"], found["passes_again_s"]) - 1)
+    found["capture_peak_GB"] = peak(device)
+    found["first_sample_s"] = taken[0] * timesteps
+    # The first sample makes the store and, on a device, compiles the kernels.
+    found["passes_s"], found["capture_s"] = statistics.median(alone[1:]), statistics.median(taken[1:])
+    found["added_percent"] = 100 * (found["capture_s"] / found["passes_s"] - 1)
 
     work.model.train()
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
@@ -322,73 +324,73 @@ def measure_workload(name: str, device: torch.device, dry: bool) -> dict[str, An
 
 def measure_compress(device: torch.device, dry: bool) -> Iterator[dict[str, Any]]:
     """Compression as a multiple of reading the gradient once."""
-    lengths = (2**20, 2**22) if dry else (2**25, 2**31)
-    for length in lengths:
+    for length in (2**20, 2**22) if dry else (2**25, 2**31):
         for dtype in (torch.float32, torch.bfloat16):
             forget(device)
-            copies = max(1, min(4, 2**28 // length))
-            values = [torch.randn(length, dtype=dtype, device=device) for _ in range(copies)]
-            times = 5 if length > 2**28 else 40
-            sums = queued_seconds(lambda k: values[k % copies].sum(), times, device)  # noqa: B023
-            norms = queued_seconds(lambda k: torch.linalg.vector_norm(values[k % copies]), times, device)  # noqa: B023
-            read = min(sums, norms)
-            for exponent in (12, 14, 16, 20):
-                plan = make_plan(length, 2**exponent, 0, "rotation")
-                for signs in (False, True) if exponent == 14 else (False,):
-                    ours = queued_seconds(
-                        lambda k: compress_gradient([values[k % copies]], plan, signs=signs),
-                        times,
-                        device,  # noqa: B023
-                    )
-                    found = {
-                        "L": f"2^{length.bit_length() - 1}", "dtype": str(dtype).removeprefix("torch."),
-                        "v": f"2^{exponent}", "signs": signs, "read_ms": 1e3 * read, "ours_ms": 1e3 * ours,
-                        "reads": ours / read, "GB_per_s": length * dtype.itemsize / ours / 1e9,
-                    }  # fmt: skip
-                    if device.type == "cuda" and copies > 1:
-                        alone = replayed_seconds(
-                            lambda k: compress_gradient([values[k % copies]], plan, signs=signs),
-                            8,  # noqa: B023
-                        )
-                        read_alone = replayed_seconds(lambda k: values[k % copies].sum(), 8)  # noqa: B023
-                        found |= {"device_ms": 1e3 * alone, "device_reads": alone / read_alone}
-                    yield found
-            plan = make_plan(length, 2**14, 0, "rotation")
-            kernels = backend_triton.KERNELS
-            backend_triton.KERNELS = None
-            try:
-                torch_path = queued_seconds(
-                    lambda k: compress_gradient([values[k % copies]], plan),
-                    max(2, times // 10),
-                    device,  # noqa: B023
-                )
-            finally:
-                backend_triton.KERNELS = kernels
-            yield {
-                "L": f"2^{length.bit_length() - 1}", "dtype": str(dtype).removeprefix("torch."), "v": "2^14",
-                "signs": False, "read_ms": 1e3 * read, "ours_ms": 1e3 * torch_path, "reads": torch_path / read,
-                "backend": "torch",
-            }  # fmt: skip
-            del values
+            yield from compress_figures(length, dtype, device)
+
+
+def compress_figures(length: int, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The figures of one length and dtype: each v, the default transform, and the path without Triton."""
+    # Several gradients in turn, so that none lies in the device's cache.
+    values = [torch.randn(length, dtype=dtype, device=device) for _ in range(max(1, min(4, 2**28 // length)))]
+    times = 5 if length > 2**28 else 40
+
+    def figures(exponent: int, signs: bool, times: int) -> dict[str, Any]:
+        plan = make_plan(length, 2**exponent, 0, "rotation")
+
+        def ours(k: int) -> object:
+            return compress_gradient([values[k % len(values)]], plan, signs=signs)
+
+        seconds = queued_seconds(ours, times, device)
+        found = {
+            "L": f"2^{length.bit_length() - 1}", "dtype": str(dtype).removeprefix("torch."), "v": f"2^{exponent}",
+            "signs": signs, "read_ms": 1e3 * read, "ours_ms": 1e3 * seconds, "reads": seconds / read,
+        }  # fmt: skip
+        if device.type == "cuda" and len(values) > 1 and backend_triton.KERNELS is not None:
+            found["device_reads"] = replayed_seconds(ours, 8) / replayed_seconds(read_one, 8)
+        return found
+
+    def read_one(k: int) -> object:
+        return values[k % len(values)].sum()
+
+    read = queued_seconds(read_one, times, device)
+    for exponent in (12, 14, 16, 20):
+        yield figures(exponent, False, times)
+    yield figures(14, True, times)
+    kernels, backend_triton.KERNELS = backend_triton.KERNELS, None
+    try:
+        yield figures(14, False, max(2, times // 10)) | {"backend": "torch"}
+    finally:
+        backend_triton.KERNELS = kernels
 
 
 def measure_tuning(device: torch.device, dry: bool) -> Iterator[dict[str, Any]]:
-    """The kernel's block size, unrolled rows and warps."""
-    if device.type != "cuda":
-        return
-    for dtype in (torch.float32, torch.bfloat16):
-        values = torch.randn(2**28, dtype=dtype, device=device)
-        read = queued_seconds(lambda _: values.sum(), 10, device)  # noqa: B023
-        plan = make_plan(2**28, 2**14, 0, "rotation")
-        for block, unrolled, warps in ((1024, 4, 4), (1024, 4, 8), (2048, 4, 8), (512, 4, 4), (1024, 8, 4)):
-            for size in (2**20, 2**21) if warps == 4 else (2**21,):
-                backend_triton.BLOCK_SIZE, backend_triton.UNROLLED_ROWS, backend_triton.WARPS = block, unrolled, warps
-                backend_triton.SUMS_SIZE = size
-                ours = queued_seconds(lambda _: compress_gradient([values], plan), 10, device)  # noqa: B023
-                yield {
-                    "dtype": str(dtype).removeprefix("torch."), "block": block, "unrolled": unrolled, "warps": warps,
-                    "sums": size, "reads": ours / read, "read_ms": 1e3 * read,
-                }  # fmt: skip
+    """The kernel's block size, unrolled rows, warps and partial sums."""
+    chosen = ((1024, 4, 4, 2**21), (1024, 4, 4, 2**20), (1024, 4, 8, 2**21), (2048, 4, 8, 2**21), (512, 4, 4, 2**21))
+    for dtype in () if device.type != "cuda" else (torch.float32, torch.bfloat16):
+        for constants in chosen:
+            yield {"dtype": str(dtype).removeprefix("torch."), "reads": tuned(dtype, device, constants)} | dict(
+                zip(("block", "unrolled", "warps", "sums"), constants, strict=True)
+            )
+
+
+def tuned(dtype: torch.dtype, device: torch.device, constants: tuple[int, int, int, int]) -> float:
+    """Reads of the gradient with these constants."""
+    values, plan = torch.randn(2**28, dtype=dtype, device=device), make_plan(2**28, 2**14, 0, "rotation")
+    before = backend_triton.BLOCK_SIZE, backend_triton.UNROLLED_ROWS, backend_triton.WARPS, backend_triton.SUMS_SIZE
+    set_constants(*constants)
+    try:
+        ours = queued_seconds(lambda _: compress_gradient([values], plan), 10, device)
+    finally:
+        set_constants(*before)
+    return ours / queued_seconds(lambda _: values.sum(), 10, device)
+
+
+def set_constants(block: int, unrolled: int, warps: int, sums: int) -> None:
+    """The constants of `backend_triton`."""
+    backend_triton.BLOCK_SIZE, backend_triton.UNROLLED_ROWS = block, unrolled
+    backend_triton.WARPS, backend_triton.SUMS_SIZE = warps, sums
 
 
 def main(

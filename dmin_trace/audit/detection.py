@@ -3,8 +3,6 @@
 They need no training. They say whether the samples found look like the query, and nothing about influence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +20,9 @@ Positions = Sequence[int] | NDArray[np.integer[Any]]
 class TopRate:
     """A measure of the k best samples of each of Q queries; all numbers are fractions.
 
-    k: the number of best samples that were looked at.
-    rate: the mean over the queries; its interval resamples queries.
+    each, rate: (Q,) the rate of each query, and their mean; its interval resamples queries.
     chance, best: the mean rate of a random and of a perfect ranking. The best is below 1 if a query has fewer than k
         matching samples, or more duplicates than k.
-    each: (Q,) the rate of each query.
     """
 
     k: int
@@ -56,12 +52,11 @@ def detection_rate(
             itself (see `without_query`).
         query_labels: (Q,) of the queries.
         ks: numbers from 1 to K.
-        query_positions: (Q,) the position in `labels` of each query, if the queries are samples; a query is then not
-            counted in the chance.
+        query_positions: (Q,) the position in `labels` of each query that is a sample; it is not counted in the chance.
         seed, resamples: of the bootstrap of the queries.
 
-    Returns one result for each of `ks`, in their order. Raises EvaluationError for shapes that do not fit, a query
-    without a label, or fewer than two different labels.
+    Returns one result for each of `ks`. Raises EvaluationError for shapes that do not fit, a query without a label, or
+    fewer than two different labels.
     """
     ranking = _check_ranking(ranking, ks)
     if ranking.min() < 0 or ranking.max() >= len(labels):
@@ -92,12 +87,7 @@ def detection_rate(
         others -= 1
     right = of_samples[ranking] == of_queries[:, None]
     chance = float((matching / others).mean())
-    rates = []
-    for k in ks:
-        each = right[:, :k].mean(axis=1)
-        best = float((np.minimum(matching, k) / k).mean())
-        rates.append(TopRate(k, mean_estimate(each, seed, resamples), chance, best, each))
-    return tuple(rates)
+    return tuple(_top_rate(k, right, matching, k, chance, seed, resamples) for k in ks)
 
 
 def duplicate_recall(
@@ -107,7 +97,6 @@ def duplicate_recall(
     *,
     ranked: int,
     seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> tuple[TopRate, ...]:
     """The fraction of the duplicates of each query that are among its k best samples.
 
@@ -118,10 +107,10 @@ def duplicate_recall(
         duplicates: for each query the samples that are its duplicates, without the query itself; at least one.
         ks: numbers from 1 to K.
         ranked: the number of samples that are ranked for a query, without the query itself.
-        seed, resamples: of the bootstrap of the queries.
+        seed: of the bootstrap of the queries.
 
-    Returns one result for each of `ks`, in their order. Raises EvaluationError for shapes that do not fit, or a query
-    without duplicates.
+    Returns one result for each of `ks`. Raises EvaluationError for shapes that do not fit, or a query without
+    duplicates.
     """
     ranking = _check_ranking(ranking, ks)
     if len(duplicates) != len(ranking):
@@ -133,12 +122,7 @@ def duplicate_recall(
     if ranked < max(counts.max(), ranking.shape[1]):
         raise EvaluationError(f"{ranked} samples are ranked, fewer than were found or are duplicates of a query.")
     found = np.stack([np.isin(row, of) for row, of in zip(ranking, sets, strict=True)])
-    rates = []
-    for k in ks:
-        each = found[:, :k].sum(axis=1) / counts
-        best = float((np.minimum(counts, k) / counts).mean())
-        rates.append(TopRate(k, mean_estimate(each, seed, resamples), k / ranked, best, each))
-    return tuple(rates)
+    return tuple(_top_rate(k, found, counts, counts, k / ranked, seed, RESAMPLES) for k in ks)
 
 
 def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions) -> NDArray[np.int64]:
@@ -167,6 +151,20 @@ def _check_ranking(ranking: NDArray[Any], ks: Sequence[int]) -> NDArray[np.int64
         )
     check_ks(ks, ranking.shape[1])
     return ranking.astype(np.int64)
+
+
+def _top_rate(
+    k: int,
+    right: NDArray[np.bool_],
+    matching: NDArray[Any],
+    of: NDArray[Any] | int,
+    chance: float,
+    seed: int,
+    resamples: int,
+) -> TopRate:
+    each = right[:, :k].sum(axis=1) / of
+    best = float((np.minimum(matching, k) / of).mean())
+    return TopRate(k, mean_estimate(each, seed, resamples), chance, best, each)
 
 
 def _label_number(label: Any, numbers: dict[Any, int]) -> int:

@@ -1,7 +1,5 @@
 """Values with their 95 % bootstrap intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,11 +18,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval, from the percentiles of a bootstrap.
-
-    value: computed from all that was given.
-    low, high: the interval; NaN if only one query was given.
-    """
+    """A value and its 95 % interval, from the percentiles of a bootstrap; NaN if only one query was given."""
 
     value: float
     low: float
@@ -47,7 +41,7 @@ def bootstrap(
     return estimates
 
 
-def mean_estimate(each: Floats, seed: int, resamples: int) -> Estimate:
+def mean_estimate(each: Floats, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """The mean of a value of each query, (Q,), with its interval."""
 
     def resampled(generator: np.random.Generator) -> Floats:

@@ -3,8 +3,6 @@
 For the first two, training samples are the queries, so no model is needed. A query is left out of its own hits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +33,9 @@ DUPLICATES_MEANING = (
     "finds them may still rank the rest badly."
 )
 
+Retrained = tuple[NDArray[np.bool_], NDArray[np.float64]]
+"""Whether each of M models was trained on each sample of the dataset, (M, N), and its losses on the queries, (M, Q)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -48,18 +49,6 @@ class Measurement:
     rows: tuple[tuple[str, ...], ...]
     meaning: str
     values: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Retrained:
-    """Models that were trained again, each on a subset of the samples of a trace.
-
-    subsets: (M, N) bool, whether a model was trained on a sample; column j is sample j of the dataset.
-    losses: (M, Q), of each model on each query.
-    """
-
-    subsets: NDArray[np.bool_]
-    losses: NDArray[np.float64]
 
 
 def measure_column(
@@ -85,11 +74,8 @@ def measure_column(
         score, exact: the score that is measured, and whether all samples are scanned even if there is an index.
         seed: of the bootstrap of the interval.
 
-    Raises:
-        EvaluationError: there is no such column, its values are all equal or all different, or there are fewer other
-            samples than some k.
-        QueryError: the trace is too large for deflated scores without an index.
-        TraceError: the trace is damaged.
+    Raises EvaluationError if there is no such column, its values are all equal or all different, or there are fewer
+    other samples than some k; QueryError and TraceError as `Trace.top_k`.
     """
     if column not in trace.columns:
         raise EvaluationError(f"{trace.path} has no column {column}; it has {', '.join(trace.columns) or 'none'}.")
@@ -125,13 +111,12 @@ def measure_column(
         title, meaning = f"Recall of duplicates by {column}", DUPLICATES_MEANING
         duplicates = [[other for other in groups[values[position]] if other != position] for position in chosen]
         rates = duplicate_recall(ranking, duplicates, ks, ranked=others, seed=seed)
-    answered_by = top.answered_by.description
+    by = top.answered_by.description
     return Measurement(
         title=f"{title}, {score} scores, {len(chosen):,} samples as queries",
         headings=("k", "rate", "95 % interval", "chance", "at best"),
         rows=tuple((str(of.k), *_cells(of.rate), f"{of.chance:.3f}", f"{of.best:.3f}") for of in rates),
-        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
-        f"{answered_by[1:]}.",
+        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {by[:1].upper()}{by[1:]}.",
         values={
             "measure": "detection_rate" if kind == "labels" else "duplicate_recall",
             "column": column,
@@ -170,24 +155,20 @@ def read_retrained(path: Path, samples: int, queries: int) -> Retrained:
         arrays = read_arrays(path, ("subsets", "losses"), check)
     except ValueError as error:
         raise EvaluationError(f"{path} cannot be read: {error}; {expected}.") from None
-    return Retrained(arrays["subsets"], arrays["losses"].astype(np.float64))
+    return arrays["subsets"], arrays["losses"].astype(np.float64)
 
 
 def measure_datamodeling(
     trace: Trace, queries: Queries, retrained: Retrained, *, score: Score = "deflated", seed: int = 0
 ) -> Measurement:
-    """The linear datamodeling score of a trace's scores (`linear_datamodeling_score`).
+    """The linear datamodeling score of a trace's scores: `linear_datamodeling_score` says what is what.
 
-    All samples are scored. A sample without a usable gradient has score 0. `seed` is of the bootstrap of the interval.
-
-    Raises:
-        EvaluationError: the measure has no value.
-        QueryError: the queries are of another trace, or the trace is too large for deflated scores without an index.
-        TraceError: the trace is damaged.
+    A sample without a usable gradient has score 0. Raises EvaluationError if the measure has no value, and QueryError
+    and TraceError as `Trace.scores`.
     """
     scores = trace.scores(queries, score)
     without = int(np.isnan(scores).any(axis=0).sum())
-    found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), retrained.subsets, retrained.losses, seed=seed)
+    found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), *retrained, seed=seed)
     return Measurement(
         title=f"Linear datamodeling score of {score} scores",
         headings=("queries", "models", "LDS", "95 % interval", "chance"),

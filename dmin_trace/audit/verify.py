@@ -1,7 +1,5 @@
 """Compares all of a store, its index and the weights beside it with their checksums."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

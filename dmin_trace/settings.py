@@ -18,7 +18,8 @@ Transform = Literal["sign", "none"]
 Codec = Literal["none", "blosc"]
 
 MIN_DIMENSION, MAX_DIMENSION = 2**4, 2**24
-MAX_TIMESTEPS = MAX_DRAWS = 1000
+MAX_PASSES = 1000
+"""Timesteps of a sample, and draws at a timestep, at most."""
 COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 """A column is kept in a folder of its name."""
 
@@ -68,14 +69,14 @@ class Settings:
         """For each setting: whether it is right, and what is expected."""
         steps, size, columns = self.timesteps, self.dimension, self.columns
         listed = isinstance(steps, tuple) and bool(steps) and all(_is_integer(step, 0) for step in steps)
-        expected = f"a number from 1 to {MAX_TIMESTEPS}, or a list of integers that are not negative"
-        yield "timesteps", listed or _is_integer(steps, 1, MAX_TIMESTEPS), expected
-        once = isinstance(steps, int) or len(set(steps)) == len(steps) <= MAX_TIMESTEPS
-        yield "timesteps", once, f"at most {MAX_TIMESTEPS} timesteps, each once"
+        expected = f"a number from 1 to {MAX_PASSES}, or a list of integers that are not negative"
+        yield "timesteps", listed or _is_integer(steps, 1, MAX_PASSES), expected
+        once = isinstance(steps, int) or len(set(steps)) == len(steps) <= MAX_PASSES
+        yield "timesteps", once, f"at most {MAX_PASSES} timesteps, each once"
         power = _is_integer(size, MIN_DIMENSION, MAX_DIMENSION) and not size & (size - 1)
         yield "dimension", power, f"a power of two from {MIN_DIMENSION} to {MAX_DIMENSION}, such as 16384"
         yield "seed", _is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1"
-        yield "draws", _is_integer(self.draws, 1, MAX_DRAWS), f"a number from 1 to {MAX_DRAWS}"
+        yield "draws", _is_integer(self.draws, 1, MAX_PASSES), f"a number from 1 to {MAX_PASSES}"
         for name, kind in {"dtype": Dtype, "projection": Projection, "transform": Transform, "codec": Codec}.items():
             yield name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}"
         named = isinstance(columns, tuple) and all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in columns)

@@ -154,14 +154,9 @@ def _check_ranking(ranking: NDArray[Any], ks: Sequence[int]) -> NDArray[np.int64
 
 
 def _top_rate(
-    k: int,
-    right: NDArray[np.bool_],
-    matching: NDArray[Any],
-    of: NDArray[Any] | int,
-    chance: float,
-    seed: int,
-    resamples: int,
+    k: int, right: NDArray[np.bool_], matching: NDArray[Any], of: Any, chance: float, seed: int, resamples: int
 ) -> TopRate:
+    """`of`: the largest number of matching samples that count, for all queries or each."""
     each = right[:, :k].sum(axis=1) / of
     best = float((np.minimum(matching, k) / of).mean())
     return TopRate(k, mean_estimate(each, seed, resamples), chance, best, each)

@@ -1,9 +1,11 @@
-"""The files of chunks, read and checked: gradients, numbers, texts and checksums.
+"""The files of chunks, read and checked: gradients, numbers, texts, checksums, and the marks of chunks that are done.
 
 Nothing that a file or the metadata claims is allocated before the file's size agrees, no link is followed, and every
 checksum is compared before what it covers is used.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import untrusted
+from dmin_trace.store.files import sync
 from dmin_trace.store.header import FRAME_HEADER_BYTES, MAX_SAMPLE_INDEX, Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
+from dmin_trace.store.untrusted import size_within
 
+DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
+"""The content of a mark. A file with any other content is no mark."""
+INTACT = google_crc32c.value(DONE)
+"""The crc32c of any bytes with their own crc32c behind them, and so of every file that is what was written."""
 MAX_MAPS = 2**8
 """Chunks whose maps are kept. Each holds an open file, and the user's process may have many of its own."""
 WHAT_TO_DO = (
@@ -40,14 +47,13 @@ class ChunkFiles:
             raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
             raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
-        names = chunk_names(name, chunk, len(self.layouts[name].shape))
         try:
-            size = untrusted.size_within(self.path, names)
+            size = size_within(self.path, chunk_names(name, chunk))
         except ValueError as error:
             raise self.damaged(name, chunk, f"is not in it: {error}") from None
         if size is None:
             raise self.damaged(name, chunk, "is missing, or no file")
-        return self.path.joinpath(*names), size
+        return chunk_file(self.path, name, chunk), size
 
     def checked_file(self, name: str, chunk: int) -> Path:
         """As `find`, and raises TraceError if the size is wrong."""
@@ -59,7 +65,7 @@ class ChunkFiles:
     def content(self, name: str, chunk: int) -> bytes:
         """What the file of a done chunk holds, compared with the checksum behind it. The file's size is not checked."""
         whole = self.find(name, chunk)[0].read_bytes()
-        self.compare(name, chunk, google_crc32c.value(whole[:-CHECKSUM_BYTES]), whole[-CHECKSUM_BYTES:])
+        self.compare(name, chunk, google_crc32c.value(whole))
         return whole[:-CHECKSUM_BYTES]
 
     def values(self, name: str, chunk: int) -> Array:
@@ -99,8 +105,6 @@ class ChunkFiles:
     def checksum(self, name: str, chunk: int) -> bytes:
         """The checksum behind a chunk's numbers, as it is written; nothing is compared with it."""
         file, size = self.find(name, chunk)
-        if size < CHECKSUM_BYTES:
-            raise self.damaged(name, chunk, f"has {size} bytes")
         return self.read_at(file, name, chunk, size - CHECKSUM_BYTES, CHECKSUM_BYTES)
 
     def read_at(self, file: Path, name: str, chunk: int, start: int, size: int) -> bytes:
@@ -115,9 +119,9 @@ class ChunkFiles:
             raise self.damaged(name, chunk, "became shorter while read")
         return data
 
-    def compare(self, name: str, chunk: int, crc: int, checksum: Sequence[int]) -> None:
-        """Raises TraceError if the checksum behind a chunk's numbers is not their crc32c."""
-        if len(checksum) != CHECKSUM_BYTES or crc != int.from_bytes(checksum, "little"):
+    def compare(self, name: str, chunk: int, crc: int) -> None:
+        """Raises TraceError unless a file, whose crc32c this is, ends with the checksum of what is before."""
+        if crc != INTACT:
             raise self.damaged(name, chunk, "does not have the numbers of its checksum")
 
     def damaged(self, name: str, chunk: int, what: str) -> TraceError:
@@ -149,9 +153,7 @@ class GradientChunks:
             return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
         file = self._files.checked_file("grad", chunk)
         if chunk not in self._compared:
-            whole = np.memmap(file, np.uint8, "r")
-            crc = google_crc32c.value(whole[:-CHECKSUM_BYTES])
-            self._files.compare("grad", chunk, crc, whole[-CHECKSUM_BYTES:].tobytes())
+            self._files.compare("grad", chunk, google_crc32c.value(np.memmap(file, np.uint8, "r")))
             self._compared.add(chunk)
         return np.memmap(file, self._dtype, "r", shape=shape)[: len(header.rows(chunk))]
 
@@ -186,7 +188,7 @@ class GradientChunks:
                 crc = google_crc32c.extend(crc, part)
                 if start < count:
                     yield part[: (count - start) * header.sample_bytes].view(self._dtype).reshape(-1, *self._row_shape)
-            self._files.compare("grad", chunk, crc, file.read(CHECKSUM_BYTES))
+            self._files.compare("grad", chunk, google_crc32c.extend(crc, file.read(CHECKSUM_BYTES)))
         self._compared.add(chunk)
 
     def row(self, row: int, checksum: int | None = None) -> Array:
@@ -206,7 +208,7 @@ class GradientChunks:
         if chunk not in self._sized:
             files.checked_file("grad", chunk)
             self._sized.add(chunk)
-        size, file = header.sample_bytes, chunk_file(files.path, "grad", chunk, 3)
+        size, file = header.sample_bytes, chunk_file(files.path, "grad", chunk)
         numbers = files.read_at(file, "grad", chunk, place * size, size)
         if checksum is not None and google_crc32c.value(numbers) != checksum:
             raise files.damaged("grad", chunk, f"does not have the numbers of its checksum, in its row {place}")
@@ -231,3 +233,41 @@ class GradientChunks:
         except (RuntimeError, ValueError):
             raise files.damaged("grad", chunk, "cannot be unpacked") from None
         return numbers.view(self._dtype)
+
+
+def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
+    """(chunks,) which chunks are done. Raises TraceError if marks are reached by a link."""
+    done = np.zeros(header.chunks, np.bool_)
+    for folder in (path / "done", path / "done" / "c"):
+        if folder.is_symlink():
+            raise TraceError(f"{path} is damaged: {folder} is a symbolic link. A store holds none.")
+    if not folder.is_dir():
+        return done
+    with os.scandir(folder) as found:
+        for mark in found:
+            numbered = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
+            if numbered and mark.is_file(follow_symlinks=False):
+                # A query opens all marks: `Path` would take twice as long.
+                handle = os.open(mark.path, os.O_RDONLY)
+                try:
+                    done[int(mark.name)] = os.read(handle, len(DONE) + 1) == DONE
+                finally:
+                    os.close(handle)
+    return done
+
+
+def is_done(path: Path, chunk: int) -> bool:
+    """Whether a chunk has its mark."""
+    try:
+        size = size_within(path, chunk_names("done", chunk))
+    except ValueError:
+        return False
+    return size == len(DONE) and chunk_file(path, "done", chunk).read_bytes() == DONE
+
+
+def remove_marks(path: Path, chunks: Sequence[int]) -> None:
+    """Takes away the marks of chunks, so that a capture writes them again. Raises OSError if the disk refuses."""
+    for chunk in chunks:
+        chunk_file(path, "done", chunk).unlink(missing_ok=True)
+    if (folder := path / "done" / "c").is_dir():
+        sync(folder)

@@ -1,6 +1,5 @@
 """Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew."""
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,11 +10,11 @@ import google_crc32c
 import numpy as np
 
 from dmin_trace.errors import TraceError
+from dmin_trace.store.chunks import INTACT, done_chunks, remove_marks
 from dmin_trace.store.files import writing
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, FAILED, array_layouts, chunk_file, chunk_names
 from dmin_trace.store.lock import StoreLock
-from dmin_trace.store.marks import done_chunks, remove_marks
 from dmin_trace.store.metadata import Finished, damaged_metadata, read_header, restore_metadata, set_finished
 from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.reader import Store, open_store
@@ -93,25 +92,20 @@ def verify_chunks(
     if finished is not None and len(undone) > MAX_LISTED_MARKS:
         found.notes.append(f"{len(undone):,} chunks have no mark; the first {MAX_LISTED_MARKS:,} are listed.")
     for chunk in map(int, undone[:MAX_LISTED_MARKS]):
-        marked = chunk_file(path, "done", chunk, 1).exists()
+        marked = chunk_file(path, "done", chunk).exists()
         if finished is not None or marked:
             what = "is not the mark of a chunk that is done" if marked else "is missing"
             found.damages.append(_chunk_damage(store, "done", chunk, what))
     layouts = {name: layout for name, layout in array_layouts(header).items() if name != "done"}
     places = [(name, chunk) for chunk in store.chunks_done for name in layouts]
-    names = [chunk_names(name, chunk, len(layouts[name].shape)) for name, chunk in places]
-    sizes = [size_of(path, found_by) or 0 for found_by in names]
-    of = sum(sizes)
-    memory = threading.local()
+    sizes = [size_of(path, chunk_names(*place)) or 0 for place in places]
+    found.files, of = len(places), sum(sizes)
 
-    def compare(place: tuple[str, int], found_by: list[str]) -> str:
-        if not hasattr(memory, "block"):
-            memory.block = np.empty(BLOCK_BYTES, np.uint8)
-        return _file_damage(path, found_by, layouts[place[0]].file_bytes, memory.block)
+    def compare(place: tuple[str, int]) -> str:
+        return _file_damage(path, chunk_names(*place), layouts[place[0]].file_bytes)
 
     with ThreadPoolExecutor(max(PARALLEL_READS, core_count())) as pool:
-        for place, size, what in zip(places, sizes, pool.map(compare, places, names), strict=True):
-            found.files += 1
+        for place, size, what in zip(places, sizes, pool.map(compare, places), strict=True):
             found.bytes += size
             if what:
                 found.damages.append(_chunk_damage(store, *place, what))
@@ -173,24 +167,19 @@ def size_of(path: Path, names: Sequence[str] = ("zarr.json",)) -> int | None:
         return None
 
 
-def _file_damage(path: Path, names: Sequence[str], expected: int | None, block: np.ndarray) -> str:
-    """What is wrong with the file of a done chunk; "" if nothing is. Reads it through `block`."""
+def _file_damage(path: Path, names: Sequence[str], expected: int | None) -> str:
+    """What is wrong with the file of a done chunk; "" if nothing is."""
     try:
         size = size_within(path, names)
         if size is None or (size != expected if expected is not None else size < CHECKSUM_BYTES):
             return f"has {size or 0} bytes" + ("" if expected is None else f", expected {expected}")
-        crc, left = 0, size - CHECKSUM_BYTES
+        crc, block = 0, np.empty(BLOCK_BYTES, np.uint8)
         with path.joinpath(*names).open("rb", buffering=0) as opened:
-            while left:
-                read = opened.readinto(block[: min(left, BLOCK_BYTES)].data)
-                if not read:
-                    return "became shorter while read"
+            while read := opened.readinto(block.data):
                 crc = google_crc32c.extend(crc, block[:read])
-                left -= read
-            checksum = opened.read(CHECKSUM_BYTES)
     except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
-    return "" if crc == int.from_bytes(checksum, "little") else "does not have the numbers of its checksum"
+    return "" if crc == INTACT else "does not have the numbers of its checksum"
 
 
 def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
@@ -198,6 +187,5 @@ def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
     if name != "numbers" and store.done[chunk]:
         with suppress(TraceError, OSError):
             samples = tuple(store.numbers_of(chunk).sample.tolist())
-    names = chunk_names(name, chunk, len(array_layouts(store.header)[name].shape))
-    file, rows = "/".join([store.path.name, *names]), store.header.rows(chunk)
+    file, rows = "/".join([store.path.name, *chunk_names(name, chunk)]), store.header.rows(chunk)
     return Damage(file=file, what=what, array=name, chunk=chunk, rows=rows, samples=samples)

@@ -11,7 +11,7 @@ order with a crc32c behind it: ordinary Zarr, and readable by memory map.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ CHECKSUM_BYTES = 4
 """Bytes of crc32c behind each chunk."""
 FAILED = -1.0
 """The norm of a sample that could not be loaded. No gradient has this norm, and a row with it is never ranked."""
+UNSPLIT_AXES = {"grad": 2, "numbers": 1}
+"""The axes behind that of the rows, which chunks do not split."""
 
 STORED: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}
 """How the values of a readable column are stored."""
@@ -94,19 +96,18 @@ def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype
 
 def bytes_of(header: Header) -> int:
     """The bytes of a store's numbers on disk. Texts and metadata are not counted, and little beside them."""
-    layouts = (layout for layout in array_layouts(header).values() if layout.dtype != "string")
-    sizes = (math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize + CHECKSUM_BYTES for layout in layouts)
-    return sum(sizes) * header.chunks
+    layouts = (replace(layout, packed=False) for layout in array_layouts(header).values())
+    return header.chunks * sum(layout.file_bytes or 0 for layout in layouts)
 
 
-def chunk_names(name: str, chunk: int, axes: int) -> list[str]:
+def chunk_names(name: str, chunk: int) -> list[str]:
     """The folders between a store and the file of a chunk of rows, and the file's name: Zarr v3's default keys."""
-    return [*name.split("/"), "c", str(chunk), *["0"] * (axes - 1)]
+    return [*name.split("/"), "c", str(chunk), *["0"] * UNSPLIT_AXES.get(name, 0)]
 
 
-def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
-    """The file of a chunk of rows of the array `name`, which has so many axes."""
-    return path.joinpath(*chunk_names(name, chunk, axes))
+def chunk_file(path: Path, name: str, chunk: int) -> Path:
+    """The file of a chunk of rows of the array `name`."""
+    return path.joinpath(*chunk_names(name, chunk))
 
 
 def weights_beside(path: Path) -> Path:

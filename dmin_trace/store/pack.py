@@ -63,10 +63,10 @@ def pack_store(
     try:
         with writing(out):
             writer = create(partial, header)
-            for chunk in range(writer.chunks):
+            for chunk in range(header.chunks):
                 _write(store, writer, chunk)
                 if progress is not None:
-                    progress(len(writer.rows(chunk)))
+                    progress(len(header.rows(chunk)))
             writer.finish()
             if has_weights:
                 _link(weights, beside)
@@ -135,7 +135,7 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
 
 def _write(store: Store, writer: Writer, chunk: int) -> None:
     old, new = store.header, writer.header
-    rows = writer.rows(chunk)
+    rows = new.rows(chunk)
     values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
     kept = store.numbers(rows)
     scale = kept.scale

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks
+from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks, done_chunks
 from dmin_trace.store.header import ColumnKind, Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
-from dmin_trace.store.marks import done_chunks
 from dmin_trace.store.metadata import Finished, read_header
 
 BELIEVED_NUMBERS, MAX_BELIEVED_NUMBERS = 2**20, 2**28
@@ -63,8 +62,7 @@ class Store:
     """A store opened for reading, by `open_store`.
 
     path, header: where it is, and what it holds.
-    done: (chunks,) which chunks are done.
-    complete: whether all are, and the store says so.
+    done, complete: (chunks,) which chunks are done; whether all are, and the store says so.
     grad_chunk, grad_parts, stored_row: projected gradients as they are stored; see `GradientChunks`.
     """
 
@@ -125,11 +123,6 @@ class Store:
         return self._whole("loss")
 
     @cached_property
-    def scale(self) -> NDArray[np.float32]:
-        """(N, T) as in `RowNumbers`; NaN in chunks that are not done."""
-        return self._whole("scale")
-
-    @cached_property
     def valid(self) -> NDArray[np.bool_]:
         """(N,) whether a row can be ranked: done, and the norms of all its gradients finite and positive."""
         return np.asarray((np.isfinite(self.norm) & (self.norm > 0)).all(axis=1))
@@ -182,12 +175,10 @@ class Store:
         """The values of a readable column for these rows. Only their chunks are read. Errors are as of `numbers`."""
         self._column_kind(name)
         rows = self._rows(rows)
-        values: list[Any] = [None] * len(rows)
+        values = np.empty(len(rows), object)
         for chunk, here, places in self._by_chunk(rows):
-            held = self._column_chunk(name, chunk)
-            for at, place in zip(here, places, strict=True):
-                values[at] = held[place]
-        return values
+            values[here] = np.array(self._column_chunk(name, chunk), object)[places]
+        return list(values)
 
     def _column_kind(self, name: str) -> ColumnKind:
         if (kind := self.header.columns.get(name)) is None:
@@ -199,10 +190,6 @@ class Store:
             return self._files.texts(f"meta/{name}", chunk)
         values: list[Any] = self._files.values(f"meta/{name}", chunk).tolist()
         return values
-
-    def row_of(self, sample: int) -> int:
-        """The row of a data set index. Raises TraceError if the store does not hold it."""
-        return int(self.rows_of([sample])[0])
 
     def rows_of(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) the rows of data set indices. Raises TraceError for an index that the store does not hold."""
@@ -222,11 +209,10 @@ class Store:
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""
-        rows, header = self._rows(rows), self.header
-        found = np.empty((len(rows), len(header.timesteps), header.dimension), np.float32)
+        rows, scale = self._rows(rows), self.numbers(rows).scale
+        found = np.empty((*scale.shape, self.header.dimension), np.float32)
         for chunk, here, places in self._by_chunk(rows):
-            grad, scale = self.grad_chunk(chunk), self.numbers_of(chunk).scale
-            found[here] = grad[places].astype(np.float32) * scale[places][:, :, None]
+            found[here] = self.grad_chunk(chunk)[places].astype(np.float32) * scale[here][:, :, None]
         return found
 
     @cached_property

@@ -37,13 +37,7 @@ Shape = tuple[Annotated[int, Meta(ge=0, le=2**62)], ...]
 Names = Annotated[tuple[str, ...], Meta(max_length=10**6)]
 Decoded = TypeVar("Decoded")
 
-_CHOICES = {
-    "dtype": Dtype,
-    "codec": Codec,
-    "transform": Transform,
-    "projection.kind": Projection,
-    "columns": ColumnKind,
-}
+CHOICES = {"dtype": Dtype, "codec": Codec, "transform": Transform, "projection.kind": Projection, "columns": ColumnKind}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +120,7 @@ class Header:
 
     def to_attributes(self) -> dict[str, Any]:
         """The header as JSON keeps it: tuples are lists."""
-        attributes: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return attributes
+        return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Self:
@@ -172,7 +165,7 @@ def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> De
         raise _wrong(attributes, f"{name}.{missing[1]}".lstrip("."), "a value", path)
     expected = said.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
     if said.startswith("Invalid enum value"):
-        expected = f"one of {', '.join(get_args(_CHOICES[name]))}"
+        expected = f"one of {', '.join(get_args(CHOICES[name]))}"
     elif said.startswith("Number out of range"):
         expected = "finite numbers"
     raise _wrong(attributes, name, expected, path)

@@ -37,7 +37,7 @@ class Damage:
 
     file, what: its path from the folder in which the store lies, and what is wrong with it.
     array, chunk: those that it holds; the array alone if it is metadata.
-    rows, samples: the rows of the store that are lost with it, and their data set indices, if those can be read.
+    rows, samples: the rows that are lost with it, and their data set indices, if those can be read.
     """
 
     file: str
@@ -52,7 +52,7 @@ class Damage:
 class Verified:
     """What was compared, and what was found.
 
-    complete, chunks, done: of the store: see `Store.complete`; how many chunks there are, and how many are done.
+    complete, chunks, done: see `Store.complete`; how many chunks the store has, and how many are done.
     files, bytes: how many were compared.
     damages, notes: what is damaged, in the order of the files; and what is no damage, but should be known.
     """

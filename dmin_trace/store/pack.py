@@ -39,16 +39,11 @@ def pack_store(
 ) -> Store:
     """Writes a finished store anew at `out`, whole or not at all, and returns the new store.
 
-    Stored numbers are copied as they are unless the dtype or the dimension changes.
+    codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
+    progress: called with the number of samples of each chunk that is written.
 
-    Args:
-        store, out: the store, and the path of the new one.
-        codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
-        progress: called with the number of samples of each chunk that is written.
-
-    Raises:
-        SettingsError: a codec, dtype or dimension is invalid, the store does not fold to it, or none differs.
-        TraceError: the store is unfinished or damaged, something is at `out`, or the disk refuses.
+    Raises SettingsError if a codec, dtype or dimension is invalid, the store does not fold to it, or none differs;
+    TraceError if the store is unfinished or damaged, something is at `out`, or the disk refuses.
     """
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is packed.")
@@ -87,22 +82,16 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
     old = store.header
     changed = {"codec": codec or old.codec, "dtype": dtype or old.dtype, "dimension": dimension or old.dimension}
     # Queries read the settings, and a store may come from anybody: they are checked.
-    settings = make_settings({**old.settings, **changed})
-    if (settings.codec, settings.dtype, settings.dimension) == (old.codec, old.dtype, old.dimension):
+    new = make_settings({**old.settings, **changed})
+    if (new.codec, new.dtype, new.dimension) == (old.codec, old.dtype, old.dimension):
         raise SettingsError(
             f"{store.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
             "another --codec, --dtype or --dimension."
         )
-    return replace(
-        old,
-        id=uuid.uuid4().hex,
-        dimension=settings.dimension,
-        dtype=settings.dtype,
-        codec=settings.codec,
-        chunk_rows=choose_chunk_rows(old.samples, len(old.timesteps), settings.dimension, settings.dtype),
-        projection=_folded_projection(old, settings.dimension),
-        settings={**old.settings, **changed},
-    )
+    projection = _folded_projection(old, new.dimension)
+    rows = choose_chunk_rows(old.samples, len(old.timesteps), new.dimension, new.dtype)
+    header = replace(old, codec=new.codec, dtype=new.dtype, dimension=new.dimension, projection=projection)
+    return replace(header, id=uuid.uuid4().hex, chunk_rows=rows, settings={**old.settings, **changed})
 
 
 def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:

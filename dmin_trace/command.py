@@ -34,9 +34,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     mode: "final" captures at the end of training; "now" captures at the first batch and then leaves the script;
         "estimate" does so with two samples and writes nothing.
     command: the script's command line, to be remembered.
-    settings: the settings that were given explicitly. They take precedence over those of the script's own line.
-    out: the store, or None for the script's own choice.
-    weights: the weights to load before a capture "now".
+    settings: those that were given explicitly. They take precedence over those of the script's own line.
+    out, weights: the store, or None for the script's own choice; the weights to load before a capture "now".
     like: a finished store, for a query: the capture must be of the same kind.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not tell.
     strict: an error in the capture ends the training.

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dmin_trace.audit.intervals import RESAMPLES, Estimate, Floats, mean_estimate
 from dmin_trace.errors import EvaluationError
 
-Positions = Sequence[int] | NDArray[np.integer[Any]]
+Ranking = NDArray[np.integer[Any]]
+Positions = Sequence[int] | Ranking
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class TopRate:
 
 def detection_rate(
     labels: Sequence[Any] | NDArray[Any],
-    ranking: NDArray[np.integer[Any]],
+    ranking: Ranking,
     query_labels: Sequence[Any] | NDArray[Any],
     ks: Sequence[int],
     *,
@@ -47,10 +48,9 @@ def detection_rate(
     This measures likeness, not influence: a ranking by pixels alone can be near 1.
 
     Args:
-        labels: (N,) of every sample that can be ranked; None or NaN for a sample without a label.
+        labels, query_labels: (N,) of every sample that can be ranked, None or NaN for none; (Q,) of the queries.
         ranking: (Q, K) the positions in `labels` of the best samples of each query, best first, without the query
             itself (see `without_query`).
-        query_labels: (Q,) of the queries.
         ks: numbers from 1 to K.
         query_positions: (Q,) the position in `labels` of each query that is a sample; it is not counted in the chance.
         seed, resamples: of the bootstrap of the queries.
@@ -91,26 +91,18 @@ def detection_rate(
 
 
 def duplicate_recall(
-    ranking: NDArray[np.integer[Any]],
-    duplicates: Sequence[Collection[int]],
-    ks: Sequence[int],
-    *,
-    ranked: int,
-    seed: int = 0,
+    ranking: Ranking, duplicates: Sequence[Collection[int]], ks: Sequence[int], *, ranked: int, seed: int = 0
 ) -> tuple[TopRate, ...]:
     """The fraction of the duplicates of each query that are among its k best samples.
 
     A duplicate has the gradient of the query, so every sound score passes. It says nothing about the other samples.
 
     Args:
-        ranking: (Q, K) the best samples of each query, best first, without the query itself (see `without_query`).
+        ranking, ks, seed: as of `detection_rate`.
         duplicates: for each query the samples that are its duplicates, without the query itself; at least one.
-        ks: numbers from 1 to K.
         ranked: the number of samples that are ranked for a query, without the query itself.
-        seed: of the bootstrap of the queries.
 
-    Returns one result for each of `ks`. Raises EvaluationError for shapes that do not fit, or a query without
-    duplicates.
+    Returns one result for each of `ks`. Raises EvaluationError for shapes that do not fit, or for no duplicates.
     """
     ranking = _check_ranking(ranking, ks)
     if len(duplicates) != len(ranking):
@@ -125,7 +117,7 @@ def duplicate_recall(
     return tuple(_top_rate(k, found, counts, counts, k / ranked, seed, RESAMPLES) for k in ks)
 
 
-def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions) -> NDArray[np.int64]:
+def without_query(ranking: Ranking, query_positions: Positions) -> NDArray[np.int64]:
     """Leaves each query out of its own ranking, or else the last sample: (Q, K) becomes (Q, K - 1)."""
     ranking = np.asarray(ranking, np.int64)
     own = ranking == np.asarray(query_positions, np.int64)[:, None]

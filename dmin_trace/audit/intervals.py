@@ -43,12 +43,9 @@ def bootstrap(
 
 def mean_estimate(each: Floats, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """The mean of a value of each query, (Q,), with its interval."""
-
-    def resampled(generator: np.random.Generator) -> Floats:
-        return np.array([each[generator.integers(len(each), size=len(each))].mean()])
-
-    (estimate,) = bootstrap(np.array([each.mean()]), resampled, len(each), seed, resamples)
-    return estimate
+    count = len(each)
+    mean = each.mean(keepdims=True)
+    return bootstrap(mean, lambda g: each[g.integers(count, size=count)].mean(keepdims=True), count, seed, resamples)[0]
 
 
 def finite_matrix(name: str, values: ArrayLike) -> Floats:

@@ -39,10 +39,7 @@ Retrained = tuple[NDArray[np.bool_], NDArray[np.float64]]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The result of one measure of a trace: a title and figures as a table, what they mean, and all of it for JSON.
-
-    The title and the values may hold text of the trace or the user; a number may be NaN.
-    """
+    """The result of one measure of a trace: a title and figures as a table, what they mean, and all of it for JSON."""
 
     title: str
     headings: tuple[str, ...]
@@ -66,9 +63,8 @@ def measure_column(
 
     Args:
         column: its name; an empty text, the integer -1 and NaN mean no value, as in the store.
-        kind: "labels" gives the fraction of the best hits that have the query's value (`detection_rate`). "duplicates"
-            takes samples with the same value as duplicates, and gives the fraction of them that is among the best hits
-            (`duplicate_recall`).
+        kind: "labels" gives `detection_rate` by the column's values; "duplicates" gives `duplicate_recall`, where
+            samples with the same value are duplicates.
         ks: the numbers of best samples; `DEFAULT_KS` if not given.
         queries: the number of samples used as queries, spread evenly over those that have a value or a duplicate.
         score, exact: the score that is measured, and whether all samples are scanned even if there is an index.
@@ -100,8 +96,10 @@ def measure_column(
         raise EvaluationError(
             f"All samples have the same value in the column {column}, and every ranking is right. Give another."
         )
-    smallest = 1 if kind == "labels" else 2
-    chosen = _spread(sorted(p for group in groups.values() if len(group) >= smallest for p in group), queries)
+    usable = np.sort(np.concatenate([group for group in groups.values() if kind == "labels" or len(group) > 1]))
+    if queries < 1:
+        raise EvaluationError(f"{queries} queries were given; expected 1 or more.")
+    chosen = usable[np.linspace(0, len(usable) - 1, min(queries, len(usable))).round().astype(np.int64)]
     ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact)
     if kind == "labels":
         title, meaning = f"Detection rate by {column}", LABELS_MEANING
@@ -195,14 +193,6 @@ def measure_datamodeling(
 def _value(value: Any) -> Any:
     """A value of a column, or None for a value that means none."""
     return None if value == "" or (isinstance(value, int) and value == -1) or value != value else value
-
-
-def _spread(positions: Sequence[int], count: int) -> NDArray[np.int64]:
-    """`count` of these positions, spread evenly, or all if there are fewer."""
-    if count < 1:
-        raise EvaluationError(f"{count} queries were given; expected 1 or more.")
-    chosen = np.linspace(0, len(positions) - 1, min(count, len(positions))).round().astype(np.int64)
-    return np.asarray(positions, np.int64)[chosen]
 
 
 def _rank_others(

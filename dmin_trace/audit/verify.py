@@ -17,7 +17,7 @@ def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
     try:
         header, finished = read_header(path)
     except TraceError as error:
-        if size_of(path) is None:
+        if size_of(path, ["zarr.json"]) is None:
             raise
         found.damages.append(Damage(file=f"{path.name}/zarr.json", what=str(error)))
         found.notes.append("Nothing else can be checked without the header of the store.")

@@ -9,7 +9,7 @@
 from dmin_trace.store.files import check_free, make_folder, sweep, sync, sync_tree
 from dmin_trace.store.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
 from dmin_trace.store.identity import check_data, check_script
-from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, size_of, verify_chunks
+from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, verify_chunks
 from dmin_trace.store.layout import FAILED, bytes_of, choose_chunk_rows, chunk_file, weights_beside
 from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.metadata import read_header
@@ -18,5 +18,5 @@ from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.quantisation import quantise, row_checksum
 from dmin_trace.store.queries import Queries
 from dmin_trace.store.reader import RowNumbers, Store, UnrankedSamples, open_store
-from dmin_trace.store.untrusted import ArrayHeader, digest, parse, read_arrays, size_within
+from dmin_trace.store.untrusted import ArrayHeader, digest, parse, read_arrays, size_of, size_within
 from dmin_trace.store.writer import Writer, create, resume

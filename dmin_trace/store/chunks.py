@@ -7,6 +7,7 @@ checksum is compared before what it covers is used.
 import os
 import re
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dmin_trace.errors import TraceError
 from dmin_trace.store.files import sync
 from dmin_trace.store.header import FRAME_HEADER_BYTES, MAX_SAMPLE_INDEX, Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
-from dmin_trace.store.untrusted import size_within
+from dmin_trace.store.untrusted import size_of, size_within
 
 DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
 """The content of a mark. A file with any other content is no mark."""
@@ -70,10 +71,9 @@ class ChunkFiles:
 
     def values(self, name: str, chunk: int) -> Array:
         """The values of a chunk of a small numeric array, without padding."""
-        layout = self.layouts[name]
         self.checked_file(name, chunk)
-        dtype = np.dtype(layout.dtype).newbyteorder("<")
-        return np.frombuffer(self.content(name, chunk), dtype).reshape(layout.chunks)[: len(self.header.rows(chunk))]
+        dtype, shape = np.dtype(self.layouts[name].dtype).newbyteorder("<"), self.layouts[name].chunks
+        return np.frombuffer(self.content(name, chunk), dtype).reshape(shape)[: len(self.header.rows(chunk))]
 
     def numbers(self, chunk: int) -> NDArray[np.float64]:
         """(n, 1 + 3 T) the numbers of a chunk's rows; `layout.number_columns` says what is where."""
@@ -133,8 +133,7 @@ class GradientChunks:
     """The chunks of the array `grad`. The checksum of a chunk is compared when it is first read."""
 
     def __init__(self, files: ChunkFiles) -> None:
-        self._files = files
-        self._header = files.header
+        self._files, self._header = files, files.header
         self._dtype = np.dtype(files.header.dtype).newbyteorder("<")
         self._row_shape = (len(files.header.timesteps), files.header.dimension)
         self._compared: set[int] = set()
@@ -147,8 +146,7 @@ class GradientChunks:
 
         Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
         """
-        header = self._header
-        shape = (header.chunk_rows, *self._row_shape)
+        header, shape = self._header, (self._header.chunk_rows, *self._row_shape)
         if header.codec != "none":
             return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
         file = self._files.checked_file("grad", chunk)
@@ -164,11 +162,10 @@ class GradientChunks:
         from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
         map kept, which is three times as fast if the chunk is still in the cache.
 
-        Raises TraceError as `chunk` does. The checksum is compared after the last part: use nothing that was made of
-        the parts before the iteration has ended.
+        Raises TraceError as `chunk` does. The checksum is compared after the last part: use nothing made of the parts
+        before the iteration has ended.
         """
-        header = self._header
-        count = len(header.rows(chunk))
+        header, count = self._header, len(self._header.rows(chunk))
         if header.codec != "none" or chunk in self._maps or (chunk in self._compared and len(self._maps) < MAX_MAPS):
             whole = self._maps[chunk] if chunk in self._maps else self.chunk(chunk)
             if header.codec == "none":
@@ -248,20 +245,14 @@ def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
             numbered = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
             if numbered and mark.is_file(follow_symlinks=False):
                 # A query opens all marks: `Path` would take twice as long.
-                handle = os.open(mark.path, os.O_RDONLY)
-                try:
-                    done[int(mark.name)] = os.read(handle, len(DONE) + 1) == DONE
-                finally:
-                    os.close(handle)
+                with FileIO(mark.path) as opened:
+                    done[int(mark.name)] = opened.read(len(DONE) + 1) == DONE
     return done
 
 
 def is_done(path: Path, chunk: int) -> bool:
     """Whether a chunk has its mark."""
-    try:
-        size = size_within(path, chunk_names("done", chunk))
-    except ValueError:
-        return False
+    size = size_of(path, chunk_names("done", chunk))
     return size == len(DONE) and chunk_file(path, "done", chunk).read_bytes() == DONE
 
 

@@ -18,7 +18,7 @@ from dmin_trace.store.lock import StoreLock
 from dmin_trace.store.metadata import Finished, damaged_metadata, read_header, restore_metadata, set_finished
 from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.reader import Store, open_store
-from dmin_trace.store.untrusted import size_within
+from dmin_trace.store.untrusted import size_of, size_within
 
 BLOCK_BYTES = 2**20
 """Bytes that are read at a time: they are in a core's cache when their checksum is taken."""
@@ -76,9 +76,7 @@ class Verified:
         return [damage.array for damage in self.damages if damage.chunk is None and damage.array]
 
 
-def verify_chunks(
-    path: Path, header: Header, finished: Finished | None, *, progress: Progress | None = None
-) -> Verified:
+def verify_chunks(path: Path, header: Header, finished: Finished | None, progress: Progress | None = None) -> Verified:
     """Compares the arrays of a store: their metadata, their marks, and every file of a done chunk.
 
     `header` and `finished` are from `read_header`. Raises TraceError if the marks are reached by a link.
@@ -100,12 +98,9 @@ def verify_chunks(
     places = [(name, chunk) for chunk in store.chunks_done for name in layouts]
     sizes = [size_of(path, chunk_names(*place)) or 0 for place in places]
     found.files, of = len(places), sum(sizes)
-
-    def compare(place: tuple[str, int]) -> str:
-        return _file_damage(path, chunk_names(*place), layouts[place[0]].file_bytes)
-
     with ThreadPoolExecutor(max(PARALLEL_READS, core_count())) as pool:
-        for place, size, what in zip(places, sizes, pool.map(compare, places), strict=True):
+        compared = pool.map(lambda place: _file_damage(path, chunk_names(*place), layouts[place[0]].file_bytes), places)
+        for place, size, what in zip(places, sizes, compared, strict=True):
             found.bytes += size
             if what:
                 found.damages.append(_chunk_damage(store, *place, what))
@@ -120,7 +115,7 @@ def verify_chunks(
 
 
 def drop_damaged(path: Path) -> list[int]:
-    """Takes away the marks of damaged chunks, and returns their numbers: an ordinary capture makes them anew.
+    """Takes away the marks of damaged chunks, for a capture to make them anew, and returns their numbers.
 
     Damaged metadata of arrays is written anew here. Raises TraceError if there is no store, its header is damaged, a
     capture is writing it, or the disk refuses.
@@ -132,10 +127,7 @@ def drop_damaged(path: Path) -> list[int]:
 
 
 def drop_failed(path: Path) -> list[int]:
-    """Takes away the marks of chunks with samples that could not be loaded, so that a capture tries those again.
-
-    Returns and raises as `drop_damaged`, and raises TraceError if the numbers of the store are damaged.
-    """
+    """Does so with chunks of samples that could not be loaded. Raises TraceError if numbers are damaged, too."""
     store = open_store(path, unfinished=True)
     failed = np.flatnonzero((store.norm == FAILED).any(axis=1))
     chunks: list[int] = np.unique(failed // store.header.chunk_rows).tolist()
@@ -157,14 +149,6 @@ def _drop(path: Path, header: Header, chunks: Sequence[int], arrays: Sequence[st
                 set_finished(path, None)
     finally:
         lock.release()
-
-
-def size_of(path: Path, names: Sequence[str] = ("zarr.json",)) -> int | None:
-    """The size of a file of the store, by the names that lead to it; None if it is none, or reached by a link."""
-    try:
-        return size_within(path, names)
-    except ValueError:
-        return None
 
 
 def _file_damage(path: Path, names: Sequence[str], expected: int | None) -> str:

@@ -39,11 +39,7 @@ MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "nu
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of a store: shape, dtype, chunks, fill value and names of axes as Zarr has them.
-
-    packed: whether Blosc compresses its chunks.
-    attributes: what a reader of plain Zarr needs to know.
-    """
+    """One array of a store, as Zarr has it; `packed` says whether Blosc compresses its chunks."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -85,10 +81,7 @@ def number_columns(timesteps: int) -> dict[str, slice]:
 
 
 def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1) -> int:
-    """R, the rows of a chunk: a power of two, such that every one of the writers has a chunk.
-
-    A chunk has about CHUNK_BYTES; in large stores more: a million samples of default size are about 2,000 chunks.
-    """
+    """R, the rows of a chunk: a power of two, for about CHUNK_BYTES, more in large stores, and one chunk a writer."""
     row = max(timesteps * dimension * np.dtype(dtype).itemsize, number_bytes(timesteps))
     size = min(max(CHUNK_BYTES, samples * row // CHUNKS_OF_LARGE_STORE), MAX_CHUNK_BYTES)
     return 1 << max(1, min(size // row, samples // writers)).bit_length() - 1

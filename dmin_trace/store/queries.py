@@ -1,7 +1,4 @@
-"""The projected gradients of queries, in memory and in a file.
-
-Any score can be computed from them later without the model.
-"""
+"""The projected gradients of queries, in memory and in a file. Any score can be computed from them without a model."""
 
 import os
 from collections.abc import Mapping

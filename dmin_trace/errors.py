@@ -24,10 +24,7 @@ class CaptureError(DminTraceError):
 
 
 class StoppedError(CaptureError):
-    """Raised after Ctrl-C or SIGTERM, when the current chunk is written.
-
-    signal: the number of the signal; a process that it ends exits with 128 and this number.
-    """
+    """Raised after Ctrl-C or SIGTERM, when the current chunk is written. `signal` is the signal's number."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -109,23 +109,16 @@ class SettingsOverrides(RecordingOverrides, total=False):
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings from keywords or from JSON: lists become tuples; what is None or absent keeps its default.
-
-    Raises SettingsError for a name that is not a setting, or a value that is out of range or of the wrong type.
-    """
+    """Settings from keywords or JSON: lists become tuples, None the default. Errors are as of `Settings`."""
     known = {field.name for field in fields(Settings)}
-    if unknown := set(given) - known:
-        names = ", ".join(sorted(unknown))
-        raise SettingsError(f"{names[:120]} is not a setting; expected {', '.join(sorted(known))}.")
+    if unknown := ", ".join(sorted(set(given) - known)):
+        raise SettingsError(f"{unknown[:120]} is not a setting; expected {', '.join(sorted(known))}.")
     kept: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     return Settings(**kept)
 
 
 def given_settings(settings: Settings | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a caller gave, by name: those of `settings`, replaced by the overrides; {} for none.
-
-    Raises SettingsError as `make_settings` does.
-    """
+    """What a caller gave, by name: `settings`, replaced by the overrides; {} for none. Errors are as of `Settings`."""
     if settings is not None and not isinstance(settings, Settings):
         raise SettingsError(f"settings is a {type(settings).__name__}; expected dmin_trace.Settings(...).")
     pairs = [*({} if settings is None else asdict(settings)).items(), *overrides.items()]

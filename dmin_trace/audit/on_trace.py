@@ -89,13 +89,9 @@ def measure_column(
             groups.setdefault(value, []).append(position)
     largest = max(map(len, groups.values()), default=0)
     if largest < 2:
-        raise EvaluationError(
-            f"No two samples have the same value in the column {column}, and every ranking is wrong. Give another."
-        )
+        raise EvaluationError(f"No two samples have the same value in {column}: every ranking is wrong. Give another.")
     if largest == len(values) or (kind == "labels" and len(groups) < 2):
-        raise EvaluationError(
-            f"All samples have the same value in the column {column}, and every ranking is right. Give another."
-        )
+        raise EvaluationError(f"All samples have the same value in {column}: every ranking is right. Give another.")
     usable = np.sort(np.concatenate([group for group in groups.values() if kind == "labels" or len(group) > 1]))
     if queries < 1:
         raise EvaluationError(f"{queries} queries were given; expected 1 or more.")

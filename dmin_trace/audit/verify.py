@@ -9,10 +9,7 @@ from dmin_trace.store import Damage, Progress, Verified, open_store, read_header
 
 
 def verify_store(path: Path, *, progress: Progress | None = None) -> Verified:
-    """Compares every checksum of the store at `path`, of its index, and of the weights beside it.
-
-    Raises TraceError if there is no store. All other problems are in the result.
-    """
+    """Compares a store, its index and its weights with their checksums. Raises TraceError only if there is no store."""
     found = Verified()
     try:
         header, finished = read_header(path)

@@ -77,10 +77,7 @@ class Verified:
 
 
 def verify_chunks(path: Path, header: Header, finished: Finished | None, progress: Progress | None = None) -> Verified:
-    """Compares the arrays of a store: their metadata, their marks, and every file of a done chunk.
-
-    `header` and `finished` are from `read_header`. Raises TraceError if the marks are reached by a link.
-    """
+    """Compares a store's metadata, marks, and files of done chunks. Raises TraceError if a link leads to the marks."""
     done = done_chunks(path, header)
     store = Store(path, header, done, finished)
     found = Verified(complete=store.complete, chunks=header.chunks, done=int(done.sum()))
@@ -115,10 +112,9 @@ def verify_chunks(path: Path, header: Header, finished: Finished | None, progres
 
 
 def drop_damaged(path: Path) -> list[int]:
-    """Takes away the marks of damaged chunks, for a capture to make them anew, and returns their numbers.
+    """Takes away the marks of damaged chunks, for a capture to make anew, and returns their numbers; restores metadata.
 
-    Damaged metadata of arrays is written anew here. Raises TraceError if there is no store, its header is damaged, a
-    capture is writing it, or the disk refuses.
+    Raises TraceError if there is no store, its header is damaged, a capture is writing it, or the disk refuses.
     """
     header, finished = read_header(path)
     found = verify_chunks(path, header, finished)
@@ -127,7 +123,7 @@ def drop_damaged(path: Path) -> list[int]:
 
 
 def drop_failed(path: Path) -> list[int]:
-    """Does so with chunks of samples that could not be loaded. Raises TraceError if numbers are damaged, too."""
+    """As `drop_damaged`, for chunks with samples that could not be loaded. Raises TraceError if numbers are damaged."""
     store = open_store(path, unfinished=True)
     failed = np.flatnonzero((store.norm == FAILED).any(axis=1))
     chunks: list[int] = np.unique(failed // store.header.chunk_rows).tolist()

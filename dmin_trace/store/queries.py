@@ -75,10 +75,7 @@ class Queries:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a file that `save` wrote. The file may come from anybody: nothing in it is executed.
-
-        Raises QueryError if it cannot be read, or is no file of queries.
-        """
+        """Reads a file of `save`, of which nothing is executed. Raises QueryError if it cannot be read as such."""
         path = Path(path)
 
         def check(headers: Mapping[str, ArrayHeader]) -> None:
@@ -95,7 +92,5 @@ class Queries:
             arrays = read_arrays(path, ("gradients", "texts"), check)
             texts = msgspec.json.decode(arrays["texts"].tobytes(), type=_Texts)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            raise QueryError(
-                f"{path} cannot be read as queries: {error}; expected a file that Queries.save wrote."
-            ) from None
+            raise QueryError(f"{path} cannot be read as queries: {error}; expected a file of Queries.save.") from None
         return cls(arrays["gradients"], texts.names, texts.prompts, texts.trace_id)

@@ -157,10 +157,7 @@ class Store:
         return values
 
     def column_at(self, name: str, rows: ArrayLike) -> list[Any]:
-        """The values of a readable column for these rows. Only their chunks are read.
-
-        Raises TraceError as `numbers` does, and if there is no column of this name.
-        """
+        """The values of a column for these rows, as `numbers`. Raises TraceError also if there is no such column."""
         self._column_kind(name)
         rows = self._rows(rows)
         values = np.empty(len(rows), object)

@@ -130,10 +130,7 @@ class Writer:
 
 
 def create(path: Path, header: Header) -> Writer:
-    """Makes an empty store, whole or not at all.
-
-    Raises TraceError if something is at `path`, the folder cannot be written, or readers would refuse the header.
-    """
+    """Makes an empty store, or raises TraceError if `path` is taken or not writable, or readers would refuse it."""
     check_free(path)
     Header.from_attributes(header.to_attributes(), path)
     partial = path.with_name(f".{path.name}.{header.id}.partial")

@@ -203,7 +203,7 @@ def test_resume_writes_the_chunks_that_are_not_done_and_no_others(tmp_path: Path
         open_store(path)
 
     again = resume(path, dataclasses.replace(header, id="f" * 32, writers={"dmin_trace": "9"}))
-    assert (again.pending(), again.chunks, again.header.id) == ([1, 3, 4], 5, header.id)
+    assert (again.pending(), again.header.chunks, again.header.id) == ([1, 3, 4], 5, header.id)
     other = make_rows(header, seed=1)
     with pytest.raises(TraceError, match="3 of 5 chunks are not done"):
         again.finish()

@@ -21,7 +21,7 @@ from dmin_trace.errors import TraceError
 
 
 class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The absolute path of a script, what follows it, and where it was started; "" if no script runs."""
+    """A script's absolute path ("" if no script runs), its arguments, and the folder where it was started."""
 
     script: str
     arguments: tuple[str, ...]
@@ -33,8 +33,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     mode: "final" captures at the end of training; "now" captures at the first batch and then leaves the script;
         "estimate" does so with two samples and writes nothing.
-    command: the script's command line, to be remembered.
-    settings: those that were given explicitly. They take precedence over those of the script's own line.
+    command, settings: the script's command line; the settings given explicitly, which go before those of its line.
     out, weights: the store, or None for the script's own choice; the weights to load before a capture "now".
     like: a finished store, for a query: the capture must be of the same kind.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not tell.

@@ -42,8 +42,7 @@ class Settings:
     seed: the seed of the projection, and of the noise that all samples share at a timestep.
     codec: how chunks of gradients are compressed on disk. "none" is read by memory map; "blosc" (Zstandard after a bit
         shuffle) is a few per cent smaller and slower to read, for archives.
-    columns: the dataset columns kept for people to read. None keeps those with usual names (caption, label, file_name
-        and the like).
+    columns: the dataset columns kept for people to read. None keeps usual ones: caption, label, file_name and the like.
 
     Raises SettingsError for a value that is out of range or of the wrong type.
     """

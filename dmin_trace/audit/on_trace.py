@@ -65,10 +65,9 @@ def measure_column(
         column: its name; an empty text, the integer -1 and NaN mean no value, as in the store.
         kind: "labels" gives `detection_rate` by the column's values; "duplicates" gives `duplicate_recall`, where
             samples with the same value are duplicates.
-        ks: the numbers of best samples; `DEFAULT_KS` if not given.
+        ks, seed: the numbers of best samples, `DEFAULT_KS` if not given; the seed of the bootstrap of the interval.
         queries: the number of samples used as queries, spread evenly over those that have a value or a duplicate.
         score, exact: the score that is measured, and whether all samples are scanned even if there is an index.
-        seed: of the bootstrap of the interval.
 
     Raises EvaluationError if there is no such column, its values are all equal or all different, or there are fewer
     other samples than some k; QueryError and TraceError as `Trace.top_k`.

@@ -43,7 +43,7 @@ class ChunkFiles:
         self.layouts = array_layouts(header)
 
     def find(self, name: str, chunk: int) -> tuple[Path, int]:
-        """The path of a done chunk's file, and its size. Raises TraceError if it is not done, missing or a link."""
+        """The path and the size of a done chunk's file. Raises TraceError if it is not done, missing, linked or cut."""
         if not 0 <= chunk < self.header.chunks:
             raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
@@ -54,24 +54,18 @@ class ChunkFiles:
             raise self.damaged(name, chunk, f"is not in it: {error}") from None
         if size is None:
             raise self.damaged(name, chunk, "is missing, or no file")
+        if size != (expected := self.layouts[name].file_bytes or size):
+            raise self.damaged(name, chunk, f"has {size} bytes, expected {expected}")
         return chunk_file(self.path, name, chunk), size
 
-    def checked_file(self, name: str, chunk: int) -> Path:
-        """As `find`, and raises TraceError if the size is wrong."""
-        file, size = self.find(name, chunk)
-        if size != (expected := self.layouts[name].file_bytes):
-            raise self.damaged(name, chunk, f"has {size} bytes, expected {expected}")
-        return file
-
     def content(self, name: str, chunk: int) -> bytes:
-        """What the file of a done chunk holds, compared with the checksum behind it. The file's size is not checked."""
+        """What the file of a done chunk holds, compared with the checksum behind it."""
         whole = self.find(name, chunk)[0].read_bytes()
         self.compare(name, chunk, google_crc32c.value(whole))
         return whole[:-CHECKSUM_BYTES]
 
     def values(self, name: str, chunk: int) -> Array:
         """The values of a chunk of a small numeric array, without padding."""
-        self.checked_file(name, chunk)
         dtype, shape = np.dtype(self.layouts[name].dtype).newbyteorder("<"), self.layouts[name].chunks
         return np.frombuffer(self.content(name, chunk), dtype).reshape(shape)[: len(self.header.rows(chunk))]
 
@@ -137,7 +131,7 @@ class GradientChunks:
         self._dtype = np.dtype(files.header.dtype).newbyteorder("<")
         self._row_shape = (len(files.header.timesteps), files.header.dimension)
         self._compared: set[int] = set()
-        self._sized: set[int] = set()
+        self._found: dict[int, Path] = {}
         self._maps: dict[int, Array] = {}
         self._last_unpacked: tuple[int, Array] | None = None
 
@@ -149,7 +143,7 @@ class GradientChunks:
         header, shape = self._header, (self._header.chunk_rows, *self._row_shape)
         if header.codec != "none":
             return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
-        file = self._files.checked_file("grad", chunk)
+        file, _ = self._files.find("grad", chunk)
         if chunk not in self._compared:
             self._files.compare("grad", chunk, google_crc32c.value(np.memmap(file, np.uint8, "r")))
             self._compared.add(chunk)
@@ -159,11 +153,9 @@ class GradientChunks:
         """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
 
         A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
-        from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
-        map kept, which is three times as fast if the chunk is still in the cache.
-
-        Raises TraceError as `chunk` does. The checksum is compared after the last part: use nothing made of the parts
-        before the iteration has ended.
+        from a disk that is faster than a map. The next time it is mapped, and the map kept: that is three times as
+        fast from the system's cache. Raises TraceError as `chunk` does. The checksum is compared after the last part:
+        use nothing made of the parts before the iteration has ended.
         """
         header, count = self._header, len(self._header.rows(chunk))
         if header.codec != "none" or chunk in self._maps or (chunk in self._compared and len(self._maps) < MAX_MAPS):
@@ -173,7 +165,7 @@ class GradientChunks:
             yield from (whole[start : start + rows] for start in range(0, count, rows))
             return
         crc = 0
-        with self._files.checked_file("grad", chunk).open("rb", buffering=0) as file:
+        with self._files.find("grad", chunk)[0].open("rb", buffering=0) as file:
             # The padding of the last chunk is read too: the checksum covers it.
             for start in range(0, header.chunk_rows, rows):
                 part = memory[: min(rows, header.chunk_rows - start) * header.sample_bytes]
@@ -202,11 +194,9 @@ class GradientChunks:
             return np.asarray(self._last_unpacked[1][place])
         if checksum is None and chunk not in self._compared:
             self.chunk(chunk)
-        if chunk not in self._sized:
-            files.checked_file("grad", chunk)
-            self._sized.add(chunk)
-        size, file = header.sample_bytes, chunk_file(files.path, "grad", chunk)
-        numbers = files.read_at(file, "grad", chunk, place * size, size)
+        if chunk not in self._found:
+            self._found[chunk], _ = files.find("grad", chunk)
+        numbers = files.read_at(self._found[chunk], "grad", chunk, place * header.sample_bytes, header.sample_bytes)
         if checksum is not None and google_crc32c.value(numbers) != checksum:
             raise files.damaged("grad", chunk, f"does not have the numbers of its checksum, in its row {place}")
         return np.frombuffer(numbers, self._dtype).reshape(self._row_shape)

@@ -31,10 +31,8 @@ def sync(path: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """Waits until the disk keeps a folder and everything in it."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            sync(Path(folder) / name)
-        sync(Path(folder))
+    for kept in (*path.rglob("*"), path):
+        sync(kept)
 
 
 def make_folder(path: Path) -> None:

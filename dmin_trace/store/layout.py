@@ -30,7 +30,6 @@ FAILED = -1.0
 """The norm of a sample that could not be loaded. No gradient has this norm, and a row with it is never ranked."""
 UNSPLIT_AXES = {"grad": 2, "numbers": 1}
 """The axes behind that of the rows, which chunks do not split."""
-
 STORED: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}
 """How the values of a readable column are stored."""
 MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "number": math.nan}

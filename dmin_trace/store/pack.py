@@ -35,7 +35,7 @@ def pack_store(
     codec: Codec | None = None,
     dtype: Dtype | None = None,
     dimension: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> Store:
     """Writes a finished store anew at `out`, whole or not at all, and returns the new store.
 
@@ -60,8 +60,7 @@ def pack_store(
             writer = create(partial, header)
             for chunk in range(header.chunks):
                 _write(store, writer, chunk)
-                if progress is not None:
-                    progress(len(header.rows(chunk)))
+                progress(len(header.rows(chunk)))
             writer.finish()
             if has_weights:
                 _link(weights, beside)
@@ -127,7 +126,6 @@ def _write(store: Store, writer: Writer, chunk: int) -> None:
     rows = new.rows(chunk)
     values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
     kept = store.numbers(rows)
-    scale = kept.scale
     step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
     for number in range(rows.start // old.chunk_rows, (rows.stop - 1) // old.chunk_rows + 1):
         held = old.rows(number)
@@ -140,16 +138,16 @@ def _write(store: Store, writer: Writer, chunk: int) -> None:
                 values[here] = grad[there]
                 continue
             with np.errstate(over="ignore", invalid="ignore"):  # numbers of a damaged store; an error below
-                folded = grad[there].astype(np.float32) * scale[here][:, :, None]
+                folded = grad[there].astype(np.float32) * kept.scale[here][:, :, None]
                 if old.dimension != new.dimension:
                     folded = folded.reshape(*folded.shape[:2], -1, new.dimension).sum(axis=2)
                     norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
                     folded = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)  # zeros stay zeros
             if not np.isfinite(folded).all():
                 raise TraceError(f"{store.path} is damaged: chunk {number} holds numbers that are not finite.")
-            values[here], scale[here] = quantise(folded, new.dtype)
+            values[here], kept.scale[here] = quantise(folded, new.dtype)
     columns = {name: store.column_at(name, rows) for name in new.columns}
-    writer.write(chunk, values, scale, kept.norm, kept.loss, kept.sample, columns)
+    writer.write(chunk, values, kept.scale, kept.norm, kept.loss, kept.sample, columns)
 
 
 def _link(file: Path, beside: Path) -> None:

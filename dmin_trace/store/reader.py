@@ -210,7 +210,7 @@ class Store:
         """(N,) whether a row is done. Every array of N numbers is made after this one, which checks N against files."""
         header = self.header
         for chunk in self.chunks_done:
-            self._files.checked_file("numbers", chunk)
+            self._files.find("numbers", chunk)
         held = sum(len(header.rows(chunk)) for chunk in self.chunks_done)
         numbers, times = header.samples * len(header.timesteps), header.samples / max(held, 1)
         if numbers > BELIEVED_NUMBERS and times > 1000 or numbers > MAX_BELIEVED_NUMBERS and times > 8:

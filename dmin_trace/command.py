@@ -33,7 +33,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     mode: "final" captures at the end of training; "now" captures at the first batch and then leaves the script;
         "estimate" does so with two samples and writes nothing.
-    command, settings: the script's command line; the settings given explicitly, which go before those of its line.
+    command, settings: the script's command line; the settings given explicitly, which override those of its line.
     out, weights: the store, or None for the script's own choice; the weights to load before a capture "now".
     like: a finished store, for a query: the capture must be of the same kind.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not tell.

@@ -108,7 +108,7 @@ class SettingsOverrides(RecordingOverrides, total=False):
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings from keywords or JSON: lists become tuples, None the default. Errors are as of `Settings`."""
+    """Settings from keywords or JSON: lists become tuples, and None is left out. Errors are as of `Settings`."""
     known = {field.name for field in fields(Settings)}
     if unknown := ", ".join(sorted(set(given) - known)):
         raise SettingsError(f"{unknown[:120]} is not a setting; expected {', '.join(sorted(known))}.")
@@ -117,7 +117,7 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
 
 
 def given_settings(settings: Settings | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a caller gave, by name: `settings`, replaced by the overrides; {} for none. Errors are as of `Settings`."""
+    """The settings that a caller gave, by name: overrides replace those of `settings`. Errors are as of `Settings`."""
     if settings is not None and not isinstance(settings, Settings):
         raise SettingsError(f"settings is a {type(settings).__name__}; expected dmin_trace.Settings(...).")
     pairs = [*({} if settings is None else asdict(settings)).items(), *overrides.items()]

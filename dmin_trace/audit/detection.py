@@ -49,7 +49,7 @@ def detection_rate(
 
     Args:
         labels, query_labels: (N,) of every sample that can be ranked, None or NaN for none; (Q,) of the queries.
-        ranking: (Q, K) positions in `labels` of each query's best samples, best first, without it (`without_query`).
+        ranking: (Q, K) positions in `labels` of each query's best other samples, best first (see `without_query`).
         ks: numbers from 1 to K.
         query_positions: (Q,) the position in `labels` of each query that is a sample; it is not counted in the chance.
         seed, resamples: of the bootstrap of the queries.

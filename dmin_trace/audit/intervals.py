@@ -43,9 +43,8 @@ def bootstrap(
 
 def mean_estimate(each: Floats, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """The mean of a value of each query, (Q,), with its interval."""
-    count = len(each)
-    mean = each.mean(keepdims=True)
-    return bootstrap(mean, lambda g: each[g.integers(count, size=count)].mean(keepdims=True), count, seed, resamples)[0]
+    count, mean = len(each), each.mean(keepdims=True)
+    return bootstrap(mean, lambda random: random.choice(each, count).mean(keepdims=True), count, seed, resamples)[0]
 
 
 def finite_matrix(name: str, values: ArrayLike) -> Floats:

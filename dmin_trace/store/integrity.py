@@ -112,9 +112,10 @@ def verify_chunks(path: Path, header: Header, finished: Finished | None, progres
 
 
 def drop_damaged(path: Path) -> list[int]:
-    """Takes away the marks of damaged chunks, for a capture to make anew, and returns their numbers; restores metadata.
+    """Takes away the marks of damaged chunks, so that a capture makes them anew, and returns their numbers.
 
-    Raises TraceError if there is no store, its header is damaged, a capture is writing it, or the disk refuses.
+    Damaged metadata of arrays is written anew here. Raises TraceError if there is no store, its header is damaged, a
+    capture is writing it, or the disk refuses.
     """
     header, finished = read_header(path)
     found = verify_chunks(path, header, finished)

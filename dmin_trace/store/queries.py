@@ -75,7 +75,7 @@ class Queries:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a file of `save`, of which nothing is executed. Raises QueryError if it cannot be read as such."""
+        """Reads a file that `save` wrote, and executes nothing in it. Raises QueryError if it is no such file."""
         path = Path(path)
 
         def check(headers: Mapping[str, ArrayHeader]) -> None:

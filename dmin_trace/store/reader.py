@@ -157,7 +157,7 @@ class Store:
         return values
 
     def column_at(self, name: str, rows: ArrayLike) -> list[Any]:
-        """The values of a column for these rows, as `numbers`. Raises TraceError also if there is no such column."""
+        """The values of a column for these rows. Raises TraceError as `numbers`, and if there is no such column."""
         self._column_kind(name)
         rows = self._rows(rows)
         values = np.empty(len(rows), object)

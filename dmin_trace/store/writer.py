@@ -130,7 +130,7 @@ class Writer:
 
 
 def create(path: Path, header: Header) -> Writer:
-    """Makes an empty store, or raises TraceError if `path` is taken or not writable, or readers would refuse it."""
+    """Makes an empty store, whole or not at all. Raises TraceError if `path` is taken or read-only, or `header` bad."""
     check_free(path)
     Header.from_attributes(header.to_attributes(), path)
     partial = path.with_name(f".{path.name}.{header.id}.partial")

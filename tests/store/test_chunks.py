@@ -68,3 +68,16 @@ def test_numbers_refuses_sample_indices_that_are_no_integers(finished: Path, tmp
     for read in (lambda store: store.sample, lambda store: store.numbers([5]), lambda store: store.rows_of([5])):
         with pytest.raises(TraceError, match="chunk 1 of numbers holds sample indices that are no integers"):
             read(open_store(tmp_path / "trace.zarr"))
+
+
+def test_done_chunks_passes_over_strange_names(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "trace.zarr")
+    folder = tmp_path / "trace.zarr" / "done" / "c"
+    mark = (folder / "1").read_bytes()
+    (folder / "1").unlink()
+    for name in ("²", "01", "1.abc.partial", "9" * 200, "-1", "7"):
+        (folder / name).write_bytes(mark)
+    for damage in (None, b"", b"\x00" + mark[1:], mark + b"x"):
+        if damage is not None:
+            (folder / "1").write_bytes(damage)
+        assert open_store(tmp_path / "trace.zarr", unfinished=True).chunks_done == [0, 2]

@@ -12,19 +12,17 @@
 Names are resolved when they are first used, so that importing dmin_trace imports no torch.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dmin_trace.errors import DminTraceError
+from dmin_trace.settings import Settings
 from dmin_trace.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import attach
     from dmin_trace.capture.recording import recording
     from dmin_trace.query import Hit, TopK, Trace, attribute, open_trace
-    from dmin_trace.settings import Settings
     from dmin_trace.store import Queries
 
 __all__ = [
@@ -41,12 +39,7 @@ __all__ = [
     "recording",
 ]
 
-_HOMES = {
-    "attach": "capture.accelerate.attach",
-    "recording": "capture.recording",
-    "Settings": "settings",
-    "Queries": "store",
-}
+_HOMES = {"attach": "capture.accelerate.attach", "recording": "capture.recording", "Queries": "store"}
 
 
 def __getattr__(name: str) -> Any:

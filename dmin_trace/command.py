@@ -5,8 +5,6 @@ in the user's own state folder, under the store's id. It is never taken from the
 and running a command found in it would run their program.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,7 +12,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 from platformdirs import user_state_path
@@ -23,11 +21,7 @@ from dmin_trace.errors import TraceError
 
 
 class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A script's command line.
-
-    script: the script's path, absolute; "" if no script runs, as in a notebook.
-    arguments, folder: what follows it, and where it was started.
-    """
+    """A script's absolute path ("" if no script runs), its arguments, and the folder where it was started."""
 
     script: str
     arguments: tuple[str, ...]
@@ -39,10 +33,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     mode: "final" captures at the end of training; "now" captures at the first batch and then leaves the script;
         "estimate" does so with two samples and writes nothing.
-    command: the script's command line, to be remembered.
-    settings: the settings that were given explicitly. They take precedence over those of the script's own line.
-    out: the store, or None for the script's own choice.
-    weights: the weights to load before a capture "now".
+    command, settings: the script's command line; the settings given explicitly, which override those of its line.
+    out, weights: the store, or None for the script's own choice; the weights to load before a capture "now".
     like: a finished store, for a query: the capture must be of the same kind.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not tell.
     strict: an error in the capture ends the training.
@@ -61,20 +53,18 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     edited_script: bool = False
 
     def to_json(self) -> str:
-        """Returns the job as text, for another process."""
-        return _to_json(self)
+        """The job as text, for another process."""
+        # Unlike msgspec's encoder, json takes the surrogates by which python gives arguments that are not UTF-8.
+        return json.dumps(msgspec.to_builtins(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
-        """Returns the job that `to_json` wrote. Raises ValueError for other text."""
+    def from_json(cls, text: str) -> Self:
+        """The job that `to_json` wrote. Raises ValueError for other text."""
         return msgspec.convert(json.loads(text), type=cls)
 
 
 def current_command() -> Command:
-    """Returns the command line of this process; one without a script if `sys.argv[0]` is not the script that runs.
-
-    In a notebook `sys.argv` is the kernel's, and must not be taken for that of a training script.
-    """
+    """The command line of this process; without a script if `sys.argv[0]` is not what runs, as in a notebook."""
     running = getattr(sys.modules["__main__"], "__file__", None)
     if running is None or Path(running).name != Path(sys.argv[0]).name:
         return Command("", (), str(Path.cwd()))
@@ -86,22 +76,17 @@ def remember(store_id: str, command: Command) -> None:
     path = _command_path(store_id)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(_to_json(command), encoding="utf-8")
+    partial.write_text(json.dumps(msgspec.to_builtins(command)), encoding="utf-8")
     partial.chmod(0o600)
     partial.replace(path)
 
 
 def recall(store_id: str) -> Command | None:
-    """Returns the command line of the run that made a store; None if this user did not make it on this machine."""
+    """The command line of the run that made a store; None if this user did not make it on this machine."""
     try:
         return msgspec.convert(json.loads(_command_path(store_id).read_text(encoding="utf-8")), type=Command)
     except (OSError, ValueError):
         return None
-
-
-def _to_json(value: Command | Job) -> str:
-    # Unlike msgspec's encoder, json takes the surrogates by which python gives arguments that are not UTF-8.
-    return json.dumps(msgspec.to_builtins(value))
 
 
 def _command_path(store_id: str) -> Path:
@@ -120,7 +105,7 @@ class Script:
 
 
 def script_of(path: str | Path) -> Script:
-    """Returns the script in a file; an unknown one if there is no such file, as in a notebook."""
+    """The script in a file; an unknown one if there is no such file, as in a notebook."""
     path = Path(path)
     try:
         return Script(path.name, hashlib.sha256(path.read_bytes()).hexdigest())

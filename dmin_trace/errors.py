@@ -4,8 +4,6 @@ Each message says what was found, what was expected and what to do. The command 
 exits with 1, or with 130 or 143 after a signal.
 """
 
-from __future__ import annotations
-
 import reprlib
 
 
@@ -26,10 +24,7 @@ class CaptureError(DminTraceError):
 
 
 class StoppedError(CaptureError):
-    """Raised after Ctrl-C or SIGTERM, when the current chunk is written.
-
-    signal: the number of the signal; a process that it ends exits with 128 and this number.
-    """
+    """Raised after Ctrl-C or SIGTERM, when the current chunk is written. `signal` is the signal's number."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -57,7 +52,7 @@ class EvaluationError(DminTraceError):
 
 
 def brief(value: object) -> str:
-    """Returns the repr of an untrusted value on one line, at most 120 characters long."""
+    """The repr of an untrusted value on one line, at most 120 characters long."""
     shortener = reprlib.Repr()
     shortener.maxlevel, shortener.maxlist, shortener.maxstring = 3, 12, 80
     text = shortener.repr(value)
@@ -65,5 +60,5 @@ def brief(value: object) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """Returns an error's message, with the error's type in front if it is not one of ours."""
+    """An error's message, with its type in front if it is not one of ours."""
     return str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}"

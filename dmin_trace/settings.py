@@ -4,10 +4,9 @@ Every setting changes the numbers in a store, so all of them are kept in its hea
 settings are listed here and nowhere else. The command line makes an option of each field that has a `help` text.
 """
 
-from __future__ import annotations
-
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypedDict, get_args
 
@@ -19,7 +18,8 @@ Transform = Literal["sign", "none"]
 Codec = Literal["none", "blosc"]
 
 MIN_DIMENSION, MAX_DIMENSION = 2**4, 2**24
-MAX_TIMESTEPS = MAX_DRAWS = 1000
+MAX_PASSES = 1000
+"""Timesteps of a sample, and draws at a timestep, at most."""
 COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 """A column is kept in a folder of its name."""
 
@@ -42,64 +42,45 @@ class Settings:
     seed: the seed of the projection, and of the noise that all samples share at a timestep.
     codec: how chunks of gradients are compressed on disk. "none" is read by memory map; "blosc" (Zstandard after a bit
         shuffle) is a few per cent smaller and slower to read, for archives.
-    columns: the dataset columns kept for people to read. None keeps those with usual names (caption, label, file_name
-        and the like).
+    columns: the dataset columns kept for people to read. None keeps usual ones: caption, label, file_name and the like.
 
     Raises SettingsError for a value that is out of range or of the wrong type.
     """
 
-    timesteps: int | tuple[int, ...] = field(
-        default=10, metadata={"help": "A number of timesteps, or a list such as 100,500,900."}
-    )
+    timesteps: int | tuple[int, ...] = field(default=10, metadata={"help": "A number, or a list such as 100,500,900."})
     dimension: int = field(default=2**14, metadata={"help": "Length of a projected gradient, a power of two."})
     dtype: Dtype = field(default="int8", metadata={"help": "How projected gradients are stored."})
     projection: Projection = field(default="rotation", metadata={"help": "The random projection."})
     transform: Transform = field(
-        default="sign", metadata={"help": "What is done to each gradient element first. none is the paper's."}
+        default="sign", metadata={"help": "Applied to gradient elements. none is the paper's."}
     )
     draws: int = field(default=1, metadata={"help": "Noises drawn at each timestep; gradients are averaged."})
     seed: int = field(default=0, metadata={"help": "Seed of the projection and of the shared noise."})
     codec: Codec = field(default="none", metadata={"help": "Compression on disk. blosc is smaller and slower."})
-    columns: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "A dataset column to keep. May be repeated."}
-    )
+    columns: tuple[str, ...] | None = field(default=None, metadata={"help": "A column to keep. May be repeated."})
 
     def __post_init__(self) -> None:
-        self._check_timesteps()
-        in_range = _is_integer(self.dimension) and MIN_DIMENSION <= self.dimension <= MAX_DIMENSION
-        if not in_range or self.dimension & (self.dimension - 1):
-            raise SettingsError(
-                f"dimension is {brief(self.dimension)}; expected a power of two from {MIN_DIMENSION} to "
-                f"{MAX_DIMENSION}, such as 16384."
-            )
-        if not _is_integer(self.seed) or not 0 <= self.seed < 2**32:
-            raise SettingsError(f"seed is {brief(self.seed)}; expected an integer from 0 to 2**32 - 1.")
-        if not _is_integer(self.draws) or not 1 <= self.draws <= MAX_DRAWS:
-            raise SettingsError(f"draws is {brief(self.draws)}; expected a number from 1 to {MAX_DRAWS}.")
-        choices = {"dtype": Dtype, "projection": Projection, "transform": Transform, "codec": Codec}
-        for name, kind in choices.items():
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise SettingsError(f"{name} is {brief(value)}; expected one of {', '.join(get_args(kind))}.")
-        named = () if self.columns is None else self.columns
-        if not isinstance(named, tuple) or not all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in named):
-            raise SettingsError(
-                f"columns is {brief(self.columns)}; expected names of dataset columns, made of letters, digits, '_', "
-                "'-', '.' and spaces."
-            )
+        for name, right, expected in self._checks():
+            if not right:
+                raise SettingsError(f"{name} is {brief(getattr(self, name))}; expected {expected}.")
 
-    def _check_timesteps(self) -> None:
-        given = self.timesteps
-        if isinstance(given, int) and _is_integer(given):
-            if not 1 <= given <= MAX_TIMESTEPS:
-                raise SettingsError(f"timesteps is {brief(given)}; expected a number from 1 to {MAX_TIMESTEPS}.")
-            return
-        if not isinstance(given, tuple) or not given or not all(_is_integer(t) and t >= 0 for t in given):
-            raise SettingsError(
-                f"timesteps is {brief(given)}; expected a number, or a list of integers that are not negative."
-            )
-        if len(set(given)) != len(given) or len(given) > MAX_TIMESTEPS:
-            raise SettingsError(f"timesteps is {brief(given)}; expected at most {MAX_TIMESTEPS} timesteps, each once.")
+    def _checks(self) -> Iterator[tuple[str, bool, str]]:
+        """For each setting: whether it is right, and what is expected."""
+        steps, size, columns = self.timesteps, self.dimension, self.columns
+        listed = isinstance(steps, tuple) and bool(steps) and all(_is_integer(step, 0) for step in steps)
+        expected = f"a number from 1 to {MAX_PASSES}, or a list of integers that are not negative"
+        yield "timesteps", listed or _is_integer(steps, 1, MAX_PASSES), expected
+        once = isinstance(steps, int) or len(set(steps)) == len(steps) <= MAX_PASSES
+        yield "timesteps", once, f"at most {MAX_PASSES} timesteps, each once"
+        power = _is_integer(size, MIN_DIMENSION, MAX_DIMENSION) and not size & (size - 1)
+        yield "dimension", power, f"a power of two from {MIN_DIMENSION} to {MAX_DIMENSION}, such as 16384"
+        yield "seed", _is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1"
+        yield "draws", _is_integer(self.draws, 1, MAX_PASSES), f"a number from 1 to {MAX_PASSES}"
+        for name, kind in {"dtype": Dtype, "projection": Projection, "transform": Transform, "codec": Codec}.items():
+            yield name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}"
+        named = isinstance(columns, tuple) and all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in columns)
+        expected = "names of dataset columns, made of letters, digits, '_', '-', '.' and spaces"
+        yield "columns", columns is None or named, expected
 
     @property
     def timestep_count(self) -> int:
@@ -127,23 +108,16 @@ class SettingsOverrides(RecordingOverrides, total=False):
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:
-    """Settings from keywords or from JSON: lists become tuples; what is None or absent keeps its default.
-
-    Raises SettingsError for a name that is not a setting, or a value that is out of range or of the wrong type.
-    """
+    """Settings from keywords or JSON: lists become tuples, and None is left out. Errors are as of `Settings`."""
     known = {field.name for field in fields(Settings)}
-    if unknown := set(given) - known:
-        names = ", ".join(sorted(unknown))
-        raise SettingsError(f"{names[:120]} is not a setting; expected {', '.join(sorted(known))}.")
+    if unknown := ", ".join(sorted(set(given) - known)):
+        raise SettingsError(f"{unknown[:120]} is not a setting; expected {', '.join(sorted(known))}.")
     kept: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
     return Settings(**kept)
 
 
 def given_settings(settings: Settings | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a caller gave, by name: those of `settings`, replaced by the overrides; {} for none.
-
-    Raises SettingsError as `make_settings` does.
-    """
+    """The settings that a caller gave, by name: overrides replace those of `settings`. Errors are as of `Settings`."""
     if settings is not None and not isinstance(settings, Settings):
         raise SettingsError(f"settings is a {type(settings).__name__}; expected dmin_trace.Settings(...).")
     pairs = [*({} if settings is None else asdict(settings)).items(), *overrides.items()]
@@ -152,5 +126,5 @@ def given_settings(settings: Settings | None, overrides: Mapping[str, Any]) -> d
     return given
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_integer(value: object, lowest: int, highest: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest

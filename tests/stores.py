@@ -104,7 +104,8 @@ def make_rows(header: Header, seed: int = 0) -> Rows:
 
 def write(writer: Writer, rows: Rows, chunk: int) -> None:
     """Writes one chunk of these rows."""
-    here = slice(writer.rows(chunk).start, writer.rows(chunk).stop)
+    held = writer.header.rows(chunk)
+    here = slice(held.start, held.stop)
     columns = {name: values[here] for name, values in rows.columns.items()}
     stored = quantise(rows.grad[here], writer.header.dtype)
     writer.write(chunk, *stored, rows.norm[here], rows.loss[here], rows.sample[here], columns)

@@ -185,7 +185,7 @@ def check_points(path: Path, model: torch.nn.Module) -> None:
                 return (model(POINTS[sample : sample + 1] + noise * t.reshape(-1, 1) / 1000, t) - noise).square().mean()
 
             _, expected = mean_gradient(loss_of, list(model.parameters()), slot, trace.header.draws)
-            captured = torch.from_numpy(unshuffled(trace, trace.row_of(sample)))[slot]
+            captured = torch.from_numpy(unshuffled(trace, trace.rows_of([sample])[0]))[slot]
             assert (captured - expected).norm() <= 1e-5 * expected.norm(), (sample, slot)
 
 

@@ -48,7 +48,7 @@ def check_rows(trace: Store, images: list[Path], weights: Path, every: int = 1) 
     assert trace.sample.tolist() == list(range(len(images)))
     timesteps = [int(t) for t in trace.header.timesteps]
     for sample in range(0, len(images), every):
-        row = trace.gradients(np.array([trace.row_of(sample)]))[0]
+        row = trace.gradients(trace.rows_of([sample]))[0]
         for slot, (loss, gradients) in enumerate(digit_gradients(model, images[sample], timesteps)):
             assert trace.loss[sample, slot] == pytest.approx(loss, rel=1e-4)
             expected, _ = compress_gradient(iter(gradients.values()), plan)

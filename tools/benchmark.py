@@ -358,8 +358,8 @@ def write_random(path: Path, header: Header) -> Store:
     values, scale = store.quantise(sketches, header.dtype)
     ones = np.ones(shape[:2], np.float32)
     writer = create(path, header)
-    for chunk in range(writer.chunks):
-        rows = writer.rows(chunk)
+    for chunk in range(writer.header.chunks):
+        rows = writer.header.rows(chunk)
         n = len(rows)
         turned = np.roll(values[:n], int(generator.integers(header.dimension)), axis=2)
         number = np.arange(rows.start, rows.stop)
@@ -387,7 +387,7 @@ def clustered_store(path: Path, header: Header) -> Store:
     centres = generator.standard_normal((max(1, header.samples // 30), *shape), np.float32)
     writer = create(path, header)
     for chunk in track(writer.pending(), "making a store", console=Console(stderr=True), transient=True):
-        rows = writer.rows(chunk)
+        rows = writer.header.rows(chunk)
         number = np.arange(rows.start, rows.stop)
         ones = np.ones((len(rows), len(header.timesteps)), np.float32)
         grad = shared + centres[generator.integers(len(centres), size=len(rows))]
@@ -426,7 +426,7 @@ def read_all(trace: Store) -> int:
     memory = bytearray(2**20)
     total = 0
     for chunk in trace.chunks_done:
-        with store.chunk_file(trace.path, "grad", chunk, 3).open("rb", buffering=0) as file:
+        with store.chunk_file(trace.path, "grad", chunk).open("rb", buffering=0) as file:
             while read := file.readinto(memory):
                 total += read
     return total
@@ -572,7 +572,7 @@ def _checked(trace: Store, turns: int, threads: int) -> dict[str, tuple[np.ndarr
 
     def fresh() -> Store:
         opened = open_store(trace.path)
-        assert opened.valid.any() and len(opened.scale)
+        assert opened.valid.any() and len(opened.loss)
         return opened
 
     for turn in range(turns):

@@ -184,9 +184,9 @@ def targets(folder: Path) -> dict[str, Target]:
         except (hnsw.GraphError, RuntimeError):
             raise RefusedError from None
 
-    def read_chunk(data: bytes, name: str, axes: int, of: Store, read: Callable[[Store], object]) -> None:
-        place = chunk_file(harmed / of.path.parent.name / "trace.zarr", name, 1, axes)
-        genuine = chunk_file(of.path, name, 1, axes).read_bytes()[:-4]
+    def read_chunk(data: bytes, name: str, of: Store, read: Callable[[Store], object]) -> None:
+        place = chunk_file(harmed / of.path.parent.name / "trace.zarr", name, 1)
+        genuine = chunk_file(of.path, name, 1).read_bytes()[:-4]
         frame = _spliced(genuine, data)
         _put(place, frame + google_crc32c.value(frame).to_bytes(4, "little"))
         read(Store(harmed / of.path.parent.name / "trace.zarr", of.header, of.done, None))
@@ -233,9 +233,9 @@ def targets(folder: Path) -> dict[str, Target]:
         "captions": Target(
             3,
             edits,
-            lambda data: read_chunk(data, "meta/caption", 1, trace, lambda t: t.column_at("caption", t.header.rows(1))),
+            lambda data: read_chunk(data, "meta/caption", trace, lambda t: t.column_at("caption", t.header.rows(1))),
         ),
-        "packed chunk": Target(3, edits, lambda data: read_chunk(data, "grad", 3, packed, lambda t: t.grad_chunk(1))),
+        "packed chunk": Target(3, edits, lambda data: read_chunk(data, "grad", packed, lambda t: t.grad_chunk(1))),
         "list": Target(4, ["\n".join(lines).encode(), *(line.encode() for line in lines)], read_list),
         "weights": Target(4, [safetensors], read_weights),
         "arrays": Target(3, [_arrays(trace.header.samples)], read_arrays),

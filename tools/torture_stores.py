@@ -51,8 +51,8 @@ def make_store(
     path = folder / "trace.zarr"
     trainable.save(weights_beside(path))
     writer = create(path, header)
-    for chunk in range(writer.chunks):
-        here = np.arange(writer.rows(chunk).start, writer.rows(chunk).stop)
+    for chunk in range(writer.header.chunks):
+        here = np.array(writer.header.rows(chunk))
         writer.write(
             chunk,
             *quantise(grad[here], dtype),

@@ -1,7 +1,5 @@
 """The linear datamodeling score on plain arrays: whether influence scores predict what retrained models do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +11,10 @@ from dmin_trace.errors import EvaluationError
 
 @dataclass(frozen=True)
 class Datamodeling:
-    """A linear datamodeling score.
+    """A linear datamodeling score, of M models.
 
-    score: the mean over the queries of the rank correlation, from -1 to 1; 0 is chance. Its interval resamples both
-        queries and models.
-    each: (Q,) the rank correlation of each query.
-    models: M, the number of models.
+    each: (Q,) the rank correlation of each query, from -1 to 1; 0 is chance.
+    score: their mean. Its interval resamples both queries and models.
     """
 
     score: Estimate
@@ -40,21 +36,18 @@ def linear_datamodeling_score(
         scores: (Q, N) of every sample for each query.
         subsets: (M, N) whether each model was trained on each sample.
         losses: (M, Q) of each model on each query, best as means over many timesteps and noises, and several seeds.
-        seed, resamples: of the bootstrap, which resamples both queries and models.
+        seed, resamples: of the bootstrap.
 
     Raises EvaluationError for shapes that do not fit, numbers that are not finite, fewer than two models, or a query
-    for which all models have the same loss or the same sum of scores, and so no ranks.
+    for which all models have the same loss or the same sum of scores.
     """
     of_samples, of_models = finite_matrix("The scores", scores), finite_matrix("The losses", losses)
-    subsets = np.asarray(subsets)
-    if subsets.dtype != np.bool_ or subsets.ndim != 2:
+    subsets, (queries, samples) = np.asarray(subsets), of_samples.shape
+    if subsets.dtype != np.bool_ or subsets.ndim != 2 or subsets.shape[1] != samples:
         raise EvaluationError(
-            f"The subsets are {subsets.dtype} of shape {subsets.shape}; expected bool of shape (models, samples)."
+            f"The subsets are {subsets.dtype} of shape {subsets.shape}; expected bool of shape (models, {samples})."
         )
-    queries, samples = of_samples.shape
     models = len(subsets)
-    if subsets.shape[1] != samples:
-        raise EvaluationError(f"The subsets are of {subsets.shape[1]} samples; expected {samples}, as in the scores.")
     if of_models.shape != (models, queries):
         raise EvaluationError(
             f"The losses have shape {of_models.shape}; expected ({models}, {queries}): of each model for each query."
@@ -64,10 +57,8 @@ def linear_datamodeling_score(
     # One model at a time: all subsets as numbers would take eight times their memory.
     sums = np.stack([of_samples @ subset for subset in subsets])
     for values, name in ((of_models, "loss"), (sums, "sum of scores")):
-        if (same := (values == values[0]).all(axis=0)).any():
-            raise EvaluationError(
-                f"All models have the same {name} for query {int(np.argmax(same))}, so they have no ranks."
-            )
+        if (same := np.flatnonzero((values == values[0]).all(axis=0))).size:
+            raise EvaluationError(f"All models have the same {name} for query {same[0]}, so they have no ranks.")
     each = spearman(sums, -of_models)
 
     def resampled(generator: np.random.Generator) -> Floats:
@@ -82,10 +73,7 @@ def linear_datamodeling_score(
 
 
 def spearman(one: Floats, other: Floats) -> Floats:
-    """Spearman's rank correlation of each column, (M, Q) and (M, Q) to (Q,); NaN where a column is all equal.
-
-    It is Pearson's correlation of the ranks, where equal values have the mean of their ranks.
-    """
+    """Spearman's rank correlation of each column, (M, Q) and (M, Q) to (Q,); NaN where a column is all equal."""
     first, second = (ranks - ranks.mean(axis=0) for ranks in (_ranks(one), _ranks(other)))
     with np.errstate(invalid="ignore"):
         correlations: Floats = (first * second).sum(axis=0) / np.sqrt((first**2).sum(axis=0) * (second**2).sum(axis=0))

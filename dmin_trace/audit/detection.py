@@ -3,8 +3,6 @@
 They need no training. They say whether the samples found look like the query, and nothing about influence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +13,17 @@ from numpy.typing import NDArray
 from dmin_trace.audit.intervals import RESAMPLES, Estimate, Floats, mean_estimate
 from dmin_trace.errors import EvaluationError
 
-Positions = Sequence[int] | NDArray[np.integer[Any]]
+Ranking = NDArray[np.integer[Any]]
+Positions = Sequence[int] | Ranking
 
 
 @dataclass(frozen=True)
 class TopRate:
     """A measure of the k best samples of each of Q queries; all numbers are fractions.
 
-    k: the number of best samples that were looked at.
-    rate: the mean over the queries; its interval resamples queries.
+    each, rate: (Q,) the rate of each query, and their mean; its interval resamples queries.
     chance, best: the mean rate of a random and of a perfect ranking. The best is below 1 if a query has fewer than k
         matching samples, or more duplicates than k.
-    each: (Q,) the rate of each query.
     """
 
     k: int
@@ -38,7 +35,7 @@ class TopRate:
 
 def detection_rate(
     labels: Sequence[Any] | NDArray[Any],
-    ranking: NDArray[np.integer[Any]],
+    ranking: Ranking,
     query_labels: Sequence[Any] | NDArray[Any],
     ks: Sequence[int],
     *,
@@ -51,17 +48,14 @@ def detection_rate(
     This measures likeness, not influence: a ranking by pixels alone can be near 1.
 
     Args:
-        labels: (N,) of every sample that can be ranked; None or NaN for a sample without a label.
-        ranking: (Q, K) the positions in `labels` of the best samples of each query, best first, without the query
-            itself (see `without_query`).
-        query_labels: (Q,) of the queries.
+        labels, query_labels: (N,) of every sample that can be ranked, None or NaN for none; (Q,) of the queries.
+        ranking: (Q, K) positions in `labels` of each query's best other samples, best first (see `without_query`).
         ks: numbers from 1 to K.
-        query_positions: (Q,) the position in `labels` of each query, if the queries are samples; a query is then not
-            counted in the chance.
+        query_positions: (Q,) the position in `labels` of each query that is a sample; it is not counted in the chance.
         seed, resamples: of the bootstrap of the queries.
 
-    Returns one result for each of `ks`, in their order. Raises EvaluationError for shapes that do not fit, a query
-    without a label, or fewer than two different labels.
+    Returns one result for each of `ks`. Raises EvaluationError for shapes that do not fit, a query without a label, or
+    fewer than two different labels.
     """
     ranking = _check_ranking(ranking, ks)
     if ranking.min() < 0 or ranking.max() >= len(labels):
@@ -92,36 +86,22 @@ def detection_rate(
         others -= 1
     right = of_samples[ranking] == of_queries[:, None]
     chance = float((matching / others).mean())
-    rates = []
-    for k in ks:
-        each = right[:, :k].mean(axis=1)
-        best = float((np.minimum(matching, k) / k).mean())
-        rates.append(TopRate(k, mean_estimate(each, seed, resamples), chance, best, each))
-    return tuple(rates)
+    return tuple(_top_rate(k, right, matching, k, chance, seed, resamples) for k in ks)
 
 
 def duplicate_recall(
-    ranking: NDArray[np.integer[Any]],
-    duplicates: Sequence[Collection[int]],
-    ks: Sequence[int],
-    *,
-    ranked: int,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    ranking: Ranking, duplicates: Sequence[Collection[int]], ks: Sequence[int], *, ranked: int, seed: int = 0
 ) -> tuple[TopRate, ...]:
     """The fraction of the duplicates of each query that are among its k best samples.
 
     A duplicate has the gradient of the query, so every sound score passes. It says nothing about the other samples.
 
     Args:
-        ranking: (Q, K) the best samples of each query, best first, without the query itself (see `without_query`).
+        ranking, ks, seed: as of `detection_rate`.
         duplicates: for each query the samples that are its duplicates, without the query itself; at least one.
-        ks: numbers from 1 to K.
         ranked: the number of samples that are ranked for a query, without the query itself.
-        seed, resamples: of the bootstrap of the queries.
 
-    Returns one result for each of `ks`, in their order. Raises EvaluationError for shapes that do not fit, or a query
-    without duplicates.
+    Returns one result for each of `ks`. Raises EvaluationError for shapes that do not fit, or for no duplicates.
     """
     ranking = _check_ranking(ranking, ks)
     if len(duplicates) != len(ranking):
@@ -133,15 +113,10 @@ def duplicate_recall(
     if ranked < max(counts.max(), ranking.shape[1]):
         raise EvaluationError(f"{ranked} samples are ranked, fewer than were found or are duplicates of a query.")
     found = np.stack([np.isin(row, of) for row, of in zip(ranking, sets, strict=True)])
-    rates = []
-    for k in ks:
-        each = found[:, :k].sum(axis=1) / counts
-        best = float((np.minimum(counts, k) / counts).mean())
-        rates.append(TopRate(k, mean_estimate(each, seed, resamples), k / ranked, best, each))
-    return tuple(rates)
+    return tuple(_top_rate(k, found, counts, counts, k / ranked, seed, RESAMPLES) for k in ks)
 
 
-def without_query(ranking: NDArray[np.integer[Any]], query_positions: Positions) -> NDArray[np.int64]:
+def without_query(ranking: Ranking, query_positions: Positions) -> NDArray[np.int64]:
     """Leaves each query out of its own ranking, or else the last sample: (Q, K) becomes (Q, K - 1)."""
     ranking = np.asarray(ranking, np.int64)
     own = ranking == np.asarray(query_positions, np.int64)[:, None]
@@ -167,6 +142,15 @@ def _check_ranking(ranking: NDArray[Any], ks: Sequence[int]) -> NDArray[np.int64
         )
     check_ks(ks, ranking.shape[1])
     return ranking.astype(np.int64)
+
+
+def _top_rate(
+    k: int, right: NDArray[np.bool_], matching: NDArray[Any], of: Any, chance: float, seed: int, resamples: int
+) -> TopRate:
+    """`of`: the largest number of matching samples that count, for all queries or each."""
+    each = right[:, :k].sum(axis=1) / of
+    best = float((np.minimum(matching, k) / of).mean())
+    return TopRate(k, mean_estimate(each, seed, resamples), chance, best, each)
 
 
 def _label_number(label: Any, numbers: dict[Any, int]) -> int:

@@ -1,7 +1,5 @@
 """Values with their 95 % bootstrap intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,11 +18,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval, from the percentiles of a bootstrap.
-
-    value: computed from all that was given.
-    low, high: the interval; NaN if only one query was given.
-    """
+    """A value and its 95 % interval, from the percentiles of a bootstrap; NaN if only one query was given."""
 
     value: float
     low: float
@@ -47,14 +41,10 @@ def bootstrap(
     return estimates
 
 
-def mean_estimate(each: Floats, seed: int, resamples: int) -> Estimate:
+def mean_estimate(each: Floats, seed: int, resamples: int = RESAMPLES) -> Estimate:
     """The mean of a value of each query, (Q,), with its interval."""
-
-    def resampled(generator: np.random.Generator) -> Floats:
-        return np.array([each[generator.integers(len(each), size=len(each))].mean()])
-
-    (estimate,) = bootstrap(np.array([each.mean()]), resampled, len(each), seed, resamples)
-    return estimate
+    count, mean = len(each), each.mean(keepdims=True)
+    return bootstrap(mean, lambda random: random.choice(each, count).mean(keepdims=True), count, seed, resamples)[0]
 
 
 def finite_matrix(name: str, values: ArrayLike) -> Floats:

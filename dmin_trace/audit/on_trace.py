@@ -3,8 +3,6 @@
 For the first two, training samples are the queries, so no model is needed. A query is left out of its own hits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,31 +33,19 @@ DUPLICATES_MEANING = (
     "finds them may still rank the rest badly."
 )
 
+Retrained = tuple[NDArray[np.bool_], NDArray[np.float64]]
+"""Whether each of M models was trained on each sample of the dataset, (M, N), and its losses on the queries, (M, Q)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The result of one measure of a trace: a title and figures as a table, what they mean, and all of it for JSON.
-
-    The title and the values may hold text of the trace or the user; a number may be NaN.
-    """
+    """The result of one measure of a trace: a title and figures as a table, what they mean, and all of it for JSON."""
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     meaning: str
     values: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Retrained:
-    """Models that were trained again, each on a subset of the samples of a trace.
-
-    subsets: (M, N) bool, whether a model was trained on a sample; column j is sample j of the dataset.
-    losses: (M, Q), of each model on each query.
-    """
-
-    subsets: NDArray[np.bool_]
-    losses: NDArray[np.float64]
 
 
 def measure_column(
@@ -77,19 +63,14 @@ def measure_column(
 
     Args:
         column: its name; an empty text, the integer -1 and NaN mean no value, as in the store.
-        kind: "labels" gives the fraction of the best hits that have the query's value (`detection_rate`). "duplicates"
-            takes samples with the same value as duplicates, and gives the fraction of them that is among the best hits
-            (`duplicate_recall`).
-        ks: the numbers of best samples; `DEFAULT_KS` if not given.
+        kind: "labels" gives `detection_rate` by the column's values; "duplicates" gives `duplicate_recall`, where
+            samples with the same value are duplicates.
+        ks, seed: the numbers of best samples, `DEFAULT_KS` if not given; the seed of the bootstrap of the interval.
         queries: the number of samples used as queries, spread evenly over those that have a value or a duplicate.
         score, exact: the score that is measured, and whether all samples are scanned even if there is an index.
-        seed: of the bootstrap of the interval.
 
-    Raises:
-        EvaluationError: there is no such column, its values are all equal or all different, or there are fewer other
-            samples than some k.
-        QueryError: the trace is too large for deflated scores without an index.
-        TraceError: the trace is damaged.
+    Raises EvaluationError if there is no such column, its values are all equal or all different, or there are fewer
+    other samples than some k; QueryError and TraceError as `Trace.top_k`.
     """
     if column not in trace.columns:
         raise EvaluationError(f"{trace.path} has no column {column}; it has {', '.join(trace.columns) or 'none'}.")
@@ -107,15 +88,13 @@ def measure_column(
             groups.setdefault(value, []).append(position)
     largest = max(map(len, groups.values()), default=0)
     if largest < 2:
-        raise EvaluationError(
-            f"No two samples have the same value in the column {column}, and every ranking is wrong. Give another."
-        )
+        raise EvaluationError(f"No two samples have the same value in {column}: every ranking is wrong. Give another.")
     if largest == len(values) or (kind == "labels" and len(groups) < 2):
-        raise EvaluationError(
-            f"All samples have the same value in the column {column}, and every ranking is right. Give another."
-        )
-    smallest = 1 if kind == "labels" else 2
-    chosen = _spread(sorted(p for group in groups.values() if len(group) >= smallest for p in group), queries)
+        raise EvaluationError(f"All samples have the same value in {column}: every ranking is right. Give another.")
+    usable = np.sort(np.concatenate([group for group in groups.values() if kind == "labels" or len(group) > 1]))
+    if queries < 1:
+        raise EvaluationError(f"{queries} queries were given; expected 1 or more.")
+    chosen = usable[np.linspace(0, len(usable) - 1, min(queries, len(usable))).round().astype(np.int64)]
     ranking, top = _rank_others(trace, samples, chosen, max(ks), score, exact)
     if kind == "labels":
         title, meaning = f"Detection rate by {column}", LABELS_MEANING
@@ -125,13 +104,12 @@ def measure_column(
         title, meaning = f"Recall of duplicates by {column}", DUPLICATES_MEANING
         duplicates = [[other for other in groups[values[position]] if other != position] for position in chosen]
         rates = duplicate_recall(ranking, duplicates, ks, ranked=others, seed=seed)
-    answered_by = top.answered_by.description
+    by = top.answered_by.description
     return Measurement(
         title=f"{title}, {score} scores, {len(chosen):,} samples as queries",
         headings=("k", "rate", "95 % interval", "chance", "at best"),
         rows=tuple((str(of.k), *_cells(of.rate), f"{of.chance:.3f}", f"{of.best:.3f}") for of in rates),
-        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {answered_by[:1].upper()}"
-        f"{answered_by[1:]}.",
+        meaning=f"{meaning} Chance is a random ranking, at best a perfect one. {by[:1].upper()}{by[1:]}.",
         values={
             "measure": "detection_rate" if kind == "labels" else "duplicate_recall",
             "column": column,
@@ -170,24 +148,20 @@ def read_retrained(path: Path, samples: int, queries: int) -> Retrained:
         arrays = read_arrays(path, ("subsets", "losses"), check)
     except ValueError as error:
         raise EvaluationError(f"{path} cannot be read: {error}; {expected}.") from None
-    return Retrained(arrays["subsets"], arrays["losses"].astype(np.float64))
+    return arrays["subsets"], arrays["losses"].astype(np.float64)
 
 
 def measure_datamodeling(
     trace: Trace, queries: Queries, retrained: Retrained, *, score: Score = "deflated", seed: int = 0
 ) -> Measurement:
-    """The linear datamodeling score of a trace's scores (`linear_datamodeling_score`).
+    """The linear datamodeling score of a trace's scores: `linear_datamodeling_score` says what is what.
 
-    All samples are scored. A sample without a usable gradient has score 0. `seed` is of the bootstrap of the interval.
-
-    Raises:
-        EvaluationError: the measure has no value.
-        QueryError: the queries are of another trace, or the trace is too large for deflated scores without an index.
-        TraceError: the trace is damaged.
+    A sample without a usable gradient has score 0. Raises EvaluationError if the measure has no value, and QueryError
+    and TraceError as `Trace.scores`.
     """
     scores = trace.scores(queries, score)
     without = int(np.isnan(scores).any(axis=0).sum())
-    found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), retrained.subsets, retrained.losses, seed=seed)
+    found = linear_datamodeling_score(np.nan_to_num(scores, nan=0.0), *retrained, seed=seed)
     return Measurement(
         title=f"Linear datamodeling score of {score} scores",
         headings=("queries", "models", "LDS", "95 % interval", "chance"),
@@ -214,14 +188,6 @@ def measure_datamodeling(
 def _value(value: Any) -> Any:
     """A value of a column, or None for a value that means none."""
     return None if value == "" or (isinstance(value, int) and value == -1) or value != value else value
-
-
-def _spread(positions: Sequence[int], count: int) -> NDArray[np.int64]:
-    """`count` of these positions, spread evenly, or all if there are fewer."""
-    if count < 1:
-        raise EvaluationError(f"{count} queries were given; expected 1 or more.")
-    chosen = np.linspace(0, len(positions) - 1, min(count, len(positions))).round().astype(np.int64)
-    return np.asarray(positions, np.int64)[chosen]
 
 
 def _rank_others(

@@ -317,7 +317,7 @@ class Recorder:
         self._ranks.meet()
         self._ranks.meeting = False
         writer = chunks.writer
-        done = 0 if writer is None else self.samples - sum(len(writer.rows(chunk)) for chunk in writer.pending())
+        done = 0 if writer is None else self.samples - sum(len(writer.header.rows(chunk)) for chunk in writer.pending())
         raise StoppedError(
             f"The capture was stopped by {self._signal.name or 'a signal to another process'}: {done:,} of "
             f"{self.samples:,} samples are in {self.out}. Run it again: it continues where it stopped.",

@@ -1,10 +1,13 @@
-"""The files of chunks, read and checked: gradients, numbers, texts and checksums.
+"""The files of chunks, read and checked: gradients, numbers, texts, checksums, and the marks of chunks that are done.
 
 Nothing that a file or the metadata claims is allocated before the file's size agrees, no link is followed, and every
 checksum is compared before what it covers is used.
 """
 
+import os
+import re
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store import untrusted
+from dmin_trace.store.files import sync
 from dmin_trace.store.header import FRAME_HEADER_BYTES, MAX_SAMPLE_INDEX, Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
+from dmin_trace.store.untrusted import size_of, size_within
 
+DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
+"""The content of a mark. A file with any other content is no mark."""
+INTACT = google_crc32c.value(DONE)
+"""The crc32c of any bytes with their own crc32c behind them, and so of every file that is what was written."""
 MAX_MAPS = 2**8
 """Chunks whose maps are kept. Each holds an open file, and the user's process may have many of its own."""
 WHAT_TO_DO = (
@@ -35,39 +43,31 @@ class ChunkFiles:
         self.layouts = array_layouts(header)
 
     def find(self, name: str, chunk: int) -> tuple[Path, int]:
-        """The path of a done chunk's file, and its size. Raises TraceError if it is not done, missing or a link."""
+        """The path and the size of a done chunk's file. Raises TraceError if it is not done, missing, linked or cut."""
         if not 0 <= chunk < self.header.chunks:
             raise TraceError(f"{self.path} has the chunks 0 to {self.header.chunks - 1}, not {chunk}.")
         if not self.done[chunk]:
             raise TraceError(f"{self.path} is unfinished: chunk {chunk} is not done.")
-        names = chunk_names(name, chunk, len(self.layouts[name].shape))
         try:
-            size = untrusted.size_within(self.path, names)
+            size = size_within(self.path, chunk_names(name, chunk))
         except ValueError as error:
             raise self.damaged(name, chunk, f"is not in it: {error}") from None
         if size is None:
             raise self.damaged(name, chunk, "is missing, or no file")
-        return self.path.joinpath(*names), size
-
-    def checked_file(self, name: str, chunk: int) -> Path:
-        """As `find`, and raises TraceError if the size is wrong."""
-        file, size = self.find(name, chunk)
-        if size != (expected := self.layouts[name].file_bytes):
+        if size != (expected := self.layouts[name].file_bytes or size):
             raise self.damaged(name, chunk, f"has {size} bytes, expected {expected}")
-        return file
+        return chunk_file(self.path, name, chunk), size
 
     def content(self, name: str, chunk: int) -> bytes:
-        """What the file of a done chunk holds, compared with the checksum behind it. The file's size is not checked."""
+        """What the file of a done chunk holds, compared with the checksum behind it."""
         whole = self.find(name, chunk)[0].read_bytes()
-        self.compare(name, chunk, google_crc32c.value(whole[:-CHECKSUM_BYTES]), whole[-CHECKSUM_BYTES:])
+        self.compare(name, chunk, google_crc32c.value(whole))
         return whole[:-CHECKSUM_BYTES]
 
     def values(self, name: str, chunk: int) -> Array:
         """The values of a chunk of a small numeric array, without padding."""
-        layout = self.layouts[name]
-        self.checked_file(name, chunk)
-        dtype = np.dtype(layout.dtype).newbyteorder("<")
-        return np.frombuffer(self.content(name, chunk), dtype).reshape(layout.chunks)[: len(self.header.rows(chunk))]
+        dtype, shape = np.dtype(self.layouts[name].dtype).newbyteorder("<"), self.layouts[name].chunks
+        return np.frombuffer(self.content(name, chunk), dtype).reshape(shape)[: len(self.header.rows(chunk))]
 
     def numbers(self, chunk: int) -> NDArray[np.float64]:
         """(n, 1 + 3 T) the numbers of a chunk's rows; `layout.number_columns` says what is where."""
@@ -99,8 +99,6 @@ class ChunkFiles:
     def checksum(self, name: str, chunk: int) -> bytes:
         """The checksum behind a chunk's numbers, as it is written; nothing is compared with it."""
         file, size = self.find(name, chunk)
-        if size < CHECKSUM_BYTES:
-            raise self.damaged(name, chunk, f"has {size} bytes")
         return self.read_at(file, name, chunk, size - CHECKSUM_BYTES, CHECKSUM_BYTES)
 
     def read_at(self, file: Path, name: str, chunk: int, start: int, size: int) -> bytes:
@@ -115,9 +113,9 @@ class ChunkFiles:
             raise self.damaged(name, chunk, "became shorter while read")
         return data
 
-    def compare(self, name: str, chunk: int, crc: int, checksum: Sequence[int]) -> None:
-        """Raises TraceError if the checksum behind a chunk's numbers is not their crc32c."""
-        if len(checksum) != CHECKSUM_BYTES or crc != int.from_bytes(checksum, "little"):
+    def compare(self, name: str, chunk: int, crc: int) -> None:
+        """Raises TraceError unless a file, whose crc32c this is, ends with the checksum of what is before."""
+        if crc != INTACT:
             raise self.damaged(name, chunk, "does not have the numbers of its checksum")
 
     def damaged(self, name: str, chunk: int, what: str) -> TraceError:
@@ -129,12 +127,11 @@ class GradientChunks:
     """The chunks of the array `grad`. The checksum of a chunk is compared when it is first read."""
 
     def __init__(self, files: ChunkFiles) -> None:
-        self._files = files
-        self._header = files.header
+        self._files, self._header = files, files.header
         self._dtype = np.dtype(files.header.dtype).newbyteorder("<")
         self._row_shape = (len(files.header.timesteps), files.header.dimension)
         self._compared: set[int] = set()
-        self._sized: set[int] = set()
+        self._found: dict[int, Path] = {}
         self._maps: dict[int, Array] = {}
         self._last_unpacked: tuple[int, Array] | None = None
 
@@ -143,15 +140,12 @@ class GradientChunks:
 
         Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
         """
-        header = self._header
-        shape = (header.chunk_rows, *self._row_shape)
+        header, shape = self._header, (self._header.chunk_rows, *self._row_shape)
         if header.codec != "none":
             return self._unpacked(chunk).reshape(shape)[: len(header.rows(chunk))]
-        file = self._files.checked_file("grad", chunk)
+        file, _ = self._files.find("grad", chunk)
         if chunk not in self._compared:
-            whole = np.memmap(file, np.uint8, "r")
-            crc = google_crc32c.value(whole[:-CHECKSUM_BYTES])
-            self._files.compare("grad", chunk, crc, whole[-CHECKSUM_BYTES:].tobytes())
+            self._files.compare("grad", chunk, google_crc32c.value(np.memmap(file, np.uint8, "r")))
             self._compared.add(chunk)
         return np.memmap(file, self._dtype, "r", shape=shape)[: len(header.rows(chunk))]
 
@@ -159,14 +153,11 @@ class GradientChunks:
         """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
 
         A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
-        from a disk that is faster than a map, and as fast from the system's cache. The next time it is mapped, and the
-        map kept, which is three times as fast if the chunk is still in the cache.
-
-        Raises TraceError as `chunk` does. The checksum is compared after the last part: use nothing that was made of
-        the parts before the iteration has ended.
+        from a disk that is faster than a map. The next time it is mapped, and the map kept: that is three times as
+        fast from the system's cache. Raises TraceError as `chunk` does. The checksum is compared after the last part:
+        use nothing made of the parts before the iteration has ended.
         """
-        header = self._header
-        count = len(header.rows(chunk))
+        header, count = self._header, len(self._header.rows(chunk))
         if header.codec != "none" or chunk in self._maps or (chunk in self._compared and len(self._maps) < MAX_MAPS):
             whole = self._maps[chunk] if chunk in self._maps else self.chunk(chunk)
             if header.codec == "none":
@@ -174,7 +165,7 @@ class GradientChunks:
             yield from (whole[start : start + rows] for start in range(0, count, rows))
             return
         crc = 0
-        with self._files.checked_file("grad", chunk).open("rb", buffering=0) as file:
+        with self._files.find("grad", chunk)[0].open("rb", buffering=0) as file:
             # The padding of the last chunk is read too: the checksum covers it.
             for start in range(0, header.chunk_rows, rows):
                 part = memory[: min(rows, header.chunk_rows - start) * header.sample_bytes]
@@ -186,7 +177,7 @@ class GradientChunks:
                 crc = google_crc32c.extend(crc, part)
                 if start < count:
                     yield part[: (count - start) * header.sample_bytes].view(self._dtype).reshape(-1, *self._row_shape)
-            self._files.compare("grad", chunk, crc, file.read(CHECKSUM_BYTES))
+            self._files.compare("grad", chunk, google_crc32c.extend(crc, file.read(CHECKSUM_BYTES)))
         self._compared.add(chunk)
 
     def row(self, row: int, checksum: int | None = None) -> Array:
@@ -203,11 +194,9 @@ class GradientChunks:
             return np.asarray(self._last_unpacked[1][place])
         if checksum is None and chunk not in self._compared:
             self.chunk(chunk)
-        if chunk not in self._sized:
-            files.checked_file("grad", chunk)
-            self._sized.add(chunk)
-        size, file = header.sample_bytes, chunk_file(files.path, "grad", chunk, 3)
-        numbers = files.read_at(file, "grad", chunk, place * size, size)
+        if chunk not in self._found:
+            self._found[chunk], _ = files.find("grad", chunk)
+        numbers = files.read_at(self._found[chunk], "grad", chunk, place * header.sample_bytes, header.sample_bytes)
         if checksum is not None and google_crc32c.value(numbers) != checksum:
             raise files.damaged("grad", chunk, f"does not have the numbers of its checksum, in its row {place}")
         return np.frombuffer(numbers, self._dtype).reshape(self._row_shape)
@@ -231,3 +220,35 @@ class GradientChunks:
         except (RuntimeError, ValueError):
             raise files.damaged("grad", chunk, "cannot be unpacked") from None
         return numbers.view(self._dtype)
+
+
+def done_chunks(path: Path, header: Header) -> NDArray[np.bool_]:
+    """(chunks,) which chunks are done. Raises TraceError if marks are reached by a link."""
+    done = np.zeros(header.chunks, np.bool_)
+    for folder in (path / "done", path / "done" / "c"):
+        if folder.is_symlink():
+            raise TraceError(f"{path} is damaged: {folder} is a symbolic link. A store holds none.")
+    if not folder.is_dir():
+        return done
+    with os.scandir(folder) as found:
+        for mark in found:
+            numbered = re.fullmatch("0|[1-9][0-9]{0,9}", mark.name) and int(mark.name) < header.chunks
+            if numbered and mark.is_file(follow_symlinks=False):
+                # A query opens all marks: `Path` would take twice as long.
+                with FileIO(mark.path) as opened:
+                    done[int(mark.name)] = opened.read(len(DONE) + 1) == DONE
+    return done
+
+
+def is_done(path: Path, chunk: int) -> bool:
+    """Whether a chunk has its mark."""
+    size = size_of(path, chunk_names("done", chunk))
+    return size == len(DONE) and chunk_file(path, "done", chunk).read_bytes() == DONE
+
+
+def remove_marks(path: Path, chunks: Sequence[int]) -> None:
+    """Takes away the marks of chunks, so that a capture writes them again. Raises OSError if the disk refuses."""
+    for chunk in chunks:
+        chunk_file(path, "done", chunk).unlink(missing_ok=True)
+    if (folder := path / "done" / "c").is_dir():
+        sync(folder)

@@ -31,10 +31,8 @@ def sync(path: Path) -> None:
 
 def sync_tree(path: Path) -> None:
     """Waits until the disk keeps a folder and everything in it."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            sync(Path(folder) / name)
-        sync(Path(folder))
+    for kept in (*path.rglob("*"), path):
+        sync(kept)
 
 
 def make_folder(path: Path) -> None:
@@ -55,10 +53,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Removes what killed captures left beside the store at `path`: unfinished new stores and weights.
-
-    Call this only while the store's lock is held: otherwise another capture may be making one.
-    """
+    """Removes unfinished stores and weights that killed captures left beside `path`, whose lock the caller holds."""
     half_made = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
     for left in path.parent.iterdir():
         if half_made.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
@@ -69,11 +64,9 @@ def sweep(path: Path) -> None:
 
 def check_free(path: Path) -> None:
     """Raises TraceError if something exists at `path`, or if nothing can be written there."""
-    parent = path.absolute().parent
     with writing(path):
         taken = path.exists() or path.is_symlink()
-        while not parent.exists() and parent != parent.parent:
-            parent = parent.parent
+        parent = next((folder for folder in path.absolute().parents if folder.exists()), path)
         writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
     if taken:
         raise TraceError(

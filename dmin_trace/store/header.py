@@ -15,16 +15,7 @@ import numpy as np
 from msgspec import Meta
 
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.settings import (
-    COLUMN_NAME,
-    MAX_DIMENSION,
-    MAX_DRAWS,
-    MAX_TIMESTEPS,
-    Codec,
-    Dtype,
-    Projection,
-    Transform,
-)
+from dmin_trace.settings import COLUMN_NAME, MAX_DIMENSION, MAX_PASSES, Codec, Dtype, Projection, Transform
 
 MAX_CHUNKS = 2**22
 """A flag is kept in memory for each chunk."""
@@ -46,13 +37,7 @@ Shape = tuple[Annotated[int, Meta(ge=0, le=2**62)], ...]
 Names = Annotated[tuple[str, ...], Meta(max_length=10**6)]
 Decoded = TypeVar("Decoded")
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": get_args(Dtype),
-    "codec": get_args(Codec),
-    "transform": get_args(Transform),
-    "projection.kind": get_args(Projection),
-    "columns": get_args(ColumnKind),
-}
+CHOICES = {"dtype": Dtype, "codec": Codec, "transform": Transform, "projection.kind": Projection, "columns": ColumnKind}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +65,16 @@ class NoiseFacts:
     """What a training step draws: for each timestep its random calls, name and shape, in order."""
 
     seed: Seed
-    draws: Annotated[tuple[tuple[tuple[str, Shape], ...], ...], Meta(max_length=MAX_TIMESTEPS)]
+    draws: Annotated[tuple[tuple[tuple[str, Shape], ...], ...], Meta(max_length=MAX_PASSES)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a store holds.
+    """What a store holds. `Settings` says what dimension, dtype, codec, transform and draws are.
 
     id: 32 hexadecimal digits, the store's name in the user's own records.
-    samples, timesteps: N, and the T timesteps as the denoiser saw them.
-    dimension, dtype, codec, chunk_rows: v, how a number is stored, how a chunk of them is compressed, and R.
+    samples, timesteps, chunk_rows: N, the T timesteps as the denoiser saw them, and R.
     weights: fingerprint of the trained parameters.
-    draws: D, the number of noises at each timestep over which a gradient is the mean.
-    transform: what was done to gradients before the projection.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns, settings: the readable columns and their kinds; the capture's settings, as JSON.
     writers: versions of the packages that wrote the store.
@@ -102,7 +84,7 @@ class Header:
 
     id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     samples: Annotated[int, Meta(ge=1, le=2**40)]
-    timesteps: Annotated[tuple[float, ...], Meta(min_length=1, max_length=MAX_TIMESTEPS)]
+    timesteps: Annotated[tuple[float, ...], Meta(min_length=1, max_length=MAX_PASSES)]
     dimension: Annotated[int, Meta(ge=1, le=MAX_DIMENSION)]
     dtype: Dtype
     chunk_rows: Annotated[int, Meta(ge=1, le=2**40)]
@@ -116,7 +98,7 @@ class Header:
     settings: dict[str, Any]
     writers: dict[str, str]
     codec: Codec
-    draws: Annotated[int, Meta(ge=1, le=MAX_DRAWS)]
+    draws: Annotated[int, Meta(ge=1, le=MAX_PASSES)]
     script: str
     script_sha256: MaybeDigest
     data_sha256: MaybeDigest
@@ -138,8 +120,7 @@ class Header:
 
     def to_attributes(self) -> dict[str, Any]:
         """The header as JSON keeps it: tuples are lists."""
-        attributes: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return attributes
+        return dict(json.loads(json.dumps(asdict(self))))
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Self:
@@ -184,7 +165,7 @@ def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> De
         raise _wrong(attributes, f"{name}.{missing[1]}".lstrip("."), "a value", path)
     expected = said.partition(", got ")[0].removeprefix("Expected ").replace("`", "")
     if said.startswith("Invalid enum value"):
-        expected = f"one of {', '.join(_CHOICES[name])}"
+        expected = f"one of {', '.join(get_args(CHOICES[name]))}"
     elif said.startswith("Number out of range"):
         expected = "finite numbers"
     raise _wrong(attributes, name, expected, path)

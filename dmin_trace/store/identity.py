@@ -12,10 +12,7 @@ MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "unreac
 
 
 def check_script(path: Path, header: Header, name: str, sha256: str, what: str) -> None:
-    """Raises TraceError if a script (its name and SHA-256) differs from that of the store at `path`, if both are known.
-
-    `what` tells the user what to do about it.
-    """
+    """Raises TraceError, with `what` to do, if a script's SHA-256 is not the store's, where both are known."""
     if header.script_sha256 and sha256 and header.script_sha256 != sha256:
         raise TraceError(
             f"The script is not the one that made {path}: the SHA-256 of {name} is {sha256[:16]}, that of the trace's "

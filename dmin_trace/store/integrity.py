@@ -1,6 +1,5 @@
 """Finds damage: compares every checksum of a store, and takes away the marks of what a capture is to make anew."""
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,15 +10,15 @@ import google_crc32c
 import numpy as np
 
 from dmin_trace.errors import TraceError
+from dmin_trace.store.chunks import INTACT, done_chunks, remove_marks
 from dmin_trace.store.files import writing
 from dmin_trace.store.header import Header
 from dmin_trace.store.layout import CHECKSUM_BYTES, FAILED, array_layouts, chunk_file, chunk_names
 from dmin_trace.store.lock import StoreLock
-from dmin_trace.store.marks import done_chunks, remove_marks
 from dmin_trace.store.metadata import Finished, damaged_metadata, read_header, restore_metadata, set_finished
 from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.reader import Store, open_store
-from dmin_trace.store.untrusted import size_within
+from dmin_trace.store.untrusted import size_of, size_within
 
 BLOCK_BYTES = 2**20
 """Bytes that are read at a time: they are in a core's cache when their checksum is taken."""
@@ -38,7 +37,7 @@ class Damage:
 
     file, what: its path from the folder in which the store lies, and what is wrong with it.
     array, chunk: those that it holds; the array alone if it is metadata.
-    rows, samples: the rows of the store that are lost with it, and their data set indices, if those can be read.
+    rows, samples: the rows that are lost with it, and their data set indices, if those can be read.
     """
 
     file: str
@@ -53,7 +52,7 @@ class Damage:
 class Verified:
     """What was compared, and what was found.
 
-    complete, chunks, done: of the store: see `Store.complete`; how many chunks there are, and how many are done.
+    complete, chunks, done: see `Store.complete`; how many chunks the store has, and how many are done.
     files, bytes: how many were compared.
     damages, notes: what is damaged, in the order of the files; and what is no damage, but should be known.
     """
@@ -77,13 +76,8 @@ class Verified:
         return [damage.array for damage in self.damages if damage.chunk is None and damage.array]
 
 
-def verify_chunks(
-    path: Path, header: Header, finished: Finished | None, *, progress: Progress | None = None
-) -> Verified:
-    """Compares the arrays of a store: their metadata, their marks, and every file of a done chunk.
-
-    `header` and `finished` are from `read_header`. Raises TraceError if the marks are reached by a link.
-    """
+def verify_chunks(path: Path, header: Header, finished: Finished | None, progress: Progress | None = None) -> Verified:
+    """Compares a store's metadata, marks, and files of done chunks. Raises TraceError if a link leads to the marks."""
     done = done_chunks(path, header)
     store = Store(path, header, done, finished)
     found = Verified(complete=store.complete, chunks=header.chunks, done=int(done.sum()))
@@ -93,25 +87,17 @@ def verify_chunks(
     if finished is not None and len(undone) > MAX_LISTED_MARKS:
         found.notes.append(f"{len(undone):,} chunks have no mark; the first {MAX_LISTED_MARKS:,} are listed.")
     for chunk in map(int, undone[:MAX_LISTED_MARKS]):
-        marked = chunk_file(path, "done", chunk, 1).exists()
+        marked = chunk_file(path, "done", chunk).exists()
         if finished is not None or marked:
             what = "is not the mark of a chunk that is done" if marked else "is missing"
             found.damages.append(_chunk_damage(store, "done", chunk, what))
     layouts = {name: layout for name, layout in array_layouts(header).items() if name != "done"}
     places = [(name, chunk) for chunk in store.chunks_done for name in layouts]
-    names = [chunk_names(name, chunk, len(layouts[name].shape)) for name, chunk in places]
-    sizes = [size_of(path, found_by) or 0 for found_by in names]
-    of = sum(sizes)
-    memory = threading.local()
-
-    def compare(place: tuple[str, int], found_by: list[str]) -> str:
-        if not hasattr(memory, "block"):
-            memory.block = np.empty(BLOCK_BYTES, np.uint8)
-        return _file_damage(path, found_by, layouts[place[0]].file_bytes, memory.block)
-
+    sizes = [size_of(path, chunk_names(*place)) or 0 for place in places]
+    found.files, of = len(places), sum(sizes)
     with ThreadPoolExecutor(max(PARALLEL_READS, core_count())) as pool:
-        for place, size, what in zip(places, sizes, pool.map(compare, places, names), strict=True):
-            found.files += 1
+        compared = pool.map(lambda place: _file_damage(path, chunk_names(*place), layouts[place[0]].file_bytes), places)
+        for place, size, what in zip(places, sizes, compared, strict=True):
             found.bytes += size
             if what:
                 found.damages.append(_chunk_damage(store, *place, what))
@@ -126,7 +112,7 @@ def verify_chunks(
 
 
 def drop_damaged(path: Path) -> list[int]:
-    """Takes away the marks of damaged chunks, and returns their numbers: an ordinary capture makes them anew.
+    """Takes away the marks of damaged chunks, so that a capture makes them anew, and returns their numbers.
 
     Damaged metadata of arrays is written anew here. Raises TraceError if there is no store, its header is damaged, a
     capture is writing it, or the disk refuses.
@@ -138,10 +124,7 @@ def drop_damaged(path: Path) -> list[int]:
 
 
 def drop_failed(path: Path) -> list[int]:
-    """Takes away the marks of chunks with samples that could not be loaded, so that a capture tries those again.
-
-    Returns and raises as `drop_damaged`, and raises TraceError if the numbers of the store are damaged.
-    """
+    """As `drop_damaged`, for chunks with samples that could not be loaded. Raises TraceError if numbers are damaged."""
     store = open_store(path, unfinished=True)
     failed = np.flatnonzero((store.norm == FAILED).any(axis=1))
     chunks: list[int] = np.unique(failed // store.header.chunk_rows).tolist()
@@ -165,32 +148,19 @@ def _drop(path: Path, header: Header, chunks: Sequence[int], arrays: Sequence[st
         lock.release()
 
 
-def size_of(path: Path, names: Sequence[str] = ("zarr.json",)) -> int | None:
-    """The size of a file of the store, by the names that lead to it; None if it is none, or reached by a link."""
-    try:
-        return size_within(path, names)
-    except ValueError:
-        return None
-
-
-def _file_damage(path: Path, names: Sequence[str], expected: int | None, block: np.ndarray) -> str:
-    """What is wrong with the file of a done chunk; "" if nothing is. Reads it through `block`."""
+def _file_damage(path: Path, names: Sequence[str], expected: int | None) -> str:
+    """What is wrong with the file of a done chunk; "" if nothing is."""
     try:
         size = size_within(path, names)
         if size is None or (size != expected if expected is not None else size < CHECKSUM_BYTES):
             return f"has {size or 0} bytes" + ("" if expected is None else f", expected {expected}")
-        crc, left = 0, size - CHECKSUM_BYTES
+        crc, block = 0, np.empty(BLOCK_BYTES, np.uint8)
         with path.joinpath(*names).open("rb", buffering=0) as opened:
-            while left:
-                read = opened.readinto(block[: min(left, BLOCK_BYTES)].data)
-                if not read:
-                    return "became shorter while read"
+            while read := opened.readinto(block.data):
                 crc = google_crc32c.extend(crc, block[:read])
-                left -= read
-            checksum = opened.read(CHECKSUM_BYTES)
     except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
-    return "" if crc == int.from_bytes(checksum, "little") else "does not have the numbers of its checksum"
+    return "" if crc == INTACT else "does not have the numbers of its checksum"
 
 
 def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
@@ -198,6 +168,5 @@ def _chunk_damage(store: Store, name: str, chunk: int, what: str) -> Damage:
     if name != "numbers" and store.done[chunk]:
         with suppress(TraceError, OSError):
             samples = tuple(store.numbers_of(chunk).sample.tolist())
-    names = chunk_names(name, chunk, len(array_layouts(store.header)[name].shape))
-    file, rows = "/".join([store.path.name, *names]), store.header.rows(chunk)
+    file, rows = "/".join([store.path.name, *chunk_names(name, chunk)]), store.header.rows(chunk)
     return Damage(file=file, what=what, array=name, chunk=chunk, rows=rows, samples=samples)

@@ -11,7 +11,7 @@ order with a crc32c behind it: ordinary Zarr, and readable by memory map.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ CHECKSUM_BYTES = 4
 """Bytes of crc32c behind each chunk."""
 FAILED = -1.0
 """The norm of a sample that could not be loaded. No gradient has this norm, and a row with it is never ranked."""
-
+UNSPLIT_AXES = {"grad": 2, "numbers": 1}
+"""The axes behind that of the rows, which chunks do not split."""
 STORED: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}
 """How the values of a readable column are stored."""
 MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "number": math.nan}
@@ -37,11 +38,7 @@ MISSING: dict[ColumnKind, str | int | float] = {"string": "", "integer": -1, "nu
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of a store: shape, dtype, chunks, fill value and names of axes as Zarr has them.
-
-    packed: whether Blosc compresses its chunks.
-    attributes: what a reader of plain Zarr needs to know.
-    """
+    """One array of a store, as Zarr has it; `packed` says whether Blosc compresses its chunks."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -83,10 +80,7 @@ def number_columns(timesteps: int) -> dict[str, slice]:
 
 
 def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1) -> int:
-    """R, the rows of a chunk: a power of two, such that every one of the writers has a chunk.
-
-    A chunk has about CHUNK_BYTES; in large stores more: a million samples of default size are about 2,000 chunks.
-    """
+    """R, the rows of a chunk: a power of two, for about CHUNK_BYTES, more in large stores, and one chunk a writer."""
     row = max(timesteps * dimension * np.dtype(dtype).itemsize, number_bytes(timesteps))
     size = min(max(CHUNK_BYTES, samples * row // CHUNKS_OF_LARGE_STORE), MAX_CHUNK_BYTES)
     return 1 << max(1, min(size // row, samples // writers)).bit_length() - 1
@@ -94,19 +88,18 @@ def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype
 
 def bytes_of(header: Header) -> int:
     """The bytes of a store's numbers on disk. Texts and metadata are not counted, and little beside them."""
-    layouts = (layout for layout in array_layouts(header).values() if layout.dtype != "string")
-    sizes = (math.prod(layout.chunks) * np.dtype(layout.dtype).itemsize + CHECKSUM_BYTES for layout in layouts)
-    return sum(sizes) * header.chunks
+    layouts = (replace(layout, packed=False) for layout in array_layouts(header).values())
+    return header.chunks * sum(layout.file_bytes or 0 for layout in layouts)
 
 
-def chunk_names(name: str, chunk: int, axes: int) -> list[str]:
+def chunk_names(name: str, chunk: int) -> list[str]:
     """The folders between a store and the file of a chunk of rows, and the file's name: Zarr v3's default keys."""
-    return [*name.split("/"), "c", str(chunk), *["0"] * (axes - 1)]
+    return [*name.split("/"), "c", str(chunk), *["0"] * UNSPLIT_AXES.get(name, 0)]
 
 
-def chunk_file(path: Path, name: str, chunk: int, axes: int) -> Path:
-    """The file of a chunk of rows of the array `name`, which has so many axes."""
-    return path.joinpath(*chunk_names(name, chunk, axes))
+def chunk_file(path: Path, name: str, chunk: int) -> Path:
+    """The file of a chunk of rows of the array `name`."""
+    return path.joinpath(*chunk_names(name, chunk))
 
 
 def weights_beside(path: Path) -> Path:

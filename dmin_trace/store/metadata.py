@@ -38,10 +38,7 @@ class Finished:
 
 
 def read_header(path: Path) -> tuple[Header, Finished | None]:
-    """The header of a store, and what it says of its content if it says that it is complete.
-
-    Raises TraceError if there is no store of dmin_trace at `path`, or if its metadata is damaged.
-    """
+    """The header of a store, and what it says of itself if complete. Raises TraceError if it is missing or damaged."""
     try:
         if not path.exists():
             raise TraceError(f"There is no store at {path}.")

@@ -35,20 +35,15 @@ def pack_store(
     codec: Codec | None = None,
     dtype: Dtype | None = None,
     dimension: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] = lambda samples: None,
 ) -> Store:
     """Writes a finished store anew at `out`, whole or not at all, and returns the new store.
 
-    Stored numbers are copied as they are unless the dtype or the dimension changes.
+    codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
+    progress: called with the number of samples of each chunk that is written.
 
-    Args:
-        store, out: the store, and the path of the new one.
-        codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
-        progress: called with the number of samples of each chunk that is written.
-
-    Raises:
-        SettingsError: a codec, dtype or dimension is invalid, the store does not fold to it, or none differs.
-        TraceError: the store is unfinished or damaged, something is at `out`, or the disk refuses.
+    Raises SettingsError if a codec, dtype or dimension is invalid, the store does not fold to it, or none differs;
+    TraceError if the store is unfinished or damaged, something is at `out`, or the disk refuses.
     """
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is packed.")
@@ -63,10 +58,9 @@ def pack_store(
     try:
         with writing(out):
             writer = create(partial, header)
-            for chunk in range(writer.chunks):
+            for chunk in range(header.chunks):
                 _write(store, writer, chunk)
-                if progress is not None:
-                    progress(len(writer.rows(chunk)))
+                progress(len(header.rows(chunk)))
             writer.finish()
             if has_weights:
                 _link(weights, beside)
@@ -87,22 +81,16 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
     old = store.header
     changed = {"codec": codec or old.codec, "dtype": dtype or old.dtype, "dimension": dimension or old.dimension}
     # Queries read the settings, and a store may come from anybody: they are checked.
-    settings = make_settings({**old.settings, **changed})
-    if (settings.codec, settings.dtype, settings.dimension) == (old.codec, old.dtype, old.dimension):
+    new = make_settings({**old.settings, **changed})
+    if (new.codec, new.dtype, new.dimension) == (old.codec, old.dtype, old.dimension):
         raise SettingsError(
             f"{store.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
             "another --codec, --dtype or --dimension."
         )
-    return replace(
-        old,
-        id=uuid.uuid4().hex,
-        dimension=settings.dimension,
-        dtype=settings.dtype,
-        codec=settings.codec,
-        chunk_rows=choose_chunk_rows(old.samples, len(old.timesteps), settings.dimension, settings.dtype),
-        projection=_folded_projection(old, settings.dimension),
-        settings={**old.settings, **changed},
-    )
+    projection = _folded_projection(old, new.dimension)
+    rows = choose_chunk_rows(old.samples, len(old.timesteps), new.dimension, new.dtype)
+    header = replace(old, codec=new.codec, dtype=new.dtype, dimension=new.dimension, projection=projection)
+    return replace(header, id=uuid.uuid4().hex, chunk_rows=rows, settings={**old.settings, **changed})
 
 
 def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
@@ -135,10 +123,9 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
 
 def _write(store: Store, writer: Writer, chunk: int) -> None:
     old, new = store.header, writer.header
-    rows = writer.rows(chunk)
+    rows = new.rows(chunk)
     values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
     kept = store.numbers(rows)
-    scale = kept.scale
     step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
     for number in range(rows.start // old.chunk_rows, (rows.stop - 1) // old.chunk_rows + 1):
         held = old.rows(number)
@@ -151,16 +138,16 @@ def _write(store: Store, writer: Writer, chunk: int) -> None:
                 values[here] = grad[there]
                 continue
             with np.errstate(over="ignore", invalid="ignore"):  # numbers of a damaged store; an error below
-                folded = grad[there].astype(np.float32) * scale[here][:, :, None]
+                folded = grad[there].astype(np.float32) * kept.scale[here][:, :, None]
                 if old.dimension != new.dimension:
                     folded = folded.reshape(*folded.shape[:2], -1, new.dimension).sum(axis=2)
                     norms = np.sqrt(np.square(folded, dtype=np.float64).sum(axis=2))[:, :, None]
                     folded = (folded / np.where(norms == 0, 1, norms)).astype(np.float32)  # zeros stay zeros
             if not np.isfinite(folded).all():
                 raise TraceError(f"{store.path} is damaged: chunk {number} holds numbers that are not finite.")
-            values[here], scale[here] = quantise(folded, new.dtype)
+            values[here], kept.scale[here] = quantise(folded, new.dtype)
     columns = {name: store.column_at(name, rows) for name in new.columns}
-    writer.write(chunk, values, scale, kept.norm, kept.loss, kept.sample, columns)
+    writer.write(chunk, values, kept.scale, kept.norm, kept.loss, kept.sample, columns)
 
 
 def _link(file: Path, beside: Path) -> None:

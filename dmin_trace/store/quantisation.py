@@ -13,10 +13,9 @@ def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[Any], NDA
     """Turns projected gradients (n, T, v) into the stored numbers (n, T, v) of a dtype, and their scales (n, T).
 
     A stored int8 is the number divided by a step and rounded; the step is the largest magnitude of its row and
-    timestep, divided by 127. The scale is the step times the ratio of the norms before and after rounding (within a
-    thousandth of 1 or so), so that the stored gradient keeps its norm, and the score of a sample with itself is exact.
-    The scales of other dtypes are 1. A gradient that is not finite is stored as zeros; its norm excludes it from
-    ranking.
+    timestep, divided by 127. The scale is the step times the ratio of the norms before and after rounding, so that the
+    stored gradient keeps its norm, and the score of a sample with itself is exact. The scales of other dtypes are 1.
+    A gradient that is not finite is stored as zeros; its norm excludes it from ranking.
     """
     # Row by row: a row is read several times, and is in the cache after the first.
     values = np.empty(grad.shape, dtype)

@@ -1,7 +1,4 @@
-"""The projected gradients of queries, in memory and in a file.
-
-Any score can be computed from them later without the model.
-"""
+"""The projected gradients of queries, in memory and in a file. Any score can be computed from them without a model."""
 
 import os
 from collections.abc import Mapping
@@ -78,10 +75,7 @@ class Queries:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a file that `save` wrote. The file may come from anybody: nothing in it is executed.
-
-        Raises QueryError if it cannot be read, or is no file of queries.
-        """
+        """Reads a file that `save` wrote, and executes nothing in it. Raises QueryError if it is no such file."""
         path = Path(path)
 
         def check(headers: Mapping[str, ArrayHeader]) -> None:
@@ -98,7 +92,5 @@ class Queries:
             arrays = read_arrays(path, ("gradients", "texts"), check)
             texts = msgspec.json.decode(arrays["texts"].tobytes(), type=_Texts)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-            raise QueryError(
-                f"{path} cannot be read as queries: {error}; expected a file that Queries.save wrote."
-            ) from None
+            raise QueryError(f"{path} cannot be read as queries: {error}; expected a file of Queries.save.") from None
         return cls(arrays["gradients"], texts.names, texts.prompts, texts.trace_id)

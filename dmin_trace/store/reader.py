@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks
+from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks, done_chunks
 from dmin_trace.store.header import ColumnKind, Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
-from dmin_trace.store.marks import done_chunks
 from dmin_trace.store.metadata import Finished, read_header
 
 BELIEVED_NUMBERS, MAX_BELIEVED_NUMBERS = 2**20, 2**28
@@ -32,12 +31,10 @@ BELIEVED_NUMBERS, MAX_BELIEVED_NUMBERS = 2**20, 2**28
 class RowNumbers:
     """What is stored of n rows besides their gradients.
 
-    sample: (n,) int64, data set indices; -1 in chunks that are not done.
-    norm: (n, T) float32, the L2 norm of each transformed gradient; -1 for samples that could not be loaded.
+    sample: (n,) int64, data set indices.
+    norm: (n, T) float32, the L2 norm of each transformed gradient; FAILED for samples that could not be loaded.
     loss: (n, T) float32, the script's loss; NaN for samples that could not be loaded.
     scale: (n, T) float32, by which stored numbers are multiplied; ones unless the dtype is int8.
-
-    In chunks that are not done, norms and losses are NaN.
     """
 
     sample: NDArray[np.int64]
@@ -63,22 +60,17 @@ class Store:
     """A store opened for reading, by `open_store`.
 
     path, header: where it is, and what it holds.
-    done: (chunks,) which chunks are done.
-    complete: whether all are, and the store says so.
+    done, complete: (chunks,) which chunks are done; whether all are, and the store says so.
     grad_chunk, grad_parts, stored_row: projected gradients as they are stored; see `GradientChunks`.
     """
 
     def __init__(self, path: Path, header: Header, done: NDArray[np.bool_], finished: Finished | None) -> None:
-        self.path = path
-        self.header = header
-        self.done = done
+        self.path, self.header, self.done = path, header, done
         self.complete = finished is not None and bool(done.all())
         self._finished = finished if self.complete else None
         self._files = ChunkFiles(path, header, done)
         gradients = GradientChunks(self._files)
-        self.grad_chunk = gradients.chunk
-        self.grad_parts = gradients.parts
-        self.stored_row = gradients.row
+        self.grad_chunk, self.grad_parts, self.stored_row = gradients.chunk, gradients.parts, gradients.row
 
     @cached_property
     def state(self) -> str:
@@ -111,23 +103,18 @@ class Store:
 
     @cached_property
     def sample(self) -> NDArray[np.int64]:
-        """(N,) as in `RowNumbers`."""
+        """(N,) as in `RowNumbers`; -1 in chunks that are not done."""
         return self._whole("sample", -1, np.int64)[:, 0]
 
     @cached_property
     def norm(self) -> NDArray[np.float32]:
-        """(N, T) as in `RowNumbers`."""
+        """(N, T) as in `RowNumbers`; NaN in chunks that are not done."""
         return self._whole("norm")
 
     @cached_property
     def loss(self) -> NDArray[np.float32]:
-        """(N, T) as in `RowNumbers`."""
-        return self._whole("loss")
-
-    @cached_property
-    def scale(self) -> NDArray[np.float32]:
         """(N, T) as in `RowNumbers`; NaN in chunks that are not done."""
-        return self._whole("scale")
+        return self._whole("loss")
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
@@ -155,23 +142,14 @@ class Store:
         table = np.empty((len(rows), 1 + 3 * len(self.header.timesteps)))
         for chunk, here, places in self._by_chunk(rows):
             table[here] = self._files.numbers(chunk)[places]
-        return self._row_numbers(table)
+        return _row_numbers(table)
 
     def numbers_of(self, chunk: int) -> RowNumbers:
         """What is stored of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return self._row_numbers(self._files.numbers(chunk))
-
-    def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
-        place = number_columns(len(self.header.timesteps))
-        with np.errstate(over="ignore"):
-            norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
-        return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)
+        return _row_numbers(self._files.numbers(chunk))
 
     def column(self, name: str) -> list[Any]:
-        """The N values of a readable column: "", -1 or NaN where a sample has none, and in chunks that are not done.
-
-        Raises TraceError if there is no column of this name, or if its files are damaged.
-        """
+        """The N values of a readable column; MISSING in chunks that are not done. Errors are as of `column_at`."""
         values = [MISSING[self._column_kind(name)]] * len(self._row_done)
         for chunk in self.chunks_done:
             rows = self.header.rows(chunk)
@@ -179,15 +157,13 @@ class Store:
         return values
 
     def column_at(self, name: str, rows: ArrayLike) -> list[Any]:
-        """The values of a readable column for these rows. Only their chunks are read. Errors are as of `numbers`."""
+        """The values of a column for these rows. Raises TraceError as `numbers`, and if there is no such column."""
         self._column_kind(name)
         rows = self._rows(rows)
-        values: list[Any] = [None] * len(rows)
+        values = np.empty(len(rows), object)
         for chunk, here, places in self._by_chunk(rows):
-            held = self._column_chunk(name, chunk)
-            for at, place in zip(here, places, strict=True):
-                values[at] = held[place]
-        return values
+            values[here] = np.array(self._column_chunk(name, chunk), object)[places]
+        return list(values)
 
     def _column_kind(self, name: str) -> ColumnKind:
         if (kind := self.header.columns.get(name)) is None:
@@ -197,19 +173,14 @@ class Store:
     def _column_chunk(self, name: str, chunk: int) -> list[Any]:
         if self.header.columns[name] == "string":
             return self._files.texts(f"meta/{name}", chunk)
-        values: list[Any] = self._files.values(f"meta/{name}", chunk).tolist()
-        return values
-
-    def row_of(self, sample: int) -> int:
-        """The row of a data set index. Raises TraceError if the store does not hold it."""
-        return int(self.rows_of([sample])[0])
+        return list(self._files.values(f"meta/{name}", chunk).tolist())
 
     def rows_of(self, samples: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) the rows of data set indices. Raises TraceError for an index that the store does not hold."""
         wanted = np.asarray(samples, np.int64)
         # A capture stores samples in the order of the data set: then no other chunk is read.
-        possible = bool(((wanted >= 0) & (wanted < self.header.samples)).all())
-        possible = possible and bool(self.done[wanted // self.header.chunk_rows].all())
+        possible = ((wanted >= 0) & (wanted < self.header.samples)).all()
+        possible = possible and self.done[wanted // self.header.chunk_rows].all()
         if possible and np.array_equal(self.numbers(wanted).sample, wanted):
             return wanted
         order = np.argsort(self.sample, kind="stable")
@@ -222,11 +193,10 @@ class Store:
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
         """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""
-        rows, header = self._rows(rows), self.header
-        found = np.empty((len(rows), len(header.timesteps), header.dimension), np.float32)
+        rows, scale = self._rows(rows), self.numbers(rows).scale
+        found = np.empty((*scale.shape, self.header.dimension), np.float32)
         for chunk, here, places in self._by_chunk(rows):
-            grad, scale = self.grad_chunk(chunk), self.numbers_of(chunk).scale
-            found[here] = grad[places].astype(np.float32) * scale[places][:, :, None]
+            found[here] = self.grad_chunk(chunk)[places].astype(np.float32) * scale[here][:, :, None]
         return found
 
     @cached_property
@@ -240,7 +210,7 @@ class Store:
         """(N,) whether a row is done. Every array of N numbers is made after this one, which checks N against files."""
         header = self.header
         for chunk in self.chunks_done:
-            self._files.checked_file("numbers", chunk)
+            self._files.find("numbers", chunk)
         held = sum(len(header.rows(chunk)) for chunk in self.chunks_done)
         numbers, times = header.samples * len(header.timesteps), header.samples / max(held, 1)
         if numbers > BELIEVED_NUMBERS and times > 1000 or numbers > MAX_BELIEVED_NUMBERS and times > 8:
@@ -290,3 +260,10 @@ def open_store(path: str | os.PathLike[str], *, unfinished: bool = False) -> Sto
             "open_trace(path, unfinished=True)."
         )
     return Store(path, header, done, finished)
+
+
+def _row_numbers(table: NDArray[np.float64]) -> RowNumbers:
+    place = number_columns(table.shape[1] // 3)
+    with np.errstate(over="ignore"):
+        norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
+    return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)

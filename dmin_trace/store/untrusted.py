@@ -45,14 +45,20 @@ def size_within(folder: Path, names: Sequence[str]) -> int | None:
     return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
 
 
+def size_of(folder: Path, names: Sequence[str]) -> int | None:
+    """As `size_within`, and None if there is a link."""
+    try:
+        return size_within(folder, names)
+    except ValueError:
+        return None
+
+
 def read_json(folder: Path, names: Sequence[str]) -> Any:
     """The content of the JSON file that these names lead to, from a folder down.
 
-    Raises ValueError as `size_within` and `parse` do, and if the file is missing, no regular file, or too large;
-    OSError if it cannot be read.
+    Raises ValueError as `size_within` and `parse` do, and if it is missing or too large; OSError if it is unreadable.
     """
-    size = size_within(folder, names)
-    if size is None:
+    if (size := size_within(folder, names)) is None:
         raise ValueError("it is missing, or no file")
     if size > MAX_JSON_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MAX_JSON_BYTES}")
@@ -117,10 +123,8 @@ def read_arrays(
 ) -> dict[str, NDArray[Any]]:
     """Reads the arrays with these names from an .npz file.
 
-    NumPy allocates what an array's header claims before it reads: a small file can claim all memory. So `check` is
-    called with the headers before any array is allocated; what it raises passes through.
-
-    Raises ValueError if the file cannot be read, lacks an array, or claims more than it can hold.
+    `check` is called with their headers before any array is allocated: a small file can claim all memory. What it
+    raises passes through. Raises ValueError if the file cannot be read, lacks an array or claims more than it can hold.
     """
     try:
         if not path.is_file():

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store.chunks import Array
+from dmin_trace.store.chunks import DONE, Array, done_chunks, is_done
 from dmin_trace.store.files import check_free, make_folder, sync, sync_tree, writing
 from dmin_trace.store.header import MAX_SAMPLE_INDEX, ColumnKind, Header
 from dmin_trace.store.identity import check_capture
-from dmin_trace.store.layout import CHECKSUM_BYTES, MISSING, STORED, ArrayLayout, array_layouts, chunk_names
-from dmin_trace.store.marks import DONE, done_chunks, is_done
+from dmin_trace.store.layout import CHECKSUM_BYTES, MISSING, STORED, ArrayLayout, array_layouts, chunk_file, chunk_names
 from dmin_trace.store.metadata import BLOSC, Finished, check_with_zarr, create_arrays, read_header, set_finished
 from dmin_trace.store.reader import open_store
 from dmin_trace.store.untrusted import size_within
@@ -29,41 +28,30 @@ PARALLEL_SYNCS = 16
 """Files and folders of a chunk that are synced at once."""
 
 Data = bytes | NDArray[np.uint8]
+Columns = Mapping[str, Sequence[str | int | float | None]]
 
 
 class Writer:
     """Writes the chunks of a store that exists, each once and whole; made by `create` and `resume`."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        self.path, self.header, self.chunks = path, header, header.chunks
+        self.path, self.header = path, header
         self._layouts = array_layouts(header)
         self._synced: set[str] = set()
-
-    def rows(self, chunk: int) -> range:
-        """The rows of a chunk. The last chunk may hold fewer than R."""
-        return self.header.rows(chunk)
 
     def pending(self) -> list[int]:
         """The chunks that are not done."""
         return [chunk for chunk, done in enumerate(done_chunks(self.path, self.header)) if not done]
 
     def write(
-        self,
-        chunk: int,
-        values: Array,
-        scale: Array,
-        norm: Array,
-        loss: Array,
-        sample: Array,
-        columns: Mapping[str, Sequence[str | int | float | None]],
+        self, chunk: int, values: Array, scale: Array, norm: Array, loss: Array, sample: Array, columns: Columns
     ) -> None:
-        """Writes one chunk and marks it done.
+        """Writes one chunk, of n rows, and marks it done.
 
         Args:
-            chunk: its number.
-            values, scale: (n, T, v) of the header's dtype and (n, T) float32, from `quantise`; n rows of the chunk.
+            values, scale: (n, T, v) of the header's dtype and (n, T) float32, from `quantise`.
             norm, loss: (n, T) float32.
-            sample: (n,) int64, data set indices of at most 2^53, up to which float64 holds every integer.
+            sample: (n,) int64, data set indices of at most MAX_SAMPLE_INDEX.
             columns: n values for each of the header's columns; None where a sample has none.
 
         Raises TraceError if a shape, dtype or index is wrong, the chunk is done, or the disk refuses.
@@ -85,9 +73,9 @@ class Writer:
         if not 0 <= chunk < header.chunks or is_done(self.path, chunk):
             raise TraceError(f"Chunk {chunk} is no chunk of {self.path} that is still to be written.")
         try:
-            for name, layout in layouts.items():
+            for name in layouts:
                 # A store that is resumed can come from anybody: nothing is written where a link leads.
-                size_within(self.path, chunk_names(name, chunk, len(layout.shape)))
+                size_within(self.path, chunk_names(name, chunk))
         except ValueError as error:
             raise TraceError(f"{self.path} is damaged: {error}. A store holds none.") from None
         table = np.concatenate([np.reshape(sample, (-1, 1)), norm, loss, scale], axis=1, dtype=np.float64)
@@ -120,7 +108,7 @@ class Writer:
         paths: dict[Path, None] = {}
         for name, data in files.items():
             top = self.path / name
-            file = self.path.joinpath(*chunk_names(name, chunk, len(self._layouts[name].shape)))
+            file = chunk_file(self.path, name, chunk)
             file.parent.mkdir(parents=True, exist_ok=True)
             # Renamed, since a reader may still have mapped an older file of this chunk.
             partial = file.with_name(f"{file.name}.partial")
@@ -142,10 +130,7 @@ class Writer:
 
 
 def create(path: Path, header: Header) -> Writer:
-    """Makes an empty store, whole or not at all.
-
-    Raises TraceError if something is at `path`, the folder cannot be written, or readers would refuse the header.
-    """
+    """Makes an empty store, whole or not at all. Raises TraceError if `path` is taken or read-only, or `header` bad."""
     check_free(path)
     Header.from_attributes(header.to_attributes(), path)
     partial = path.with_name(f".{path.name}.{header.id}.partial")

@@ -33,7 +33,7 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
     rows = sum(len(header.rows(chunk)) for chunk in store.chunks_done)
     stored: float = header.sample_bytes
     if header.codec != "none" and rows:
-        files = [chunk_file(store.path, "grad", chunk, 3) for chunk in store.chunks_done]
+        files = [chunk_file(store.path, "grad", chunk) for chunk in store.chunks_done]
         stored = sum(file.stat().st_size for file in files if file.is_file()) / rows or stored
     whole = len(header.timesteps) * header.projection.length * 4
     state = "complete" if store.complete else f"unfinished: {int(store.done.sum())} of {header.chunks} chunks are done"

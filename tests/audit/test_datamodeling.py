@@ -88,7 +88,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "subsets of others": (
         lambda: linear_datamodeling_score(SCORES, SUBSETS[:, :3], LOSSES),
-        "of 3 samples; expected 4",
+        r"bool of shape \(3, 3\); expected bool of shape \(models, 4\)",
     ),
     "losses turned": (
         lambda: linear_datamodeling_score(SCORES, SUBSETS, LOSSES.T),

@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss
 
 import dmin_trace
 from dmin_trace.audit import on_trace
-from dmin_trace.audit.on_trace import Retrained, read_retrained
+from dmin_trace.audit.on_trace import read_retrained
 from dmin_trace.cli.app import main
 from dmin_trace.errors import EvaluationError, TraceError
 from dmin_trace.query import Trace, open_trace
@@ -175,8 +175,8 @@ def test_measure_datamodeling_matches_subsets_by_sample(tmp_path: Path) -> None:
     assert found.values["queries"] == ["sample 3", "sample 50", "sample 99"] and found.values["models"] == 30
     assert found.values["samples_without_score"] == 1 and "1 samples have no usable gradient" in found.meaning
     assert found.rows == (("3", "30", "1.000", "1.000 to 1.000", "0.000"),)
-    worse = Retrained(read.subsets, read.losses[::-1])
-    assert measure_datamodeling(trace, queries, worse).values["value"] < 0.6
+    subsets, losses = read
+    assert measure_datamodeling(trace, queries, (subsets, losses[::-1])).values["value"] < 0.6
 
 
 class Denoiser(torch.nn.Module):

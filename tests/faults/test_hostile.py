@@ -32,7 +32,7 @@ from dmin_trace.query import Hit, read_inputs
 from dmin_trace.query.inputs import image_file
 from dmin_trace.search import Unavailable, open_index
 from dmin_trace.store import Store, chunk_file, create, open_store, resume, untrusted
-from dmin_trace.store.marks import DONE
+from dmin_trace.store.chunks import DONE
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +259,8 @@ def test_a_few_rows_do_not_vouch_for_many(tmp_path: Path) -> None:
     """An unfinished store of one chunk that claims a thousand times as much; its files may be holes in a disk."""
     header = make_header(samples=999 * 2**19, rows=2**19, timesteps=1, dimension=16)
     path = create(tmp_path / "trace.zarr", header).path
-    for name, axes, size in (("numbers", 2, 32), ("grad", 3, 16)):
-        file = chunk_file(path, name, 0, axes)
+    for name, size in (("numbers", 32), ("grad", 16)):
+        file = chunk_file(path, name, 0)
         file.parent.mkdir(parents=True)
         with file.open("wb") as opened:
             opened.truncate(2**19 * size + 4)

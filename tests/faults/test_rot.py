@@ -68,19 +68,19 @@ def parts_of_plain(trace: Store, chunk: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", READS)
 def test_each_array_is_compared_with_its_checksum(trace: Store, name: str) -> None:
-    array, axes = name.split(",")[0], {"grad": 3, "numbers": 2}.get(name.split(",")[0], 1)
+    array = name.split(",")[0]
     READS[name](open_store(trace.path))
     for at in (0, -1, 40):
-        flip(chunk_file(trace.path, array, 3, axes), at)
+        flip(chunk_file(trace.path, array, 3), at)
         with pytest.raises(TraceError, match=f"chunk 3 of {array} does not have the numbers of its checksum.*verify"):
             READS[name](open_store(trace.path))
-        flip(chunk_file(trace.path, array, 3, axes), at)
+        flip(chunk_file(trace.path, array, 3), at)
 
 
 def test_what_the_last_chunk_is_padded_with_is_compared_too(tmp_path: Path) -> None:
     header = make_header()
     stored = write_store(tmp_path / "trace.zarr", header, make_rows(header))
-    file = chunk_file(stored.path, "grad", 2, 3)
+    file = chunk_file(stored.path, "grad", 2)
     flip(file, -20)
     for read in (lambda trace: trace.grad_chunk(2), lambda trace: list(parts_of_plain(trace, 2))):
         with pytest.raises(TraceError, match="chunk 2 of grad does not have the numbers of its checksum"):
@@ -90,11 +90,11 @@ def test_what_the_last_chunk_is_padded_with_is_compared_too(tmp_path: Path) -> N
 def test_a_scan_stops_before_it_answers(trace: Store) -> None:
     queries = trace.gradients(np.array([5]))
     for chunk in range(5):
-        flip(chunk_file(trace.path, "grad", chunk, 3), 7)
+        flip(chunk_file(trace.path, "grad", chunk), 7)
         for ask in (score.exact_top_k, lambda trace, queries, k: list(score.scores_by_chunk(trace, queries))):
             with pytest.raises(TraceError, match=f"chunk {chunk} of grad"):
                 ask(open_store(trace.path), queries, 3)
-        flip(chunk_file(trace.path, "grad", chunk, 3), 7)
+        flip(chunk_file(trace.path, "grad", chunk), 7)
     assert score.exact_top_k(open_store(trace.path), queries, 1).rows.tolist() == [[5]]
 
 
@@ -104,16 +104,16 @@ def test_an_index_checks_the_rows_that_it_ranks_and_reads_no_others(trace: Store
     ranked = search(_opened(trace), queries, 3)
     for slot in ranked.rows[0]:
         chunk, place = divmod(int(slot), 32)
-        flip(chunk_file(trace.path, "grad", chunk, 3), place * row + 9)
+        flip(chunk_file(trace.path, "grad", chunk), place * row + 9)
         with pytest.raises(TraceError, match=f"chunk {chunk} of grad .* in its row {place}"):
             search(_opened(trace), queries, 3)
-        flip(chunk_file(trace.path, "grad", chunk, 3), place * row + 9)
+        flip(chunk_file(trace.path, "grad", chunk), place * row + 9)
     # A row that is no candidate is not read, and the answer is as it was.
     opened = _opened(trace)
     depth = opened.facts.depth(3)
     assert depth is not None
     other = next(slot for slot in range(160) if slot not in opened.candidates(queries, depth)[0])
-    flip(chunk_file(trace.path, "grad", other // 32, 3), other % 32 * row)
+    flip(chunk_file(trace.path, "grad", other // 32), other % 32 * row)
     assert np.array_equal(search(_opened(trace), queries, 3).scores, ranked.scores)
 
 
@@ -145,7 +145,7 @@ def test_metadata_that_rots_is_named(trace: Store) -> None:
 
 
 def test_a_mark_that_rots_is_no_mark(trace: Store) -> None:
-    mark = chunk_file(trace.path, "done", 2, 1)
+    mark = chunk_file(trace.path, "done", 2)
     whole = mark.read_bytes()
     for harmed in (b"", whole[:4], whole + b"x", bytes([0]) + whole[1:], whole[:4] + bytes([whole[4] ^ 8])):
         mark.write_bytes(harmed)
@@ -161,14 +161,14 @@ def test_verify_names_all_damage(
     assert main(["verify", "trace.zarr"]) == 0
     assert "all is whole; 33 files," in capsys.readouterr().out.replace("\n", " ")
     for file in (
-        chunk_file(trace.path, "grad", 1, 3),
-        chunk_file(trace.path, "meta/caption", 4, 1),
+        chunk_file(trace.path, "grad", 1),
+        chunk_file(trace.path, "meta/caption", 4),
         tmp_path / "trace.index" / "graph.hnsw",
         tmp_path / "trace.weights.safetensors",
     ):
         flip(file, -3)
-    chunk_file(trace.path, "meta/label", 0, 1).unlink()
-    chunk_file(trace.path, "numbers", 3, 2).write_bytes(b"")
+    chunk_file(trace.path, "meta/label", 0).unlink()
+    chunk_file(trace.path, "numbers", 3).write_bytes(b"")
     assert main(["verify", "trace.zarr", "--json", "found.json"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     found = json.loads((tmp_path / "found.json").read_text())
@@ -208,7 +208,7 @@ def test_drop_damaged_and_the_capture_again_make_the_damaged_chunks_anew_and_no_
     before = content(tmp_path / "out")
     again = [*CLI, "capture", "--weights", "saved.safetensors", "--out", path, "--", script, "--count", "10"]
     shutil.copy(tmp_path / "out" / "trace.weights.safetensors", tmp_path / "saved.safetensors")
-    flip(chunk_file(path, "grad", 1, 3), 50)
+    flip(chunk_file(path, "grad", 1), 50)
     flip(tmp_path / "out" / "trace.weights.safetensors", -1)
     assert [d.file for d in verify_store(path).damages] == ["trace.zarr/grad/c/1/0/0", "trace.weights.safetensors"]
     assert "is complete" in run(again, tmp_path, code=1).stderr
@@ -229,14 +229,14 @@ def test_drop_damaged_and_the_capture_again_make_the_damaged_chunks_anew_and_no_
     assert set(after) == set(before)
     assert not verify_store(path).damages
     new = {file for file, stamp in touched.items() if (file.stat().st_ino, file.stat().st_mtime_ns) != stamp}
-    arrays = {"grad": 3, "numbers": 2, "done": 1, "meta/caption": 1}
-    assert new == {chunk_file(path, name, 1, axes) for name, axes in arrays.items()} | {path / "zarr.json"}
+    arrays = ("grad", "numbers", "done", "meta/caption")
+    assert new == {chunk_file(path, name, 1) for name in arrays} | {path / "zarr.json"}
 
 
 def test_a_loop_of_ones_own_makes_its_damaged_chunks_anew(tmp_path: Path) -> None:
     out = record(denoiser(), tmp_path / "trace.zarr")
     before = content(out)
-    flip(chunk_file(out, "grad", 1, 3), 50)
+    flip(chunk_file(out, "grad", 1), 50)
     with pytest.raises(TraceError, match="is complete"):
         record(denoiser(), out)
     assert drop_damaged(out) == [1]

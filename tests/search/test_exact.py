@@ -199,7 +199,7 @@ def test_of_an_unfinished_trace_what_is_done_is_ranked(tmp_path: Path) -> None:
     for chunk in (0, 2, 3, 4):
         write(writer, rows, chunk)
     # Written, not committed.
-    chunk_file(writer.path, "done", 3, 1).unlink()
+    chunk_file(writer.path, "done", 3).unlink()
     trace = open_store(writer.path, unfinished=True)
     here = [*range(8), *range(16, 24), *range(32, 40)]
     ranking = exact_top_k(trace, rows.grad[[20, 10]], 24)
@@ -239,7 +239,7 @@ def test_damage_is_an_error_and_no_ranking(tmp_path: Path) -> None:
     header = make_header(samples=40, rows=8)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     queries = make_queries(trace, 2)
-    numbers = chunk_file(trace.path, "numbers", 3, 2)
+    numbers = chunk_file(trace.path, "numbers", 3)
     whole = numbers.read_bytes()
     scale = 8 * (1 + 2 * 3)
     for value in (np.nan, np.inf):
@@ -250,13 +250,13 @@ def test_damage_is_an_error_and_no_ranking(tmp_path: Path) -> None:
     for dtype in ("float16", "float32"):
         header = make_header(samples=40, rows=8, dtype=dtype)  # type: ignore[arg-type]
         floats = write_store(tmp_path / dtype, header, make_rows(header))
-        grad = chunk_file(floats.path, "grad", 3, 3)
+        grad = chunk_file(floats.path, "grad", 3)
         for value in (np.nan, np.inf, -np.inf):
             changed = np.array(value, dtype).tobytes() + grad.read_bytes()[np.dtype(dtype).itemsize : -4]
             grad.write_bytes(with_checksum(changed))
             with pytest.raises(TraceError, match="chunk 3 holds numbers that are not finite"):
                 exact_top_k(floats, queries, 1)
-    grad = chunk_file(trace.path, "grad", 3, 3)
+    grad = chunk_file(trace.path, "grad", 3)
     grad.write_bytes(grad.read_bytes()[:-1])
     with pytest.raises(TraceError, match="chunk 3 of grad has"):
         exact_top_k(open_store(trace.path), queries, 1)

@@ -209,7 +209,7 @@ def test_a_query_reads_no_numbers_of_all_rows(indexed: Store, monkeypatch: pytes
     """Those of the candidates alone; nor does it compute the store's state."""
     store = open_store(indexed.path)
     queries = store.gradients(np.array([3]))
-    for name in ("sample", "norm", "loss", "scale", "valid", "rows_done"):
+    for name in ("sample", "norm", "loss", "valid", "rows_done"):
         monkeypatch.setattr(Store, name, property(lambda self: pytest.fail("reads numbers of all rows")))
     monkeypatch.setattr(Store, "compute_state", lambda self: pytest.fail("reads all checksums"))
     directions, opened = open_directions(store), open_index(store)

@@ -61,7 +61,7 @@ def test_parts_raises_if_the_file_is_cut_short_while_it_is_read(tmp_path: Path) 
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     parts = trace.grad_parts(1, 1, np.empty(header.sample_bytes, np.uint8))
     next(parts)
-    os.truncate(chunk_file(trace.path, "grad", 1, 3), header.sample_bytes + 10)
+    os.truncate(chunk_file(trace.path, "grad", 1), header.sample_bytes + 10)
     with pytest.raises(TraceError, match="chunk 1 of grad became shorter while read"):
         next(parts)
 
@@ -89,7 +89,7 @@ FRAMES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_chunk_allocates_nothing_for_a_frame_that_lies(packed: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(packed, tmp_path / "trace.zarr")
     trace = open_store(tmp_path / "trace.zarr")
-    file = chunk_file(trace.path, "grad", 1, 3)
+    file = chunk_file(trace.path, "grad", 1)
     forge, message = FRAMES[name]
     file.write_bytes(with_checksum(forge(file.read_bytes()[:-4])))
     trace.gradients(np.array([0]))
@@ -109,7 +109,7 @@ def parts_of(trace: Store, chunk: int) -> Iterator[np.ndarray]:
 def test_chunk_finds_a_flipped_bit(packed: Path, tmp_path: Path) -> None:
     shutil.copytree(packed, tmp_path / "trace.zarr")
     trace = open_store(tmp_path / "trace.zarr")
-    file = chunk_file(trace.path, "grad", 1, 3)
+    file = chunk_file(trace.path, "grad", 1)
     whole = file.read_bytes()
     for place in (0, 5, 13, 16, 20, len(whole) // 2, len(whole) - 5, len(whole) - 4, len(whole) - 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
@@ -124,11 +124,11 @@ def test_chunk_of_any_frame_gives_an_error_or_numbers(packed: Path, tmp_path: Pa
     if not (tmp_path / "trace.zarr").exists():
         shutil.copytree(packed, tmp_path / "trace.zarr")
     trace = open_store(tmp_path / "trace.zarr")
-    frame = bytearray(chunk_file(packed, "grad", 1, 3).read_bytes()[:-4])
+    frame = bytearray(chunk_file(packed, "grad", 1).read_bytes()[:-4])
     near = st.integers(0, 200) if data.draw(st.booleans()) else st.integers(0, len(frame) - 1)
     for _ in range(data.draw(st.integers(1, 6))):
         frame[data.draw(near)] = data.draw(st.integers(0, 255))
-    chunk_file(trace.path, "grad", 1, 3).write_bytes(with_checksum(bytes(frame)))
+    chunk_file(trace.path, "grad", 1).write_bytes(with_checksum(bytes(frame)))
     try:
         assert trace.grad_chunk(1).shape == (4, 3, 1024)
     except TraceError as error:

@@ -40,8 +40,8 @@ def test_drop_damaged_and_a_resumed_capture_make_damaged_chunks_anew(finished: P
     path = tmp_path / "trace.zarr"
     shutil.copytree(finished, path)
     assert drop_damaged(path) == [] and content(path) == content(finished)
-    flip(chunk_file(path, "grad", 0, 3))
-    chunk_file(path, "meta/label", 2, 1).unlink()
+    flip(chunk_file(path, "grad", 0))
+    chunk_file(path, "meta/label", 2).unlink()
     assert [(damage.array, damage.chunk) for damage in verified(path).damages] == [("grad", 0), ("meta/label", 2)]
     assert drop_damaged(path) == [0, 2]
     assert [left.name for left in tmp_path.iterdir()] == ["trace.zarr"], "the lock is left"
@@ -83,7 +83,7 @@ def test_drop_damaged_writes_damaged_metadata_anew(finished: Path, tmp_path: Pat
 def test_drop_damaged_waits_for_no_capture(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trace.zarr"
     shutil.copytree(finished, path)
-    flip(chunk_file(path, "grad", 1, 3))
+    flip(chunk_file(path, "grad", 1))
     monkeypatch.setattr("dmin_trace.store.lock.WAIT_SECONDS", 0.1)
     lock = StoreLock(path)
     lock.take()
@@ -97,7 +97,7 @@ def test_drop_damaged_killed_at_any_step_leaves_no_store_that_reads_as_complete(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header, steps = make_header(), 0
-    for name, module in (("sync", "marks"), ("set_finished", "integrity"), ("replace_text", "metadata")):
+    for name, module in (("sync", "chunks"), ("set_finished", "integrity"), ("replace_text", "metadata")):
         place = f"dmin_trace.store.{module}.{name}"
         real: Callable[..., None] = getattr(__import__(f"dmin_trace.store.{module}", fromlist=[name]), name)
 
@@ -113,7 +113,7 @@ def test_drop_damaged_killed_at_any_step_leaves_no_store_that_reads_as_complete(
         path = tmp_path / f"{killed_at}.zarr"
         shutil.copytree(finished, path)
         for chunk in (0, 2):
-            flip(chunk_file(path, "grad", chunk, 3))
+            flip(chunk_file(path, "grad", chunk))
         steps = killed_at
         with pytest.raises(KeyboardInterrupt):
             drop_damaged(path)
@@ -132,7 +132,7 @@ def test_verify_chunks_notices_a_chunk_of_another_capture(finished: Path, tmp_pa
     """Its own checksum is right."""
     path = tmp_path / "trace.zarr"
     shutil.copytree(finished, path)
-    file = chunk_file(path, "numbers", 1, 2)
+    file = chunk_file(path, "numbers", 1)
     numbers = np.frombuffer(file.read_bytes()[:-4]).copy()
     numbers[2] += 1
     file.write_bytes(with_checksum(numbers.tobytes()))
@@ -147,7 +147,7 @@ def test_verify_chunks_reads_files_in_blocks(finished: Path, tmp_path: Path, mon
     assert (found.damages, found.files, found.done, found.complete) == ([], 3 * 5, 3, True)
     assert seen[-1] == (found.bytes, found.bytes) and len(seen) == 15
     shutil.copytree(finished, tmp_path / "trace.zarr")
-    flip(chunk_file(tmp_path / "trace.zarr", "grad", 1, 3), -5)
+    flip(chunk_file(tmp_path / "trace.zarr", "grad", 1), -5)
     assert verified(tmp_path / "trace.zarr").bad_chunks == [1]
 
 

@@ -125,7 +125,7 @@ def test_write_marks_a_chunk_after_everything_else_is_on_disk(tmp_path: Path, mo
         inode = os.fstat(handle).st_ino
         names = [str(found.relative_to(path)) for found in [path, *path.rglob("*")] if found.stat().st_ino == inode]
         if names != ["done/c/1"] and "done" not in names[0]:
-            assert not chunk_file(path, "done", 1, 1).exists(), f"{names} is synced after the commit"
+            assert not chunk_file(path, "done", 1).exists(), f"{names} is synced after the commit"
         synced.extend(names)
         real(handle)
 
@@ -193,17 +193,17 @@ def test_resume_writes_the_chunks_that_are_not_done_and_no_others(tmp_path: Path
     for chunk in (0, 1, 2, 4):
         write(writer, rows, chunk)
     # Chunk 1 was written but not committed; chunk 4, the short last one, was torn as well.
-    chunk_file(path, "done", 1, 1).unlink()
-    chunk_file(path, "done", 4, 1).unlink()
-    for name, axes in (("grad", 3), ("meta/caption", 1), ("numbers", 2)):
-        torn = chunk_file(path, name, 4, axes)
+    chunk_file(path, "done", 1).unlink()
+    chunk_file(path, "done", 4).unlink()
+    for name in ("grad", "meta/caption", "numbers"):
+        torn = chunk_file(path, name, 4)
         torn.write_bytes(torn.read_bytes()[:-7])
     kept = {name: (path / name).stat().st_mtime_ns for name in content(path) if "/c/0" in name or "/c/2" in name}
     with pytest.raises(TraceError, match="2 of 5 chunks are done"):
         open_store(path)
 
     again = resume(path, dataclasses.replace(header, id="f" * 32, writers={"dmin_trace": "9"}))
-    assert (again.pending(), again.chunks, again.header.id) == ([1, 3, 4], 5, header.id)
+    assert (again.pending(), again.header.chunks, again.header.id) == ([1, 3, 4], 5, header.id)
     other = make_rows(header, seed=1)
     with pytest.raises(TraceError, match="3 of 5 chunks are not done"):
         again.finish()

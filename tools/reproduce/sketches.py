@@ -133,7 +133,7 @@ def capture(
     missing = {name: set(writer.pending()) for name, writer in writers.items()}
     pending = sorted(set().union(*missing.values()))
     for chunk in track(pending, "chunks"):
-        rows_of = next(iter(writers.values())).rows(chunk)
+        rows_of = next(iter(writers.values())).header.rows(chunk)
         here = slice(rows_of.start, rows_of.stop)
         done = [_rows(batch, transforms, plan) for batch in batches(model, images[here], kind)]
         for name, writer in writers.items():

@@ -670,7 +670,7 @@ from pathlib import Path
 import hnswlib, numpy as np
 import dmin_trace.query.trace
 from dmin_trace.query.topk import hits_of
-from dmin_trace.search import DeflatedScore, index, score_method
+from dmin_trace.search import fit_score, index
 from dmin_trace.store import open_store
 
 def peak():
@@ -704,8 +704,7 @@ timed(index.Index, "candidates", inside[1])
 timed(index, "rerank", inside[2])
 store = step("open store", lambda: open_store(Path(sys.argv[1])))
 query = store.gradients([store.header.samples // 3])
-score = score_method(store, "deflated")
-step("directions", lambda: score.fit(store))
+score = step("directions", lambda: fit_score(store, "deflated"))
 deflated = step("deflate", lambda: score.transform(query))
 opened = step("index but graph", lambda: index.open_index(store))
 ranking = step("search", lambda: index.search(opened, deflated, 10, kind="deflated"))

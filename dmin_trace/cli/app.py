@@ -1,7 +1,5 @@
 """The command `dmin-trace`: all its commands, and what becomes of their errors."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands that run a training script: run, capture, estimate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """What commands print: notes, progress bars and the log. All texts are made harmless first."""
 
-from __future__ import annotations
-
 import logging
 
 from rich.console import Console

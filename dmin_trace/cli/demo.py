@@ -3,8 +3,6 @@
 The training script is the example `examples/train_digits.py`, run as a user runs it.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

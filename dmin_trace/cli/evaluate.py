@@ -1,7 +1,5 @@
 """The commands evaluate labels, duplicates and lds: how good the scores of a trace are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -94,7 +92,7 @@ def lds(
     _show(found, opened, json_path)
 
 
-def _show(found: Measurement, trace: Trace, json_path: Path | None) -> None:
+def _show(found: "Measurement", trace: "Trace", json_path: Path | None) -> None:
     from dmin_trace.views import measure_table, measures_json
 
     console = Console()

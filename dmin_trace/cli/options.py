@@ -3,8 +3,6 @@
 The options for settings are derived from the fields of `Settings`, so a new setting needs no change here.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import Field, fields
@@ -125,7 +123,7 @@ def parse_timesteps(text: str) -> int | list[int]:
         raise SettingsError(f"--timesteps is {text!r}; expected a number, or a list such as 100,500,900.") from None
 
 
-def trace_facts(trace: Trace) -> dict[str, object]:
+def trace_facts(trace: "Trace") -> dict[str, object]:
     """What a JSON file says of the trace that it is about."""
     header = trace.store.header
     return {"id": header.id, "samples": header.samples, "weights": header.weights}

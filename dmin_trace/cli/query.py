@@ -1,7 +1,5 @@
 """The command query: which training samples influenced an image most."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,7 +47,7 @@ def query(
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
     from dmin_trace.query import generate_images, open_trace, read_inputs
-    from dmin_trace.search import check_k, score_method
+    from dmin_trace.search import check_k, check_score
     from dmin_trace.views import hits_csv, hits_json, hits_table
 
     if bool(images or prompt) == bool(sample):
@@ -61,7 +59,7 @@ def query(
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
     # A capture that still runs can be queried for the samples that are done; the answer says how many.
     opened = open_trace(trace, unfinished=True)
-    score_method(opened.store, score)
+    check_score(opened.store, score)
     check_k(opened.store, k)
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
@@ -98,13 +96,13 @@ def query(
 
 
 def read_queries(
-    trace: Trace,
+    trace: "Trace",
     samples: Sequence[int] | None,
-    inputs: Sequence[QueryInput],
+    inputs: "Sequence[QueryInput]",
     weights: Path | None,
     command: Sequence[str],
     edited_script: bool,
-) -> Queries:
+) -> "Queries":
     """The queries: stored samples, or else images. `command` is the script's, or empty for the remembered one."""
     if samples:
         return trace.query_samples(samples)

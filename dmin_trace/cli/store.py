@@ -1,7 +1,5 @@
 """The commands for a store: info, verify, index, pack."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated

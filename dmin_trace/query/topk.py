@@ -1,7 +1,5 @@
 """The most influential training samples for each query: `TopK`, as arrays, as hits (`Hit`) or as a table."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from importlib import import_module
@@ -97,7 +95,7 @@ class TopK:
             lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
         return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def to_pandas(self) -> "pandas.DataFrame":
         """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
 
         Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the

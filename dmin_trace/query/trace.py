@@ -1,23 +1,22 @@
 """The face for programs: `Trace`, an opened trace with everything by data set index, and `open_trace`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmin_trace import search
 from dmin_trace.errors import QueryError, TraceError, brief
-from dmin_trace.query.answer import FittedScore, answer_queries, fitted_score
-from dmin_trace.query.by_sample import Columns, rows_by_sample, scores_by_sample, self_influence
+from dmin_trace.query.answer import answer_queries
 from dmin_trace.query.capture import capture_queries
+from dmin_trace.query.columns import Columns
 from dmin_trace.query.inputs import ImageInput
 from dmin_trace.query.topk import Hit, TopK
-from dmin_trace.search import Index, Score, Unavailable, check_k, has_direction, open_index, score_method
+from dmin_trace.search import FittedScore, Score
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
@@ -27,11 +26,11 @@ if TYPE_CHECKING:
 class ScoreMethod(FittedScore, Protocol):
     """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
 
-    It changes the gradients of queries; the inner products of the changed gradients with those of the training samples
-    are the influence scores. All training samples are scanned for it. Its name is none of the built-in ones.
+    The inner products of the changed gradients with those of the training samples are the influence scores. All
+    training samples are scanned for it. Its name is none of the built-in ones.
     """
 
-    def fit(self, trace: Trace) -> None:
+    def fit(self, trace: "Trace") -> None:
         """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
 
 
@@ -41,9 +40,8 @@ class Trace:
     Made by `open_trace`. Everything is by data set index: place i of an array is sample i of the data set. Use it as a
     context manager, or call `close`, to free its files.
 
-    A sample has no usable gradient if it could not be loaded, or if its gradient is zero or not finite at some
-    timestep. In a trace that was opened unfinished, samples that are not done have none either. Such a sample has NaN
-    for its scores, and is in no ranking.
+    A sample has no usable gradient if it could not be loaded or is not done, or if its gradient is zero or not finite
+    at some timestep. Such a sample has NaN for its scores, and is in no ranking.
     """
 
     def __init__(self, store: Store) -> None:
@@ -81,10 +79,10 @@ class Trace:
             return "Trace(closed)"
         header = self.store.header
         state = "complete" if self.complete else f"unfinished: {len(self.store.rows_done):,} done"
-        size = f"T={len(header.timesteps)}, v={header.dimension:,}"
-        return f"Trace({header.samples:,} samples, {size}, {header.dtype}, {state})"
+        size = f"{header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}"
+        return f"Trace({size}, {header.dtype}, {state})"
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -122,18 +120,21 @@ class Trace:
         """
         rows = self.store.rows_of(np.asarray(samples).tolist())
         gradients = self.store.gradients(rows)
-        gradients[~has_direction(self.store.numbers(rows).norm)] = np.nan
+        gradients[~search.has_direction(self.store.numbers(rows).norm)] = np.nan
         return gradients
 
     def self_influence(self, score: Score | ScoreMethod = "deflated") -> NDArray[np.float32]:
         """The score of each training sample with itself as the query: (N,) float32.
 
-        Gradients are normalised, so the score "dmin" is about T for each sample. The deflated score is high for a
-        sample that shares little with the others. NaN for a sample without a usable gradient.
-
-        Raises QueryError and TraceError as `scores` does.
+        The score "dmin" is about T for each sample. The deflated score is high for a sample that shares little with the
+        others. NaN for a sample without a usable gradient. Raises QueryError and TraceError as `scores` does.
         """
-        return self_influence(self.store, self._fitted_score(score))[self._rows]
+        store, fitted = self.store, self._fitted_score(score)
+        by_row = np.full(len(self), np.nan, np.float32)
+        for rows in search.row_blocks(store, np.flatnonzero(store.valid)):
+            gradients = store.gradients(rows)
+            by_row[rows] = np.vecdot(fitted.transform(gradients), gradients).sum(axis=1)
+        return by_row[self._rows]
 
     def query_images(
         self,
@@ -172,7 +173,7 @@ class Trace:
         if not len(samples):
             raise QueryError("No sample was given. Give at least one.")
         rows = self.store.rows_of(samples)
-        usable = has_direction(self.store.numbers(rows).norm)
+        usable = search.has_direction(self.store.numbers(rows).norm)
         if not usable.all():
             raise QueryError(
                 f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query: it could not be loaded, "
@@ -182,7 +183,10 @@ class Trace:
         return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
 
     def query_loss(
-        self, model: torch.nn.Module | Sequence[torch.nn.Module], items: Sequence[Any], loss: Callable[[Any, Any], Any]
+        self,
+        model: "torch.nn.Module | Sequence[torch.nn.Module]",
+        items: Sequence[Any],
+        loss: Callable[[Any, Any], Any],
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 
@@ -231,7 +235,16 @@ class Trace:
         """
         self._check_queries(queries)
         transformed = self._fitted_score(score).transform(queries.gradients)
-        return scores_by_sample(self.store, self._rows, transformed, per_timestep, out)
+        shape = (len(queries), len(self), len(self.timesteps))[: 3 if per_timestep else 2]
+        if out is not None and (out.shape != shape or out.dtype != np.float32):
+            raise QueryError(f"out is {out.dtype} of shape {out.shape}; expected float32 of shape {shape}.")
+        scores = np.empty(shape, np.float32) if out is None else out
+        if not self.complete:
+            scores[...] = np.nan
+        samples = np.argsort(self._rows)  # by row
+        for rows, of_chunk in search.scores_by_chunk(self.store, transformed, per_timestep=per_timestep):
+            scores[:, samples[rows.start : rows.stop]] = of_chunk
+        return scores
 
     def top_k(
         self,
@@ -255,7 +268,7 @@ class Trace:
 
         Raises QueryError if k is out of range, and what `scores` raises.
         """
-        check_k(self.store, k)
+        search.check_k(self.store, k)
         self._check_queries(queries)
         return answer_queries(
             self.store,
@@ -271,11 +284,20 @@ class Trace:
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
-        return rows_by_sample(self.store)
+        """(N,) the row of each data set index. Samples that are not done get the rows that are not done."""
+        count, done = len(self), self.store.rows_done
+        samples = self.store.sample[done]
+        if not np.array_equal(np.unique(samples[(samples >= 0) & (samples < count)]), np.sort(samples)):
+            held = f"{self.path} has samples twice, or samples that are not in 0 to {count - 1}"
+            raise TraceError(f"{held}. Use its rows: Trace.store.")
+        rows = np.full(count, -1, np.int64)
+        rows[samples] = done
+        rows[rows < 0] = np.setdiff1d(np.arange(count), done)
+        return rows
 
     @cached_property
-    def _index(self) -> Index | Unavailable:
-        return open_index(self.store)
+    def _index(self) -> search.Index | search.Unavailable:
+        return search.open_index(self.store)
 
     def _check_queries(self, queries: Queries) -> None:
         if queries.trace_id != self.store.header.id:
@@ -289,7 +311,7 @@ class Trace:
         key = score if isinstance(score, str) else id(score)
         if key not in self._fitted:
             if isinstance(score, str):
-                self._fitted[key] = fitted_score(self.store, score)
+                self._fitted[key] = search.fit_score(self.store, score)
             elif score.name in get_args(Score):
                 raise QueryError(f"Your score has the name {score.name}, which is built in. Give it another.")
             else:
@@ -330,8 +352,8 @@ def attribute(
     """
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     # Before the images are captured, which takes long.
-    check_k(opened.store, k)
+    search.check_k(opened.store, k)
     if isinstance(score, str):
-        score_method(opened.store, score)
+        search.check_score(opened.store, score)
     queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script)
     return opened.top_k(queries, k, score, exact=exact).hits

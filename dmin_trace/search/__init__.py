@@ -5,9 +5,9 @@ ranked by. `build` makes an index beside a store, whose graph proposes candidate
 """
 
 from dmin_trace.search.build import build_index as build_index
-from dmin_trace.search.deflation import Directions as Directions
 from dmin_trace.search.deflation import Score as Score
 from dmin_trace.search.deflation import principal_directions as principal_directions
+from dmin_trace.search.deflation import row_blocks as row_blocks
 from dmin_trace.search.exact import Ranking as Ranking
 from dmin_trace.search.exact import check_k as check_k
 from dmin_trace.search.exact import check_queries as check_queries
@@ -25,5 +25,7 @@ from dmin_trace.search.index_files import Unavailable as Unavailable
 from dmin_trace.search.index_files import damage as damage
 from dmin_trace.search.index_files import index_beside as index_beside
 from dmin_trace.search.index_files import read_facts as read_facts
-from dmin_trace.search.scores import DeflatedScore as DeflatedScore
-from dmin_trace.search.scores import score_method as score_method
+from dmin_trace.search.scores import BuiltInScore as BuiltInScore
+from dmin_trace.search.scores import FittedScore as FittedScore
+from dmin_trace.search.scores import check_score as check_score
+from dmin_trace.search.scores import fit_score as fit_score

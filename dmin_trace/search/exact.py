@@ -28,15 +28,12 @@ R = TypeVar("R")
 
 ROUNDING = 1e-5
 """The most by which float32 rounding changes the difference of two scores, for a query of norm one at one timestep."""
-PART_NUMBERS = 2**21
-"""Stored numbers that a thread reads at a time."""
-MAX_PART_ROWS = 2**7
-"""Rows that are multiplied with many queries at a time; all queries are fetched from memory each time."""
+PART_NUMBERS = 2**21  # stored numbers that a thread reads at a time
+MAX_PART_ROWS = 2**7  # rows that are multiplied with many queries; all queries are fetched from memory each time
 TILE_NUMBERS, MIN_TILE_WIDTH = 2**18, 2**13
 """Numbers that are converted to float32 and multiplied at a time, so that they stay in a core's cache; and those of a
 row among them, where a row has so many: memory is slow to give narrower pieces."""
-HALF_BITS = np.int32(-0x70002000)
-"""The bits of a float16, its sign repeated in front, that float32 keeps after a shift by 13."""
+HALF_BITS = np.int32(-0x70002000)  # of a float16, its sign repeated in front: what float32 keeps after a shift by 13
 
 
 @dataclass(frozen=True)
@@ -85,13 +82,9 @@ def exact_top_k(
 ) -> Ranking:
     """Scores every row of the store and keeps the k best for each of the queries (Q, T, v); ties by the lowest row.
 
-    Rows that are not done, or have no gradient to rank, are left out. A first pass in float32 keeps every row that
-    rounding could hide among the k best; their scores are then computed in float64.
-
-    Args:
-        largest: keep the largest scores, largest first; False keeps the smallest, smallest first.
-        threads: the number of threads; one for each core if not given.
-        progress: called with the number of rows of each chunk that is scored.
+    The best are the largest, or with `largest` False the smallest, smallest first. Rows that are not done, or have no
+    gradient to rank, are left out. A first pass in float32 keeps every row that rounding could hide among the k best;
+    their scores are then computed in float64. `progress` is called with the row at which each scored chunk ends.
 
     Raises QueryError if k is out of range, or the queries are not finite or not of the store's shape; TraceError if a
     chunk is damaged.
@@ -109,7 +102,7 @@ def exact_top_k(
         for rows, found in chunks:
             first_pass.add(found)
             if progress is not None:
-                progress(len(rows))
+                progress(rows.stop)
     return rerank(store, queries, first_pass.candidates(), k, largest=largest)
 
 
@@ -119,7 +112,7 @@ def scores_by_chunk(
     """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep.
 
     NaN for a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last
-    digit. Few chunks are scored ahead, so that memory is bounded. Raises what `exact_top_k` does.
+    digit. Raises what `exact_top_k` does.
     """
     check_queries(store, queries)
     products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
@@ -128,8 +121,7 @@ def scores_by_chunk(
         scores[:, ~valid] = np.nan
         return scores.transpose(2, 1, 0) if per_timestep else scores[0].T
 
-    with closing(_each_chunk(store, products, by_query, threads)) as chunks:
-        yield from chunks
+    yield from _each_chunk(store, products, by_query, threads)
 
 
 def rerank(
@@ -143,9 +135,8 @@ def rerank(
 ) -> Ranking:
     """Computes the scores of candidates, each timestep in float64, and keeps the k best; ties by the lowest row.
 
-    Candidates are k rows or more for each of the queries (Q, T, v), none twice, in any order. `checksums` (N,) are the
-    crc32c of the stored numbers of each row, from an index. Without them the whole chunk of a candidate is read once,
-    to compare its checksum.
+    Candidates are k rows or more for each of the queries (Q, T, v), none twice. `checksums` (N,) are the crc32c of the
+    stored numbers of each row, from an index. Without them the whole chunk of a candidate is read, to compare its own.
 
     Raises TraceError if a candidate's row is missing, damaged, not finite, or has no gradient that can be ranked.
     """
@@ -179,18 +170,15 @@ def rerank(
         raise TraceError(f"{store.path} is damaged: it holds numbers that are not finite.")
     # By query, then by score, then the lowest row.
     best = np.lexsort((rows, -totals if largest else totals, of))
-    firsts = np.searchsorted(of, np.arange(len(queries)))
-    kept = best[(firsts[:, None] + np.arange(k))]
+    kept = best[np.searchsorted(of, np.arange(len(queries)))[:, None] + np.arange(k)]
     return Ranking(rows[kept], totals[kept].astype(np.float32), parts[kept].astype(np.float32))
 
 
-_Found = tuple[Rows, Rows, Floats]
-"""Rows, the queries that they were found for, and their scores."""
+_Found = tuple[Rows, Rows, Floats]  # rows, the queries that they were found for, and their scores
 
 
 class _FirstPass:
-    """The rows that may be among the k best of each query: their scores in float32 are not further below the k-th best
-    than rounding can explain."""
+    """The rows whose scores in float32 are not further below the k-th best of a query than rounding can explain."""
 
     def __init__(self, queries: Floats, k: int) -> None:
         self._count, self._k = len(queries), k
@@ -225,23 +213,23 @@ class _FirstPass:
         rows, queries, scores = rows[order], queries[order], scores[order]
         firsts = np.searchsorted(queries, np.arange(self._count))
         enough = np.flatnonzero(np.bincount(queries, minlength=self._count) >= self._k)
-        border = self._border.copy()
+        border = self._border.copy()  # other threads read the old one
         border[enough] = scores[firsts[enough] + self._k - 1] - self._rounding[enough]
         left = scores >= border[queries]
         kept = rows[left], queries[left], scores[left]
-        self._found, self._kept, self._new = [kept], len(kept[0]), 0
-        self._border = border
+        self._found, self._border, self._kept, self._new = [kept], border, len(kept[0]), 0
         return kept
 
 
 class ChunkProducts:
-    """The inner products of chunks with the same queries. Threads may share one: each has memory of its own."""
+    """The inner products of chunks with contiguous queries (Q, T, v), summed over timesteps or per timestep.
+
+    Threads may share one: each has memory of its own.
+    """
 
     def __init__(self, store: Store, queries: Floats, *, per_timestep: bool = False) -> None:
-        """For contiguous queries (Q, T, v); the products are summed over timesteps, or per timestep."""
         header = store.header
-        self._store = store
-        self._per_timestep = per_timestep
+        self._store, self._per_timestep = store, per_timestep
         # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
         steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
         self._queries = queries.reshape(len(queries), steps, -1)
@@ -266,8 +254,8 @@ class ChunkProducts:
             rows = part.reshape(len(part), steps, length)
             for t in range(steps):
                 for first in range(0, length, self._columns):
-                    tile = as_float32(rows[:, t, first : first + self._columns], memory.tile)
-                    np.matmul(tile, queries[:, t, first : first + self._columns].T, out=product)
+                    columns = slice(first, first + self._columns)
+                    np.matmul(as_float32(rows[:, t, columns], memory.tile), queries[:, t, columns].T, out=product)
                     if header.dtype == "int8":
                         # The scale is applied to Q products, not to v stored numbers.
                         product *= scale[here, t, None]
@@ -300,8 +288,8 @@ def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
 def _each_chunk(
     store: Store, products: ChunkProducts, reduced: Callable[[range, Bools, Floats], R], threads: int | None
 ) -> Generator[tuple[range, R], None, None]:
-    """Yields the rows of each chunk that is done, in order, and what `reduced` makes, in threads, of them: of which of
-    them can be ranked, (n,), and of the products (S, n, Q) of all."""
+    """Yields the rows of each chunk that is done, in order, and what `reduced` makes in threads of them, of which can
+    be ranked (n,), and of the products (S, n, Q)."""
     if threads is not None and threads < 1:
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     threads = threads or core_count()

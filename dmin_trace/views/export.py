@@ -4,8 +4,6 @@ JSON keeps the original text, escaped to plain ASCII; a number that is NaN or in
 for spreadsheets.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -26,7 +24,7 @@ VERSION = 1
 """The version of each JSON format."""
 
 
-def hits_json(top: TopK, trace_facts: Mapping[str, object]) -> str:
+def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
     """The hits of all queries as strict JSON in plain ASCII, keys always in this order:
 
         format      "dmin_trace.hits"
@@ -47,7 +45,7 @@ def hits_json(top: TopK, trace_facts: Mapping[str, object]) -> str:
     return _json("hits", {**meaning, "timesteps": top.timesteps, "trace": trace_facts, "queries": queries})
 
 
-def hits_csv(top: TopK) -> str:
+def hits_csv(top: "TopK") -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
     Columns: query, prompt, rank, sample, score, scored_by (the name of the score), the columns of the store, then
@@ -89,7 +87,7 @@ def measures_json(measures: Sequence[Mapping[str, object]], trace_facts: Mapping
     return _json("measures", {"trace": trace_facts, "measures": list(measures)})
 
 
-def verified_json(found: Verified) -> str:
+def verified_json(found: "Verified") -> str:
     """What `verify` found as strict JSON in plain ASCII, keys always in this order:
 
         format      "dmin_trace.verified"

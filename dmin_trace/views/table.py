@@ -5,8 +5,6 @@ Each function returns a renderable of `rich`; the command line prints it. Texts 
 `console.options.ascii_only`) a table has ASCII characters only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,7 +34,7 @@ BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "12345678"
 
 
-def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
+def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
     """The most influential training samples for query number `query` of an answer, and what their score means.
 
     The scores at the timesteps are drawn as one bar each. All bars of a table have one scale; a negative score is a
@@ -98,7 +96,7 @@ def measure_table(
     return table
 
 
-def damage_table(found: Verified, title: str, *, ascii_only: bool = False) -> Table:
+def damage_table(found: "Verified", title: str, *, ascii_only: bool = False) -> Table:
     """What `verify` found damaged, one row for each file; only cells above 2,000 characters are cut."""
     lost = [_ranges(of.samples) or (f"rows {_ranges(of.rows)}" if of.rows else "") for of in found.damages]
     rows = [(of.file, samples, of.what) for of, samples in zip(found.damages, lost, strict=True)]
@@ -140,12 +138,12 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _cell(hit: Hit, column: str) -> str:
+def _cell(hit: "Hit", column: str) -> str:
     value = hit.columns.get(column)
     return "" if value is None else str(value)
 
 
-def _choose_column(hits: Sequence[Hit], wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
+def _choose_column(hits: "Sequence[Hit]", wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
     """The first wanted column that has a value in some hit; else the first column that is not among the others."""
     present = dict.fromkeys(name for hit in hits for name, value in hit.columns.items() if value is not None)
     chosen = [name for want in wanted for name in present if name.lower() == want]

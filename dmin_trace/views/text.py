@@ -4,8 +4,6 @@ Captions, labels and file names often come from other people. `harmless` is for 
 visible escapes. `spreadsheet_safe` is for CSV: no cell can start a formula.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

@@ -1,7 +1,7 @@
 """Images and prompts in, query gradients out, and the most influential training samples for them.
 
 `trace` is the face for programs. Behind it, `inputs` reads query images, `capture` runs the traced script on them,
-`answer` finds the training samples, by the index or by a scan, and `topk` says what is known of them.
+`answer` finds the training samples, by the index or by a scan, and `topk` and `columns` say what is known of them.
 """
 
 from dmin_trace.query.answer import answer_queries as answer_queries

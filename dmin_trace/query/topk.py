@@ -16,19 +16,15 @@ from dmin_trace.store import Store
 if TYPE_CHECKING:
     import pandas
 
-MAX_SHOWN_QUERIES = 3
-MAX_SHOWN_HITS = 10
-"""What a TopK shows of itself."""
+MAX_SHOWN_QUERIES, MAX_SHOWN_HITS = 3, 10  # in a TopK's repr
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Hit:
     """One of the k training samples with the largest influence score for a query, or with the smallest.
 
-    rank: from 1.
-    sample: the data set index.
-    score: the influence score, the sum over timesteps.
-    per_timestep: the T inner products that the score is the sum of.
+    rank, sample: the place among the k, from 1; the data set index.
+    score, per_timestep: the influence score, and the T inner products that it is the sum of.
     columns: the sample's readable columns, such as its caption or label.
     """
 
@@ -47,8 +43,7 @@ class Hit:
 class AnsweredBy:
     """What found the training samples of an answer.
 
-    recall: (depth, part): the part of the true `depth` best that the index found when it was calibrated; None where
-        all rows were scanned.
+    recall: (depth, part), the part of the true `depth` best that the index found in calibration; None after a scan.
     description: the same in words, on one line; it may hold text from the index file.
     """
 
@@ -64,11 +59,9 @@ class TopK:
     scores: (Q, k) float32, their influence scores.
     per_timestep: (Q, k, T) float32, the inner product at each timestep; they add up to the score.
     hits: for each query its k samples with their readable columns.
-    names: Q names of the queries.
-    prompts: the Q prompts of the queries; None for a query without one.
+    names, prompts: the Q names and prompts of the queries; None for a query without a prompt.
     timesteps: T, as numbers of the training schedule.
-    score: the name of the score.
-    deflation: what was taken out of the queries, in words; "" if the score is not the deflated one.
+    score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
     answered_by: whether the index or a scan of all samples found them.
     """
 
@@ -119,10 +112,8 @@ class TopK:
         return import_extra("pandas", "pandas").DataFrame(columns)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table of `to_pandas` to a Parquet file.
-
-        Raises QueryError if pandas or pyarrow is not installed, or the file cannot be written.
-        """
+        """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pandas or pyarrow is not installed or
+        the file cannot be written."""
         import_extra("pyarrow", "parquet")
         try:
             self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)

@@ -90,8 +90,7 @@ class Trace:
 
     def close(self) -> None:
         """Frees the files of the trace. It cannot be used afterwards."""
-        self._store = None
-        self._fitted = {}
+        self._store, self._fitted = None, {}
         self.__dict__.pop("_index", None)
 
     @property
@@ -101,23 +100,19 @@ class Trace:
 
     @property
     def norms(self) -> NDArray[np.float32]:
-        """(N, T) float32: the L2 norm of each gradient after its transform, which the stored gradients are divided by.
-
-        NaN for a sample that could not be loaded or is not done.
-        """
-        norms = self.store.norm[self._rows].astype(np.float32)
+        """(N, T) float32: the L2 norm by which each transformed gradient was divided. NaN for a sample that could not
+        be loaded or is not done."""
+        norms = self.store.norm[self._rows]
         return np.where(norms < 0, np.float32(np.nan), norms)
 
     @property
     def losses(self) -> NDArray[np.float32]:
         """(N, T) float32: the training loss. NaN for a sample that could not be loaded or is not done."""
-        return self.store.loss[self._rows].astype(np.float32)
+        return self.store.loss[self._rows]
 
     def gradients(self, samples: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """The projected gradients of training samples: (n, T, v) float32, of norm about one at each timestep.
-
-        NaN for a sample without a usable gradient. Raises TraceError for a sample that the trace does not hold.
-        """
+        """The projected gradients of training samples: (n, T, v) float32, of norm about one at each timestep; NaN for a
+        sample without a usable gradient. Raises TraceError for a sample that the trace does not hold."""
         rows = self.store.rows_of(np.asarray(samples).tolist())
         gradients = self.store.gradients(rows)
         gradients[~search.has_direction(self.store.numbers(rows).norm)] = np.nan
@@ -153,7 +148,7 @@ class Trace:
             prompts: the prompt of each image, for models that were trained with captions.
             conditioning: what each image was made from, for a ControlNet or a model that edits images.
             weights: the traced weights; those beside the trace if not given.
-            command: the script and its arguments, as the traced run was started; what this user's machine remembers of
+            command: the script and its arguments, as the traced run was started; those that this machine remembers of
                 that run if not given. `{data}` in an argument stands for the folder with the queries.
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
@@ -166,10 +161,8 @@ class Trace:
         return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script)
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
-        """The stored gradients of training samples, as queries. No model is needed.
-
-        Raises TraceError for a sample that the trace does not hold, QueryError for one without a usable gradient.
-        """
+        """The stored gradients of training samples, as queries. Raises TraceError for a sample that the trace does not
+        hold, QueryError for one without a usable gradient."""
         if not len(samples):
             raise QueryError("No sample was given. Give at least one.")
         rows = self.store.rows_of(samples)
@@ -193,8 +186,8 @@ class Trace:
         Args:
             model: what was recorded, with the traced weights.
             items: Q items, as the loop of the recording took them from its data set.
-            loss: `loss(model, item)` is the loss that the recording called `backward` on. Like there, it draws its
-                noise and its timestep, which are pinned to those of the trace.
+            loss: `loss(model, item)` gives the recorded loss. It draws its noise and its timestep as there; both are
+                pinned to those of the trace.
 
         Raises QueryError if there are no items or their gradients cannot be compared with those of the trace,
         CaptureError if the loss cannot be recorded, WeightsError if the model's weights are not those of the trace.
@@ -221,14 +214,12 @@ class Trace:
         """The influence score of every training sample for each query.
 
         Args:
-            queries: Q queries of this trace.
             score: "dmin" is the paper's sum of inner products; "deflated" first takes out of the query what all
                 samples share, along their principal directions; or a score of one's own (`ScoreMethod`).
             per_timestep: give the inner product at each timestep, not their sum.
             out: where the scores are written; an array of `numpy.memmap` if they do not fit into memory.
 
-        Returns:
-            (Q, N) float32, or (Q, N, T) per timestep. NaN for a sample without a usable gradient. `out`, if given.
+        Returns (Q, N) float32, or (Q, N, T) per timestep; NaN for a sample without a usable gradient.
 
         Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
         large for deflated scores without an index; TraceError if the trace is damaged.
@@ -255,18 +246,10 @@ class Trace:
         largest: bool = True,
         exact: bool = False,
     ) -> TopK:
-        """The k training samples with the largest influence score for each query, largest first.
+        """The k training samples with the largest influence score for each query, largest first; or the smallest.
 
-        The index answers if there is one that matches the trace and serves k samples; otherwise all are scanned.
-
-        Args:
-            queries: Q queries of this trace.
-            k: how many training samples for each query.
-            score: as for `scores`.
-            largest: False for the smallest scores, smallest first: the samples that speak most against the query.
-            exact: scan all samples even if there is an index.
-
-        Raises QueryError if k is out of range, and what `scores` raises.
+        The index answers if it matches the trace and serves k samples; otherwise, and with `exact`, all are scanned.
+        `score` is as for `scores`. Raises QueryError if k is out of range, and what `scores` raises.
         """
         search.check_k(self.store, k)
         self._check_queries(queries)
@@ -321,10 +304,8 @@ class Trace:
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
-    """Opens a trace for reading. With `unfinished`, also one whose capture is not finished: what is done can be read.
-
-    Raises TraceError if there is no trace at `path`, or it is of another version, unfinished or damaged.
-    """
+    """Opens a trace for reading; with `unfinished` also one whose capture is not finished. Raises TraceError if there
+    is no trace at `path`, or it is of another version, unfinished or damaged."""
     return Trace(open_store(path, unfinished=unfinished))
 
 
@@ -341,14 +322,9 @@ def attribute(
     exact: bool = False,
     edited_script: bool = False,
 ) -> list[list[Hit]]:
-    """The k training samples with the largest influence score for each image, best first.
+    """The k training samples with the largest influence score for each image, best first. `trace` may be a path.
 
-    It is `Trace.query_images` and `Trace.top_k` in one call, and raises what they raise.
-
-    Args:
-        trace: an opened trace, or its path.
-        images, prompts, conditioning, weights, command, edited_script: as for `Trace.query_images`.
-        k, score, exact: as for `Trace.top_k`.
+    It is `Trace.query_images` and `Trace.top_k` in one call, with their arguments, and raises what they raise.
     """
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     # Before the images are captured, which takes long.

@@ -669,7 +669,7 @@ import json, sys, time
 from pathlib import Path
 import hnswlib, numpy as np
 import dmin_trace.query.trace
-from dmin_trace.query.topk import hits_of
+from dmin_trace.query.answer import hits_of
 from dmin_trace.search import fit_score, index
 from dmin_trace.store import open_store
 

@@ -1,13 +1,125 @@
-"""Query gradients in, the most influential training samples out: by the index, or by a scan of all rows."""
+"""The most influential training samples for each query, found by the index or by a scan of all rows: `TopK`."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace import search
-from dmin_trace.query.topk import AnsweredBy, TopK, hits_of
+from dmin_trace.errors import QueryError, brief
 from dmin_trace.store import Store
+
+if TYPE_CHECKING:
+    import pandas
+
+MAX_SHOWN_QUERIES, MAX_SHOWN_HITS = 3, 10  # in a TopK's repr
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Hit:
+    """One of the k training samples with the largest influence score for a query, or with the smallest.
+
+    rank, sample: the place among the k, from 1; the data set index.
+    score, per_timestep: the influence score, and the T inner products that it is the sum of.
+    columns: the sample's readable columns, such as its caption or label.
+    """
+
+    rank: int
+    sample: int
+    score: float
+    per_timestep: tuple[float, ...]
+    columns: dict[str, str | int | float | None]
+
+    def __repr__(self) -> str:
+        columns = "".join(f", {brief(name)[1:-1]}={brief(value)}" for name, value in self.columns.items())
+        return f"Hit(rank={self.rank}, sample={self.sample}, score={self.score:.4f}{columns})"
+
+
+@dataclass(frozen=True)
+class AnsweredBy:
+    """What found the training samples of an answer.
+
+    recall: (depth, part), the part of the true `depth` best that the index found in calibration; None after a scan.
+    description: the same in words, on one line; it may hold text from the index file.
+    """
+
+    recall: tuple[int, float] | None
+    description: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TopK:
+    """The k training samples with the largest influence score for each of Q queries, or with the smallest.
+
+    samples: (Q, k) int64, data set indices; best first, which is smallest first for the smallest.
+    scores: (Q, k) float32, their influence scores.
+    per_timestep: (Q, k, T) float32, the inner product at each timestep; they add up to the score.
+    hits: for each query its k samples with their readable columns.
+    names, prompts: the Q names and prompts of the queries; None for a query without a prompt.
+    timesteps: T, as numbers of the training schedule.
+    score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
+    answered_by: whether the index or a scan of all samples found them.
+    """
+
+    samples: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    per_timestep: NDArray[np.float32]
+    hits: list[list[Hit]]
+    names: tuple[str, ...]
+    prompts: tuple[str | None, ...]
+    timesteps: tuple[float, ...]
+    score: str
+    deflation: str
+    answered_by: AnsweredBy
+
+    def __len__(self) -> int:
+        """Q, the number of queries."""
+        return len(self.hits)
+
+    def __repr__(self) -> str:
+        count = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
+        lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {brief(self.answered_by.description)[1:-1]})"]
+        for name, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.hits, strict=False):
+            lines += [f"  {name!r}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
+            lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
+        return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
+
+        Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
+        trace's readable columns, with `meta_` before a name that is taken.
+        """
+        hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
+        columns: dict[str, Any] = {
+            "query": [name for name in self.names for _ in range(count)],
+            "prompt": [prompt for prompt in self.prompts for _ in range(count)],
+            "rank": [hit.rank for hit in hits],
+            "sample": self.samples.ravel(),
+            "score": self.scores.ravel(),
+        }
+        for t, timestep in enumerate(self.timesteps):
+            columns[f"t{timestep:g}"] = self.per_timestep[:, :, t].ravel()
+        for name in hits[0].columns:
+            free = name
+            while free in columns:
+                free = f"meta_{free}"
+            columns[free] = [hit.columns[name] for hit in hits]
+        return import_extra("pandas", "pandas").DataFrame(columns)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pandas or pyarrow is not installed or
+        the file cannot be written."""
+        import_extra("pyarrow", "parquet")
+        try:
+            self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
+        except (OSError, ValueError) as error:  # ValueError: a text that is not valid Unicode
+            raise QueryError(f"{path} cannot be written: {error}.") from None
 
 
 def answer_queries(
@@ -65,3 +177,31 @@ def _scanned(store: Store, reason: str) -> str:
     if not store.complete:
         return f"searched {len(store.rows_done):,} of {count:,} samples; the capture is unfinished"
     return f"scanned all {count:,} samples" + (f": {reason}" if reason else "")
+
+
+def hits_of(store: Store, ranking: search.Ranking) -> list[list[Hit]]:
+    """The hits of each query, best first. Of the store, only the ranked rows are read."""
+    (queries, k), rows = ranking.rows.shape, ranking.rows.ravel()
+    samples = store.numbers(rows).sample.tolist()
+    columns = {name: store.column_at(name, rows) for name in store.header.columns}
+    hits = [
+        Hit(
+            rank=n % k + 1,
+            sample=samples[n],
+            score=float(ranking.scores[n // k, n % k]),
+            per_timestep=tuple(ranking.per_timestep[n // k, n % k].tolist()),
+            columns={name: values[n] for name, values in columns.items()},
+        )
+        for n in range(len(rows))
+    ]
+    return [hits[query * k : (query + 1) * k] for query in range(queries)]
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Imports an optional dependency. Raises QueryError with the command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise QueryError(
+            f"{module} is not installed, and this table needs it. Install it: pip install dmin_trace[{extra}]."
+        ) from None

@@ -1,7 +1,7 @@
 """The face for programs: `Trace`, an opened trace with everything by data set index, and `open_trace`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 from dmin_trace import search
 from dmin_trace.errors import QueryError, TraceError, brief
-from dmin_trace.query.answer import answer_queries
+from dmin_trace.query.answer import Hit, TopK, answer_queries, import_extra
 from dmin_trace.query.capture import capture_queries
-from dmin_trace.query.columns import Columns
 from dmin_trace.query.inputs import ImageInput
-from dmin_trace.query.topk import Hit, TopK
 from dmin_trace.search import FittedScore, Score
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
+    import pandas
     import torch
 
 
@@ -32,6 +31,36 @@ class ScoreMethod(FittedScore, Protocol):
 
     def fit(self, trace: "Trace") -> None:
         """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
+
+
+class Columns(Mapping[str, list[Any]]):
+    """The readable columns of a trace: a mapping from each name to the N values, by data set index.
+
+    A column is read when it is looked up. A sample without a value has "", -1 or NaN, by the kind of the column.
+    """
+
+    def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
+        self._store, self._rows = store, rows
+
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self._store.header.columns:
+            raise KeyError(name)
+        values = self._store.column(name)
+        return [values[row] for row in self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.header.columns)
+
+    def __len__(self) -> int:
+        return len(self._store.header.columns)
+
+    def __repr__(self) -> str:
+        return f"Columns({', '.join(self)})"
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A data frame with one row for each data set index. Raises QueryError if pandas is not installed."""
+        pd = import_extra("pandas", "pandas")
+        return pd.DataFrame(dict(self), index=pd.RangeIndex(len(self._rows), name="sample"))
 
 
 class Trace:

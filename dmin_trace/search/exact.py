@@ -24,6 +24,7 @@ from dmin_trace.store import Store, core_count
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Products = Callable[[int, Floats], Floats]
 R = TypeVar("R")
 
 ROUNDING = 1e-5
@@ -92,13 +93,8 @@ def exact_top_k(
     check_k(store, k)
     check_queries(store, queries)
     queries = np.ascontiguousarray(queries, np.float32)
-    first_pass = _FirstPass(queries, k)
-
-    def near(rows: range, valid: Bools, scores: Floats) -> _Found:
-        scores = scores[0, valid]
-        return first_pass.near(np.flatnonzero(valid) + rows.start, scores if largest else -scores)
-
-    with closing(_each_chunk(store, ChunkProducts(store, queries), near, threads)) as chunks:
+    first_pass = _FirstPass(queries, k, largest)
+    with closing(_each_chunk(store, chunk_products(store, queries), first_pass.near, threads)) as chunks:
         for rows, found in chunks:
             first_pass.add(found)
             if progress is not None:
@@ -115,7 +111,7 @@ def scores_by_chunk(
     digit. Raises what `exact_top_k` does.
     """
     check_queries(store, queries)
-    products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
+    products = chunk_products(store, np.ascontiguousarray(queries, np.float32), per_timestep)
 
     def by_query(rows: range, valid: Bools, scores: Floats) -> Floats:
         scores[:, ~valid] = np.nan
@@ -180,21 +176,21 @@ _Found = tuple[Rows, Rows, Floats]  # rows, the queries that they were found for
 class _FirstPass:
     """The rows whose scores in float32 are not further below the k-th best of a query than rounding can explain."""
 
-    def __init__(self, queries: Floats, k: int) -> None:
-        self._count, self._k = len(queries), k
+    def __init__(self, queries: Floats, k: int, largest: bool) -> None:
+        self._count, self._k, self._largest = len(queries), k, largest
         self._rounding = ROUNDING * np.sqrt(np.vecdot(queries, queries)).sum(axis=1)
         self._border = np.full(len(queries), -np.inf)
         self._found: list[_Found] = []
         self._kept = self._new = 0
 
-    def near(self, rows: Rows, scores: Floats) -> _Found:
-        """Those of rows (n,) with scores (n, Q) that may be among the k best. Any thread may call it."""
-        border = self._border
+    def near(self, rows: range, valid: Bools, scores: Floats) -> _Found:
+        """Those valid rows of a chunk, with scores (1, n, Q), that may be among the k best. Any thread may call it."""
+        scores, border = scores[0, valid] if self._largest else -scores[0, valid], self._border
         if len(scores) >= self._k:
             kth = np.partition(scores, len(scores) - self._k, axis=0)[len(scores) - self._k]
             border = np.maximum(border, kth - self._rounding)
         places, queries = np.nonzero(scores >= border)
-        return rows[places], queries, scores[places, queries]
+        return np.flatnonzero(valid)[places] + rows.start, queries, scores[places, queries]
 
     def add(self, found: _Found) -> None:
         self._found.append(found)
@@ -221,47 +217,41 @@ class _FirstPass:
         return kept
 
 
-class ChunkProducts:
-    """The inner products of chunks with contiguous queries (Q, T, v), summed over timesteps or per timestep.
+def chunk_products(store: Store, queries: Floats, per_timestep: bool = False) -> Products:
+    """A function of a chunk and the scales (n, T) of its rows, which gives their products (S, n, Q) with contiguous
+    queries (Q, T, v); S is T per timestep, or 1. Threads may share it: each has memory of its own."""
+    header, count = store.header, len(queries)
+    # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
+    steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
+    queries = queries.reshape(count, steps, -1)
+    length = queries.shape[2]
+    few = min(PART_NUMBERS // (steps * length), TILE_NUMBERS // min(length, MIN_TILE_WIDTH))
+    height = min(max(1, few, min(MAX_PART_ROWS, 2 * count)), header.chunk_rows)
+    width = length if header.dtype == "float32" else min(max(1, TILE_NUMBERS // height), length)
+    memory = threading.local()
 
-    Threads may share one: each has memory of its own.
-    """
-
-    def __init__(self, store: Store, queries: Floats, *, per_timestep: bool = False) -> None:
-        header = store.header
-        self._store, self._per_timestep = store, per_timestep
-        # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
-        steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
-        self._queries = queries.reshape(len(queries), steps, -1)
-        length = self._queries.shape[2]
-        few = min(PART_NUMBERS // (steps * length), TILE_NUMBERS // min(length, MIN_TILE_WIDTH))
-        self._rows = min(max(1, few, min(MAX_PART_ROWS, 2 * len(queries))), header.chunk_rows)
-        self._columns = length if header.dtype == "float32" else min(max(1, TILE_NUMBERS // self._rows), length)
-        self._memory = threading.local()
-
-    def __call__(self, chunk: int, scale: Floats) -> Floats:
-        """(S, n, Q) the products of a chunk's n rows, which have these scales (n, T); S is T per timestep, or 1."""
-        header, queries, memory = self._store.header, self._queries, self._memory
-        _, steps, length = queries.shape
-        products = np.zeros((steps if self._per_timestep else 1, len(scale), len(queries)), np.float32)
+    def multiply(chunk: int, scale: Floats) -> Floats:
+        products = np.zeros((steps if per_timestep else 1, len(scale), count), np.float32)
         if not hasattr(memory, "read"):
-            memory.read = np.empty(self._rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
-            memory.tile = np.empty(0 if header.dtype == "float32" else self._rows * self._columns, np.float32)
-            memory.product = np.empty((self._rows, len(queries)), np.float32)
+            memory.read = np.empty(height * header.sample_bytes if header.codec == "none" else 0, np.uint8)
+            memory.tile = np.empty(0 if header.dtype == "float32" else height * width, np.float32)
+            memory.product = np.empty((height, count), np.float32)
         start = 0
-        for part in self._store.grad_parts(chunk, self._rows, memory.read):
+        for part in store.grad_parts(chunk, height, memory.read):
             here, product = slice(start, start + len(part)), memory.product[: len(part)]
             rows = part.reshape(len(part), steps, length)
             for t in range(steps):
-                for first in range(0, length, self._columns):
-                    columns = slice(first, first + self._columns)
+                for first in range(0, length, width):
+                    columns = slice(first, first + width)
                     np.matmul(as_float32(rows[:, t, columns], memory.tile), queries[:, t, columns].T, out=product)
                     if header.dtype == "int8":
                         # The scale is applied to Q products, not to v stored numbers.
                         product *= scale[here, t, None]
-                    products[t if self._per_timestep else 0, here] += product
+                    products[t if per_timestep else 0, here] += product
             start += len(part)
         return products
+
+    return multiply
 
 
 def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
@@ -286,7 +276,7 @@ def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
 
 
 def _each_chunk(
-    store: Store, products: ChunkProducts, reduced: Callable[[range, Bools, Floats], R], threads: int | None
+    store: Store, products: Products, reduced: Callable[[range, Bools, Floats], R], threads: int | None
 ) -> Generator[tuple[range, R], None, None]:
     """Yields the rows of each chunk that is done, in order, and what `reduced` makes in threads of them, of which can
     be ranked (n,), and of the products (S, n, Q)."""

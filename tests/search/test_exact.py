@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numcodecs.blosc
 import numpy as np
@@ -349,12 +351,13 @@ def test_scores_by_chunk_runs_few_chunks_ahead(tmp_path: Path, monkeypatch: pyte
     header = make_header(samples=160, rows=8)
     trace = write_store(tmp_path / "trace.zarr", header, make_rows(header))
     started: list[int] = []
-    real = exact.ChunkProducts.__call__
-    monkeypatch.setattr(
-        exact.ChunkProducts,
-        "__call__",
-        lambda self, chunk, scale: (started.append(chunk), real(self, chunk, scale))[1],
-    )
+    real = exact.chunk_products
+
+    def counted(*given: Any) -> Callable[..., np.ndarray]:
+        products = real(*given)
+        return lambda chunk, scale: (started.append(chunk), products(chunk, scale))[1]
+
+    monkeypatch.setattr(exact, "chunk_products", counted)
     chunks = scores_by_chunk(trace, trace.gradients(np.array([3])), threads=2)
     next(chunks)
     chunks.close()

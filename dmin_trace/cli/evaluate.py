@@ -9,6 +9,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.query import read_queries
 from dmin_trace.errors import QueryError
+from dmin_trace.views import measure_table, measures_json
 
 if TYPE_CHECKING:
     from dmin_trace.audit import Measurement
@@ -16,10 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode=None)
 
-Models = Annotated[
-    Path,
-    typer.Argument(help="Retrained models, by numpy.savez: subsets, bool (models, samples); losses (models, queries)."),
-]
+MODELS_HELP = "Retrained models, by numpy.savez: subsets, bool (models, samples); losses (models, queries)."
 Ks = Annotated[list[int] | None, typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
@@ -58,7 +56,7 @@ def lds(
     *,
     context: typer.Context,
     trace: options.TracePath,
-    models: Models,
+    models: Annotated[Path, typer.Argument(help=MODELS_HELP)],
     images: options.ImagePaths = None,
     sample: options.Samples = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
@@ -93,8 +91,6 @@ def lds(
 
 
 def _show(found: "Measurement", trace: "Trace", json_path: Path | None) -> None:
-    from dmin_trace.views import measure_table, measures_json
-
     console = Console()
     ascii_only = console.options.ascii_only
     console.print(measure_table(found.title, found.headings, found.rows, found.meaning, ascii_only=ascii_only))

@@ -10,6 +10,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.console import print_note
 from dmin_trace.errors import QueryError
+from dmin_trace.views import hits_csv, hits_json, hits_table
 
 if TYPE_CHECKING:
     from dmin_trace.query import QueryInput, Trace
@@ -48,7 +49,6 @@ def query(
     """
     from dmin_trace.query import generate_images, open_trace, read_inputs
     from dmin_trace.search import check_k, check_score
-    from dmin_trace.views import hits_csv, hits_json, hits_table
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts as queries, or training samples with --sample, and not both.")
@@ -64,8 +64,7 @@ def query(
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
             status.update("Making images")
-            folder = made or trace.absolute().parent / "generated"
-            count = 1 if num is None else num
+            folder, count = made or trace.absolute().parent / "generated", 1 if num is None else num
             inputs = generate_images(opened.store, prompt, folder, num=count, seed=seed or 0, command=context.obj)
         else:
             inputs = read_inputs(images or [], prompt or [], conditioning or [])
@@ -73,7 +72,6 @@ def query(
         queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
-
     console = Console()
     for number in range(len(top)):
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
@@ -106,11 +104,8 @@ def read_queries(
     """The queries: stored samples, or else images. `command` is the script's, or empty for the remembered one."""
     if samples:
         return trace.query_samples(samples)
+    images, prompts = [given.image for given in inputs], [given.prompt for given in inputs]
+    sources = [given.conditioning for given in inputs]
     return trace.query_images(
-        [given.image for given in inputs],
-        [given.prompt for given in inputs],
-        conditioning=[given.conditioning for given in inputs],
-        weights=weights,
-        command=command,
-        edited_script=edited_script,
+        images, prompts, conditioning=sources, weights=weights, command=command, edited_script=edited_script
     )

@@ -45,7 +45,8 @@ from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.step import StepGuard
 from dmin_trace.cli import app as cli
 from dmin_trace.project import make_plan, project
-from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, rerank, search
+from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, search
+from dmin_trace.search.exact import rerank
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, create, open_store
 

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from dmin_trace.views import harmless
 
-MAX_NOTE_LENGTH = 400
-MAX_MESSAGE_LENGTH = 4000
+MAX_NOTE_LENGTH, MAX_MESSAGE_LENGTH = 400, 4000
 
 
 def print_note(console: Console, text: str, style: str = "dim") -> None:

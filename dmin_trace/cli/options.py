@@ -1,7 +1,4 @@
-"""Arguments and options that several commands share.
-
-The options for settings are derived from the fields of `Settings`, so a new setting needs no change here.
-"""
+"""Arguments and options that several commands share. Those for settings are derived from the fields of `Settings`."""
 
 import inspect
 from collections.abc import Callable
@@ -69,10 +66,8 @@ def script_command(context: typer.Context) -> Command:
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the parameter `settings` of a command by one option for each field of `Settings`.
-
-    The command receives a mapping of the settings that were given on the command line, already checked.
-    """
+    """Replaces the parameter `settings` of a command by one option for each field of `Settings`. The command receives a
+    mapping of the settings that were given on the command line, already checked."""
     types = get_type_hints(Settings)
     options = {field.name: _settings_option(field, types[field.name]) for field in fields(Settings)}
 

@@ -115,10 +115,8 @@ def generate_images(
 
 
 def traced_command(store: Store, given: Sequence[str] | None) -> Command:
-    """The command that made a trace: the given one, or the one that this machine remembers.
-
-    It is never taken from the store, which may come from anybody. Raises QueryError if the command is not known.
-    """
+    """The command that made a trace: the given one, or the one that this machine remembers; never one from the store,
+    which may come from anybody. Raises QueryError if the command is not known."""
     if given:
         return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
     remembered = recall(store.header.id)

@@ -18,8 +18,7 @@ ImageInput = str | os.PathLike[str] | Image.Image  # a file, or a PIL image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # tried whatever the file's name is; Pillow's EPS would run a program
-IMAGE_KEYS = ("file_name", "image")
-PROMPT_KEYS = ("text", "prompt", "caption")
+IMAGE_KEYS, PROMPT_KEYS = ("file_name", "image"), ("text", "prompt", "caption")
 CONDITIONING_KEYS = ("conditioning_image", "conditioning")
 MAX_LIST_BYTES = 2**26
 
@@ -61,10 +60,8 @@ def read_inputs(
 
 
 def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
-    """The file of a query image; a PIL image is written to `path`. A video is only checked to exist.
-
-    Raises QueryError if there is no such file, it cannot be read as an image, or it has hundreds of megapixels.
-    """
+    """The file of a query image; a PIL image is written to `path`. A video is only checked to exist. Raises QueryError
+    if there is no such file, it cannot be read as an image, or it has hundreds of megapixels."""
     if isinstance(image, Image.Image):
         image.save(path)
         return path

@@ -34,10 +34,8 @@ class ScoreMethod(FittedScore, Protocol):
 
 
 class Columns(Mapping[str, list[Any]]):
-    """The readable columns of a trace: a mapping from each name to the N values, by data set index.
-
-    A column is read when it is looked up. A sample without a value has "", -1 or NaN, by the kind of the column.
-    """
+    """The readable columns of a trace: a mapping from each name to the N values, by data set index, which are read when
+    they are looked up. A sample without a value has "", -1 or NaN, by the kind of the column."""
 
     def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
         self._store, self._rows = store, rows
@@ -181,11 +179,9 @@ class Trace:
                 that run if not given. `{data}` in an argument stands for the folder with the queries.
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
-        Raises:
-            QueryError: an image is missing, of another size, or lacks its prompt; or the command is not known.
-            WeightsError: the weights are missing or not those of the trace.
-            ScriptError: the script failed on the queries.
-            TraceError: the script is not the one that made the trace.
+        Raises QueryError if an image is missing, of another size, or lacks its prompt, or the command is not known;
+        WeightsError if the weights are missing or not those of the trace; ScriptError if the script failed on the
+        queries; TraceError if it is not the script that made the trace.
         """
         return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script)
 

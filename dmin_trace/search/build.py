@@ -174,11 +174,8 @@ def _true_best(store: Store, queries: Floats, held: Rows, copies: Rows, k: int, 
 def _calibrate(
     graph: Graph, vectors: Floats, truth: Rows, wanted: dict[int, float], most: int, score: Score
 ) -> tuple[list[Depth], str]:
-    """How deep the graph is searched for each number of hits; and, where its recall is not reached, why.
-
-    The vectors (2 n, length) of the queries are not in the graph; the truth (2 n, k) are their true best. Recall is
-    that of the worse half, samples or mixtures.
-    """
+    """How deep the graph is searched for each number of hits; and, where its recall is not reached, why. The truth
+    (2 n, k) are the true best of vectors (2 n, length); recall is that of the worse half, samples or mixtures."""
     depths, short = [], []
     labels = _nearest(graph, vectors, most, most)
     for k, least in wanted.items():

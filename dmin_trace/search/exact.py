@@ -105,11 +105,9 @@ def exact_top_k(
 def scores_by_chunk(
     store: Store, queries: Floats, *, per_timestep: bool = False, threads: int | None = None
 ) -> Generator[tuple[range, Floats], None, None]:
-    """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep.
-
-    NaN for a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last
-    digit. Raises what `exact_top_k` does.
-    """
+    """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep; NaN for
+    a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last digit.
+    Raises what `exact_top_k` does."""
     check_queries(store, queries)
     products = chunk_products(store, np.ascontiguousarray(queries, np.float32), per_timestep)
 

@@ -48,10 +48,8 @@ def graph_bytes(length: int, vectors: int, m: int) -> int:
 
 
 def load_graph(path: Path, length: int, count: int, rows: int, m: int) -> tuple[Graph, NDArray[np.bool_]]:
-    """The graph in a file, checked before hnswlib reads it, and which rows it holds, (rows,).
-
-    Raises GraphError if it is no graph of `count` vectors of `length` numbers, each of another one of `rows` rows.
-    """
+    """The graph in a file, checked before hnswlib reads it, and which rows it holds, (rows,). Raises GraphError if it
+    is no graph of `count` vectors of `length` numbers, each of another one of `rows` rows."""
     import hnswlib
 
     try:

@@ -1,7 +1,4 @@
-"""What samples are ranked by: how queries are changed before they are multiplied with the rows of the store.
-
-The inner products of changed queries with the stored rows are the influence scores.
-"""
+"""What samples are ranked by: how queries are changed before they are multiplied with the rows of the store."""
 
 from dataclasses import dataclass
 from typing import Protocol, get_args
@@ -30,10 +27,8 @@ class FittedScore(Protocol):
 
 @dataclass(frozen=True)
 class BuiltInScore:
-    """A built-in score, fitted to a store: "dmin" leaves queries as they are, "deflated" takes directions out of them.
-
-    `description` says in words which directions; "" if none.
-    """
+    """A built-in score, fitted to a store: "dmin" leaves queries as they are, "deflated" takes directions out of them;
+    `description` says in words which."""
 
     name: Score
     directions: Directions | None = None
@@ -52,10 +47,8 @@ def check_score(store: Store, name: str) -> None:
 
 
 def fit_score(store: Store, name: str) -> BuiltInScore:
-    """The built-in score of this name, with the directions that the store's index keeps, or else finds now.
-
-    Raises what `check_score` does, and TraceError if the store is damaged.
-    """
+    """The built-in score of this name, with the directions that the store's index keeps, or that are found now. Raises
+    what `check_score` does, and TraceError if the store is damaged."""
     check_score(store, name)
     if name == "dmin":
         return BuiltInScore("dmin")

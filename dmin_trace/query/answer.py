@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from dmin_trace.store import Store
 
 if TYPE_CHECKING:
     import pandas
+
+    from dmin_trace.query.trace import Trace
 
 MAX_SHOWN_QUERIES, MAX_SHOWN_HITS = 3, 10  # in a TopK's repr
 
@@ -122,12 +124,30 @@ class TopK:
             raise QueryError(f"{path} cannot be written: {error}.") from None
 
 
+class ScoreMethod(Protocol):
+    """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
+
+    The inner products of the changed gradients with those of the training samples are the influence scores. All
+    training samples are scanned for it.
+    """
+
+    @property
+    def name(self) -> str:
+        """A word for the score; none of the built-in ones."""
+
+    def fit(self, trace: "Trace") -> None:
+        """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
+
+    def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The changed gradients of queries, (Q, T, v) float32; those given, of the same shape, stay as they are."""
+
+
 def answer_queries(
     store: Store,
     gradients: NDArray[np.float32],
     *,
     k: int,
-    score: str | search.FittedScore = "deflated",
+    score: str | search.BuiltInScore | ScoreMethod = "deflated",
     names: Sequence[str] = (),
     prompts: Sequence[str | None] = (),
     largest: bool = True,

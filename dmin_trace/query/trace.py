@@ -4,33 +4,22 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace import search
 from dmin_trace.errors import QueryError, TraceError, brief
-from dmin_trace.query.answer import Hit, TopK, answer_queries, import_extra
+from dmin_trace.query.answer import Hit, ScoreMethod, TopK, answer_queries, import_extra
 from dmin_trace.query.capture import capture_queries
 from dmin_trace.query.inputs import ImageInput
-from dmin_trace.search import FittedScore, Score
+from dmin_trace.search import BuiltInScore, Score
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
     import pandas
     import torch
-
-
-class ScoreMethod(FittedScore, Protocol):
-    """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
-
-    The inner products of the changed gradients with those of the training samples are the influence scores. All
-    training samples are scanned for it. Its name is none of the built-in ones.
-    """
-
-    def fit(self, trace: "Trace") -> None:
-        """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
 
 
 class Columns(Mapping[str, list[Any]]):
@@ -73,7 +62,7 @@ class Trace:
 
     def __init__(self, store: Store) -> None:
         self._store: Store | None = store
-        self._fitted: dict[str | int, FittedScore] = {}
+        self._fitted: dict[str | int, BuiltInScore | ScoreMethod] = {}
 
     @property
     def store(self) -> Store:
@@ -175,7 +164,7 @@ class Trace:
             prompts: the prompt of each image, for models that were trained with captions.
             conditioning: what each image was made from, for a ControlNet or a model that edits images.
             weights: the traced weights; those beside the trace if not given.
-            command: the script and its arguments, as the traced run was started; those that this machine remembers of
+            command: the script and its arguments, as the traced run was started; what this user's machine remembers of
                 that run if not given. `{data}` in an argument stands for the folder with the queries.
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
@@ -271,9 +260,10 @@ class Trace:
         largest: bool = True,
         exact: bool = False,
     ) -> TopK:
-        """The k training samples with the largest influence score for each query, largest first; or the smallest.
+        """The k training samples with the largest influence score for each query, largest first.
 
-        The index answers if it matches the trace and serves k samples; otherwise, and with `exact`, all are scanned.
+        With `largest` False they are those with the smallest, smallest first, which speak most against the query. The
+        index answers if it matches the trace and serves k samples; otherwise, and with `exact`, all are scanned.
         `score` is as for `scores`. Raises QueryError if k is out of range, and what `scores` raises.
         """
         search.check_k(self.store, k)
@@ -314,7 +304,7 @@ class Trace:
                 "Their gradients cannot be compared. Make queries with the methods of this trace."
             )
 
-    def _fitted_score(self, score: Score | ScoreMethod) -> FittedScore:
+    def _fitted_score(self, score: Score | ScoreMethod) -> BuiltInScore | ScoreMethod:
         """The score, fitted to this trace once."""
         key = score if isinstance(score, str) else id(score)
         if key not in self._fitted:

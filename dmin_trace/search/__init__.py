@@ -22,6 +22,5 @@ from dmin_trace.search.index_files import damage as damage
 from dmin_trace.search.index_files import index_beside as index_beside
 from dmin_trace.search.index_files import read_facts as read_facts
 from dmin_trace.search.scores import BuiltInScore as BuiltInScore
-from dmin_trace.search.scores import FittedScore as FittedScore
 from dmin_trace.search.scores import check_score as check_score
 from dmin_trace.search.scores import fit_score as fit_score

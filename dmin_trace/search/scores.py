@@ -1,7 +1,7 @@
 """What samples are ranked by: how queries are changed before they are multiplied with the rows of the store."""
 
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import get_args
 
 from dmin_trace.errors import QueryError
 from dmin_trace.search.deflation import Directions, Score, principal_directions
@@ -12,17 +12,6 @@ from dmin_trace.store import Store
 
 MAX_QUERY_NUMBERS = 2**31
 """Numbers of gradients, N T v, up to which a query finds the principal directions itself: in about a minute."""
-
-
-class FittedScore(Protocol):
-    """A score that is fitted to a store."""
-
-    @property
-    def name(self) -> str:
-        """A word for the score."""
-
-    def transform(self, queries: Floats) -> Floats:
-        """The changed gradients of queries, (Q, T, v) float32; those given, of the same shape, stay as they are."""
 
 
 @dataclass(frozen=True)

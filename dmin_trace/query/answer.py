@@ -222,6 +222,5 @@ def import_extra(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise QueryError(
-            f"{module} is not installed, and this table needs it. Install it: pip install dmin_trace[{extra}]."
-        ) from None
+        found = f"{module} is not installed, and this table needs it"
+        raise QueryError(f"{found}. Install it: pip install dmin_trace[{extra}].") from None

@@ -70,10 +70,9 @@ def capture_queries(
             _run(Command(run.script, query_run.arguments, run.folder), store.path, loaded, part)
             captured, group = open_store(part / "queries.zarr"), list(query_run.queries)
             if captured.header.samples != len(group):
-                raise ScriptError(
-                    f"The script made {captured.header.samples} samples of {len(group)} images, so which sample is "
-                    "which image is not known. Leave repeats and extra data out of its arguments."
-                )
+                found = f"The script made {captured.header.samples} samples of {len(group)} images"
+                advice = "Leave repeats and extra data out of its arguments."
+                raise ScriptError(f"{found}, so which sample is which image is not known. {advice}")
             if not captured.valid.all():
                 name = names[group[int(np.argmin(captured.valid))]]
                 raise QueryError(f"The gradient of {name} is zero or not finite, so it has no scores.")
@@ -102,9 +101,8 @@ def generate_images(
     try:
         images = script_host().generate(run.arguments, Path(run.folder), wanted)
     except (ValueError, OSError) as error:
-        raise QueryError(
-            f"No image could be made from the prompt: {error} Make it yourself, and give it before --prompt."
-        ) from None
+        found = f"No image could be made from the prompt: {error}"
+        raise QueryError(f"{found} Make it yourself, and give it before --prompt.") from None
     folder.mkdir(parents=True, exist_ok=True)
     inputs = []
     for image, (prompt, image_seed) in zip(images, wanted, strict=True):
@@ -137,28 +135,22 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
 def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:
     """Raises QueryError if a query lacks a prompt that the model needs, or has one that it does not take."""
     if with_prompts and prompt is None:
-        raise QueryError(
-            f"The model was trained with captions, but {name} came without its prompt. Give the prompt of each image "
-            "with --prompt, an empty one for an image made without."
-        )
+        found = f"The model was trained with captions, but {name} came without its prompt"
+        advice = "Give the prompt of each image with --prompt, an empty one for an image made without."
+        raise QueryError(f"{found}. {advice}")
     if own_prompts and prompt is not None:
-        raise QueryError(
-            f"A prompt was given for {name}, but the script makes its prompts itself, with --placeholder_token. Leave "
-            "--prompt out."
-        )
+        found = f"A prompt was given for {name}, but the script makes its prompts itself, with --placeholder_token"
+        raise QueryError(f"{found}. Leave --prompt out.")
 
 
 def _check_conditioning(name: str, source: ImageInput | None, column: str | None) -> None:
     """Raises QueryError if a conditioning image is missing, or given where the data set has no column of them."""
     if column is not None and source is None:
-        raise QueryError(
-            f"The model makes images from a conditioning image ({column}), but {name} came without the one that it was "
-            "made from. Give it with --conditioning."
-        )
+        found = f"The model makes images from a conditioning image ({column}), but {name} came without the one that it"
+        raise QueryError(f"{found} was made from. Give it with --conditioning.")
     if column is None and source is not None:
-        raise QueryError(
-            f"A conditioning image was given for {name}, but the model takes none. Leave --conditioning out."
-        )
+        found = f"A conditioning image was given for {name}, but the model takes none"
+        raise QueryError(f"{found}. Leave --conditioning out.")
 
 
 def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:

@@ -141,10 +141,10 @@ class Trace:
         others. NaN for a sample without a usable gradient. Raises QueryError and TraceError as `scores` does.
         """
         store, fitted = self.store, self._fitted_score(score)
-        by_row = np.full(len(self), np.nan, np.float32)
-        for rows in search.row_blocks(store, np.flatnonzero(store.valid)):
-            gradients = store.gradients(rows)
-            by_row[rows] = np.vecdot(fitted.transform(gradients), gradients).sum(axis=1)
+        rows, by_row = np.flatnonzero(store.valid), np.full(len(self), np.nan, np.float32)
+        for here in search.row_blocks(store, rows):
+            gradients = store.gradients(rows[here])
+            by_row[rows[here]] = np.vecdot(fitted.transform(gradients), gradients).sum(axis=1)
         return by_row[self._rows]
 
     def query_images(
@@ -182,10 +182,9 @@ class Trace:
         rows = self.store.rows_of(samples)
         usable = search.has_direction(self.store.numbers(rows).norm)
         if not usable.all():
-            raise QueryError(
-                f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query: it could not be loaded, "
-                "or its gradient is zero or not finite. Give another sample."
-            )
+            found = f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query"
+            why = "it could not be loaded, or its gradient is zero or not finite"
+            raise QueryError(f"{found}: {why}. Give another sample.")
         names = tuple(f"sample {sample}" for sample in samples)
         return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
 

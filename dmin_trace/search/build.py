@@ -200,8 +200,7 @@ def _calibrate(
 
 def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
     graph.set_ef(ef)
-    labels: Rows = graph.knn_query(vectors, k=k)[0].astype(np.int64)
-    return labels
+    return np.asarray(graph.knn_query(vectors, k=k)[0], np.int64)
 
 
 def _graph_memory(store: Store, fold: int, m: int) -> int:
@@ -245,8 +244,6 @@ def _distinct_rows(store: Store, progress: Progress) -> tuple[Rows, Rows, NDArra
 
 def _link(graph: Graph, store: Store, reduction: Reduction, rows: Rows, progress: Progress) -> None:
     """Adds the vectors of these rows to the graph."""
-    done = 0
-    for part in deflation.row_blocks(store, rows, LINKED_NUMBERS):
-        graph.add_items(reduction.vectors(store.gradients(part)), part)
-        done += len(part)
-        progress(f"linking vectors of {reduction.length:,} numbers", done, len(rows))
+    for here in deflation.row_blocks(store, rows, LINKED_NUMBERS):
+        graph.add_items(reduction.vectors(store.gradients(rows[here])), rows[here])
+        progress(f"linking vectors of {reduction.length:,} numbers", here.stop, len(rows))

@@ -100,10 +100,10 @@ def directions_memory(store: Store, count: int | None = None) -> int:
     return 12 * len(header.timesteps) * header.dimension * width
 
 
-def row_blocks(store: Store, rows: Rows, numbers: int | None = None) -> list[Rows]:
-    """The rows in order, in blocks whose gradients are at most `numbers` (BLOCK_NUMBERS) numbers, or one row."""
+def row_blocks(store: Store, rows: Rows, numbers: int | None = None, start: int = 0) -> list[slice]:
+    """Where blocks of the rows are, from `start` on, of at most `numbers` (BLOCK_NUMBERS) in gradients, or one row."""
     size = max(1, (numbers or BLOCK_NUMBERS) // (len(store.header.timesteps) * store.header.dimension))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [slice(first, min(first + size, len(rows))) for first in range(start, len(rows), size)]
 
 
 def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress) -> Directions:
@@ -120,17 +120,13 @@ def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExec
 def _gram_matrices(store: Store, rows: Rows, pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
     """(T, n, n) the inner products of these rows with each other."""
     products = np.empty((len(store.header.timesteps), len(rows), len(rows)))
-    start = 0
     for some in row_blocks(store, rows, 4 * BLOCK_NUMBERS):
-        columns = store.gradients(some).transpose(1, 0, 2)
-        end, at = start + len(some), start
-        for part in row_blocks(store, rows[start:]):
-            block, here = store.gradients(part), slice(at, at + len(part))
-            products[:, here, start:end] = _along(block, columns, pool)
-            products[:, start:end, here] = products[:, here, start:end].transpose(0, 2, 1)
-            at += len(part)
-        start = end
-        progress("multiplying samples with each other", end * (2 * len(rows) - end), len(rows) ** 2)
+        columns = store.gradients(rows[some]).transpose(1, 0, 2)
+        for here in row_blocks(store, rows, start=some.start):
+            products[:, here, some] = _along(store.gradients(rows[here]), columns, pool)
+            products[:, some, here] = products[:, here, some].transpose(0, 2, 1)
+        done = some.stop * (2 * len(rows) - some.stop)
+        progress("multiplying samples with each other", done, len(rows) ** 2)
     return products
 
 
@@ -189,8 +185,7 @@ def _products(some: Floats, others: Floats) -> Doubles:
 
 def _mixtures_of(vectors: Floats, mixtures: Doubles) -> Floats:
     """(r, v) mixtures (width, r) of vectors (width, v)."""
-    mixed: Floats = (mixtures.T @ vectors.astype(np.float64)).astype(np.float32)
-    return mixed
+    return np.asarray(mixtures.T @ vectors.astype(np.float64), np.float32)
 
 
 def _largest(symmetric: Doubles, count: int, least: float = SMALLEST_EIGENVALUE) -> tuple[Doubles, Doubles]:
@@ -219,9 +214,7 @@ def _basis_size(count: int) -> int:
 def _blocks(
     store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1
 ) -> Iterator[tuple[slice, Floats]]:
-    """Where some of the rows are among them, and their gradients (n, T, v)."""
-    start = 0
-    for some in row_blocks(store, rows):
-        yield slice(start, start + len(some)), store.gradients(some)
-        start += len(some)
-        progress("looking for what samples share", turn * len(rows) + start, turns * len(rows))
+    """Where blocks of the rows are, and their gradients (n, T, v)."""
+    for here in row_blocks(store, rows):
+        yield here, store.gradients(rows[here])
+        progress("looking for what samples share", turn * len(rows) + here.stop, turns * len(rows))

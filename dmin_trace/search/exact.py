@@ -68,8 +68,7 @@ def check_queries(store: Store, queries: Floats) -> None:
 
 def has_direction(norm: NDArray[Any]) -> Bools:
     """(n,) whether rows with these gradient norms (n, T) can be ranked: all norms are finite and above zero."""
-    usable: Bools = np.all(np.isfinite(norm) & (norm > 0), axis=1)
-    return usable
+    return np.asarray((np.isfinite(norm) & (norm > 0)).all(axis=1))
 
 
 def exact_top_k(
@@ -140,10 +139,8 @@ def rerank(
         raise TraceError(f"{store.path} is damaged: fewer rows can be ranked than its metadata says.")
     numbers = store.numbers(rows)
     if not has_direction(numbers.norm).all():
-        raise TraceError(
-            f"A candidate for {store.path} has no gradient that can be ranked, so the index is damaged. Make it anew "
-            "(dmin-trace index), or scan all samples (--exact)."
-        )
+        found = f"A candidate for {store.path} has no gradient that can be ranked, so the index is damaged"
+        raise TraceError(f"{found}. Make it anew (dmin-trace index), or scan all samples (--exact).")
     # A row of a file costs the same whenever it is read; a packed chunk is unpacked once for all of its rows.
     order = np.arange(len(rows)) if store.header.codec == "none" else np.argsort(rows, kind="stable")
     parts = np.empty((len(rows), queries.shape[1]))

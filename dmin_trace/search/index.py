@@ -55,8 +55,7 @@ class Reduction:
         return self._folded(self.common)
 
     def _folded(self, gradients: Floats) -> Floats:
-        folded: Floats = gradients.reshape(*gradients.shape[:-1], -1, self.fold).sum(axis=-2)
-        return folded
+        return np.asarray(gradients.reshape(*gradients.shape[:-1], -1, self.fold).sum(axis=-2))
 
 
 def common_directions(store: Store, rows: Rows) -> Floats:
@@ -97,15 +96,13 @@ class Index:
         try:
             labels, _ = self.graph.knn_query(self.reduction.vectors(queries), k=depth.candidates)
         except RuntimeError as error:
-            raise TraceError(
-                f"The index of {self.store.path} cannot be searched: {error}. Make it anew (dmin-trace index), or scan "
-                "all samples (--exact)."
-            ) from None
-        found, (copies, originals) = [], self.copies.T
+            found = f"The index of {self.store.path} cannot be searched: {error}"
+            raise TraceError(f"{found}. Make it anew (dmin-trace index), or scan all samples (--exact).") from None
+        candidates, (copies, originals) = [], self.copies.T
         for rows in labels.astype(np.int64):
             firsts, lasts = (np.searchsorted(originals, rows, side) for side in ("left", "right"))
-            found.append(np.concatenate([rows, *(copies[a:b] for a, b in zip(firsts, lasts, strict=True))]))
-        return found
+            candidates.append(np.concatenate([rows, *(copies[a:b] for a, b in zip(firsts, lasts, strict=True))]))
+        return candidates
 
 
 def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
@@ -118,9 +115,8 @@ def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Rank
     check_queries(index.store, queries)
     depth = index.facts.depth(k, kind)
     if depth is None:
-        raise QueryError(
-            f"k is {k}, more than the index was calibrated for. Give a smaller k, or scan all samples (--exact)."
-        )
+        found = f"k is {k}, more than the index was calibrated for"
+        raise QueryError(f"{found}. Give a smaller k, or scan all samples (--exact).")
     return rerank(index.store, queries, index.candidates(queries, depth), k, checksums=index.checksums)
 
 

@@ -66,5 +66,6 @@ def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbo
     trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
     folder = Path() if trial.out is None else trial.out.parent
     cost = describe_cost(estimate_cost(trial.recorder, trial.seconds_a_sample, folder))
-    console, title = Console(), "A whole capture of this script, estimated from two samples"
+    console = Console()
+    title = "A whole capture of this script, estimated from two samples"
     console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))

@@ -64,7 +64,8 @@ def query(
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
             status.update("Making images")
-            folder, count = made or trace.absolute().parent / "generated", 1 if num is None else num
+            folder = made or trace.absolute().parent / "generated"
+            count = 1 if num is None else num
             inputs = generate_images(opened.store, prompt, folder, num=count, seed=seed or 0, command=context.obj)
         else:
             inputs = read_inputs(images or [], prompt or [], conditioning or [])

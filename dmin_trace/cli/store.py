@@ -20,7 +20,8 @@ def info(*, trace: TracePath) -> None:
     from dmin_trace.search import read_facts
     from dmin_trace.store import open_store
 
-    store, console = open_store(trace, unfinished=True), Console()
+    store = open_store(trace, unfinished=True)
+    console = Console()
     facts = [*views.describe_store(store), ("index", views.summarize_index(read_facts(store)))]
     console.print(views.facts_table(facts, str(trace), ascii_only=console.options.ascii_only))
 

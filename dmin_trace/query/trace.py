@@ -141,7 +141,8 @@ class Trace:
         others. NaN for a sample without a usable gradient. Raises QueryError and TraceError as `scores` does.
         """
         store, fitted = self.store, self._fitted_score(score)
-        rows, by_row = np.flatnonzero(store.valid), np.full(len(self), np.nan, np.float32)
+        by_row = np.full(len(self), np.nan, np.float32)
+        rows = np.flatnonzero(store.valid)
         for here in search.row_blocks(store, rows):
             gradients = store.gradients(rows[here])
             by_row[rows[here]] = np.vecdot(fitted.transform(gradients), gradients).sum(axis=1)
@@ -199,8 +200,8 @@ class Trace:
         Args:
             model: what was recorded, with the traced weights.
             items: Q items, as the loop of the recording took them from its data set.
-            loss: `loss(model, item)` gives the recorded loss. It draws its noise and its timestep as there; both are
-                pinned to those of the trace.
+            loss: `loss(model, item)` is the loss that the recording called `backward` on. It draws its noise and its
+                timestep in the same way; both are pinned to those of the trace.
 
         Raises QueryError if there are no items or their gradients cannot be compared with those of the trace,
         CaptureError if the loss cannot be recorded, WeightsError if the model's weights are not those of the trace.
@@ -232,7 +233,7 @@ class Trace:
             per_timestep: give the inner product at each timestep, not their sum.
             out: where the scores are written; an array of `numpy.memmap` if they do not fit into memory.
 
-        Returns (Q, N) float32, or (Q, N, T) per timestep; NaN for a sample without a usable gradient.
+        Returns (Q, N) float32, or (Q, N, T) per timestep, in `out` if given; NaN for a sample without usable gradient.
 
         Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
         large for deflated scores without an index; TraceError if the trace is damaged.

@@ -89,7 +89,8 @@ def build_index(
         _check_memory(needed, "Finding the principal directions", "Give a smaller --directions, or 0 for none.")
         principal = deflation.principal_directions(store, directions, progress)
         arrays = {index_files.PRINCIPAL: principal.vectors, index_files.EIGENVALUES: principal.eigenvalues}
-    tried, short, graph, depths = folds[0], f"{len(kept)} samples are few enough to scan", None, list[Depth]()
+    tried, short, graph = folds[0], f"{len(kept)} samples are few enough to scan", None
+    depths: list[Depth] = []
     if wanted:
         queries: dict[Score, Floats] = {"dmin": _with_mixtures(store.gradients(held))}
         if principal is not None:

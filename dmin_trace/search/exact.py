@@ -180,7 +180,8 @@ class _FirstPass:
 
     def near(self, rows: range, valid: Bools, scores: Floats) -> _Found:
         """Those valid rows of a chunk, with scores (1, n, Q), that may be among the k best. Any thread may call it."""
-        scores, border = scores[0, valid] if self._largest else -scores[0, valid], self._border
+        border = self._border
+        scores = scores[0, valid] if self._largest else -scores[0, valid]
         if len(scores) >= self._k:
             kth = np.partition(scores, len(scores) - self._k, axis=0)[len(scores) - self._k]
             border = np.maximum(border, kth - self._rounding)

@@ -233,7 +233,7 @@ class Trace:
             per_timestep: give the inner product at each timestep, not their sum.
             out: where the scores are written; an array of `numpy.memmap` if they do not fit into memory.
 
-        Returns (Q, N) float32, or (Q, N, T) per timestep, in `out` if given; NaN for a sample without usable gradient.
+        Returns (Q, N) float32, or (Q, N, T) per timestep, in `out` if given; NaN if a sample has no usable gradient.
 
         Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
         large for deflated scores without an index; TraceError if the trace is damaged.

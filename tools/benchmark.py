@@ -45,7 +45,8 @@ from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.step import StepGuard
 from dmin_trace.cli import app as cli
 from dmin_trace.project import make_plan, project
-from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, rerank, search
+from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, search
+from dmin_trace.search.exact import rerank
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, create, open_store
 
@@ -669,8 +670,8 @@ import json, sys, time
 from pathlib import Path
 import hnswlib, numpy as np
 import dmin_trace.query.trace
-from dmin_trace.query.topk import hits_of
-from dmin_trace.search import DeflatedScore, index, score_method
+from dmin_trace.query.answer import hits_of
+from dmin_trace.search import fit_score, index
 from dmin_trace.store import open_store
 
 def peak():
@@ -704,8 +705,7 @@ timed(index.Index, "candidates", inside[1])
 timed(index, "rerank", inside[2])
 store = step("open store", lambda: open_store(Path(sys.argv[1])))
 query = store.gradients([store.header.samples // 3])
-score = score_method(store, "deflated")
-step("directions", lambda: score.fit(store))
+score = step("directions", lambda: fit_score(store, "deflated"))
 deflated = step("deflate", lambda: score.transform(query))
 opened = step("index but graph", lambda: index.open_index(store))
 ranking = step("search", lambda: index.search(opened, deflated, 10, kind="deflated"))

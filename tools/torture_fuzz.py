@@ -48,6 +48,7 @@ from dmin_trace.query import AnsweredBy, Hit, TopK
 from dmin_trace.query.inputs import image_file
 from dmin_trace.search import Facts
 from dmin_trace.search import graph as hnsw
+from dmin_trace.search.index import open_directions
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
 from dmin_trace.store.metadata import DIGEST, digest_of
@@ -161,7 +162,7 @@ def targets(folder: Path) -> dict[str, Target]:
             edited = _signed(edited)
         _put(harmed / "trace.index" / "index.json", json.dumps(edited))
         opened = open_store(harmed / "trace.zarr")
-        for what in (index.open_index(opened), index.open_directions(opened)):
+        for what in (index.open_index(opened), open_directions(opened)):
             if isinstance(what, index.Unavailable):
                 raise RefusedError
 

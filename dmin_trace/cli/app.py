@@ -1,7 +1,5 @@
 """The command `dmin-trace`: all its commands, and what becomes of their errors."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,11 +52,8 @@ def _top(version: Version = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code.
-
-    An error of dmin_trace is one red line and exit code 1, or 128 plus the signal that stopped a capture. A mistake in
-    the options is exit code 2.
-    """
+    """Runs the command line and returns the exit code: 1 for an error of dmin_trace, which is one red line, or 128 plus
+    the signal that stopped a capture; 2 for a mistake in the options."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     # The script's own command line stands after `--`; typer must not parse it.
     at = given.index("--") if "--" in given else len(given)

@@ -1,7 +1,5 @@
 """The commands that run a training script: run, capture, estimate."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +8,7 @@ from rich.console import Console
 
 from dmin_trace.cli.options import EditedScript, Out, Verbose, absolute, script_command, with_settings
 from dmin_trace.command import Job
+from dmin_trace.views import facts_table
 
 TRAINED_WEIGHTS = "The trained weights: a safetensors file, or a folder with one."
 
@@ -63,7 +62,6 @@ def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbo
     """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take."""
     from dmin_trace.capture.estimate import describe_cost, estimate_cost
     from dmin_trace.capture.launch import run_script
-    from dmin_trace.views import facts_table
 
     trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
     folder = Path() if trial.out is None else trial.out.parent

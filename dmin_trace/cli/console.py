@@ -1,7 +1,5 @@
 """What commands print: notes, progress bars and the log. All texts are made harmless first."""
 
-from __future__ import annotations
-
 import logging
 
 from rich.console import Console
@@ -10,8 +8,7 @@ from rich.text import Text
 
 from dmin_trace.views import harmless
 
-MAX_NOTE_LENGTH = 400
-MAX_MESSAGE_LENGTH = 4000
+MAX_NOTE_LENGTH, MAX_MESSAGE_LENGTH = 400, 4000
 
 
 def print_note(console: Console, text: str, style: str = "dim") -> None:

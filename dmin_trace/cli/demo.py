@@ -1,9 +1,4 @@
-"""The whole way on handwritten digits: train, capture, generate, query, show. What `dmin-trace demo` runs.
-
-The training script is the example `examples/train_digits.py`, run as a user runs it.
-"""
-
-from __future__ import annotations
+"""The whole way on handwritten digits: train with `examples/train_digits.py`, capture, generate, query, show."""
 
 import os
 import subprocess
@@ -23,24 +18,19 @@ from dmin_trace.query import Hit, open_trace
 from dmin_trace.store import core_count
 from dmin_trace.views import hits_table
 
-GENERATED_COUNT = 40
-QUERY_COUNT = 5
-HIT_COUNT = 10
+GENERATED_COUNT, QUERY_COUNT, HIT_COUNT = 40, 5, 10
 TRAINING_ARGUMENTS = ("--num_epochs", "40", "--learning_rate", "2e-3", "--seed", "0")
 BATCH_SIZE = 64
 
 
 def run_demo(folder: Path, console: Console) -> float:
-    """Trains, captures, generates and queries in a new folder; prints the tables and the path of a picture.
-
-    Returns the fraction of the training samples shown that have the same digit as their query. Raises QueryError if the
-    folder exists or the demo's packages are not installed, and ScriptError if the training fails.
-    """
+    """Trains, captures, generates and queries in a new folder; prints the tables and the path of a picture. Returns the
+    fraction of the training samples shown that have the digit of their query. Raises QueryError if the folder exists or
+    the demo's packages are not installed, and ScriptError if the training fails."""
     missing = [name for name in ("diffusers", "sklearn") if find_spec(name) is None]
     if missing:
-        raise QueryError(
-            f"The demo needs {' and '.join(missing)}. Install them: python -m pip install 'dmin_trace[demo]'."
-        )
+        install = "python -m pip install 'dmin_trace[demo]'"
+        raise QueryError(f"The demo needs {' and '.join(missing)}. Install them: {install}.")
     if folder.exists():
         raise QueryError(f"{folder} exists already. Remove it, or give another folder with --out.")
 
@@ -64,7 +54,6 @@ def run_demo(folder: Path, console: Console) -> float:
         paths = [folder / f"generated-{k}.png" for k in range(len(images))]
         for path, image in zip(paths, images, strict=True):
             image.save(path)
-
         console.print("3. Ask where they come from.\n")
         with Console(stderr=True).status("Capturing the gradients of the generated digits"):
             queries = trace.query_images(paths)
@@ -86,10 +75,8 @@ def run_demo(folder: Path, console: Console) -> float:
 
 
 def generate(folder: Path) -> tuple[list[Image.Image], list[int]]:
-    """Generates images of 8x8 with the pipeline in `folder`, and picks those of different digits that are surest.
-
-    Returns them and the digits that a classifier sees in them.
-    """
+    """Generates images of 8x8 with the pipeline in `folder`. Returns those of different digits of which a classifier is
+    surest, and the digits that it sees."""
     from diffusers import DDIMPipeline, logging
     from sklearn.svm import SVC
 

@@ -1,7 +1,5 @@
 """The commands evaluate labels, duplicates and lds: how good the scores of a trace are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +9,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.query import read_queries
 from dmin_trace.errors import QueryError
+from dmin_trace.views import measure_table, measures_json
 
 if TYPE_CHECKING:
     from dmin_trace.audit import Measurement
@@ -18,10 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode=None)
 
-Models = Annotated[
-    Path,
-    typer.Argument(help="Retrained models, by numpy.savez: subsets, bool (models, samples); losses (models, queries)."),
-]
+MODELS_HELP = "Retrained models, by numpy.savez: subsets, bool (models, samples); losses (models, queries)."
 Ks = Annotated[list[int] | None, typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the bootstrap that gives the 95 % intervals.")]
 
@@ -60,7 +56,7 @@ def lds(
     *,
     context: typer.Context,
     trace: options.TracePath,
-    models: Models,
+    models: Annotated[Path, typer.Argument(help=MODELS_HELP)],
     images: options.ImagePaths = None,
     sample: options.Samples = None,
     prompt: Annotated[list[str] | None, typer.Option(help="The prompt of each image, or one for all.")] = None,
@@ -94,9 +90,7 @@ def lds(
     _show(found, opened, json_path)
 
 
-def _show(found: Measurement, trace: Trace, json_path: Path | None) -> None:
-    from dmin_trace.views import measure_table, measures_json
-
+def _show(found: "Measurement", trace: "Trace", json_path: Path | None) -> None:
     console = Console()
     ascii_only = console.options.ascii_only
     console.print(measure_table(found.title, found.headings, found.rows, found.meaning, ascii_only=ascii_only))

@@ -1,9 +1,4 @@
-"""Arguments and options that several commands share.
-
-The options for settings are derived from the fields of `Settings`, so a new setting needs no change here.
-"""
-
-from __future__ import annotations
+"""Arguments and options that several commands share. Those for settings are derived from the fields of `Settings`."""
 
 import inspect
 from collections.abc import Callable
@@ -65,17 +60,14 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=show_log, hel
 def script_command(context: typer.Context) -> Command:
     """The script and its arguments, which stand after `--`. Raises ScriptError if there is none."""
     if not context.obj:
-        raise ScriptError(
-            f"No script was given. Write it after two dashes: dmin-trace {context.info_name} -- SCRIPT ARGS."
-        )
+        line = f"dmin-trace {context.info_name} -- SCRIPT ARGS"
+        raise ScriptError(f"No script was given. Write it after two dashes: {line}.")
     return Command(str(Path(context.obj[0]).absolute()), tuple(context.obj[1:]), str(Path.cwd()))
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the parameter `settings` of a command by one option for each field of `Settings`.
-
-    The command receives a mapping of the settings that were given on the command line, already checked.
-    """
+    """Replaces the parameter `settings` of a command by one option for each field of `Settings`. The command receives a
+    mapping of the settings that were given on the command line, already checked."""
     types = get_type_hints(Settings)
     options = {field.name: _settings_option(field, types[field.name]) for field in fields(Settings)}
 
@@ -86,10 +78,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         make_settings(given)
         command(settings=given, **arguments)
 
-    parameters = inspect.signature(command, eval_str=True).parameters
-    signature = inspect.Signature(
-        [p for name, p in parameters.items() if name != "settings"] + list(options.values()), return_annotation=None
-    )
+    kept = [p for name, p in inspect.signature(command).parameters.items() if name != "settings"]
+    signature = inspect.Signature([*kept, *options.values()], return_annotation=None)
     # typer reads both.
     command_with_options.__signature__ = signature  # type: ignore[attr-defined]
     command_with_options.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
@@ -101,20 +91,18 @@ def _settings_option(field: Field[Any], kind: Any) -> inspect.Parameter:
     name, text = f"--{field.name}", field.metadata["help"]
     if field.default is not None:
         text += f" Default: {field.default}."
-    option: Any
     annotation: Any
     if kind is int:
-        annotation, option = int | None, typer.Option(name, help=text, metavar="NUMBER")
+        annotation = Annotated[int | None, typer.Option(name, help=text, metavar="NUMBER")]
     elif get_origin(kind) is Literal:
-        annotation, option = kind | None, typer.Option(name, help=text)
+        annotation = Annotated[kind | None, typer.Option(name, help=text)]
     elif field.name == "timesteps":
-        annotation, option = str | None, typer.Option(name, help=text, parser=parse_timesteps, metavar="NUMBER|LIST")
+        option = typer.Option(name, help=text, parser=parse_timesteps, metavar="NUMBER|LIST")
+        annotation = Annotated[str | None, option]
     else:
         # One of several values: --column label --column caption.
-        annotation, option = list[str] | None, typer.Option(name.removesuffix("s"), help=text, metavar="NAME")
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-    )
+        annotation = Annotated[list[str] | None, typer.Option(name.removesuffix("s"), help=text, metavar="NAME")]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def parse_timesteps(text: str) -> int | list[int]:
@@ -125,7 +113,7 @@ def parse_timesteps(text: str) -> int | list[int]:
         raise SettingsError(f"--timesteps is {text!r}; expected a number, or a list such as 100,500,900.") from None
 
 
-def trace_facts(trace: Trace) -> dict[str, object]:
+def trace_facts(trace: "Trace") -> dict[str, object]:
     """What a JSON file says of the trace that it is about."""
     header = trace.store.header
     return {"id": header.id, "samples": header.samples, "weights": header.weights}

@@ -1,7 +1,5 @@
 """The command query: which training samples influenced an image most."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +10,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.console import print_note
 from dmin_trace.errors import QueryError
+from dmin_trace.views import hits_csv, hits_json, hits_table
 
 if TYPE_CHECKING:
     from dmin_trace.query import QueryInput, Trace
@@ -49,8 +48,7 @@ def query(
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
     from dmin_trace.query import generate_images, open_trace, read_inputs
-    from dmin_trace.search import check_k, score_method
-    from dmin_trace.views import hits_csv, hits_json, hits_table
+    from dmin_trace.search import check_k, check_score
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts as queries, or training samples with --sample, and not both.")
@@ -61,7 +59,7 @@ def query(
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
     # A capture that still runs can be queried for the samples that are done; the answer says how many.
     opened = open_trace(trace, unfinished=True)
-    score_method(opened.store, score)
+    check_score(opened.store, score)
     check_k(opened.store, k)
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
@@ -75,7 +73,6 @@ def query(
         queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
-
     console = Console()
     for number in range(len(top)):
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
@@ -98,21 +95,18 @@ def query(
 
 
 def read_queries(
-    trace: Trace,
+    trace: "Trace",
     samples: Sequence[int] | None,
-    inputs: Sequence[QueryInput],
+    inputs: "Sequence[QueryInput]",
     weights: Path | None,
     command: Sequence[str],
     edited_script: bool,
-) -> Queries:
+) -> "Queries":
     """The queries: stored samples, or else images. `command` is the script's, or empty for the remembered one."""
     if samples:
         return trace.query_samples(samples)
+    images, prompts = [given.image for given in inputs], [given.prompt for given in inputs]
+    sources = [given.conditioning for given in inputs]
     return trace.query_images(
-        [given.image for given in inputs],
-        [given.prompt for given in inputs],
-        conditioning=[given.conditioning for given in inputs],
-        weights=weights,
-        command=command,
-        edited_script=edited_script,
+        images, prompts, conditioning=sources, weights=weights, command=command, edited_script=edited_script
     )

@@ -1,14 +1,14 @@
 """The commands for a store: info, verify, index, pack."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TimeRemainingColumn, TransferSpeedColumn
 
+from dmin_trace import views
 from dmin_trace.cli.console import print_note, progress_bar
 from dmin_trace.cli.options import JsonPath, TracePath, Verbose
 from dmin_trace.errors import SettingsError
@@ -19,12 +19,11 @@ def info(*, trace: TracePath) -> None:
     """Show what a store holds and how complete it is."""
     from dmin_trace.search import read_facts
     from dmin_trace.store import open_store
-    from dmin_trace.views import describe_store, facts_table, summarize_index
 
     store = open_store(trace, unfinished=True)
     console = Console()
-    facts = [*describe_store(store), ("index", summarize_index(read_facts(store)))]
-    console.print(facts_table(facts, str(trace), ascii_only=console.options.ascii_only))
+    facts = [*views.describe_store(store), ("index", views.summarize_index(read_facts(store)))]
+    console.print(views.facts_table(facts, str(trace), ascii_only=console.options.ascii_only))
 
 
 def verify(
@@ -42,18 +41,15 @@ def verify(
 
     The exit code is 0 if everything is whole, and 1 if something is damaged.
     """
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-
     from dmin_trace.audit import verify_store
     from dmin_trace.store import drop_damaged, drop_failed
-    from dmin_trace.views import damage_table, verified_json
 
     with progress_bar(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("verify", total=None)
         found = verify_store(trace, progress=lambda done, of: progress.update(task, completed=done, total=of))
     console = Console()
     if found.damages:
-        console.print(damage_table(found, str(trace), ascii_only=console.options.ascii_only))
+        console.print(views.damage_table(found, str(trace), ascii_only=console.options.ascii_only))
     for note in found.notes:
         print_note(console, note)
     count = len(found.damages)
@@ -61,7 +57,7 @@ def verify(
     compared = f"{found.files:,} files, {found.bytes:,} bytes were compared with their checksums"
     print_note(console, f"{trace}: {result}; {compared}.", style="red" if count else "green")
     if json_path is not None:
-        json_path.write_text(verified_json(found), encoding="utf-8")
+        json_path.write_text(views.verified_json(found), encoding="utf-8")
     dropped = (drop_damaged(trace) if damaged else []) + (drop_failed(trace) if failed else [])
     if dropped:
         numbers = ", ".join(map(str, dropped))
@@ -85,17 +81,14 @@ def index(
     verbose: Verbose = False,
 ) -> None:
     """Build an index beside a store, so that queries need not scan it. Measures the recall that it reaches."""
-    from rich.progress import TaskID
-
     from dmin_trace.search import build_index, index_beside
     from dmin_trace.store import open_store
-    from dmin_trace.views import describe_index, facts_table
 
     if fold != "auto" and not fold.isdecimal():
         raise SettingsError(f"--fold is {fold!r}; expected auto, or a number such as 128.")
     store = open_store(trace)
+    tasks: dict[str, TaskID] = {}
     with progress_bar() as progress:
-        tasks: dict[str, TaskID] = {}
 
         def show(step: str, done: int, of: int) -> None:
             if step not in tasks:
@@ -111,9 +104,8 @@ def index(
             directions=directions,
             progress=show,
         )
-    console = Console()
-    title = str(index_beside(trace))
-    console.print(facts_table(describe_index(facts, store), title, ascii_only=console.options.ascii_only))
+    console, described = Console(), views.describe_index(facts, store)
+    console.print(views.facts_table(described, str(index_beside(trace)), ascii_only=console.options.ascii_only))
 
 
 def pack(
@@ -135,5 +127,5 @@ def pack(
         task = bar.add_task("pack", total=store.header.samples)
         advance = partial(bar.advance, task)
         packed = pack_store(store, out, codec=codec, dtype=dtype, dimension=dimension, progress=advance)
-    part = 100 * packed.bytes / store.bytes
-    print_note(Console(stderr=True), f"{out}: {packed.bytes:,} bytes, {part:.1f}% of {store.bytes:,}.", style="")
+    size = f"{packed.bytes:,} bytes, {packed.bytes / store.bytes:.1%} of {store.bytes:,}"
+    print_note(Console(stderr=True), f"{out}: {size}.", style="")

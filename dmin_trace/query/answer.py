@@ -1,41 +1,145 @@
-"""Query gradients in, the most influential training samples out: by the index, or by a scan of all rows."""
+"""The most influential training samples for each query, found by the index or by a scan of all rows: `TopK`."""
 
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmin_trace.query.topk import AnsweredBy, TopK, hits_of
-from dmin_trace.search import (
-    DeflatedScore,
-    Index,
-    Unavailable,
-    check_queries,
-    exact_top_k,
-    open_index,
-    score_method,
-    search,
-)
+from dmin_trace import search
+from dmin_trace.errors import QueryError, brief
 from dmin_trace.store import Store
 
+if TYPE_CHECKING:
+    import pandas
 
-class FittedScore(Protocol):
-    """A score that is fitted to a store."""
+    from dmin_trace.query.trace import Trace
+
+MAX_SHOWN_QUERIES, MAX_SHOWN_HITS = 3, 10  # in a TopK's repr
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Hit:
+    """One of the k training samples with the largest influence score for a query, or with the smallest.
+
+    rank, sample: the place among the k, from 1; the data set index.
+    score, per_timestep: the influence score, and the T inner products that it is the sum of.
+    columns: the sample's readable columns, such as its caption or label.
+    """
+
+    rank: int
+    sample: int
+    score: float
+    per_timestep: tuple[float, ...]
+    columns: dict[str, str | int | float | None]
+
+    def __repr__(self) -> str:
+        columns = "".join(f", {brief(name)[1:-1]}={brief(value)}" for name, value in self.columns.items())
+        return f"Hit(rank={self.rank}, sample={self.sample}, score={self.score:.4f}{columns})"
+
+
+@dataclass(frozen=True)
+class AnsweredBy:
+    """What found the training samples of an answer.
+
+    recall: (depth, part), the part of the true `depth` best that the index found in calibration; None after a scan.
+    description: the same in words, on one line; it may hold text from the index file.
+    """
+
+    recall: tuple[int, float] | None
+    description: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TopK:
+    """The k training samples with the largest influence score for each of Q queries, or with the smallest.
+
+    samples: (Q, k) int64, data set indices; best first, which is smallest first for the smallest.
+    scores: (Q, k) float32, their influence scores.
+    per_timestep: (Q, k, T) float32, the inner product at each timestep; they add up to the score.
+    hits: for each query its k samples with their readable columns.
+    names, prompts: the Q names and prompts of the queries; None for a query without a prompt.
+    timesteps: T, as numbers of the training schedule.
+    score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
+    answered_by: whether the index or a scan of all samples found them.
+    """
+
+    samples: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    per_timestep: NDArray[np.float32]
+    hits: list[list[Hit]]
+    names: tuple[str, ...]
+    prompts: tuple[str | None, ...]
+    timesteps: tuple[float, ...]
+    score: str
+    deflation: str
+    answered_by: AnsweredBy
+
+    def __len__(self) -> int:
+        """Q, the number of queries."""
+        return len(self.hits)
+
+    def __repr__(self) -> str:
+        count = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
+        lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {brief(self.answered_by.description)[1:-1]})"]
+        for name, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.hits, strict=False):
+            lines += [f"  {name!r}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
+            lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
+        return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
+
+        Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
+        trace's readable columns, with `meta_` before a name that is taken.
+        """
+        hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
+        columns: dict[str, Any] = {
+            "query": [name for name in self.names for _ in range(count)],
+            "prompt": [prompt for prompt in self.prompts for _ in range(count)],
+            "rank": [hit.rank for hit in hits],
+            "sample": self.samples.ravel(),
+            "score": self.scores.ravel(),
+        }
+        for t, timestep in enumerate(self.timesteps):
+            columns[f"t{timestep:g}"] = self.per_timestep[:, :, t].ravel()
+        for name in hits[0].columns:
+            free = name
+            while free in columns:
+                free = f"meta_{free}"
+            columns[free] = [hit.columns[name] for hit in hits]
+        return import_extra("pandas", "pandas").DataFrame(columns)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pandas or pyarrow is not installed or
+        the file cannot be written."""
+        import_extra("pyarrow", "parquet")
+        try:
+            self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
+        except (OSError, ValueError) as error:  # ValueError: a text that is not valid Unicode
+            raise QueryError(f"{path} cannot be written: {error}.") from None
+
+
+class ScoreMethod(Protocol):
+    """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
+
+    The inner products of the changed gradients with those of the training samples are the influence scores. All
+    training samples are scanned for it.
+    """
 
     @property
     def name(self) -> str:
-        """A word for the score."""
+        """A word for the score; none of the built-in ones."""
+
+    def fit(self, trace: "Trace") -> None:
+        """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
 
     def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """The changed gradients of queries, (Q, T, v) float32; those given, of the same shape, stay as they are."""
-
-
-def fitted_score(store: Store, name: str) -> FittedScore:
-    """The built-in score with this name, fitted to a store. Errors are those of `score_method` and its `fit`."""
-    method = score_method(store, name)
-    method.fit(store)
-    return method
 
 
 def answer_queries(
@@ -43,12 +147,12 @@ def answer_queries(
     gradients: NDArray[np.float32],
     *,
     k: int,
-    score: str | FittedScore = "deflated",
+    score: str | search.BuiltInScore | ScoreMethod = "deflated",
     names: Sequence[str] = (),
     prompts: Sequence[str | None] = (),
     largest: bool = True,
     exact: bool = False,
-    index: Index | Unavailable | None = None,
+    index: search.Index | search.Unavailable | None = None,
 ) -> TopK:
     """The k training samples with the largest influence scores for queries (Q, T, v), or with the smallest.
 
@@ -56,20 +160,20 @@ def answer_queries(
     scanned; those that are done, in an unfinished store. A fitted score and an `index` from `open_index` save making
     them for each call. Arguments and errors are otherwise those of `Trace.top_k`.
     """
-    check_queries(store, gradients)
-    method = fitted_score(store, score) if isinstance(score, str) else score
-    queries = method.transform(gradients)
+    search.check_queries(store, gradients)
+    fitted = search.fit_score(store, score) if isinstance(score, str) else score
+    queries = fitted.transform(gradients)
     if exact or not largest or not store.complete:
-        index = Unavailable("")
+        index = search.Unavailable("")
     elif index is None:
-        index = open_index(store)
+        index = search.open_index(store)
     # Of a score of the user's own, no depth is calibrated.
-    if isinstance(index, Unavailable) or (depth := index.facts.depth(k, method.name)) is None:
-        ranking = exact_top_k(store, queries, k, largest=largest)
-        reason = index.reason if isinstance(index, Unavailable) else index.facts.unserved(method.name)
+    if isinstance(index, search.Unavailable) or (depth := index.facts.depth(k, fitted.name)) is None:
+        ranking = search.exact_top_k(store, queries, k, largest=largest)
+        reason = index.reason if isinstance(index, search.Unavailable) else index.facts.unserved(fitted.name)
         answered_by = AnsweredBy(None, _scanned(store, reason))
     else:
-        ranking = search(index, queries, k, kind=method.name)
+        ranking = search.search(index, queries, k, kind=fitted.name)
         words = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
         answered_by = AnsweredBy((depth.k, depth.recall), words)
     hits = hits_of(store, ranking)
@@ -81,8 +185,8 @@ def answer_queries(
         names=tuple(names) or tuple(f"query {n}" for n in range(len(hits))),
         prompts=tuple(prompts) or (None,) * len(hits),
         timesteps=store.header.timesteps,
-        score=method.name,
-        deflation=method.description if isinstance(method, DeflatedScore) else "",
+        score=fitted.name,
+        deflation=fitted.description if isinstance(fitted, search.BuiltInScore) else "",
         answered_by=answered_by,
     )
 
@@ -93,3 +197,30 @@ def _scanned(store: Store, reason: str) -> str:
     if not store.complete:
         return f"searched {len(store.rows_done):,} of {count:,} samples; the capture is unfinished"
     return f"scanned all {count:,} samples" + (f": {reason}" if reason else "")
+
+
+def hits_of(store: Store, ranking: search.Ranking) -> list[list[Hit]]:
+    """The hits of each query, best first. Of the store, only the ranked rows are read."""
+    (queries, k), rows = ranking.rows.shape, ranking.rows.ravel()
+    samples = store.numbers(rows).sample.tolist()
+    columns = {name: store.column_at(name, rows) for name in store.header.columns}
+    hits = [
+        Hit(
+            rank=n % k + 1,
+            sample=samples[n],
+            score=float(ranking.scores[n // k, n % k]),
+            per_timestep=tuple(ranking.per_timestep[n // k, n % k].tolist()),
+            columns={name: values[n] for name, values in columns.items()},
+        )
+        for n in range(len(rows))
+    ]
+    return [hits[query * k : (query + 1) * k] for query in range(queries)]
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Imports an optional dependency. Raises QueryError with the command that installs it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        found = f"{module} is not installed, and this table needs it"
+        raise QueryError(f"{found}. Install it: pip install dmin_trace[{extra}].") from None

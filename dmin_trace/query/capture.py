@@ -1,8 +1,5 @@
-"""Images and prompts in, query gradients out: the traced script runs once more, on a data set of the queries.
-
-It runs in a process of its own, with the traced weights, and with its data argument pointed at a folder with the
-queries. Code, noise, timesteps and projection are those of the trace, so the gradients can be compared with its rows.
-"""
+"""Images and prompts in, query gradients out: the traced script runs once more, in a process of its own, with the
+traced weights, and with its data argument pointed at a folder with the queries."""
 
 import json
 import os
@@ -45,17 +42,14 @@ def capture_queries(
     run = traced_command(store, command)
     if not edited_script:
         # Nothing is known of a script that is missing; running it says so.
-        script = script_of(run.script)
-        advice = (
-            "Query with the script as it was; or, if its loss and its data are the same, with --edited-script "
-            "(edited_script=True)."
-        )
+        script, same = script_of(run.script), "if its loss and its data are the same"
+        advice = f"Query with the script as it was; or, {same}, with --edited-script (edited_script=True)."
         check_script(store.path, store.header, script.name, script.sha256, advice)
     host, batch = script_host(), store.header.batch
     columns = host.query_columns(run.arguments, batch)
-    own_prompts = host.words_its_own_prompts(run.arguments)
     # Its batches held captions, tokens, or embeddings of them.
     with_captions = any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
+    own_prompts = host.words_its_own_prompts(run.arguments)
     with_prompts = not own_prompts and (with_captions or host.takes_prompts(run.arguments))
     for name, prompt, source in zip(names, prompts, sources, strict=True):
         _check_prompt(name, prompt, with_prompts, own_prompts)
@@ -73,21 +67,12 @@ def capture_queries(
         for n, query_run in enumerate(runs):
             part = folder / f"part{n}"
             part.mkdir()
-            job = Job(
-                mode="now",
-                command=Command(run.script, query_run.arguments, run.folder),
-                settings={},
-                out=str(part / "queries.zarr"),
-                weights=str(loaded.absolute()),
-                like=str(store.path.absolute()),
-            )
-            _run(job, part)
+            _run(Command(run.script, query_run.arguments, run.folder), store.path, loaded, part)
             captured, group = open_store(part / "queries.zarr"), list(query_run.queries)
             if captured.header.samples != len(group):
-                raise ScriptError(
-                    f"The script made {captured.header.samples} samples of {len(group)} images, so which sample is "
-                    "which image is not known. Leave repeats and extra data out of its arguments."
-                )
+                found = f"The script made {captured.header.samples} samples of {len(group)} images"
+                advice = "Leave repeats and extra data out of its arguments."
+                raise ScriptError(f"{found}, so which sample is which image is not known. {advice}")
             if not captured.valid.all():
                 name = names[group[int(np.argmin(captured.valid))]]
                 raise QueryError(f"The gradient of {name} is zero or not finite, so it has no scores.")
@@ -106,8 +91,8 @@ def generate_images(
 ) -> list[QueryInput]:
     """Makes images with the model that the traced run saved, and writes them to files named by prompt and seed.
 
-    The folder is created if it is missing. Of each prompt `num` images are made; image k has the seed `seed + k`.
-    `command` is as for `attribute`. Raises QueryError if the run saved no model that makes images.
+    Of each prompt `num` images are made; image k has the seed `seed + k`. `command` is as for `Trace.query_images`.
+    Raises QueryError if the run saved no model that makes images.
     """
     run = traced_command(store, command)
     if num < 1:
@@ -116,9 +101,8 @@ def generate_images(
     try:
         images = script_host().generate(run.arguments, Path(run.folder), wanted)
     except (ValueError, OSError) as error:
-        raise QueryError(
-            f"No image could be made from the prompt: {error} Make it yourself, and give it before --prompt."
-        ) from None
+        found = f"No image could be made from the prompt: {error}"
+        raise QueryError(f"{found} Make it yourself, and give it before --prompt.") from None
     folder.mkdir(parents=True, exist_ok=True)
     inputs = []
     for image, (prompt, image_seed) in zip(images, wanted, strict=True):
@@ -129,79 +113,66 @@ def generate_images(
 
 
 def traced_command(store: Store, given: Sequence[str] | None) -> Command:
-    """The command that made a trace: the given one, or the one that this machine remembers.
-
-    It is never taken from the store, which may come from anybody. Raises QueryError if the command is not known.
-    """
+    """The command that made a trace: the given one, or the one that this machine remembers; never one from the store,
+    which may come from anybody. Raises QueryError if the command is not known."""
     if given:
         return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
     remembered = recall(store.header.id)
     if remembered is not None and Path(remembered.folder).is_dir():
         return remembered
-    if remembered is not None:
-        found = f"The trace was made in {remembered.folder}, which no longer exists. Give the command"
-    elif "accelerate" in store.header.writers:
-        found = (
-            "The command that made this trace is not known on this machine (it is never taken from a store). Give it"
-        )
-    else:
+    if remembered is None and "accelerate" not in store.header.writers:
         raise QueryError(
             "This trace was recorded by a loop of its own, not by a script's command. Query it in Python with the same "
             "loop: Trace.query_loss(model, items, loss), or dmin_trace.integrations.lightning.attribute for a "
             "Lightning module."
         )
+    found = "The command that made this trace is not known on this machine (it is never taken from a store). Give it"
+    if remembered is not None:
+        found = f"The trace was made in {remembered.folder}, which no longer exists. Give the command"
     raise QueryError(f"{found} after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS.")
 
 
 def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:
     """Raises QueryError if a query lacks a prompt that the model needs, or has one that it does not take."""
     if with_prompts and prompt is None:
-        raise QueryError(
-            f"The model was trained with captions, but {name} came without its prompt. Give the prompt of each image "
-            "with --prompt, an empty one for an image made without."
-        )
+        found = f"The model was trained with captions, but {name} came without its prompt"
+        advice = "Give the prompt of each image with --prompt, an empty one for an image made without."
+        raise QueryError(f"{found}. {advice}")
     if own_prompts and prompt is not None:
-        raise QueryError(
-            f"A prompt was given for {name}, but the script makes its prompts itself, with --placeholder_token. Leave "
-            "--prompt out."
-        )
+        found = f"A prompt was given for {name}, but the script makes its prompts itself, with --placeholder_token"
+        raise QueryError(f"{found}. Leave --prompt out.")
 
 
 def _check_conditioning(name: str, source: ImageInput | None, column: str | None) -> None:
     """Raises QueryError if a conditioning image is missing, or given where the data set has no column of them."""
     if column is not None and source is None:
-        raise QueryError(
-            f"The model makes images from a conditioning image ({column}), but {name} came without the one that it was "
-            "made from. Give it with --conditioning."
-        )
+        found = f"The model makes images from a conditioning image ({column}), but {name} came without the one that it"
+        raise QueryError(f"{found} was made from. Give it with --conditioning.")
     if column is None and source is not None:
-        raise QueryError(
-            f"A conditioning image was given for {name}, but the model takes none. Leave --conditioning out."
-        )
+        found = f"A conditioning image was given for {name}, but the model takes none"
+        raise QueryError(f"{found}. Leave --conditioning out.")
 
 
-def _run(job: Job, folder: Path) -> None:
-    """Runs a job in a process of its own. What the script prints is shown only if it fails."""
+def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
+    """Runs a script on queries. What it prints is shown only if it fails."""
+    out, like = str(folder / "queries.zarr"), str(trace.absolute())
+    job = Job(mode="now", command=command, settings={}, out=out, weights=str(weights.absolute()), like=like)
     (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
+    # -P: otherwise a folder named dmin_trace in the working directory would be imported.
+    launch = [sys.executable, "-P", "-m", "dmin_trace.capture.launch", str(folder / "job.json")]
+    # Otherwise `datasets` keeps a copy of every query.
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
     with (folder / "log.txt").open("w+b") as log:
-        code = subprocess.run(
-            # -P: otherwise a folder named dmin_trace in the working directory would be imported.
-            [sys.executable, "-P", "-m", "dmin_trace.capture.launch", str(folder / "job.json")],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # Otherwise `datasets` keeps a copy of every query.
-            env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
-            check=False,
-        ).returncode
-    if code == 0:
+        ran = subprocess.run(launch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
+    if ran.returncode == 0:
         return
     *lines, last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     try:
         refusal = json.loads(last)
         kind, message = getattr(errors, refusal["error"]), str(refusal["message"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {last}") from None
+        failure = f"{command.script} failed on the query with exit code {ran.returncode}: {last}"
+        raise ScriptError(failure) from None
     if kind is ScriptError and lines:
         message = f"{message} Its last line was: {lines[-1]}"
     raise kind(message) if issubclass(kind, DminTraceError) else ScriptError(message)

@@ -14,26 +14,19 @@ from dmin_trace.store import parse
 
 T = TypeVar("T")
 
-ImageInput = str | os.PathLike[str] | Image.Image
-"""A query image as a program gives it: a file, or a PIL image."""
+ImageInput = str | os.PathLike[str] | Image.Image  # a file, or a PIL image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-"""The decoders that are tried, whatever the file's name is. Of the formats that Pillow knows, EPS runs a program."""
-IMAGE_KEYS = ("file_name", "image")
-PROMPT_KEYS = ("text", "prompt", "caption")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # tried whatever the file's name is; Pillow's EPS would run a program
+IMAGE_KEYS, PROMPT_KEYS = ("file_name", "image"), ("text", "prompt", "caption")
 CONDITIONING_KEYS = ("conditioning_image", "conditioning")
 MAX_LIST_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class QueryInput:
-    """One image that is used as a query.
-
-    image: its file.
-    prompt: what it was made from; None if that is not given.
-    conditioning: the image that it was made from (a ControlNet's, or the one that was edited), or None.
-    """
+    """The file of an image that is used as a query; the prompt that it was made from; and the image that it was made
+    from, such as a ControlNet's or the one that was edited. None for what is not given."""
 
     image: Path
     prompt: str | None
@@ -49,8 +42,7 @@ def read_inputs(
         given: each an image; a folder of images, with prompts in its `metadata.jsonl` if it has one; or a JSON-lines
             file of {"file_name" or "image": FILE, "text" or "prompt": PROMPT, "conditioning_image": FILE}, its paths
             relative to the file.
-        prompts: one for each image in order, or one for all of them; none if the files have them.
-        conditioning: the images that the images were made from, likewise.
+        prompts, conditioning: one for each image in order, or one for all of them; none if the files have them.
 
     Raises QueryError if there are no images, a line cannot be read, or the numbers of images and prompts differ.
     """
@@ -58,21 +50,18 @@ def read_inputs(
     if conditioning:
         files = _each(conditioning, len(inputs), "conditioning images")
         inputs = [replace(one, conditioning=file) for one, file in zip(inputs, files, strict=True)]
-    if not prompts:
-        return inputs
-    if known := next((one for one in inputs if one.prompt is not None), None):
-        raise QueryError(
-            f"A prompt was given, but the list that names {known.image} has one for it already. Leave --prompt out."
-        )
-    every = _each(prompts, len(inputs), "prompts")
-    return [replace(one, prompt=prompt) for one, prompt in zip(inputs, every, strict=True)]
+    if prompts:
+        if known := next((one for one in inputs if one.prompt is not None), None):
+            taken = f"A prompt was given, but the list that names {known.image} has one for it already"
+            raise QueryError(f"{taken}. Leave --prompt out.")
+        every = _each(prompts, len(inputs), "prompts")
+        inputs = [replace(one, prompt=prompt) for one, prompt in zip(inputs, every, strict=True)]
+    return inputs
 
 
 def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
-    """The file of a query image; a PIL image is written to `path`. A video is only checked to exist.
-
-    Raises QueryError if there is no such file, it cannot be read as an image, or it has hundreds of megapixels.
-    """
+    """The file of a query image; a PIL image is written to `path`. A video is only checked to exist. Raises QueryError
+    if there is no such file, it cannot be read as an image, or it has hundreds of megapixels."""
     if isinstance(image, Image.Image):
         image.save(path)
         return path
@@ -100,10 +89,8 @@ def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
 def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
     """One for each image; a single one is for all."""
     if len(given) not in (1, count):
-        raise QueryError(
-            f"{count} images were given and {len(given)} {what}. Give one for each image, in their order, or one for "
-            "all."
-        )
+        differ = f"{count} images were given and {len(given)} {what}"
+        raise QueryError(f"{differ}. Give one for each image, in their order, or one for all.")
     return list(given) * count if len(given) == 1 else given
 
 

@@ -1,38 +1,53 @@
 """The face for programs: `Trace`, an opened trace with everything by data set index, and `open_trace`."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmin_trace import search
 from dmin_trace.errors import QueryError, TraceError, brief
-from dmin_trace.query.answer import FittedScore, answer_queries, fitted_score
-from dmin_trace.query.by_sample import Columns, rows_by_sample, scores_by_sample, self_influence
+from dmin_trace.query.answer import Hit, ScoreMethod, TopK, answer_queries, import_extra
 from dmin_trace.query.capture import capture_queries
 from dmin_trace.query.inputs import ImageInput
-from dmin_trace.query.topk import Hit, TopK
-from dmin_trace.search import Index, Score, Unavailable, check_k, has_direction, open_index, score_method
+from dmin_trace.search import BuiltInScore, Score
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
+    import pandas
     import torch
 
 
-class ScoreMethod(FittedScore, Protocol):
-    """A score of one's own, which `Trace.scores` and `Trace.top_k` take as `score=`.
+class Columns(Mapping[str, list[Any]]):
+    """The readable columns of a trace: a mapping from each name to the N values, by data set index, which are read when
+    they are looked up. A sample without a value has "", -1 or NaN, by the kind of the column."""
 
-    It changes the gradients of queries; the inner products of the changed gradients with those of the training samples
-    are the influence scores. All training samples are scanned for it. Its name is none of the built-in ones.
-    """
+    def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
+        self._store, self._rows = store, rows
 
-    def fit(self, trace: Trace) -> None:
-        """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
+    def __getitem__(self, name: str) -> list[Any]:
+        if name not in self._store.header.columns:
+            raise KeyError(name)
+        values = self._store.column(name)
+        return [values[row] for row in self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._store.header.columns)
+
+    def __len__(self) -> int:
+        return len(self._store.header.columns)
+
+    def __repr__(self) -> str:
+        return f"Columns({', '.join(self)})"
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A data frame with one row for each data set index. Raises QueryError if pandas is not installed."""
+        pd = import_extra("pandas", "pandas")
+        return pd.DataFrame(dict(self), index=pd.RangeIndex(len(self._rows), name="sample"))
 
 
 class Trace:
@@ -41,14 +56,13 @@ class Trace:
     Made by `open_trace`. Everything is by data set index: place i of an array is sample i of the data set. Use it as a
     context manager, or call `close`, to free its files.
 
-    A sample has no usable gradient if it could not be loaded, or if its gradient is zero or not finite at some
-    timestep. In a trace that was opened unfinished, samples that are not done have none either. Such a sample has NaN
-    for its scores, and is in no ranking.
+    A sample has no usable gradient if it could not be loaded or is not done, or if its gradient is zero or not finite
+    at some timestep. Such a sample has NaN for its scores, and is in no ranking.
     """
 
     def __init__(self, store: Store) -> None:
         self._store: Store | None = store
-        self._fitted: dict[str | int, FittedScore] = {}
+        self._fitted: dict[str | int, BuiltInScore | ScoreMethod] = {}
 
     @property
     def store(self) -> Store:
@@ -81,10 +95,10 @@ class Trace:
             return "Trace(closed)"
         header = self.store.header
         state = "complete" if self.complete else f"unfinished: {len(self.store.rows_done):,} done"
-        size = f"T={len(header.timesteps)}, v={header.dimension:,}"
-        return f"Trace({header.samples:,} samples, {size}, {header.dtype}, {state})"
+        size = f"{header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}"
+        return f"Trace({size}, {header.dtype}, {state})"
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -92,8 +106,7 @@ class Trace:
 
     def close(self) -> None:
         """Frees the files of the trace. It cannot be used afterwards."""
-        self._store = None
-        self._fitted = {}
+        self._store, self._fitted = None, {}
         self.__dict__.pop("_index", None)
 
     @property
@@ -103,37 +116,37 @@ class Trace:
 
     @property
     def norms(self) -> NDArray[np.float32]:
-        """(N, T) float32: the L2 norm of each gradient after its transform, which the stored gradients are divided by.
-
-        NaN for a sample that could not be loaded or is not done.
-        """
-        norms = self.store.norm[self._rows].astype(np.float32)
+        """(N, T) float32: the L2 norm by which each transformed gradient was divided. NaN for a sample that could not
+        be loaded or is not done."""
+        norms = self.store.norm[self._rows]
         return np.where(norms < 0, np.float32(np.nan), norms)
 
     @property
     def losses(self) -> NDArray[np.float32]:
         """(N, T) float32: the training loss. NaN for a sample that could not be loaded or is not done."""
-        return self.store.loss[self._rows].astype(np.float32)
+        return self.store.loss[self._rows]
 
     def gradients(self, samples: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """The projected gradients of training samples: (n, T, v) float32, of norm about one at each timestep.
-
-        NaN for a sample without a usable gradient. Raises TraceError for a sample that the trace does not hold.
-        """
+        """The projected gradients of training samples: (n, T, v) float32, of norm about one at each timestep; NaN for a
+        sample without a usable gradient. Raises TraceError for a sample that the trace does not hold."""
         rows = self.store.rows_of(np.asarray(samples).tolist())
         gradients = self.store.gradients(rows)
-        gradients[~has_direction(self.store.numbers(rows).norm)] = np.nan
+        gradients[~search.has_direction(self.store.numbers(rows).norm)] = np.nan
         return gradients
 
     def self_influence(self, score: Score | ScoreMethod = "deflated") -> NDArray[np.float32]:
         """The score of each training sample with itself as the query: (N,) float32.
 
-        Gradients are normalised, so the score "dmin" is about T for each sample. The deflated score is high for a
-        sample that shares little with the others. NaN for a sample without a usable gradient.
-
-        Raises QueryError and TraceError as `scores` does.
+        The score "dmin" is about T for each sample. The deflated score is high for a sample that shares little with the
+        others. NaN for a sample without a usable gradient. Raises QueryError and TraceError as `scores` does.
         """
-        return self_influence(self.store, self._fitted_score(score))[self._rows]
+        store, fitted = self.store, self._fitted_score(score)
+        by_row = np.full(len(self), np.nan, np.float32)
+        rows = np.flatnonzero(store.valid)
+        for here in search.row_blocks(store, rows):
+            gradients = store.gradients(rows[here])
+            by_row[rows[here]] = np.vecdot(fitted.transform(gradients), gradients).sum(axis=1)
+        return by_row[self._rows]
 
     def query_images(
         self,
@@ -156,41 +169,39 @@ class Trace:
                 that run if not given. `{data}` in an argument stands for the folder with the queries.
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
 
-        Raises:
-            QueryError: an image is missing, of another size, or lacks its prompt; or the command is not known.
-            WeightsError: the weights are missing or not those of the trace.
-            ScriptError: the script failed on the queries.
-            TraceError: the script is not the one that made the trace.
+        Raises QueryError if an image is missing, of another size, or lacks its prompt, or the command is not known;
+        WeightsError if the weights are missing or not those of the trace; ScriptError if the script failed on the
+        queries; TraceError if it is not the script that made the trace.
         """
         return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script)
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
-        """The stored gradients of training samples, as queries. No model is needed.
-
-        Raises TraceError for a sample that the trace does not hold, QueryError for one without a usable gradient.
-        """
+        """The stored gradients of training samples, as queries. Raises TraceError for a sample that the trace does not
+        hold, QueryError for one without a usable gradient."""
         if not len(samples):
             raise QueryError("No sample was given. Give at least one.")
         rows = self.store.rows_of(samples)
-        usable = has_direction(self.store.numbers(rows).norm)
+        usable = search.has_direction(self.store.numbers(rows).norm)
         if not usable.all():
-            raise QueryError(
-                f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query: it could not be loaded, "
-                "or its gradient is zero or not finite. Give another sample."
-            )
+            found = f"Sample {samples[int(np.argmin(usable))]} has no gradient to use as a query"
+            why = "it could not be loaded, or its gradient is zero or not finite"
+            raise QueryError(f"{found}: {why}. Give another sample.")
         names = tuple(f"sample {sample}" for sample in samples)
         return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
 
     def query_loss(
-        self, model: torch.nn.Module | Sequence[torch.nn.Module], items: Sequence[Any], loss: Callable[[Any, Any], Any]
+        self,
+        model: "torch.nn.Module | Sequence[torch.nn.Module]",
+        items: Sequence[Any],
+        loss: Callable[[Any, Any], Any],
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 
         Args:
             model: what was recorded, with the traced weights.
             items: Q items, as the loop of the recording took them from its data set.
-            loss: `loss(model, item)` is the loss that the recording called `backward` on. Like there, it draws its
-                noise and its timestep, which are pinned to those of the trace.
+            loss: `loss(model, item)` is the loss that the recording called `backward` on. It draws its noise and its
+                timestep in the same way; both are pinned to those of the trace.
 
         Raises QueryError if there are no items or their gradients cannot be compared with those of the trace,
         CaptureError if the loss cannot be recorded, WeightsError if the model's weights are not those of the trace.
@@ -217,21 +228,28 @@ class Trace:
         """The influence score of every training sample for each query.
 
         Args:
-            queries: Q queries of this trace.
             score: "dmin" is the paper's sum of inner products; "deflated" first takes out of the query what all
                 samples share, along their principal directions; or a score of one's own (`ScoreMethod`).
             per_timestep: give the inner product at each timestep, not their sum.
             out: where the scores are written; an array of `numpy.memmap` if they do not fit into memory.
 
-        Returns:
-            (Q, N) float32, or (Q, N, T) per timestep. NaN for a sample without a usable gradient. `out`, if given.
+        Returns (Q, N) float32, or (Q, N, T) per timestep, in `out` if given; NaN if a sample has no usable gradient.
 
         Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
         large for deflated scores without an index; TraceError if the trace is damaged.
         """
         self._check_queries(queries)
         transformed = self._fitted_score(score).transform(queries.gradients)
-        return scores_by_sample(self.store, self._rows, transformed, per_timestep, out)
+        shape = (len(queries), len(self), len(self.timesteps))[: 3 if per_timestep else 2]
+        if out is not None and (out.shape != shape or out.dtype != np.float32):
+            raise QueryError(f"out is {out.dtype} of shape {out.shape}; expected float32 of shape {shape}.")
+        scores = np.empty(shape, np.float32) if out is None else out
+        if not self.complete:
+            scores[...] = np.nan
+        samples = np.argsort(self._rows)  # by row
+        for rows, of_chunk in search.scores_by_chunk(self.store, transformed, per_timestep=per_timestep):
+            scores[:, samples[rows.start : rows.stop]] = of_chunk
+        return scores
 
     def top_k(
         self,
@@ -244,18 +262,11 @@ class Trace:
     ) -> TopK:
         """The k training samples with the largest influence score for each query, largest first.
 
-        The index answers if there is one that matches the trace and serves k samples; otherwise all are scanned.
-
-        Args:
-            queries: Q queries of this trace.
-            k: how many training samples for each query.
-            score: as for `scores`.
-            largest: False for the smallest scores, smallest first: the samples that speak most against the query.
-            exact: scan all samples even if there is an index.
-
-        Raises QueryError if k is out of range, and what `scores` raises.
+        With `largest` False they are those with the smallest, smallest first, which speak most against the query. The
+        index answers if it matches the trace and serves k samples; otherwise, and with `exact`, all are scanned.
+        `score` is as for `scores`. Raises QueryError if k is out of range, and what `scores` raises.
         """
-        check_k(self.store, k)
+        search.check_k(self.store, k)
         self._check_queries(queries)
         return answer_queries(
             self.store,
@@ -271,11 +282,20 @@ class Trace:
 
     @cached_property
     def _rows(self) -> NDArray[np.int64]:
-        return rows_by_sample(self.store)
+        """(N,) the row of each data set index. Samples that are not done get the rows that are not done."""
+        count, done = len(self), self.store.rows_done
+        samples = self.store.sample[done]
+        if not np.array_equal(np.unique(samples[(samples >= 0) & (samples < count)]), np.sort(samples)):
+            held = f"{self.path} has samples twice, or samples that are not in 0 to {count - 1}"
+            raise TraceError(f"{held}. Use its rows: Trace.store.")
+        rows = np.full(count, -1, np.int64)
+        rows[samples] = done
+        rows[rows < 0] = np.setdiff1d(np.arange(count), done)
+        return rows
 
     @cached_property
-    def _index(self) -> Index | Unavailable:
-        return open_index(self.store)
+    def _index(self) -> search.Index | search.Unavailable:
+        return search.open_index(self.store)
 
     def _check_queries(self, queries: Queries) -> None:
         if queries.trace_id != self.store.header.id:
@@ -284,12 +304,12 @@ class Trace:
                 "Their gradients cannot be compared. Make queries with the methods of this trace."
             )
 
-    def _fitted_score(self, score: Score | ScoreMethod) -> FittedScore:
+    def _fitted_score(self, score: Score | ScoreMethod) -> BuiltInScore | ScoreMethod:
         """The score, fitted to this trace once."""
         key = score if isinstance(score, str) else id(score)
         if key not in self._fitted:
             if isinstance(score, str):
-                self._fitted[key] = fitted_score(self.store, score)
+                self._fitted[key] = search.fit_score(self.store, score)
             elif score.name in get_args(Score):
                 raise QueryError(f"Your score has the name {score.name}, which is built in. Give it another.")
             else:
@@ -299,10 +319,8 @@ class Trace:
 
 
 def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
-    """Opens a trace for reading. With `unfinished`, also one whose capture is not finished: what is done can be read.
-
-    Raises TraceError if there is no trace at `path`, or it is of another version, unfinished or damaged.
-    """
+    """Opens a trace for reading; with `unfinished` also one whose capture is not finished. Raises TraceError if there
+    is no trace at `path`, or it is of another version, unfinished or damaged."""
     return Trace(open_store(path, unfinished=unfinished))
 
 
@@ -319,19 +337,14 @@ def attribute(
     exact: bool = False,
     edited_script: bool = False,
 ) -> list[list[Hit]]:
-    """The k training samples with the largest influence score for each image, best first.
+    """The k training samples with the largest influence score for each image, best first. `trace` may be a path.
 
-    It is `Trace.query_images` and `Trace.top_k` in one call, and raises what they raise.
-
-    Args:
-        trace: an opened trace, or its path.
-        images, prompts, conditioning, weights, command, edited_script: as for `Trace.query_images`.
-        k, score, exact: as for `Trace.top_k`.
+    It is `Trace.query_images` and `Trace.top_k` in one call, with their arguments, and raises what they raise.
     """
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     # Before the images are captured, which takes long.
-    check_k(opened.store, k)
+    search.check_k(opened.store, k)
     if isinstance(score, str):
-        score_method(opened.store, score)
+        search.check_score(opened.store, score)
     queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script)
     return opened.top_k(queries, k, score, exact=exact).hits

@@ -26,26 +26,18 @@ from dmin_trace.store import Store, row_checksum
 
 logger = logging.getLogger(__name__)
 
-RECALL_AT_100 = 0.95
-"""The recall that is wanted of the 100 best; that of the 10 best is an argument."""
-HELD_OUT_SAMPLES = 64
-"""Samples that calibration uses as queries before they are in the graph."""
-MAX_CALIBRATION_NUMBERS = 2**28
-"""The numbers of all calibration queries at the most: fewer samples are held out where gradients are very long."""
-ROWS_PER_CANDIDATE = 8
-"""Candidates are at most one in so many rows: beyond that, scattered reads take about as long as the scan."""
+RECALL_AT_100 = 0.95  # wanted of the 100 best; the recall of the 10 best is an argument
+HELD_OUT_SAMPLES = 64  # that calibration uses as queries before they are in the graph
+MAX_CALIBRATION_NUMBERS = 2**28  # of all calibration queries: fewer are held out where gradients are very long
 MAX_CANDIDATES = 4096
-MARGIN = 2
-"""Times the candidates that were enough in calibration, for queries that are harder."""
+ROWS_PER_CANDIDATE = 8  # at the least: of more candidates, scattered reads take about as long as the scan
+MARGIN = 2  # times the candidates that were enough in calibration, for queries that are harder
 MAX_EF = 2**12
 """The largest ef, unless eight times the candidates is more. Among a million vectors that lie close a graph is left
 early; 20 candidates then need an ef of thousands, which takes milliseconds."""
-LINKED_NUMBERS = 2**22
-"""Numbers of gradients that are converted to float32 at a time."""
-STORE_PART = 0.05
-"""The part of the store's size within which an automatic fold begins."""
-MIN_FOLDED_NUMBERS, MAX_FOLDED_NUMBERS = 256, 5120
-"""T F, the folded numbers of a vector, at the least where an automatic fold begins, and at the most where it ends."""
+LINKED_NUMBERS = 2**22  # numbers of gradients that are converted to float32 at a time
+STORE_PART = 0.05  # of the store's size, within which an automatic fold begins
+MIN_FOLDED_NUMBERS, MAX_FOLDED_NUMBERS = 256, 5120  # T F of a vector, where an automatic fold begins and ends
 
 
 def build_index(
@@ -65,9 +57,7 @@ def build_index(
         fold: F, a divisor of v; if not given, as small as the recall allows.
         m: links of a vector, 2 to 100.
         ef_construction: how many vectors are in view when one is linked.
-        directions: how many principal directions are kept for deflated scores, 0 for none; if not given,
-            `choose_directions` says how many.
-        progress: called with what is being done, how much of it is done, and how much there is.
+        directions: how many are kept for deflated scores, 0 for none; if not given, as in `principal_directions`.
 
     Raises SettingsError if an argument is out of range or the vectors do not fit into memory; TraceError if the store
     is unfinished or damaged, or the index cannot be written.
@@ -100,7 +90,7 @@ def build_index(
         principal = deflation.principal_directions(store, directions, progress)
         arrays = {index_files.PRINCIPAL: principal.vectors, index_files.EIGENVALUES: principal.eigenvalues}
     tried, short, graph = folds[0], f"{len(kept)} samples are few enough to scan", None
-    depths: tuple[Depth, ...] = ()
+    depths: list[Depth] = []
     if wanted:
         queries: dict[Score, Floats] = {"dmin": _with_mixtures(store.gradients(held))}
         if principal is not None:
@@ -112,15 +102,14 @@ def build_index(
             reduction = Reduction(common, tried)
             graph = make_graph(reduction.length, len(kept), m, ef_construction)
             _link(graph, store, reduction, linked, progress)
-            found = [
-                _calibrate(graph, reduction.vectors(of), truth[score], wanted, most, score)
-                for score, of in queries.items()
-            ]
-            depths = tuple(depth for served, _ in found for depth in served)
-            short = "; ".join(why for _, why in found if why)
+            depths, failed = [], {}
+            for score, of in queries.items():
+                served, failed[score] = _calibrate(graph, reduction.vectors(of), truth[score], wanted, most, score)
+                depths += served
+            short = "; ".join(filter(None, failed.values()))
             logger.info("fold %d: %s %s", tried, depths, short)
             # The paper's score decides: longer vectors cost every query, and what the graph cannot serve is scanned.
-            if not found[0][1]:
+            if not failed["dmin"]:
                 break
         if depths:
             _link(graph, store, reduction, held, progress)
@@ -139,7 +128,7 @@ def build_index(
         ef_construction=ef_construction,
         target=recall,
         queries=len(held),
-        depths=depths,
+        depths=tuple(depths),
         short=short,
         principal=0 if principal is None else principal.eigenvalues.shape[1],
         files={},
@@ -173,29 +162,21 @@ def _with_mixtures(gradients: Floats) -> Floats:
 
 def _true_best(store: Store, queries: Floats, held: Rows, copies: Rows, k: int, progress: Progress) -> Rows:
     """(queries, k) the best of all rows but the held-out ones, by the exact scan; a copy counts as its original."""
-    original = np.arange(store.header.samples)
+    samples = store.header.samples
+    original = np.arange(samples)
     original[copies[:, 0]] = copies[:, 1]
     left_out = np.isin(original, held)
-    done = 0
-
-    def scanned(rows: int) -> None:
-        nonlocal done
-        done += rows
-        progress("scanning for the true best", done, store.header.samples)
-
     most = min(k + int(left_out.sum()), store.valid_count)
-    ranking = exact_top_k(store, queries, most, progress=scanned)
+    scanned = "scanning for the true best"
+    ranking = exact_top_k(store, queries, most, progress=lambda done: progress(scanned, done, samples))
     return np.stack([original[rows[~left_out[rows]][:k]] for rows in ranking.rows])
 
 
 def _calibrate(
     graph: Graph, vectors: Floats, truth: Rows, wanted: dict[int, float], most: int, score: Score
-) -> tuple[tuple[Depth, ...], str]:
-    """How deep the graph is searched for each number of hits; and, where its recall is not reached, why.
-
-    The vectors (2 n, length) of the queries are not in the graph; the truth, (2 n, k), are their true best. Recall is
-    that of the worse half, samples or mixtures; there are `most` candidates at the most.
-    """
+) -> tuple[list[Depth], str]:
+    """How deep the graph is searched for each number of hits; and, where its recall is not reached, why. The truth
+    (2 n, k) are the true best of vectors (2 n, length); recall is that of the worse half, samples or mixtures."""
     depths, short = [], []
     labels = _nearest(graph, vectors, most, most)
     for k, least in wanted.items():
@@ -215,13 +196,12 @@ def _calibrate(
             short.append(f"{depth.name} is {recall:.3f} with {candidates} candidates, {least:g} is wanted")
         else:
             depths.append(depth)
-    return tuple(depths), "; ".join(short)
+    return depths, "; ".join(short)
 
 
 def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
     graph.set_ef(ef)
-    labels: Rows = graph.knn_query(vectors, k=k)[0].astype(np.int64)
-    return labels
+    return np.asarray(graph.knn_query(vectors, k=k)[0], np.int64)
 
 
 def _graph_memory(store: Store, fold: int, m: int) -> int:
@@ -265,8 +245,6 @@ def _distinct_rows(store: Store, progress: Progress) -> tuple[Rows, Rows, NDArra
 
 def _link(graph: Graph, store: Store, reduction: Reduction, rows: Rows, progress: Progress) -> None:
     """Adds the vectors of these rows to the graph."""
-    done = 0
-    for part in deflation.row_blocks(store, rows, LINKED_NUMBERS):
-        graph.add_items(reduction.vectors(store.gradients(part)), part)
-        done += len(part)
-        progress(f"linking vectors of {reduction.length:,} numbers", done, len(rows))
+    for here in deflation.row_blocks(store, rows, LINKED_NUMBERS):
+        graph.add_items(reduction.vectors(store.gradients(rows[here])), rows[here])
+        progress(f"linking vectors of {reduction.length:,} numbers", here.stop, len(rows))

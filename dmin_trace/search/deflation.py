@@ -1,23 +1,19 @@
 """Deflation: what all samples share is taken out of the query, which is then scored like any other.
 
 At each timestep G has a row for each sample that can be ranked, its v numbers; d are the eigenvalues of K = G G', and V
-are the principal directions of the rows (not centred). Each of the r largest is weighed by d_r / (d + d_r), so that
-what few samples have counts for more:
+are the principal directions of the rows (not centred). Each of the r largest is weighed by d_r / (d + d_r):
 
     q' = q - V diag(d / (d + d_r)) V' q
 
 Along these directions it is kernel ridge regression, which TRAK's scores are (arXiv 2303.14186); docs/quality.md says
-what was compared. Only the query changes, so the scan, the index and the rerank serve deflated queries as they are.
-BLAS runs on one thread, in a thread for each timestep: the numbers do not depend on how many threads there are.
+what was compared. BLAS runs on one thread, in a thread for each timestep: results do not depend on how many there are.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,21 +29,15 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 Doubles = NDArray[np.float64]
 
-MAX_DENSE_SAMPLES = 1024
-"""Samples up to which K is decomposed as it is: exact, and less work than passes over the store."""
+MAX_DENSE_SAMPLES = 1024  # up to which K is decomposed as it is: exact, and less work than passes over the store
+PASSES = 3  # over a store of more samples
 SHARED_EIGENVALUE = 3.0
 """A direction is shared if its eigenvalue is larger; that of a direction of one sample alone is 1, the mean of K's
 diagonal and Kaiser's rule. docs/quality.md compares other values."""
-MAX_DIRECTIONS, MAX_CHOSEN_DIRECTIONS = 4096, 256
-"""Directions that can be wanted, and that are looked for where no number is given."""
-PASSES = 3
-"""Passes over a store of more samples than MAX_DENSE_SAMPLES."""
-SMALLEST_EIGENVALUE = 1e-6
-"""Eigenvalues below this part of the largest are rounding errors; their directions are left out."""
-BLOCK_NUMBERS = 2**24
-"""Numbers of gradients that are converted to float32 at a time."""
-MAX_DIRECTION_NUMBERS = 2**28
-"""Numbers of directions, r T v, at the most where no number is given: a gibibyte."""
+SMALLEST_EIGENVALUE = 1e-6  # below this part of the largest, eigenvalues are rounding errors
+MAX_DIRECTIONS = 4096  # that can be wanted
+MAX_CHOSEN_DIRECTIONS, MAX_DIRECTION_NUMBERS = 256, 2**28  # r and r T v, a gibibyte, where no number is given
+BLOCK_NUMBERS = 2**24  # numbers of gradients that are converted to float32 at a time
 
 
 @dataclass(frozen=True)
@@ -58,9 +48,9 @@ class Directions:
     vectors: Floats
     eigenvalues: Doubles
 
-    def largest(self, count: int) -> Directions:
+    def largest(self, count: int) -> Self:
         """The first of them, as if no more had been looked for."""
-        return Directions(self.vectors[:, :count], self.eigenvalues[:, :count])
+        return type(self)(self.vectors[:, :count], self.eigenvalues[:, :count])
 
     def deflate(self, queries: Floats) -> Floats:
         """The queries for deflated scores, (Q, T, v) float32 as given; d_r is the last eigenvalue of a timestep."""
@@ -68,17 +58,14 @@ class Directions:
         with threadpool_limits(1, "blas"):
             for t, (vectors, eigenvalues) in enumerate(zip(self.vectors, self.eigenvalues, strict=True)):
                 real = eigenvalues > 0
-                if not real.any():
-                    continue
-                part = eigenvalues[real] / (eigenvalues[real] + eigenvalues[real][-1])
+                part = eigenvalues[real] / (eigenvalues[real] + eigenvalues[real][-1:])
                 basis = vectors[real].astype(np.float64)
                 deflated[:, t] -= (queries[:, t].astype(np.float64) @ basis.T * part) @ basis
         return deflated
 
 
 def choose_directions(eigenvalues: Doubles) -> int:
-    """How many principal directions all samples share, by eigenvalues (T, r): those above SHARED_EIGENVALUE, at the
-    timestep that has most of them; at least one."""
+    """How many directions all samples share, by eigenvalues (T, r), at the timestep with the most; at least one."""
     return max(1, int((eigenvalues > SHARED_EIGENVALUE).sum(axis=1).max()))
 
 
@@ -89,8 +76,8 @@ def principal_directions(store: Store, count: int | None = None, progress: Progr
     G' G (Halko, Martinsson and Tropp, arXiv 0909.4061), and the last one gives a Nystroem approximation (Tropp et al.,
     arXiv 1706.05736). The largest are then as good as exact; the last ones are mixed with those beyond them.
 
-    There are `count` of them at each timestep, or less where there are no more; if not given, `choose_directions` of up
-    to 256. Raises SettingsError if it is out of range, TraceError if the store is damaged or no sample can be ranked.
+    There are `count` at each timestep, or less where there are no more; if not given, `choose_directions` of up to 256.
+    Raises SettingsError if it is out of range, TraceError if the store is damaged or no sample can be ranked.
     """
     if count is not None and not 1 <= count <= MAX_DIRECTIONS:
         raise SettingsError(f"directions is {count}; expected 1 to {MAX_DIRECTIONS}.")
@@ -113,10 +100,10 @@ def directions_memory(store: Store, count: int | None = None) -> int:
     return 12 * len(header.timesteps) * header.dimension * width
 
 
-def row_blocks(store: Store, rows: Rows, numbers: int | None = None) -> list[Rows]:
-    """The rows in order, in blocks whose gradients are at most `numbers` (BLOCK_NUMBERS) numbers, or one row."""
+def row_blocks(store: Store, rows: Rows, numbers: int | None = None, start: int = 0) -> list[slice]:
+    """Where blocks of the rows are, from `start` on, of at most `numbers` (BLOCK_NUMBERS) in gradients, or one row."""
     size = max(1, (numbers or BLOCK_NUMBERS) // (len(store.header.timesteps) * store.header.dimension))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [slice(first, min(first + size, len(rows))) for first in range(start, len(rows), size)]
 
 
 def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress) -> Directions:
@@ -133,26 +120,21 @@ def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExec
 def _gram_matrices(store: Store, rows: Rows, pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
     """(T, n, n) the inner products of these rows with each other."""
     products = np.empty((len(store.header.timesteps), len(rows), len(rows)))
-    start = 0
     for some in row_blocks(store, rows, 4 * BLOCK_NUMBERS):
-        columns = store.gradients(some).transpose(1, 0, 2)
-        end, at = start + len(some), start
-        for part in row_blocks(store, rows[start:]):
-            block, here = store.gradients(part), slice(at, at + len(part))
-            products[:, here, start:end] = _along(block, columns, pool)
-            products[:, start:end, here] = products[:, here, start:end].transpose(0, 2, 1)
-            at += len(part)
-        start = end
-        progress("multiplying samples with each other", end * (2 * len(rows) - end), len(rows) ** 2)
+        columns = store.gradients(rows[some]).transpose(1, 0, 2)
+        for here in row_blocks(store, rows, start=some.start):
+            products[:, here, some] = _along(store.gradients(rows[here]), columns, pool)
+            products[:, some, here] = products[:, here, some].transpose(0, 2, 1)
+        done = some.stop * (2 * len(rows) - some.stop)
+        progress("multiplying samples with each other", done, len(rows) ** 2)
     return products
 
 
 def _approximate_directions(
     store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
-    timesteps, dimension = len(store.header.timesteps), store.header.dimension
-    width = min(_basis_size(count), len(rows), dimension)
-    basis = np.random.default_rng(0).standard_normal((timesteps, width, dimension), np.float32)
+    header, width = store.header, min(_basis_size(count), len(rows), store.header.dimension)
+    basis = np.random.default_rng(0).standard_normal((len(header.timesteps), width, header.dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
         for _, block in _blocks(store, rows, progress, n, PASSES):
@@ -203,8 +185,7 @@ def _products(some: Floats, others: Floats) -> Doubles:
 
 def _mixtures_of(vectors: Floats, mixtures: Doubles) -> Floats:
     """(r, v) mixtures (width, r) of vectors (width, v)."""
-    mixed: Floats = (mixtures.T @ vectors.astype(np.float64)).astype(np.float32)
-    return mixed
+    return np.asarray(mixtures.T @ vectors.astype(np.float64), np.float32)
 
 
 def _largest(symmetric: Doubles, count: int, least: float = SMALLEST_EIGENVALUE) -> tuple[Doubles, Doubles]:
@@ -233,9 +214,7 @@ def _basis_size(count: int) -> int:
 def _blocks(
     store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1
 ) -> Iterator[tuple[slice, Floats]]:
-    """Where some of the rows are among them, and their gradients (n, T, v)."""
-    start = 0
-    for some in row_blocks(store, rows):
-        yield slice(start, start + len(some)), store.gradients(some)
-        start += len(some)
-        progress("looking for what samples share", turn * len(rows) + start, turns * len(rows))
+    """Where blocks of the rows are, and their gradients (n, T, v)."""
+    for here in row_blocks(store, rows):
+        yield here, store.gradients(rows[here])
+        progress("looking for what samples share", turn * len(rows) + here.stop, turns * len(rows))

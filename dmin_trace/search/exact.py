@@ -24,19 +24,17 @@ from dmin_trace.store import Store, core_count
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Products = Callable[[int, Floats], Floats]
 R = TypeVar("R")
 
 ROUNDING = 1e-5
 """The most by which float32 rounding changes the difference of two scores, for a query of norm one at one timestep."""
-PART_NUMBERS = 2**21
-"""Stored numbers that a thread reads at a time."""
-MAX_PART_ROWS = 2**7
-"""Rows that are multiplied with many queries at a time; all queries are fetched from memory each time."""
+PART_NUMBERS = 2**21  # stored numbers that a thread reads at a time
+MAX_PART_ROWS = 2**7  # rows that are multiplied with many queries; all queries are fetched from memory each time
 TILE_NUMBERS, MIN_TILE_WIDTH = 2**18, 2**13
 """Numbers that are converted to float32 and multiplied at a time, so that they stay in a core's cache; and those of a
 row among them, where a row has so many: memory is slow to give narrower pieces."""
-HALF_BITS = np.int32(-0x70002000)
-"""The bits of a float16, its sign repeated in front, that float32 keeps after a shift by 13."""
+HALF_BITS = np.int32(-0x70002000)  # of a float16, its sign repeated in front: what float32 keeps after a shift by 13
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,7 @@ def check_queries(store: Store, queries: Floats) -> None:
 
 def has_direction(norm: NDArray[Any]) -> Bools:
     """(n,) whether rows with these gradient norms (n, T) can be ranked: all norms are finite and above zero."""
-    usable: Bools = np.all(np.isfinite(norm) & (norm > 0), axis=1)
-    return usable
+    return np.asarray((np.isfinite(norm) & (norm > 0)).all(axis=1))
 
 
 def exact_top_k(
@@ -85,13 +82,9 @@ def exact_top_k(
 ) -> Ranking:
     """Scores every row of the store and keeps the k best for each of the queries (Q, T, v); ties by the lowest row.
 
-    Rows that are not done, or have no gradient to rank, are left out. A first pass in float32 keeps every row that
-    rounding could hide among the k best; their scores are then computed in float64.
-
-    Args:
-        largest: keep the largest scores, largest first; False keeps the smallest, smallest first.
-        threads: the number of threads; one for each core if not given.
-        progress: called with the number of rows of each chunk that is scored.
+    The best are the largest, or with `largest` False the smallest, smallest first. Rows that are not done, or have no
+    gradient to rank, are left out. A first pass in float32 keeps every row that rounding could hide among the k best;
+    their scores are then computed in float64. `progress` is called with the row at which each scored chunk ends.
 
     Raises QueryError if k is out of range, or the queries are not finite or not of the store's shape; TraceError if a
     chunk is damaged.
@@ -99,37 +92,29 @@ def exact_top_k(
     check_k(store, k)
     check_queries(store, queries)
     queries = np.ascontiguousarray(queries, np.float32)
-    first_pass = _FirstPass(queries, k)
-
-    def near(rows: range, valid: Bools, scores: Floats) -> _Found:
-        scores = scores[0, valid]
-        return first_pass.near(np.flatnonzero(valid) + rows.start, scores if largest else -scores)
-
-    with closing(_each_chunk(store, ChunkProducts(store, queries), near, threads)) as chunks:
+    first_pass = _FirstPass(queries, k, largest)
+    with closing(_each_chunk(store, chunk_products(store, queries), first_pass.near, threads)) as chunks:
         for rows, found in chunks:
             first_pass.add(found)
             if progress is not None:
-                progress(len(rows))
+                progress(rows.stop)
     return rerank(store, queries, first_pass.candidates(), k, largest=largest)
 
 
 def scores_by_chunk(
     store: Store, queries: Floats, *, per_timestep: bool = False, threads: int | None = None
 ) -> Generator[tuple[range, Floats], None, None]:
-    """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep.
-
-    NaN for a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last
-    digit. Few chunks are scored ahead, so that memory is bounded. Raises what `exact_top_k` does.
-    """
+    """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep; NaN for
+    a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last digit.
+    Raises what `exact_top_k` does."""
     check_queries(store, queries)
-    products = ChunkProducts(store, np.ascontiguousarray(queries, np.float32), per_timestep=per_timestep)
+    products = chunk_products(store, np.ascontiguousarray(queries, np.float32), per_timestep)
 
     def by_query(rows: range, valid: Bools, scores: Floats) -> Floats:
         scores[:, ~valid] = np.nan
         return scores.transpose(2, 1, 0) if per_timestep else scores[0].T
 
-    with closing(_each_chunk(store, products, by_query, threads)) as chunks:
-        yield from chunks
+    yield from _each_chunk(store, products, by_query, threads)
 
 
 def rerank(
@@ -143,9 +128,8 @@ def rerank(
 ) -> Ranking:
     """Computes the scores of candidates, each timestep in float64, and keeps the k best; ties by the lowest row.
 
-    Candidates are k rows or more for each of the queries (Q, T, v), none twice, in any order. `checksums` (N,) are the
-    crc32c of the stored numbers of each row, from an index. Without them the whole chunk of a candidate is read once,
-    to compare its checksum.
+    Candidates are k rows or more for each of the queries (Q, T, v), none twice. `checksums` (N,) are the crc32c of the
+    stored numbers of each row, from an index. Without them the whole chunk of a candidate is read, to compare its own.
 
     Raises TraceError if a candidate's row is missing, damaged, not finite, or has no gradient that can be ranked.
     """
@@ -155,10 +139,8 @@ def rerank(
         raise TraceError(f"{store.path} is damaged: fewer rows can be ranked than its metadata says.")
     numbers = store.numbers(rows)
     if not has_direction(numbers.norm).all():
-        raise TraceError(
-            f"A candidate for {store.path} has no gradient that can be ranked, so the index is damaged. Make it anew "
-            "(dmin-trace index), or scan all samples (--exact)."
-        )
+        found = f"A candidate for {store.path} has no gradient that can be ranked, so the index is damaged"
+        raise TraceError(f"{found}. Make it anew (dmin-trace index), or scan all samples (--exact).")
     # A row of a file costs the same whenever it is read; a packed chunk is unpacked once for all of its rows.
     order = np.arange(len(rows)) if store.header.codec == "none" else np.argsort(rows, kind="stable")
     parts = np.empty((len(rows), queries.shape[1]))
@@ -179,34 +161,32 @@ def rerank(
         raise TraceError(f"{store.path} is damaged: it holds numbers that are not finite.")
     # By query, then by score, then the lowest row.
     best = np.lexsort((rows, -totals if largest else totals, of))
-    firsts = np.searchsorted(of, np.arange(len(queries)))
-    kept = best[(firsts[:, None] + np.arange(k))]
+    kept = best[np.searchsorted(of, np.arange(len(queries)))[:, None] + np.arange(k)]
     return Ranking(rows[kept], totals[kept].astype(np.float32), parts[kept].astype(np.float32))
 
 
-_Found = tuple[Rows, Rows, Floats]
-"""Rows, the queries that they were found for, and their scores."""
+_Found = tuple[Rows, Rows, Floats]  # rows, the queries that they were found for, and their scores
 
 
 class _FirstPass:
-    """The rows that may be among the k best of each query: their scores in float32 are not further below the k-th best
-    than rounding can explain."""
+    """The rows whose scores in float32 are not further below the k-th best of a query than rounding can explain."""
 
-    def __init__(self, queries: Floats, k: int) -> None:
-        self._count, self._k = len(queries), k
+    def __init__(self, queries: Floats, k: int, largest: bool) -> None:
+        self._count, self._k, self._largest = len(queries), k, largest
         self._rounding = ROUNDING * np.sqrt(np.vecdot(queries, queries)).sum(axis=1)
         self._border = np.full(len(queries), -np.inf)
         self._found: list[_Found] = []
         self._kept = self._new = 0
 
-    def near(self, rows: Rows, scores: Floats) -> _Found:
-        """Those of rows (n,) with scores (n, Q) that may be among the k best. Any thread may call it."""
+    def near(self, rows: range, valid: Bools, scores: Floats) -> _Found:
+        """Those valid rows of a chunk, with scores (1, n, Q), that may be among the k best. Any thread may call it."""
         border = self._border
+        scores = scores[0, valid] if self._largest else -scores[0, valid]
         if len(scores) >= self._k:
             kth = np.partition(scores, len(scores) - self._k, axis=0)[len(scores) - self._k]
             border = np.maximum(border, kth - self._rounding)
         places, queries = np.nonzero(scores >= border)
-        return rows[places], queries, scores[places, queries]
+        return np.flatnonzero(valid)[places] + rows.start, queries, scores[places, queries]
 
     def add(self, found: _Found) -> None:
         self._found.append(found)
@@ -225,55 +205,49 @@ class _FirstPass:
         rows, queries, scores = rows[order], queries[order], scores[order]
         firsts = np.searchsorted(queries, np.arange(self._count))
         enough = np.flatnonzero(np.bincount(queries, minlength=self._count) >= self._k)
-        border = self._border.copy()
+        border = self._border.copy()  # other threads read the old one
         border[enough] = scores[firsts[enough] + self._k - 1] - self._rounding[enough]
         left = scores >= border[queries]
         kept = rows[left], queries[left], scores[left]
-        self._found, self._kept, self._new = [kept], len(kept[0]), 0
-        self._border = border
+        self._found, self._border, self._kept, self._new = [kept], border, len(kept[0]), 0
         return kept
 
 
-class ChunkProducts:
-    """The inner products of chunks with the same queries. Threads may share one: each has memory of its own."""
+def chunk_products(store: Store, queries: Floats, per_timestep: bool = False) -> Products:
+    """A function of a chunk and the scales (n, T) of its rows, which gives their products (S, n, Q) with contiguous
+    queries (Q, T, v); S is T per timestep, or 1. Threads may share it: each has memory of its own."""
+    header, count = store.header, len(queries)
+    # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
+    steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
+    queries = queries.reshape(count, steps, -1)
+    length = queries.shape[2]
+    few = min(PART_NUMBERS // (steps * length), TILE_NUMBERS // min(length, MIN_TILE_WIDTH))
+    height = min(max(1, few, min(MAX_PART_ROWS, 2 * count)), header.chunk_rows)
+    width = length if header.dtype == "float32" else min(max(1, TILE_NUMBERS // height), length)
+    memory = threading.local()
 
-    def __init__(self, store: Store, queries: Floats, *, per_timestep: bool = False) -> None:
-        """For contiguous queries (Q, T, v); the products are summed over timesteps, or per timestep."""
-        header = store.header
-        self._store = store
-        self._per_timestep = per_timestep
-        # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
-        steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
-        self._queries = queries.reshape(len(queries), steps, -1)
-        length = self._queries.shape[2]
-        few = min(PART_NUMBERS // (steps * length), TILE_NUMBERS // min(length, MIN_TILE_WIDTH))
-        self._rows = min(max(1, few, min(MAX_PART_ROWS, 2 * len(queries))), header.chunk_rows)
-        self._columns = length if header.dtype == "float32" else min(max(1, TILE_NUMBERS // self._rows), length)
-        self._memory = threading.local()
-
-    def __call__(self, chunk: int, scale: Floats) -> Floats:
-        """(S, n, Q) the products of a chunk's n rows, which have these scales (n, T); S is T per timestep, or 1."""
-        header, queries, memory = self._store.header, self._queries, self._memory
-        _, steps, length = queries.shape
-        products = np.zeros((steps if self._per_timestep else 1, len(scale), len(queries)), np.float32)
+    def multiply(chunk: int, scale: Floats) -> Floats:
+        products = np.zeros((steps if per_timestep else 1, len(scale), count), np.float32)
         if not hasattr(memory, "read"):
-            memory.read = np.empty(self._rows * header.sample_bytes if header.codec == "none" else 0, np.uint8)
-            memory.tile = np.empty(0 if header.dtype == "float32" else self._rows * self._columns, np.float32)
-            memory.product = np.empty((self._rows, len(queries)), np.float32)
+            memory.read = np.empty(height * header.sample_bytes if header.codec == "none" else 0, np.uint8)
+            memory.tile = np.empty(0 if header.dtype == "float32" else height * width, np.float32)
+            memory.product = np.empty((height, count), np.float32)
         start = 0
-        for part in self._store.grad_parts(chunk, self._rows, memory.read):
+        for part in store.grad_parts(chunk, height, memory.read):
             here, product = slice(start, start + len(part)), memory.product[: len(part)]
             rows = part.reshape(len(part), steps, length)
             for t in range(steps):
-                for first in range(0, length, self._columns):
-                    tile = as_float32(rows[:, t, first : first + self._columns], memory.tile)
-                    np.matmul(tile, queries[:, t, first : first + self._columns].T, out=product)
+                for first in range(0, length, width):
+                    columns = slice(first, first + width)
+                    np.matmul(as_float32(rows[:, t, columns], memory.tile), queries[:, t, columns].T, out=product)
                     if header.dtype == "int8":
                         # The scale is applied to Q products, not to v stored numbers.
                         product *= scale[here, t, None]
-                    products[t if self._per_timestep else 0, here] += product
+                    products[t if per_timestep else 0, here] += product
             start += len(part)
         return products
+
+    return multiply
 
 
 def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
@@ -298,10 +272,10 @@ def as_float32(numbers: NDArray[Any], memory: Floats) -> Floats:
 
 
 def _each_chunk(
-    store: Store, products: ChunkProducts, reduced: Callable[[range, Bools, Floats], R], threads: int | None
+    store: Store, products: Products, reduced: Callable[[range, Bools, Floats], R], threads: int | None
 ) -> Generator[tuple[range, R], None, None]:
-    """Yields the rows of each chunk that is done, in order, and what `reduced` makes, in threads, of them: of which of
-    them can be ranked, (n,), and of the products (S, n, Q) of all."""
+    """Yields the rows of each chunk that is done, in order, and what `reduced` makes in threads of them, of which can
+    be ranked (n,), and of the products (S, n, Q)."""
     if threads is not None and threads < 1:
         raise QueryError(f"threads is {threads}; expected 1 or more.")
     threads = threads or core_count()

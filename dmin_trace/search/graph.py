@@ -48,10 +48,8 @@ def graph_bytes(length: int, vectors: int, m: int) -> int:
 
 
 def load_graph(path: Path, length: int, count: int, rows: int, m: int) -> tuple[Graph, NDArray[np.bool_]]:
-    """The graph in a file, checked before hnswlib reads it, and which rows it holds, (rows,).
-
-    Raises GraphError if it is no graph of `count` vectors of `length` numbers, each of another one of `rows` rows.
-    """
+    """The graph in a file, checked before hnswlib reads it, and which rows it holds, (rows,). Raises GraphError if it
+    is no graph of `count` vectors of `length` numbers, each of another one of `rows` rows."""
     import hnswlib
 
     try:
@@ -81,7 +79,6 @@ def _check(path: Path, length: int, count: int, rows: int, m: int) -> NDArray[np
     expected = [0, count, count, element, element - 8, 4 + 2 * m * 4]
     if found != expected or (above, ground, links) != (m, 2 * m, m) or not math.isclose(factor, 1 / math.log(m)):
         raise GraphError(f"{path.name} is no graph of {count} vectors of {length} numbers with M = {m}")
-    # Views of the elements' parts; vectors are not read.
     labels: NDArray[np.int64] = np.ndarray(count, "<i8", data, at + element - 8, element)
     counts: NDArray[np.uint16] = np.ndarray(count, "<u2", data, at, element)
     linked: NDArray[np.uint32] = np.ndarray((count, 2 * m), "<u4", data, at + 4, (element, 4))
@@ -105,8 +102,7 @@ def _levels_are_sound(data: NDArray[np.uint8], count: int, m: int, top: int, ent
     # is not 0; their links end at the next such word at the earliest.
     filled = np.flatnonzero(words)
     after = np.searchsorted(filled, filled + 1 + words[filled] // 4)
-    chain, place = [], 0
-    following = memoryview(after)
+    chain, place, following = [], 0, memoryview(after)
     while place < len(filled):
         chain.append(place)
         place = following[place]

@@ -4,8 +4,6 @@ HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the larges
 `rerank` ranks their rows by the scores of the exact scan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +22,8 @@ from dmin_trace.store import Store
 
 Loaded = TypeVar("Loaded")
 
-COMMON_DIRECTIONS = 8
-"""r, the directions that are kept apart; they halve the candidates that are needed."""
-DIRECTIONS_SAMPLES = 256
-"""Samples, spread over the store, that the common directions are taken from."""
+COMMON_DIRECTIONS = 8  # r, those kept apart; they halve the candidates that are needed
+DIRECTIONS_SAMPLES = 256  # samples, spread over the store, that the common directions are taken from
 
 
 @dataclass(frozen=True)
@@ -35,10 +31,9 @@ class Reduction:
     """How projected gradients become vectors of the index, which are small.
 
     Folding, which adds bins j, j + F, j + 2 F and so on, leaves F numbers, whose inner products err by about the
-    product of the norms over sqrt(F). Gradients are much alike, and an error in what they share would hide what tells
-    them apart. So each timestep is first split into its parts along r common directions (T, r, v), which are
-    orthonormal or zero, and the rest, which is folded. A vector holds both for all timesteps, T (F + r) numbers; its
-    inner product with that of a query estimates the score. Inner product and not cosine: a fold keeps no norms.
+    product of the norms over sqrt(F). An error in what all gradients share would hide what tells them apart. So each
+    timestep is first split into its parts along r common directions (T, r, v), orthonormal or zero, and the rest, which
+    is folded. A vector holds both for all timesteps; its inner product with that of a query estimates the score.
     """
 
     common: Floats
@@ -60,13 +55,11 @@ class Reduction:
         return self._folded(self.common)
 
     def _folded(self, gradients: Floats) -> Floats:
-        folded: Floats = gradients.reshape(*gradients.shape[:-1], -1, self.fold).sum(axis=-2)
-        return folded
+        return np.asarray(gradients.reshape(*gradients.shape[:-1], -1, self.fold).sum(axis=-2))
 
 
 def common_directions(store: Store, rows: Rows) -> Floats:
-    """(T, r, v) float32, the principal directions of some of these rows at each timestep, not centred; zero where there
-    are fewer."""
+    """(T, r, v) float32, principal directions of some of these rows, not centred; zero where there are fewer."""
     timesteps, dimension = len(store.header.timesteps), store.header.dimension
     count = min(DIRECTIONS_SAMPLES, len(rows), max(2 * COMMON_DIRECTIONS, 2**26 // dimension))
     rows = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
@@ -103,32 +96,27 @@ class Index:
         try:
             labels, _ = self.graph.knn_query(self.reduction.vectors(queries), k=depth.candidates)
         except RuntimeError as error:
-            raise TraceError(
-                f"The index of {self.store.path} cannot be searched: {error}. Make it anew (dmin-trace index), or scan "
-                "all samples (--exact)."
-            ) from None
-        return [self._with_copies(rows.astype(np.int64)) for rows in labels]
-
-    def _with_copies(self, rows: Rows) -> Rows:
-        copies, originals = self.copies.T
-        firsts, lasts = (np.searchsorted(originals, rows, side) for side in ("left", "right"))
-        return np.concatenate([rows, *(copies[first:last] for first, last in zip(firsts, lasts, strict=True))])
+            found = f"The index of {self.store.path} cannot be searched: {error}"
+            raise TraceError(f"{found}. Make it anew (dmin-trace index), or scan all samples (--exact).") from None
+        candidates, (copies, originals) = [], self.copies.T
+        for rows in labels.astype(np.int64):
+            firsts, lasts = (np.searchsorted(originals, rows, side) for side in ("left", "right"))
+            candidates.append(np.concatenate([rows, *(copies[a:b] for a, b in zip(firsts, lasts, strict=True))]))
+        return candidates
 
 
 def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
     """The k best of the rows that the graph proposes for each query, by exact scores; ties by the lowest row.
 
-    The queries are projected gradients, (Q, T, v), transformed for the score `kind`. Raises QueryError if k is out of
-    range or not served (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if the
-    store or the graph is damaged.
+    The queries (Q, T, v) are transformed for the score `kind`. Raises QueryError if k is out of range or not served
+    (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if something is damaged.
     """
     check_k(index.store, k)
     check_queries(index.store, queries)
     depth = index.facts.depth(k, kind)
     if depth is None:
-        raise QueryError(
-            f"k is {k}, more than the index was calibrated for. Give a smaller k, or scan all samples (--exact)."
-        )
+        found = f"k is {k}, more than the index was calibrated for"
+        raise QueryError(f"{found}. Give a smaller k, or scan all samples (--exact).")
     return rerank(index.store, queries, index.candidates(queries, depth), k, checksums=index.checksums)
 
 

@@ -13,8 +13,6 @@ An index from anybody is used only if everything in it fits the store as it is n
 forgery: `graph` says what is checked against those.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import math
@@ -23,7 +21,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Self
 
 import msgspec
 import numpy as np
@@ -34,11 +32,9 @@ from dmin_trace.search.deflation import MAX_DIRECTIONS, Score
 from dmin_trace.search.graph import Graph, GraphError
 from dmin_trace.store import Store, digest, size_within, sync, sync_tree
 
-FORMAT: Literal["dmin_trace.index"] = "dmin_trace.index"
-VERSION: Literal[1] = 1
+FORMAT, VERSION = "dmin_trace.index", 1
 MAX_FACTS_BYTES = 2**20
-FACTS = "index.json"
-GRAPH, COMMON, COPIES, CHECKSUMS = "graph.hnsw", "common.f32", "copies.i64", "rows.u32"
+FACTS, GRAPH, COMMON, COPIES, CHECKSUMS = "index.json", "graph.hnsw", "common.f32", "copies.i64", "rows.u32"
 PRINCIPAL, EIGENVALUES = "principal.f32", "eigenvalues.f64"
 GRAPH_FILES, DIRECTION_FILES = {GRAPH, COMMON, COPIES, CHECKSUMS}, {PRINCIPAL, EIGENVALUES}
 
@@ -47,8 +43,8 @@ Part = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Depth(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the graph is searched for up to k hits of a score: hnswlib's search keeps ef vectors in view, and C
-    candidates are scored exactly; recall is the part of the true k best that was found."""
+    """How the graph is searched for up to k hits of a score: with ef vectors in view, for candidates that are scored
+    exactly; recall is the part of the true k best that was found."""
 
     score: Score
     k: Count
@@ -72,17 +68,16 @@ class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What index.json holds.
 
-    store, state, projection, timesteps, dimension, samples: of the store, its id and the projection's fingerprint.
+    store, state, projection: the store's id and state, and the fingerprint of its projection.
     vectors, m, ef_construction: how many vectors the graph holds, and how HNSW linked them.
     fold, directions: F and r of the vectors.
     target, queries: the recall that is wanted for the first 10 hits, and how many held-out samples measured it.
     depths, short: the numbers of hits that the graph serves, and why it serves less than it should; "" if it does not.
     principal: how many principal directions of each timestep are kept for deflated scores.
-    files: the other files.
     """
 
-    format: Literal["dmin_trace.index"] = FORMAT
-    version: Literal[1] = VERSION
+    format: str = FORMAT
+    version: int = VERSION
     store: str
     state: str
     projection: str
@@ -132,7 +127,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return f"the index does not serve{of}" + (f" ({self.short})" if self.short else "")
 
     @classmethod
-    def from_json(cls, text: str) -> Facts:
+    def from_json(cls, text: str) -> Self:
         """The facts of an index.json. Raises GraphError if they are damaged, invalid or of another version."""
         try:
             written = msgspec.json.decode(text, type=dict[str, Any])
@@ -165,7 +160,7 @@ class Unavailable:
     reason: str
 
     @classmethod
-    def because(cls, why: object) -> Unavailable:
+    def because(cls, why: object) -> Self:
         """An index that was made, and is damaged or does not fit the store."""
         return cls(f"the index is not used: {why}; make it anew with dmin-trace index")
 
@@ -184,8 +179,7 @@ def read_facts(store: Store) -> Facts | Unavailable:
         facts = _read_facts(folder)
     except GraphError as error:
         return Unavailable.because(error)
-    why = _misfit(facts, store)
-    return Unavailable.because(why) if why else facts
+    return Unavailable.because(why) if (why := _misfit(facts, store)) else facts
 
 
 def read_array(
@@ -210,8 +204,8 @@ def check_file(folder: Path, name: str, written: File, most: int) -> Path:
 
 
 def damage(store: Store) -> tuple[list[tuple[str, str]], str]:
-    """The files of a store's index that do not have their checksums, each with what is wrong with it; and why the index
-    is not used though no file may be damaged, "" if it is used or there is none."""
+    """The damaged files of a store's index, each with what is wrong; and why the index is not used though no file may
+    be damaged, "" if it is used or there is none."""
     folder = index_beside(store.path)
     if not folder.is_dir():
         return [], ""
@@ -244,7 +238,7 @@ def check_folder(folder: Path) -> None:
         raise TraceError(f"{folder} is where the index belongs, but is no index of dmin_trace. Move it away.")
 
 
-def write_index(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph: Graph | None) -> Facts:
+def write_index(folder: Path, facts: Facts, arrays: Mapping[str, NDArray[Any]], graph: "Graph | None") -> Facts:
     """Writes the files of an index and puts them in place of an older one, which a build that is killed leaves. Returns
     the facts with the sizes and checksums of the files. Raises TraceError if they cannot be written."""
     partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))

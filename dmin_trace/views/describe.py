@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dmin_trace.search import Facts, Unavailable
-    from dmin_trace.store import Store, UnrankedSamples
+    from dmin_trace.store import Store
 
 
 def describe_score(score: str, timesteps: int) -> str:
     """What a score with this name is, summed over this number of timesteps."""
     summed = f"summed over {timesteps} {'timestep' if timesteps == 1 else 'timesteps'}"
     if score == "dmin":
-        return (
-            f"score: inner product of normalised compressed gradients, {summed}; {timesteps} would be a perfect match"
-        )
+        meaning = f"{timesteps} would be a perfect match"
+        return f"score: inner product of normalised compressed gradients, {summed}; {meaning}"
     if score != "deflated":
         return f"{score} score, {summed}; compare within a query only"
     return (
@@ -43,7 +42,7 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
     facts = [
         ("samples", f"{rows:,} of {header.samples:,}; {state}"),
         # A capture that has only begun has no rows yet.
-        *(_describe_unranked(store.unranked) if rows else ()),
+        *(_describe_unranked(store) if rows else ()),
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
         ("gradient", f"{header.projection.length:,} numbers in {len(header.parameters.names):,} tensors"),
         ("never reached", f"{unreached}; their gradients are zero" if header.unreached else ""),
@@ -95,7 +94,8 @@ def summarize_index(facts: Facts | Unavailable) -> str:
     return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{directions}"
 
 
-def _describe_unranked(unranked: UnrankedSamples) -> list[tuple[str, str]]:
+def _describe_unranked(store: Store) -> list[tuple[str, str]]:
+    unranked = store.unranked
     reasons = (
         ("failed to load", len(unranked.failed), f": {_first_values(unranked.failed, 20)}"),
         ("not finite", unranked.infinite, " have a gradient with NaN or infinity"),

@@ -1,10 +1,9 @@
 """JSON and CSV for programs.
 
-JSON keeps the original text, escaped to plain ASCII; a number that is NaN or infinite is null. CSV cells are made safe
-for spreadsheets.
+JSON is strict and keeps the original text, escaped to plain ASCII; a number that is NaN or infinite is null. A document
+begins with its "format" and its "version", 1; a reader should refuse any other. Keys are always in the order of the
+docstrings. CSV cells are made safe for spreadsheets.
 """
-
-from __future__ import annotations
 
 import csv
 import io
@@ -22,15 +21,12 @@ if TYPE_CHECKING:
     from dmin_trace.query import TopK
     from dmin_trace.store import Verified
 
-VERSION = 1
-"""The version of each JSON format."""
+VERSION = 1  # of each JSON format
 
 
-def hits_json(top: TopK, trace_facts: Mapping[str, object]) -> str:
-    """The hits of all queries as strict JSON in plain ASCII, keys always in this order:
+def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
+    """The hits of all queries as JSON of the format "dmin_trace.hits":
 
-        format      "dmin_trace.hits"
-        version     1; a reader should refuse any other
         scored_by   the name of the score, such as "deflated"
         score       what such a score is, in words
         timesteps   [t, ...]
@@ -47,7 +43,7 @@ def hits_json(top: TopK, trace_facts: Mapping[str, object]) -> str:
     return _json("hits", {**meaning, "timesteps": top.timesteps, "trace": trace_facts, "queries": queries})
 
 
-def hits_csv(top: TopK) -> str:
+def hits_csv(top: "TopK") -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
     Columns: query, prompt, rank, sample, score, scored_by (the name of the score), the columns of the store, then
@@ -67,7 +63,6 @@ def hits_csv(top: TopK) -> str:
             heading = f"meta_{heading}"
         taken.add(heading)
         headings.append(heading)
-
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*fixed, *headings, *per_timestep])
@@ -79,21 +74,13 @@ def hits_csv(top: TopK) -> str:
 
 
 def measures_json(measures: Sequence[Mapping[str, object]], trace_facts: Mapping[str, object]) -> str:
-    """The results of measures as strict JSON in plain ASCII, keys always in this order:
-
-    format      "dmin_trace.measures"
-    version     1; a reader should refuse any other
-    trace       the facts of the trace, as given
-    measures    [{measure, ...}, ...], as given
-    """
+    """The facts of a trace and the results of its measures, as given, as JSON of the format "dmin_trace.measures"."""
     return _json("measures", {"trace": trace_facts, "measures": list(measures)})
 
 
-def verified_json(found: Verified) -> str:
-    """What `verify` found as strict JSON in plain ASCII, keys always in this order:
+def verified_json(found: "Verified") -> str:
+    """What `verify` found as JSON of the format "dmin_trace.verified":
 
-        format      "dmin_trace.verified"
-        version     1; a reader should refuse any other
         whole       whether nothing is damaged
         complete    whether the capture has finished
         chunks, done, files, bytes     how many chunks there are and are done, and how much was compared

@@ -5,10 +5,9 @@ Each function returns a renderable of `rich`; the command line prints it. Texts 
 `console.options.ascii_only`) a table has ASCII characters only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -26,22 +25,16 @@ if TYPE_CHECKING:
 # The column shown is the first of these names, whatever their case, that has a value in some hit.
 TEXT_COLUMNS = ("caption", "text", "prompt", "label", "class", "label_name", "class_name", "labels", "title", "name")
 FILE_COLUMNS = ("file_name", "path", "file", "filename", "file_path", "image_path")
-
 # In a terminal of 80 columns, a caption of this length takes three lines beside a file name and ten timesteps.
-MAX_TEXT_LENGTH = 72
-MAX_FILE_LENGTH = 24
-MAX_BARS = 20
-
-BARS = "▁▂▃▄▅▆▇█"
-ASCII_BARS = "12345678"
+MAX_TEXT_LENGTH, MAX_FILE_LENGTH, MAX_BARS = 72, 24, 20
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "12345678"
 
 
-def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
+def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
     """The most influential training samples for query number `query` of an answer, and what their score means.
 
-    The scores at the timesteps are drawn as one bar each. All bars of a table have one scale; a negative score is a
-    dot. Above 20 timesteps, neighbours are averaged into 20 bars. With `ascii_only` the bars are the digits 1 to 8,
-    and a negative score is "-".
+    The scores at the timesteps are drawn as one bar each, all of a table on one scale; a negative score is a dot. Above
+    20 timesteps, neighbours are averaged into 20 bars. In ASCII bars are the digits 1 to 8, and a negative score "-".
     """
     hits, prompt = top.hits[query], top.prompts[query]
     title = Text("Most influential training samples for ")
@@ -79,9 +72,7 @@ def hits_table(top: TopK, query: int, *, ascii_only: bool = False) -> Group:
 def facts_table(facts: Sequence[tuple[str, str]], title: str, *, ascii_only: bool = False) -> Table:
     """Names and values, one pair a row, under a title. Long values fold; only those above 2,000 characters are cut."""
     table = _table(title, ("", ""), facts, ascii_only=ascii_only)
-    table.show_header = False
-    table.box = box.SIMPLE
-    table.columns[0].style = "dim"
+    table.show_header, table.box, table.columns[0].style = False, box.SIMPLE, "dim"
     return table
 
 
@@ -93,12 +84,11 @@ def measure_table(
     # Few figures make a narrow table, below which the meaning would have one word a line.
     table.min_width = 60
     for column in table.columns:
-        column.justify = "right"
-        column.no_wrap = True
+        column.justify, column.no_wrap = "right", True
     return table
 
 
-def damage_table(found: Verified, title: str, *, ascii_only: bool = False) -> Table:
+def damage_table(found: "Verified", title: str, *, ascii_only: bool = False) -> Table:
     """What `verify` found damaged, one row for each file; only cells above 2,000 characters are cut."""
     lost = [_ranges(of.samples) or (f"rows {_ranges(of.rows)}" if of.rows else "") for of in found.damages]
     rows = [(of.file, samples, of.what) for of, samples in zip(found.damages, lost, strict=True)]
@@ -131,21 +121,17 @@ def _table(
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Whole numbers in a few words, neighbours together: 3-7, 12."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    # Neighbours differ from their place among the numbers by the same.
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _cell(hit: Hit, column: str) -> str:
+def _cell(hit: "Hit", column: str) -> str:
     value = hit.columns.get(column)
     return "" if value is None else str(value)
 
 
-def _choose_column(hits: Sequence[Hit], wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
+def _choose_column(hits: "Sequence[Hit]", wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
     """The first wanted column that has a value in some hit; else the first column that is not among the others."""
     present = dict.fromkeys(name for hit in hits for name, value in hit.columns.items() if value is not None)
     chosen = [name for want in wanted for name in present if name.lower() == want]
@@ -156,11 +142,9 @@ def _choose_column(hits: Sequence[Hit], wanted: Sequence[str], others: Sequence[
 
 def _timestep_heading(timesteps: tuple[float, ...]) -> str:
     """The first timestep above the first bar and the last above the last."""
-    if len(timesteps) == 1:
-        return f"t={timesteps[0]:g}"
     first, last = f"t={timesteps[0]:g}", f"{timesteps[-1]:g}"
     gap = max(1, min(len(timesteps), MAX_BARS) - len(first) - len(last))
-    return first + " " * gap + last
+    return first + " " * gap + last if len(timesteps) > 1 else first
 
 
 def _average_neighbours(scores: Sequence[float]) -> list[float]:

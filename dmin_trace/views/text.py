@@ -1,10 +1,4 @@
-"""Makes text from data sets, stores and files safe to show.
-
-Captions, labels and file names often come from other people. `harmless` is for a terminal: control characters become
-visible escapes. `spreadsheet_safe` is for CSV: no cell can start a formula.
-"""
-
-from __future__ import annotations
+"""Makes text from data sets, stores and files, which anybody may have written, safe to show."""
 
 import re
 import unicodedata

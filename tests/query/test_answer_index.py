@@ -72,7 +72,7 @@ def test_attribute_uses_the_index_unless_it_is_exact(digits: Path, monkeypatch: 
         searched.append(k)
         return search(found, queries, k, kind=kind)
 
-    monkeypatch.setattr(query, "search", watched)
+    monkeypatch.setattr(query.search, "search", watched)
     hits = dmin_trace.attribute(path, images, k=3, score="dmin")
     assert searched == [3]
     scanned = dmin_trace.attribute(path, images, k=3, score="dmin", exact=True)

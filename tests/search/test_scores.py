@@ -1,4 +1,4 @@
-"""Score methods: what is fitted, and what is refused."""
+"""Built-in scores: what is fitted, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dmin_trace.errors import QueryError, SettingsError
 from dmin_trace.search import scores
 from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import principal_directions
-from dmin_trace.search.scores import DeflatedScore, DminScore, score_method
+from dmin_trace.search.scores import check_score, fit_score
 from dmin_trace.store import Store
 
 
@@ -26,53 +26,47 @@ def stored(tmp_path: Path) -> tuple[Store, Rows]:
 
 
 def test_the_score_dmin_leaves_queries_as_they_are(stored: tuple[Store, Rows]) -> None:
-    method = score_method(stored[0], "dmin")
-    assert isinstance(method, DminScore)
-    method.fit(stored[0])
+    fitted = fit_score(stored[0], "dmin")
     queries = like(stored[1], 3)
-    assert method.transform(queries) is queries
+    assert fitted.transform(queries) is queries
+    assert (fitted.name, fitted.description) == ("dmin", "")
 
 
 def test_the_deflated_score_finds_directions_or_takes_those_of_the_index(stored: tuple[Store, Rows]) -> None:
     store, rows = stored
     queries = like(rows, 3)
     found = principal_directions(store)
-    method = score_method(store, "deflated")
-    assert isinstance(method, DeflatedScore) and method.description == ""
-    with pytest.raises(QueryError, match="is not fitted"):
-        method.transform(queries)
-    method.fit(store)
-    assert np.array_equal(method.transform(queries), found.deflate(queries))
+    fitted = fit_score(store, "deflated")
+    assert np.array_equal(fitted.transform(queries), found.deflate(queries))
     count = found.eigenvalues.shape[1]
-    assert method.description == f"{count} principal directions of each timestep, found for this query"
+    assert fitted.description == f"{count} principal directions of each timestep, found for this query"
     facts = build_index(store, directions=5)
     assert (facts.depths, facts.principal) == ((), 5)
-    method.fit(store)
-    assert method.description == "5 principal directions of each timestep, kept by the index"
-    assert np.array_equal(method.transform(queries), principal_directions(store, 5).deflate(queries))
+    fitted = fit_score(store, "deflated")
+    assert fitted.description == "5 principal directions of each timestep, kept by the index"
+    assert np.array_equal(fitted.transform(queries), principal_directions(store, 5).deflate(queries))
     assert not build_index(store, directions=0).files
-    method.fit(store)
-    assert method.description.endswith("found for this query")
+    assert fit_score(store, "deflated").description.endswith("found for this query")
     with pytest.raises(SettingsError, match="directions is -1"):
         build_index(store, directions=-1)
 
 
-def test_score_method_refuses_what_cannot_be_scored(
-    stored: tuple[Store, Rows], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_score_refuses_what_cannot_be_scored(stored: tuple[Store, Rows], monkeypatch: pytest.MonkeyPatch) -> None:
     store = stored[0]
     with pytest.raises(QueryError, match="score is 'cosine'; expected dmin or deflated"):
-        score_method(store, "cosine")
+        check_score(store, "cosine")
+    with pytest.raises(QueryError, match="score is 'cosine'; expected dmin or deflated"):
+        fit_score(store, "cosine")
     monkeypatch.setattr(scores, "MAX_QUERY_NUMBERS", 200)
     line = r"here it has none\. .* in up to 200 numbers; .* 5,120\. Make them with dmin-trace index"
     with pytest.raises(QueryError, match=line):
-        score_method(store, "deflated")
+        check_score(store, "deflated")
     build_index(store, directions=0)
     with pytest.raises(QueryError, match=line):
-        score_method(store, "deflated")
+        check_score(store, "deflated")
     build_index(store, directions=4)
     file = store.path.with_name("trace.index") / "principal.f32"
-    score_method(store, "deflated").fit(store)
+    fit_score(store, "deflated")
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(QueryError, match=r"here the index is not used: principal.f32 is damaged.*Make them with"):
-        score_method(store, "deflated").fit(store)
+        fit_score(store, "deflated")

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from page import Page
 
 from dmin_trace import search as score
-from dmin_trace.search import Depth, Index, Unavailable, build_index, index_beside, open_index
+from dmin_trace.search import Index, Unavailable, build_index, index_beside, open_index
+from dmin_trace.search.exact import rerank
+from dmin_trace.search.index_files import Depth
 from dmin_trace.store import Store, open_store
 
 DIMENSION = 2**14
@@ -100,7 +102,7 @@ def _asked(index: Index, asked: NDArray[np.float32], truth: NDArray[np.int64], e
     depth = Depth(score="dmin", k=10, candidates=CANDIDATES, ef=ef, recall=0.0)
     began, found = time.perf_counter(), []
     for one in asked:
-        found.append(score.rerank(index.store, one[None], index.candidates(one[None], depth), 10).rows[0])
+        found.append(rerank(index.store, one[None], index.candidates(one[None], depth), 10).rows[0])
     each = (time.perf_counter() - began) / len(asked)
     recall = np.mean([np.isin(best, ours).mean() for ours, best in zip(found, truth, strict=True)])
     return f"{recall:.3f}, {1000 * each:.1f}"

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from page import Page
 from scipy.ndimage import distance_transform_edt
 
-from dmin_trace import search as kernel
+from dmin_trace.search import deflation as kernel
 from dmin_trace.store import open_store
 
 THICK = 16

@@ -39,9 +39,8 @@ def generator_marks() -> tuple[int, ...]:
     states = [torch.default_generator.get_state()]
     if torch.backends.mps.is_available():
         states.append(torch.mps.get_rng_state())
-    offsets = (
-        [generator.get_offset() for generator in torch.cuda.default_generators] if torch.cuda.is_initialized() else []
-    )
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    offsets = [generator.get_offset() for generator in torch.cuda.default_generators] if started else []
     return *(zlib.crc32(state.numpy().tobytes()) for state in states), *offsets
 
 

@@ -6,8 +6,6 @@
 C (`backend_c`) or in torch (`backend_torch`). A plan needs no torch, so the other names are imported when first used.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

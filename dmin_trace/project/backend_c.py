@@ -1,7 +1,5 @@
 """Rotation on a CPU: one pass over the gradient, by the compiled module `_rows` (`_rows.c`)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Both kinds of projection in torch, on any device, which is never synchronised."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ for the uniform kind, or where the C module was not built or Triton is missing, 
 same numbers, and differ by rounding only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import chain
 

@@ -4,8 +4,6 @@ Paper, equation 3: the gradient is taken at the final parameters. `torch.autogra
 GradScaler, the division for gradient accumulation or DDP's synchronisation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -16,8 +16,6 @@ A projection folds: adding bins j and j + v/2 gives a projection to v/2. For rot
 `make_plan` makes for that dimension. This module imports no torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Hashable
 from dataclasses import dataclass, field

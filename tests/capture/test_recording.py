@@ -233,6 +233,36 @@ def test_recording_refuses_an_unfinished_trace_of_other_weights(tmp_path: Path) 
     assert (tmp_path / "trace.weights.safetensors").read_bytes() == weights
 
 
+class Noisy(Denoiser):
+    """Draws in its forward pass, also in eval mode: always, or for some data."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        if self.always or sample.sum() > 0:
+            sample = sample + 0.1 * torch.randn_like(sample)
+        return super().forward(sample, timestep)
+
+
+def test_draws_inside_a_model_are_recorded_and_must_be_those_of_every_sample(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Noisy(always=True)
+    trace = dmin_trace.open_trace(record(model, tmp_path / "always.zarr"))
+    for made in trace.store.header.noise.draws:
+        assert [name for name, _ in made] == ["randn_like", "randint*", "model"]
+    with dmin_trace.recording(model, samples=1, like=trace) as again:
+        for k in again.timesteps:
+            with again.step(0, k):
+                loss_of(model, POINTS[5:6]).backward()
+    hit = trace.top_k(again.queries, 1, "dmin").hits[0][0]
+    assert (hit.sample, hit.score) == (5, pytest.approx(3, abs=1e-5))
+    model.always = False
+    with pytest.raises(CaptureError, match="noise differs"):
+        record(model, tmp_path / "sometimes.zarr")
+
+
 def test_step_timestep_and_fraction_give_the_rows_of_a_pinned_draw(tmp_path: Path) -> None:
     model = denoiser()
     drawn = open_store(record(model, tmp_path / "drawn.zarr"))

@@ -3,7 +3,8 @@
     loss -> gradients -> transform (sign) -> compress -> projected gradient (v,) and norm
 
 `gradients` takes the gradient of a loss, `plan` fixes the random projection, and `compress` projects and normalises, in
-C (`backend_c`) or in torch (`backend_torch`). A plan needs no torch, so the other names are imported when first used.
+C (`backend_c`), Triton (`backend_triton`) or torch (`backend_torch`). A plan needs no torch, so the other names are
+imported when first used.
 """
 
 from importlib import import_module

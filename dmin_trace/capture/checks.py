@@ -5,8 +5,6 @@ random calls. Both are kept in the store, and queries must meet them too. Querie
 must also have the weights, the parameters, the settings and the projection of that store.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,7 +126,10 @@ class RowChecks:
         never = [(name, tensor) for name, tensor, reached in named if not reached]
         count = f"{len(never)} of the {len(self.reached)} trainable tensors"
         names = ", ".join(name for name, _ in never[:3])
-        if len(never) == len(self.reached) or any(self._source.trained(tensor) for _, tensor in never):
+        optimizers = self._source.optimizers
+        # Without optimizers it is not known who trains; requires_grad says what is not trained.
+        moved = optimizers is None or any(tensor in o.state for _, tensor in never for o in optimizers)
+        if len(never) == len(self.reached) or never and moved:
             raise CaptureError(
                 f"The loss does not depend on {count}, among them {names}, though the training moved them. Does the "
                 "training step skip a part of the model in eval mode, or for some batches? In a loop of your own, set "

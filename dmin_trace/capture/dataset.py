@@ -5,8 +5,6 @@ then in the raw row of a `datasets.Dataset` (whose transform usually drops it), 
 is a sequence of N values.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +20,10 @@ from dmin_trace.errors import CaptureError
 logger = logging.getLogger(__name__)
 
 Kind = Literal["string", "integer", "number"]
+Value = str | int | float
 
 USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
 """The columns that are kept if the settings name none."""
-
-MISSING_VALUES: dict[Kind, str | int | float] = {"string": "", "integer": -1, "number": float("nan")}
 
 FIRST_SAMPLES = 20
 """If more than half of these samples fail to load, the capture ends: the data set is wrong."""
@@ -36,28 +33,6 @@ MAX_LOGGED_FAILURES = 10
 
 FINGERPRINT_SAMPLES = 8
 """Samples whose batches are in the fingerprint of a data set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureSource:
-    """What a capture is of, besides the weights and the settings.
-
-    samples: N, the number of training samples or of queries.
-    columns: the readable columns of the data set.
-    trained: whether the training moved a parameter. The loss must depend on each one that it moved.
-    fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
-    script: the script whose loop is run; an unknown one if the loop is the user's own code.
-    edited_script: the script may differ from the one that began the store.
-    packages: further packages whose versions are kept in the header.
-    """
-
-    samples: int
-    columns: Columns
-    trained: Callable[[torch.nn.Parameter], bool]
-    fetch: Callable[[int], Any] | None = None
-    script: Script = Script()
-    edited_script: bool = False
-    packages: Sequence[str] = ()
 
 
 class Columns:
@@ -70,8 +45,8 @@ class Columns:
         self.kinds: dict[str, Kind] = {}
         self._has_kinds = False
 
-    def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
-        """Returns the columns of one sample; `item` is what the dataset gave for it.
+    def of(self, sample: int, item: Any) -> dict[str, Value | None]:
+        """Returns the columns of one sample, None for a missing value; `item` is what the dataset gave for it.
 
         Raises CaptureError if the dataset lacks a column that was named.
         """
@@ -89,15 +64,9 @@ class Columns:
                 for name, value in found.items()
                 if value is not None
             }
-        return {name: self._value(name, kind, sample, item) for name, kind in self.kinds.items()}
+        return {name: _converted(self._find(name, sample, item), kind) for name, kind in self.kinds.items()}
 
-    def _value(self, name: str, kind: Kind, sample: int, item: Any) -> str | int | float:
-        value = self._find(name, sample, item)
-        if value is None or isinstance(value, str) and kind != "string":
-            return MISSING_VALUES[kind]
-        return str(value) if kind == "string" else int(value) if kind == "integer" else float(value)
-
-    def _find(self, name: str, sample: int, item: Any) -> str | int | float | None:
+    def _find(self, name: str, sample: int, item: Any) -> Value | None:
         for place in (item, None if self._plain is None else self._plain[sample]):
             if isinstance(place, Mapping) and (value := _readable(place.get(name))) is not None:
                 return value
@@ -105,6 +74,28 @@ class Columns:
         if isinstance(values, (list, tuple, torch.Tensor)) and len(values) == len(self._dataset):
             return _readable(values[sample])
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSource:
+    """What a capture is of, besides the weights and the settings.
+
+    samples: N, the number of training samples or of queries.
+    columns: the readable columns of the data set.
+    optimizers: those of the training, whose state tells which parameters it moved; None if that is not known.
+    fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
+    script: the script whose loop is run; an unknown one if the loop is the user's own code.
+    edited_script: the script may differ from the one that began the store.
+    packages: further packages whose versions are kept in the header.
+    """
+
+    samples: int
+    columns: Columns
+    optimizers: Sequence[torch.optim.Optimizer] | None
+    fetch: Callable[[int], Any] | None = None
+    script: Script = Script()
+    edited_script: bool = False
+    packages: Sequence[str] = ()
 
 
 class FailedSamples:
@@ -148,7 +139,13 @@ def _without_images(dataset: Any) -> Any:
     return dataset.with_format(None).select_columns(readable) if readable else None
 
 
-def _readable(value: Any) -> str | int | float | None:
+def _converted(value: Value | None, kind: Kind) -> Value | None:
+    if value is None or isinstance(value, str) and kind != "string":
+        return None
+    return str(value) if kind == "string" else int(value) if kind == "integer" else float(value)
+
+
+def _readable(value: Any) -> Value | None:
     scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
     if scalar or isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
@@ -182,11 +179,10 @@ def batch_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
 
 
 def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
-    """Returns the fingerprint of a data set of N samples; "" if its batches vary, or hold what cannot be read.
+    """Returns the SHA-256 over N and the batches of a few samples; "" if batches vary, or hold what cannot be read.
 
-    It is the SHA-256 over the batches of a few samples, spread over the data set. So it changes with the number of
-    samples, their order, their content and the transforms. `fetch` gives the batch of one sample, under the same seed
-    each time.
+    So it changes with the order of the samples, their content and the transforms. `fetch` gives the batch of one
+    sample, under the same seed each time.
     """
     last = FINGERPRINT_SAMPLES - 1
     chosen = sorted({round(k * (samples - 1) / last) for k in range(FINGERPRINT_SAMPLES)})

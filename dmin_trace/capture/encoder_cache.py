@@ -6,14 +6,12 @@ and call: the exact inputs, compared bit by bit, and the conditions. Not cached 
 whose inputs need a gradient; modules in train mode (batch norms would count a batch less); and modules without hits.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -67,7 +65,7 @@ class EncoderCache:
         self._cached: list[_CachedModule] = []
         self._inside = False
 
-    def __enter__(self) -> EncoderCache:
+    def __enter__(self) -> Self:
         for module in self._modules:
             own = {name: value for name, value in vars(module).items() if name == "forward"}
             cached = _CachedModule(module, module.forward, own)

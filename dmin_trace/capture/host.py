@@ -5,8 +5,6 @@ package registers an object with these functions as an entry point of the group 
 `dmin_trace.integrations.diffusers` does for the scripts of Hugging Face diffusers. This module imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ class Host(Protocol):
         """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
 
     def pinned_density(
-        self, modules: Iterable[dict[str, Any]], pin: Callable[[torch.Tensor, str], torch.Tensor]
+        self, modules: Iterable[dict[str, Any]], pin: "Callable[[torch.Tensor, str], torch.Tensor]"
     ) -> AbstractContextManager[None]:
         """Passes the timestep draws of the scripts' own functions through `pin`, as fractions of the schedule.
 
@@ -61,7 +59,7 @@ class Host(Protocol):
         """The averages of weights (EMA) among a loop's variables whose weights the script will save."""
 
     def averaged_weights(
-        self, ema: Any, parameters: Sequence[torch.nn.Parameter], step_first: bool
+        self, ema: Any, parameters: "Sequence[torch.nn.Parameter]", step_first: bool
     ) -> AbstractContextManager[None]:
         """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
 

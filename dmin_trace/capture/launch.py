@@ -7,8 +7,6 @@ script needs no line of ours; if it has one, that line joins the same capture.
 script may change any global state of its process, and may end it.
 """
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

@@ -5,8 +5,6 @@ each training step the generators are seeded, and the draw of the timestep is re
 call is recorded by name and shape: two samples with other sequences of calls did not get the same noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

@@ -1,11 +1,9 @@
 """The global random generators: their seeds during a capture, and their states before and after it."""
 
-from __future__ import annotations
-
 import pickle
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,7 +39,7 @@ class RandomState:
     python: tuple[Any, ...]
 
     @classmethod
-    def take(cls) -> RandomState:
+    def take(cls) -> Self:
         """Copies the states of all global generators."""
         return cls(
             torch_cpu=torch.get_rng_state(),

@@ -5,8 +5,6 @@ fails therefore runs on until the next meeting, and its rows are discarded. The 
 store is opened, after every chunk, and after the last row.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import threading

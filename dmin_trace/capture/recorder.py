@@ -7,9 +7,8 @@ The drivers run the training steps: `recording` for a loop of one's own, `accele
 comparable, `chunks` writes them, and `ranks` is where several processes meet.
 """
 
-from __future__ import annotations
-
 import logging
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
 from dmin_trace.capture.chunks import ChunkQueue, Row
-from dmin_trace.capture.dataset import CaptureSource, FailedSamples, data_fingerprint
-from dmin_trace.capture.output import CaptureOutput, CaptureTarget
-from dmin_trace.capture.ranks import FirstSignal, Ranks
+from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
+from dmin_trace.capture.output import CaptureOutput
+from dmin_trace.capture.ranks import FirstSignal
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
@@ -40,26 +39,18 @@ class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
     weights_saved: whether the trained weights lie beside the store.
+    row_ends: in a trial, when each sample's last step had ended, in seconds.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        trainable: Trainable,
-        source: CaptureSource,
-        target: CaptureTarget,
-        ranks: Ranks | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, output: CaptureOutput) -> None:
         """Fixes what is recorded: gradients with respect to the parameters, which hold the weights of the capture.
 
-        `ranks` are the processes that fill the store; None if this is the only one. Raises QueryError or WeightsError
-        if the parameters, the projection or the weights are not those of `target.like`.
+        Raises QueryError or WeightsError if the parameters, the projection or the weights are not those of
+        `output.like`.
         """
-        like = target.like
-        self.settings, self.trainable = settings, trainable
-        self.out, self.samples, self.trial = target.out, source.samples, target.trial
-        self._source, self._target, self._ranks = source, target, ranks or Ranks()
-        self._output = CaptureOutput(target, self._ranks)
+        like = output.like
+        self.settings, self.trainable, self.samples = settings, trainable, source.samples
+        self._source, self.output, self._ranks = source, output, output.ranks
         self._weights = trainable.weights_fingerprint()
         if like is None:
             self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
@@ -67,19 +58,19 @@ class Recorder:
             self._plan = query_plan(settings, trainable, self._weights, like)
         self._dtype: Dtype = settings.dtype if like is None else "float32"
         self._checks = RowChecks(settings, trainable, source, like)
-        self._chunk_rows = choose_chunk_rows(
-            self.samples, settings.timestep_count, settings.dimension, self._dtype, self._ranks.count
-        )
+        shape = settings.timestep_count, settings.dimension
+        self._chunk_rows = choose_chunk_rows(self.samples, *shape, self._dtype, self._ranks.count)
         self._row_steps = settings.timestep_count * settings.draws
         self._steps = self._rows = self._longest = self._kept = self._before_first = 0
         self._row: list[CaptureStep] = []
-        self._row_columns: dict[str, str | int | float] = {}
+        self._row_columns: dict[str, Value | None] = {}
         self._row_missing = False
         self._failed = FailedSamples(self.samples)
         self._mean: Mean | None = None
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
         self._announced = self.weights_saved = False
+        self.row_ends: list[float] = []
         self._progress = _sample_bar()
 
     def begin(self) -> list[int]:
@@ -89,15 +80,15 @@ class Recorder:
         """
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
-        if self.trial:
+        if self.output.trial:
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks
         with ranks.holding():
-            earlier = self._output.find()
+            earlier = self.output.find()
             pending = self._continue(earlier)
         ranks.meet()
         with ranks.holding():
-            self.weights_saved = self._output.prepare(self.trainable, earlier)
+            self.weights_saved = self.output.prepare(self.trainable, earlier)
         ranks.meet()
         size = self._chunk_rows
         chunks = [(c, range(c * size, min((c + 1) * size, self.samples))) for c in pending]
@@ -107,7 +98,7 @@ class Recorder:
         # Every process must run as many training steps: one with fewer rows repeats its last sample.
         self._longest = max(sum(len(rows) for _, rows in share) for share in ours)
         self._kept = len(samples)
-        if self._target.like is None:
+        if self.output.like is None:
             self._signal.hold()
         ranks.meeting = True
         if ranks.rank == 0:
@@ -119,7 +110,7 @@ class Recorder:
         """Takes over the projection and the chunks of the store that is continued, and returns the chunks to fill."""
         if earlier is None:
             return list(range(-(-self.samples // self._chunk_rows)))
-        refuse_other_capture(self.out, earlier, self.settings, self._source, self._weights)
+        refuse_other_capture(self.output.out, earlier, self.settings, self._source, self._weights)
         header, plan = earlier.header, self._plan
         theirs = header.projection.kind, header.dimension, header.projection.length
         if theirs == (plan.kind, plan.dimension, plan.length):
@@ -133,13 +124,11 @@ class Recorder:
         A store of queries is temporary: it is not compressed, and its data has no fingerprint.
         """
         settings, source, plan, checks = self.settings, self._source, self._plan, self._checks
-        of_queries, trained = self._target.like is not None, self.trainable
+        of_queries, trained = self.output.like is not None, self.trainable
         fetch = None if of_queries else source.fetch
         # Draws of one timestep make the same calls.
         calls = tuple(tuple(made) for made in checks.calls[:: settings.draws])
         reached = zip(trained.names, checks.reached, strict=True)
-        packages = dict.fromkeys(("torch", *source.packages, "numpy"))
-        kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
         return Header(
             id=uuid.uuid4().hex,
             samples=self.samples,
@@ -158,17 +147,13 @@ class Recorder:
             codec="none" if of_queries else settings.codec,
             batch=checks.batch_shapes,
             columns=source.columns.kinds,
-            settings=kept,
-            writers={"dmin_trace": VERSION} | {name: version(name) for name in packages},
+            settings=asdict(settings),
+            writers={"dmin_trace": VERSION} | {name: version(name) for name in ("torch", *source.packages, "numpy")},
             script=source.script.name,
             script_sha256=source.script.sha256,
             data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
             unreached=tuple(name for name, was_reached in reached if not was_reached),
         )
-
-    def hold(self, error: Exception) -> bool:
-        """Keeps an error of this process until the processes meet; False if this is the only one. See `Ranks.hold`."""
-        return self._ranks.hold(error)
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
         """Begins a sample: keeps the columns of its dataset item, and checks the shapes in the batch collated from it.
@@ -186,7 +171,7 @@ class Recorder:
 
         Raises CaptureError if most of the first samples could not be loaded; for a query the error itself.
         """
-        if self._target.like is not None or self.trial:
+        if self.output.like is not None or self.output.trial:
             raise error
         self._row_missing = True
         self._failed.add(number, error, self._rows)
@@ -244,7 +229,7 @@ class Recorder:
             return
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
-            self._chunks.writer = self._output.open(self.header)
+            self._chunks.writer = self.output.open(self.header)
             for _ in range(self._before_first):
                 self._end_row(None)
         self._end_row(None if self._row_missing else row)
@@ -256,12 +241,13 @@ class Recorder:
             self._progress.update(task.id, advance=1, rate=f"{task.speed:.1f}/s" if task.speed else "")
         chunks, ranks = self._chunks, self._ranks
         if chunks is None:
+            self.row_ends.append(time.perf_counter())
             return
         last = self._rows == self._longest
         # A process that has failed runs on for the others; its rows are discarded.
         if self._rows <= self._kept and ranks.error is None:
             with ranks.holding():
-                chunks.add(row, self._row_columns, list(self._source.columns.kinds))
+                chunks.add(row, dict.fromkeys(self._source.columns.kinds) if row is None else self._row_columns)
         with ranks.holding():
             chunks.check(wait=last)
         if last or self._rows % self._chunk_rows == 0:
@@ -282,7 +268,7 @@ class Recorder:
         with self._ranks.holding():
             if self._ranks.rank == 0:
                 writer.finish()
-                logger.info("The trace of %d samples is in %s.", self.samples, self.out)
+                logger.info("The trace of %d samples is in %s.", self.samples, self.output.out)
         self._ranks.meet()
         if self._failed:
             logger.warning(
@@ -297,7 +283,7 @@ class Recorder:
         self._progress.stop()
         if self._chunks is not None:
             self._chunks.close()
-        self._output.release()
+        self.output.lock.release()
 
     def _announce_signal(self) -> None:
         """Logs once that a signal was caught, and when the capture stops."""
@@ -320,7 +306,7 @@ class Recorder:
         done = 0 if writer is None else self.samples - sum(len(writer.rows(chunk)) for chunk in writer.pending())
         raise StoppedError(
             f"The capture was stopped by {self._signal.name or 'a signal to another process'}: {done:,} of "
-            f"{self.samples:,} samples are in {self.out}. Run it again: it continues where it stopped.",
+            f"{self.samples:,} samples are in {self.output.out}. Run it again: it continues where it stopped.",
             signal,
         )
 

@@ -4,21 +4,19 @@ In a training step `loss.backward()` gives the gradient to the recorder instead 
 generators and the optimizers are as they were before.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Unpack, runtime_checkable
+from typing import Any, Protocol, Self, Unpack, runtime_checkable
 
 import numpy as np
 import torch
 
 from dmin_trace.capture.dataset import CaptureSource, Columns
-from dmin_trace.capture.output import CaptureTarget
+from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
@@ -62,7 +60,7 @@ def recording(
     columns: Mapping[str, Values] | None = None,
     settings: Settings | None = None,
     **overrides: Unpack[RecordingOverrides],
-) -> Recording:
+) -> "Recording":
     """Records the projected gradient of every sample of a training loop, or those of queries.
 
     Use it as a context manager when the training is over, with the weights that are to be explained in the model:
@@ -149,8 +147,7 @@ class Recording:
         self._source = CaptureSource(
             samples=samples,
             columns=Columns(dataset, settings.columns if like is None else None),
-            # Without optimizers it is not known who trains; requires_grad says what is not trained.
-            trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
+            optimizers=optimizers,
             fetch=None if batch is None else partial(self._fetch, batch),
             packages=packages,
         )
@@ -236,7 +233,7 @@ class Recording:
             )
         return self._queries
 
-    def __enter__(self) -> Recording:
+    def __enter__(self) -> Self:
         if self._entered is not None:
             raise CaptureError("This recording was entered already. Make another with recording(...).")
         self._refuse_models()
@@ -245,8 +242,8 @@ class Recording:
             out = self._out
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
-            target = CaptureTarget(out=out, like=self._like)
-            recorder = Recorder(self._settings, self._find_trainable(), self._source, target)
+            output = CaptureOutput(out=out, like=self._like)
+            recorder = Recorder(self._settings, self._find_trainable(), self._source, output)
             entering.enter_context(self._guard)
             entering.callback(setattr, torch.amp.GradScaler, "scale", torch.amp.GradScaler.scale)
             torch.amp.GradScaler.scale = self._scale  # type: ignore[method-assign,assignment]
@@ -333,7 +330,7 @@ class Recording:
         if self._done == len(self._pending) * len(self._timesteps):
             recorder.finish()
             if self._like is not None:
-                self._queries = _read_queries(open_store(recorder.out), self._like.header.id)
+                self._queries = _read_queries(open_store(recorder.output.out), self._like.header.id)
 
 
 def _read_queries(captured: Store, trace_id: str) -> Queries:

@@ -5,14 +5,12 @@ guard.close()                   its generators are put back
 guard.check(step, moved)        raises if its gradient cannot be compared with those of other samples
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -121,7 +119,7 @@ class StepGuard:
         self._versions: list[int] = []
         self._undo = ExitStack()
 
-    def __enter__(self) -> StepGuard:
+    def __enter__(self) -> Self:
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         with ExitStack() as undo:
             for model in self._models:

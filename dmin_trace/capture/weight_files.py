@@ -3,8 +3,6 @@
 Only safetensors is read and written: a weight file can come from anywhere, and a pickle can run a program.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """The trainable parameters of a run: which they are, their fingerprint, and how they are saved and loaded."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

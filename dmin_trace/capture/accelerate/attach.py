@@ -4,14 +4,11 @@ Here is what only a script with accelerate has: its arguments, its averaged weig
 or the command line that launched it, and a training that must go on if the capture fails.
 """
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os
 import sys
-import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
@@ -25,14 +22,11 @@ from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import LoopDriver
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.dataset import CaptureSource, Columns
-from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.host import script_host
-from dmin_trace.capture.output import CaptureTarget
+from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
-from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
@@ -105,7 +99,7 @@ def attach(
     return capture.driver
 
 
-def attach_job(accelerator: Accelerator, job: Job) -> ScriptCapture:
+def attach_job(accelerator: Accelerator, job: Job) -> "ScriptCapture":
     """Attaches a job of the launcher when the script makes its Accelerator. A line in the script joins it later."""
     capture = ScriptCapture(accelerator, job, _find_args(), launched=True)
     if job.mode == "final" and capture.out is not None:
@@ -144,10 +138,10 @@ class ScriptCapture:
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._host = script_host()
         self._launched, self._joined = launched, False
-        self._entered = ExitStack()
         self._recorder: Recorder | None = None
-        self._encoder_cache = EncoderCache((), ())
-        self._sample_ends: list[float] = []
+        self.ranks = Ranks(
+            accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message])
+        )
         self._use_settings()
         self.driver = LoopDriver(accelerator, self)
         self.driver.undo.callback(replace_attribute(accelerator, ATTRIBUTE, self))
@@ -180,11 +174,6 @@ class ScriptCapture:
         return self.job.mode != "final"
 
     @property
-    def item_seed(self) -> int:
-        """The seed under which every sample is fetched, so that all get the same augmentation."""
-        return seed_of(self.settings.seed, 0)
-
-    @property
     def max_train_steps(self) -> int | None:
         """The number of optimizer steps of the training. Scripts overwrite theirs after `prepare`."""
         return self.job.max_train_steps or getattr(self._args, "max_train_steps", None)
@@ -209,39 +198,41 @@ class ScriptCapture:
             raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
         store.check_free(self.out)
 
-    def begin(self, variables: LoopVariables) -> list[int]:
-        """Fixes the weights, saves them, and gives the samples that this process captures, in order."""
+    def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
+        """Fixes the weights, saves them, and gives the samples that this process captures, in order.
+
+        What puts back the weights and the script's functions goes on `undo`.
+        """
         run = self.driver.run
         self._models = [run.unwrap(model) for model in run.models]
         trainable = find_trainable(self._models, run.optimizers)
         if (why := self._host.refusal(self._args, variables.named())) is not None:
             raise CaptureError(why)
         self._schedule_length = self._host.schedule_length(variables.values())
-        self._entered.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        undo.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
         if self.job.mode == "final":
             for ema in self._host.averaged_models(variables.values()):
-                self._enter_average(ema)
+                undo.enter_context(self._averaged_weights(ema))
         if self.job.weights is not None:
             trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
         out = Path("trace.zarr") if trial else self.out
         if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
-        accelerator = run.accelerator
         source = CaptureSource(
             samples=run.samples,
             # Queries have no labels: columns that the settings name need not be there.
             columns=Columns(run.loader.dataset, self.settings.columns if self._like is None else None),
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
-            trained=lambda tensor: any(tensor in optimizer.state for optimizer in run.optimizers),
-            fetch=self._batch_of,
+            optimizers=run.optimizers,
+            fetch=lambda sample: self.driver.batches.fetch(sample)[1],
             # Queries were checked before they were launched.
             script=Script() if self._like is not None else script_of(self.job.command.script),
             edited_script=self.job.edited_script,
             packages=("accelerate",),
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
-        target = CaptureTarget(
+        output = CaptureOutput(
             out=out,
             resume=self.job.mode == "now",
             like=self._like,
@@ -249,12 +240,11 @@ class ScriptCapture:
             reserve=4 * sum(size_of_models) if self.job.mode == "final" else None,
             trial=trial,
             created=self._remember if self._like is None else lambda header: None,
+            ranks=self.ranks,
         )
-        ranks = Ranks(accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message]))
-        self._recorder = Recorder(self.settings, trainable, source, target, ranks)
-        samples = self._recorder.begin()
-        self._encoder_cache = self._entered.enter_context(EncoderCache(variables.values(), self._models))
-        return samples
+        self._recorder = Recorder(self.settings, trainable, source, output)
+        undo.callback(self._recorder.stop)
+        return self._recorder.begin()
 
     @property
     def recorder(self) -> Recorder:
@@ -263,21 +253,6 @@ class ScriptCapture:
             raise CaptureError("The capture has not begun. This is an error of dmin_trace; report it.")
         return self._recorder
 
-    def sample(self, sample: int, item: Any, batch: Any) -> None:
-        """Begins a sample, with its dataset item and the batch collated from it."""
-        self._encoder_cache.forget()
-        self.recorder.sample(sample, item, batch)
-
-    def take(self, step: CaptureStep) -> None:
-        """Keeps what a step gave."""
-        self.recorder.take(step)
-        if self.recorder.trial and step.pinned == self.timesteps[-1]:
-            self._sample_ends.append(time.perf_counter())
-
-    def hold(self, error: Exception) -> bool:
-        """Whether an error waits until all processes meet: up to there each must run the same number of steps."""
-        return self._recorder is not None and self._recorder.hold(error)
-
     def failed(self, error: Exception) -> None:
         """Keeps the error that ended the capture, and logs it if no caller will raise it later."""
         if self.error is None:
@@ -285,17 +260,6 @@ class ScriptCapture:
             if not self._launched:
                 what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
                 logger.error("dmin_trace %s this run; the training continues. %s", what, self._what_to_do(error))
-
-    def leave(self) -> None:
-        """Puts back the weights and the script's functions."""
-        if self._recorder is not None:
-            self._recorder.stop()
-        self._entered.close()
-
-    @property
-    def seconds_a_sample(self) -> float:
-        """How long the last sample of a trial took, all its timesteps: the first one warms up."""
-        return self._sample_ends[-1] - self._sample_ends[-2]
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
@@ -349,15 +313,13 @@ class ScriptCapture:
             )
         return (timestep.index_in(self._schedule_length) + 0.5) / self._schedule_length
 
-    def _enter_average(self, ema: Any) -> None:
+    def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
         shapes = [shadow.shape for shadow in ema.shadow_params]
         for model in self._models:
             parameters = list(model.parameters())
             if [parameter.shape for parameter in parameters] == shapes:
-                averaged = self._host.averaged_weights(ema, parameters, self.driver.step_pending)
-                self._entered.enter_context(averaged)
                 logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
-                return
+                return self._host.averaged_weights(ema, parameters, self.driver.step_pending)
         raise CaptureError(
             "The script averages weights (EMA) that are not all the parameters of a prepared model, so which weights "
             "it will save is not known. Capture on demand from the saved weights: dmin-trace capture."
@@ -378,8 +340,3 @@ class ScriptCapture:
             logger.warning(
                 "The command of this run could not be kept for queries (%s): give it to them, after --.", why
             )
-
-    def _batch_of(self, sample: int) -> Any:
-        """A sample's batch, for the data set's fingerprint."""
-        self._encoder_cache.forget()
-        return self.driver.run.fetch(sample, self.item_seed)[1]

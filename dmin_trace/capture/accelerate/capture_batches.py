@@ -4,8 +4,6 @@ An error in this code, or in the script's own code on a capture batch, ends the 
 on demand, or one that is `strict`, raises it instead.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,8 +15,9 @@ from accelerate.utils import recursively_apply, send_to_device
 
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute, script_frame
 from dmin_trace.capture.accelerate.training_run import TrainingRun
+from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.pinning import PinnedTimestep
-from dmin_trace.capture.random_state import RandomState
+from dmin_trace.capture.random_state import RandomState, seed_of
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard
 from dmin_trace.errors import CaptureError, DminTraceError
 from dmin_trace.project import LOSS_SCALE
@@ -48,10 +47,11 @@ class CaptureBatches:
     is_last: the batch that is under way is the last one.
     """
 
-    def __init__(self, run: TrainingRun, capture: ScriptCapture) -> None:
+    def __init__(self, run: TrainingRun, capture: "ScriptCapture") -> None:
         self.variables: LoopVariables | None = None
         self.failed = self.is_last = False
         self._run, self._capture = run, capture
+        self._encoder_cache = EncoderCache((), ())
         self._guard = StepGuard((), (), _ADVICE)
         self._batch: Any = None
         self._undo = ExitStack()
@@ -140,9 +140,9 @@ class CaptureBatches:
             try:
                 self._guard.check(step, self._capture.recorder.moved)
             except Exception as error:
-                if not self._capture.hold(error):
+                if not self._capture.ranks.hold(error):
                     raise
-            self._capture.take(step)
+            self._capture.recorder.take(step)
             if self.is_last:
                 self._capture.recorder.finish()
 
@@ -175,28 +175,34 @@ class CaptureBatches:
         for model in run.models:
             # DDP would wait for gradients that never come.
             self._undo.enter_context(accelerator.no_sync(model))
-        self._undo.callback(self._capture.leave)
-        return self._capture.begin(variables)
+        samples = self._capture.begin(variables, self._undo)
+        self._encoder_cache = self._undo.enter_context(EncoderCache(variables.values(), map(run.unwrap, run.models)))
+        return samples
+
+    def fetch(self, sample: int) -> tuple[Any, Any]:
+        """A sample's dataset item and the batch collated from it. All samples get the same augmentation."""
+        self._encoder_cache.forget()
+        return self._run.fetch(sample, seed_of(self._capture.settings.seed, 0))
 
     def _load(self, sample: int) -> None:
         """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded."""
-        capture, count = self._capture, self._run.samples
+        recorder, count = self._capture.recorder, self._run.samples
         failure: Exception | None = None
         # Steps can run on the batch of an earlier sample, if there is one.
         tries = 1 if self._batch is not None else min(MAX_FIRST_SAMPLES, count)
         for other in range(sample, sample + tries):
             try:
-                item, batch = self._run.fetch(other % count, capture.item_seed)
+                item, batch = self.fetch(other % count)
             except Exception as error:
                 if failure is None:
                     failure = error
-                    capture.recorder.missing(sample, error)
+                    recorder.missing(sample, error)
                 continue
             self._batch = send_to_device(batch, self._run.accelerator.device)
-            capture.sample(other % count, item, self._batch)
+            recorder.sample(other % count, item, self._batch)
             if failure is not None:
                 # The other sample was reported last; the recorder needs to hear that this one is missing.
-                capture.recorder.missing(sample, failure)
+                recorder.missing(sample, failure)
             return
         if self._batch is None:
             raise CaptureError(
@@ -219,7 +225,7 @@ class CaptureBatches:
 
     def _fail(self, error: Exception) -> None:
         """Ends the capture, or the script too where errors are raised. Some errors wait until all processes meet."""
-        if self._capture.hold(error):
+        if self._capture.ranks.hold(error):
             return
         self.failed = self.is_last = True
         if self._raises:

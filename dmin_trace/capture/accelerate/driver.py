@@ -10,8 +10,6 @@ breaks (`if global_step >= max_train_steps: break`) would be gone by then, so on
 capture's `accumulate` it is set back to True, with the loop's variables as the last training batch left them.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -47,7 +45,7 @@ class LoopDriver:
     undo: what `remove` does.
     """
 
-    def __init__(self, accelerator: Accelerator, capture: ScriptCapture) -> None:
+    def __init__(self, accelerator: Accelerator, capture: "ScriptCapture") -> None:
         """Wraps an accelerator with which nothing is prepared yet. `capture` knows when the training ends."""
         self.run = TrainingRun(accelerator)
         self.batches = CaptureBatches(self.run, capture)

@@ -5,8 +5,6 @@ Remembered are the variables of every frame from the loop outwards, the items of
 values of small tensors. The state of other objects (a meter class, say) is not.
 """
 
-from __future__ import annotations
-
 import ctypes
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """What the training script passed to `accelerator.prepare`: its models, its optimizers and its dataloader."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

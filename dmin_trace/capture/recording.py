@@ -238,7 +238,7 @@ class Recording:
             raise CaptureError("This recording was entered already. Make another with recording(...).")
         self._refuse_models()
         with ExitStack() as entering:
-            entering.callback(RandomState.take().restore)
+            entering.callback(RandomState().restore)
             out = self._out
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"

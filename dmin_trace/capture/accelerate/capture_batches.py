@@ -64,7 +64,7 @@ class CaptureBatches:
     def remember(self) -> bool:
         """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
         with self._guarded():
-            self._undo.callback(RandomState.take().restore)
+            self._undo.callback(RandomState().restore)
             self.variables = LoopVariables(script_frame())
             self._undo.callback(self.variables.restore)
         return not self.failed

@@ -101,17 +101,15 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 def _restore_container(value: Any, old: Any) -> None:
     """Restores a container only if it changed: an outer loop may be iterating over it."""
-    if isinstance(value, list):
-        if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
-            value[:] = old
-        return
-    if isinstance(value, dict):
-        changed = value.keys() != old.keys() or any(value[key] is not old[key] for key in old)
-    else:
-        changed = value != old
-    if changed:
+    if _identities(value) != _identities(old):
         value.clear()
-        value.update(old)
+        (value.extend if isinstance(value, list) else value.update)(old)
+
+
+def _identities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: id(item) for name, item in value.items()}
+    return list(map(id, value)) if isinstance(value, list) else value
 
 
 def _restore_scheduler(value: LRScheduler, state: dict[str, Any], rates: list[Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dmin_trace.capture.accelerate.attach import ScriptCapture, attach_job
+from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
 from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
@@ -33,7 +33,11 @@ def run_script(job: Job) -> ScriptCapture:
     if not Path(command.script).is_file():
         raise ScriptError(f"There is no script at {command.script}. Give the training script's path after `--`.")
     captures: list[ScriptCapture] = []
-    with _as_main(command, lambda accelerator: captures.append(attach_job(accelerator, job))):
+
+    def attach(accelerator: Accelerator) -> None:
+        captures.append(ScriptCapture(accelerator, job, find_args(), launched=True))
+
+    with _as_main(command, attach):
         try:
             runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:

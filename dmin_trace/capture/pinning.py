@@ -57,6 +57,17 @@ class PinnedTimestep:
             )
         return self.timestep
 
+    def fraction_in(self, length: int | None) -> float:
+        """The place in a schedule, from 0 to 1. Raises CaptureError if its length must be known, and is None."""
+        if self.timestep is None:
+            return self.fraction
+        if length is None:
+            raise CaptureError(
+                "Timesteps were given as a list, but the length of the loop's schedule is not known, so they are no "
+                "fractions of it. Give a count."
+            )
+        return (self.index_in(length) + 0.5) / length
+
 
 def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     """The T timesteps of a capture in the order they are stored, each with its D draws one after the other."""
@@ -86,7 +97,6 @@ class PinnedDraws(TorchFunctionMode):
     error: CaptureError | None = None
     _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
     _entered: ExitStack = field(default_factory=ExitStack)
-    _stopped: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -140,20 +150,18 @@ class PinnedDraws(TorchFunctionMode):
     def stop(self) -> None:
         """Leaves the mode for good, and puts back the states of the script's own generator objects."""
         self._entered.close()
-        self._stopped = True
         for generator, state in self._generators.values():
             generator.set_state(state)
         self._generators.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the mode during a `with` block; if it is stopped in the block, it stays stopped."""
+        """Leaves the mode during a `with` block, which must not stop it."""
         self._entered.close()
         try:
             yield
         finally:
-            if not self._stopped:
-                self.start()
+            self.start()
 
 
 def show_calls(calls: Sequence[Call]) -> str:

@@ -59,10 +59,9 @@ class CaptureStep:
 
     def fraction(self) -> float:
         """The time, in a schedule that runs from 0 to 1. Raises CaptureError if timesteps were given as a list."""
-        if self.pinned.timestep is not None:
-            raise CaptureError("Timesteps were given as a list, which has no fractions of a schedule. Give a count.")
-        self._give(self.pinned.fraction)
-        return self.pinned.fraction
+        fraction = self.pinned.fraction_in(None)
+        self._give(fraction)
+        return fraction
 
     def _give(self, timestep: float) -> None:
         self.given = timestep if self.given is None else self.given

@@ -94,20 +94,10 @@ def attach(
             "attach does not know when the training ends. Pass the script's args, or max_train_steps= (for a loop that "
             "breaks after so many optimizer steps) or num_epochs= (for one that runs out)."
         )
-    capture = ScriptCapture(accelerator, job, args, launched=False)
-    capture.check_out()
-    return capture.driver
+    return ScriptCapture(accelerator, job, args, launched=False).driver
 
 
-def attach_job(accelerator: Accelerator, job: Job) -> "ScriptCapture":
-    """Attaches a job of the launcher when the script makes its Accelerator. A line in the script joins it later."""
-    capture = ScriptCapture(accelerator, job, _find_args(), launched=True)
-    if job.mode == "final" and capture.out is not None:
-        capture.check_out()
-    return capture
-
-
-def _find_args() -> Any:
+def find_args() -> Any:
     """The `args` of the function or module that is making its Accelerator."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -128,7 +118,7 @@ class ScriptCapture:
     """
 
     def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
-        """Attaches to the accelerator of a script with these arguments, or None.
+        """Attaches to the accelerator of a script with these arguments, or None. Raises what `attach` does.
 
         `launched` tells whether the command line launched the script; a line in the script may then join.
         """
@@ -142,7 +132,7 @@ class ScriptCapture:
         self.ranks = Ranks(
             accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message])
         )
-        self._use_settings()
+        self._settle()
         self.driver = LoopDriver(accelerator, self)
         self.driver.undo.callback(replace_attribute(accelerator, ATTRIBUTE, self))
         atexit.register(self._at_exit)
@@ -160,13 +150,18 @@ class ScriptCapture:
         own = self.job
         either = {name: getattr(own, name) or getattr(line, name) for name in _GIVEN_BY_EITHER}
         self.job = msgspec.structs.replace(own, settings={**line.settings, **own.settings}, **either)
-        self._use_settings()
-        if self.job.mode == "final":
-            self.check_out()
+        self._settle()
 
-    def _use_settings(self) -> None:
+    def _settle(self) -> None:
+        """Fixes the settings. Raises an error if the store cannot be written, or if it will never be known where."""
         self.settings: Settings = make_settings(self._like.header.settings if self._like else self.job.settings)
         self.timesteps: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
+        if self.on_demand:
+            return
+        if self.out is not None:
+            store.check_free(self.out)
+        elif self._joined or not self._launched:
+            raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
 
     @property
     def on_demand(self) -> bool:
@@ -191,12 +186,6 @@ class ScriptCapture:
             return Path(self.job.out)
         folder = getattr(self._args, "output_dir", None)
         return Path(folder).absolute() / "trace.zarr" if folder else None
-
-    def check_out(self) -> None:
-        """Raises AttachError if the store's path is not known, TraceError if it is taken or cannot be written."""
-        if self.out is None:
-            raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
-        store.check_free(self.out)
 
     def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
         """Fixes the weights, saves them, and gives the samples that this process captures, in order.
@@ -301,17 +290,7 @@ class ScriptCapture:
         step = self.driver.batches.step
         if step is None:
             return drawn
-        return step.draws.pin(drawn, lambda: self._fraction_of(step.pinned), name)
-
-    def _fraction_of(self, timestep: PinnedTimestep) -> float:
-        """A timestep's place in the schedule, from 0 to 1."""
-        if timestep.timestep is None:
-            return timestep.fraction
-        if self._schedule_length is None:
-            raise CaptureError(
-                "Timesteps were given as a list, but the length of the script's schedule is not known. Give a count."
-            )
-        return (timestep.index_in(self._schedule_length) + 0.5) / self._schedule_length
+        return step.draws.pin(drawn, lambda: step.pinned.fraction_in(self._schedule_length), name)
 
     def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
         shapes = [shadow.shape for shadow in ema.shadow_params]
@@ -336,7 +315,5 @@ class ScriptCapture:
         try:
             remember(header.id, self.job.command)
         except OSError as error:
-            why = error.strerror or error
-            logger.warning(
-                "The command of this run could not be kept for queries (%s): give it to them, after --.", why
-            )
+            why = f"({error.strerror or error}): give it to them, after --."
+            logger.warning("The command of this run could not be kept for queries %s", why)

@@ -126,7 +126,7 @@ class CaptureBatches:
         step.backwards += 1
         if not self.failed:
             # No random call of ours is to be seen; and looking at every call of torch takes time.
-            with step.draws.paused(), self._guarded():
+            with self._guarded(), step.draws.paused():
                 scaled = self._run.accelerator.scaler is not None
                 self._capture.recorder.backward(step, loss, LOSS_SCALE if scaled else 1.0)
 

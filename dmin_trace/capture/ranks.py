@@ -77,14 +77,13 @@ class Ranks:
 class FirstSignal:
     """While held, the first Ctrl-C or SIGTERM is noted, so that the current chunk can be finished.
 
-    It also puts the earlier handlers back, so a second one does what it would have done without a capture. A signal for
-    which another handler is set is left alone. So are all signals outside the main thread, where python runs handlers.
+    A second one does what it would have done without a capture. A signal for which another handler is set is left
+    alone, as are all signals outside the main thread, where python runs handlers.
 
     caught: the number of the signal, 0 before one came.
     """
 
     def __init__(self) -> None:
-        """Holds nothing yet."""
         self.caught = 0
         self._before: dict[signal.Signals, object] = {}
 

@@ -38,15 +38,14 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
-    weights_saved: whether the trained weights lie beside the store.
-    row_ends: in a trial, when each sample's last step had ended, in seconds.
+    weights_saved: whether this process has saved the trained weights beside the store.
+    row_ends: in a trial, the time in seconds at which each sample's last training step ended.
     """
 
     def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, output: CaptureOutput) -> None:
         """Fixes what is recorded: gradients with respect to the parameters, which hold the weights of the capture.
 
-        Raises QueryError or WeightsError if the parameters, the projection or the weights are not those of
-        `output.like`.
+        Raises QueryError or WeightsError if parameters, projection or weights are not those of `output.like`.
         """
         like = output.like
         self.settings, self.trainable, self.samples = settings, trainable, source.samples
@@ -63,14 +62,14 @@ class Recorder:
         self._row_steps = settings.timestep_count * settings.draws
         self._steps = self._rows = self._longest = self._kept = self._before_first = 0
         self._row: list[CaptureStep] = []
-        self._row_columns: dict[str, Value | None] = {}
-        self._row_missing = False
+        # None for a sample that could not be loaded.
+        self._row_columns: dict[str, Value | None] | None = {}
         self._failed = FailedSamples(self.samples)
         self._mean: Mean | None = None
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
-        self._announced = self.weights_saved = False
         self.row_ends: list[float] = []
+        self._announced = self.weights_saved = False
         self._progress = _sample_bar()
 
     def begin(self) -> list[int]:
@@ -156,12 +155,11 @@ class Recorder:
         )
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
-        """Begins a sample: keeps the columns of its dataset item, and checks the shapes in the batch collated from it.
+        """Begins a sample: keeps the columns of its dataset item, and checks the shapes in its batch, if that is known.
 
-        `batch` is None if the loop does not give its batches. Raises QueryError if the images have other shapes than
-        those of the trace, CaptureError if the dataset lacks a column that the settings name.
+        Raises QueryError if the images have other shapes than those of the trace, CaptureError if the dataset lacks a
+        column that the settings name.
         """
-        self._row_missing = False
         if batch is not None:
             self._checks.check_batch(batch)
         self._row_columns = self._source.columns.of(number, item)
@@ -173,7 +171,7 @@ class Recorder:
         """
         if self.output.like is not None or self.output.trial:
             raise error
-        self._row_missing = True
+        self._row_columns = None
         self._failed.add(number, error, self._rows)
 
     def skip(self) -> None:
@@ -232,7 +230,7 @@ class Recorder:
             self._chunks.writer = self.output.open(self.header)
             for _ in range(self._before_first):
                 self._end_row(None)
-        self._end_row(None if self._row_missing else row)
+        self._end_row(None if self._row_columns is None else row)
 
     def _end_row(self, row: Row | None) -> None:
         """Keeps a row, unless it is a repeated one, and stops here after a signal."""
@@ -247,7 +245,8 @@ class Recorder:
         # A process that has failed runs on for the others; its rows are discarded.
         if self._rows <= self._kept and ranks.error is None:
             with ranks.holding():
-                chunks.add(row, dict.fromkeys(self._source.columns.kinds) if row is None else self._row_columns)
+                columns = None if row is None else self._row_columns
+                chunks.add(row, columns or dict.fromkeys(self._source.columns.kinds))
         with ranks.holding():
             chunks.check(wait=last)
         if last or self._rows % self._chunk_rows == 0:

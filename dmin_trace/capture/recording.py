@@ -200,8 +200,7 @@ class Recording:
         self._failed = True
         self._guard.check(step, recorder.moved)
         recorder.take(step)
-        self._done += 1
-        self._finish_if_over(recorder)
+        self._advance(recorder, 1)
         self._failed = False
 
     def describe(self, sample: int, item: Any, batch: Any) -> None:
@@ -220,8 +219,7 @@ class Recording:
         recorder = self._check_turn(sample, 0)
         recorder.missing(sample, error)
         recorder.skip()
-        self._done += len(self._timesteps)
-        self._finish_if_over(recorder)
+        self._advance(recorder, len(self._timesteps))
 
     @property
     def queries(self) -> Queries:
@@ -326,19 +324,19 @@ class Recording:
         seed_everything(seed_of(self._settings.seed, 0))
         return batch(sample)
 
-    def _finish_if_over(self, recorder: Recorder) -> None:
-        if self._done == len(self._pending) * len(self._timesteps):
-            recorder.finish()
-            if self._like is not None:
-                self._queries = _read_queries(open_store(recorder.output.out), self._like.header.id)
-
-
-def _read_queries(captured: Store, trace_id: str) -> Queries:
-    """The rows of a store of queries. Raises QueryError for a gradient without a direction."""
-    names = tuple(f"query {k}" for k in range(captured.header.samples))
-    if (bad := np.flatnonzero(~captured.valid)).size:
-        raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
-    return Queries(captured.gradients(np.arange(len(names))), names, (None,) * len(names), trace_id)
+    def _advance(self, recorder: Recorder, steps: int) -> None:
+        """Goes on to the next step. After the last one, completes the store, and reads the queries in it."""
+        self._done += steps
+        if self._done < len(self._pending) * len(self._timesteps):
+            return
+        recorder.finish()
+        if self._like is not None:
+            captured = open_store(recorder.output.out)
+            names = tuple(f"query {k}" for k in range(captured.header.samples))
+            if (bad := np.flatnonzero(~captured.valid)).size:
+                raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
+            gradients = captured.gradients(np.arange(len(names)))
+            self._queries = Queries(gradients, names, (None,) * len(names), self._like.header.id)
 
 
 def _denoisers(models: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -55,23 +55,22 @@ class Trainable:
         Accepts a parameter's name with or without an adapter's name, alone or after a prefix (`unet.`), if the prefix
         is the same for all parameters of one model and differs from that of the other models.
 
-        Raises WeightsError if there is no such file, it cannot be read, a tensor is missing or has another shape, or
-        more than one fits. Nothing is changed then.
+        Raises WeightsError, and changes nothing, if there is no such file, it cannot be read, a tensor is missing or
+        has another shape, or more than one fits.
         """
-        refusal: WeightsError | None = None
+        refusals: list[WeightsError] = []
         for files in weight_files.find_files(path):
             saved = weight_files.list_saved(files, path, convert)
             try:
                 values = self._read(path, saved)
             except WeightsError as error:
-                refusal = refusal or error
+                refusals.append(error)
                 continue
             with torch.no_grad():
                 for parameter, value in zip(self.tensors, values, strict=True):
                     parameter.copy_(value)
             return
-        if refusal is not None:
-            raise refusal
+        raise refusals[0]
 
     def _read(self, path: Path, saved: Mapping[str, SavedTensor]) -> list[torch.Tensor]:
         """The saved value of each parameter."""
@@ -92,7 +91,7 @@ class Trainable:
 
 
 def fingerprint_of(path: Path, names: Sequence[str]) -> str:
-    """Returns what `Trainable.weights_fingerprint` returned for the values in a file that `Trainable.save` wrote.
+    """Returns the fingerprint of the weights in a file that `Trainable.save` wrote.
 
     Raises WeightsError if the file cannot be read, or lacks one of the names.
     """
@@ -106,8 +105,7 @@ def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-        digest.update(raw.numpy().data)
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError, message_of
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 from dmin_trace.store import Header, Store
 
@@ -123,7 +123,7 @@ class ScriptCapture:
         `launched` tells whether the command line launched the script; a line in the script may then join.
         """
         self.job = job
-        self.error: Exception | None = None
+        self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._host = script_host()
@@ -244,29 +244,23 @@ class ScriptCapture:
 
     def failed(self, error: Exception) -> None:
         """Keeps the error that ended the capture, and logs it if no caller will raise it later."""
-        if self.error is None:
-            self.error = error
-            if not self._launched:
-                what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
-                logger.error("dmin_trace %s this run; the training continues. %s", what, self._what_to_do(error))
+        if self.error is not None:
+            return
+        self.error = error if isinstance(error, DminTraceError) else CaptureError(f"{message_of(error)}.")
+        if self.out is not None and self._recorder is not None and self._recorder.weights_saved:
+            kept = store.weights_beside(self.out)
+            how = f"The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
+            self.error.args = (f"{self.error} {how}",)
+        if not self._launched:
+            what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
+            logger.error("dmin_trace %s this run; the training continues. %s", what, self.error)
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
-        if isinstance(self.error, StoppedError):
-            raise StoppedError(self._what_to_do(self.error), self.error.signal)
         if self.error is not None:
-            kind = type(self.error) if isinstance(self.error, DminTraceError) else CaptureError
-            raise kind(self._what_to_do(self.error))
+            raise self.error
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
-
-    def _what_to_do(self, error: Exception) -> str:
-        """The error, and how to capture after all if the trained weights were saved before it happened."""
-        found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
-        if self.out is None or self._recorder is None or not self._recorder.weights_saved:
-            return found
-        kept = store.weights_beside(self.out)
-        return f"{found} The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
 
     def _at_exit(self) -> None:
         if not self._launched and not self.driver.captured:

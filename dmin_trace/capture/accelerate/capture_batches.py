@@ -137,14 +137,12 @@ class CaptureBatches:
         if step is None or self.failed:
             return
         with self._guarded():
-            try:
-                self._guard.check(step, self._capture.recorder.moved)
-            except Exception as error:
-                if not self._capture.ranks.hold(error):
-                    raise
-            self._capture.recorder.take(step)
-            if self.is_last:
-                self._capture.recorder.finish()
+            self._guard.check(step, self._capture.recorder.moved)
+        if not self.failed:
+            with self._guarded():
+                self._capture.recorder.take(step)
+                if self.is_last:
+                    self._capture.recorder.finish()
 
     def leave(self) -> None:
         """Puts everything back, after the last step or after a failure. A second call does nothing."""
@@ -194,16 +192,13 @@ class CaptureBatches:
             try:
                 item, batch = self.fetch(other % count)
             except Exception as error:
-                if failure is None:
-                    failure = error
-                    recorder.missing(sample, error)
+                failure = failure or error
                 continue
             self._batch = send_to_device(batch, self._run.accelerator.device)
             recorder.sample(other % count, item, self._batch)
-            if failure is not None:
-                # The other sample was reported last; the recorder needs to hear that this one is missing.
-                recorder.missing(sample, failure)
-            return
+            break
+        if failure is not None:
+            recorder.missing(sample, failure)
         if self._batch is None:
             raise CaptureError(
                 f"Sample {sample} could not be loaded, nor could those that follow it: {type(failure).__name__}: "

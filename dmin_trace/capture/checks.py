@@ -60,9 +60,9 @@ class RowChecks:
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
-        """Compares the random calls of a training step; `row` is the earlier steps of the same sample.
+        """Compares a step's random calls with those of the trace (QueryError), the first sample or draw (CaptureError).
 
-        Raises CaptureError if they differ from those of the first sample or draw; QueryError from those of the trace.
+        `row` is the earlier steps of the same sample.
         """
         calls = show_calls(step.draws.calls)
         draw, number = step.pinned.draw, step.pinned.number
@@ -86,8 +86,7 @@ class RowChecks:
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
         """Makes a row of a sample's T x D training steps.
 
-        Raises CaptureError if their timesteps are not those of the other samples, or if the first sample's losses do
-        not depend on a trained parameter; QueryError if the timesteps are not those of the trace.
+        Raises CaptureError, or QueryError for queries, if other timesteps were seen or a trained parameter not reached.
         """
         if not self.calls:
             self._check_reached()
@@ -147,8 +146,7 @@ class RowChecks:
 def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> Plan:
     """Returns the projection of queries, which is that of the trace; `weights` is the fingerprint of their weights.
 
-    Raises WeightsError if the queries' model has other weights than the trace's, QueryError if it differs otherwise or
-    if the projection differs.
+    Raises WeightsError if the trace is of other weights, QueryError if the model or the projection differs otherwise.
     """
     header, expected = trace.header, trace.header.parameters
     if trainable.fingerprint != expected.fingerprint:
@@ -178,10 +176,7 @@ def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: St
 
 
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
-    """Raises TraceError if the store at `path` is complete, or belongs to another capture and cannot be continued.
-
-    This comes before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
-    """
+    """Raises TraceError if the store at `path` is complete, or of another capture; `weights` is our fingerprint."""
     header, move = earlier.header, "Give another path (out, --out), or move it away."
     if earlier.complete:
         raise TraceError(f"{path} exists already and is complete. {move}")

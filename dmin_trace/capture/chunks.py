@@ -54,10 +54,7 @@ class ChunkQueue:
         return None if self._chunk is None else len(self._chunk.rows) - len(self._chunk.columns)
 
     def add(self, row: Row | None, columns: Mapping[str, str | int | float | None]) -> None:
-        """Adds a row and its readable columns; a full chunk goes to the writing thread.
-
-        `row` is None for a sample that could not be loaded. Raises TraceError if an earlier chunk could not be written.
-        """
+        """Adds a row, None for a sample that failed to load. Raises TraceError if an earlier chunk was not written."""
         chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._dtype)
         at = slice(len(chunk.columns), len(chunk.columns) + 1)
         if row is not None:

@@ -1,8 +1,7 @@
 """The data set: its readable columns, its samples that fail to load, its fingerprint, and what its batches hold.
 
-A column is what a person reads about a sample: a caption, a label, a file name. It is looked for in the dataset's item,
-then in the raw row of a `datasets.Dataset` (whose transform usually drops it), then in an attribute of the dataset that
-is a sequence of N values.
+A column (a caption, a label) is looked for in the dataset's item, then in the raw row of a `datasets.Dataset`, whose
+transform usually drops it, then in an attribute of the dataset that is a sequence of N values.
 """
 
 import hashlib
@@ -24,13 +23,10 @@ Value = str | int | float
 
 USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
 """The columns that are kept if the settings name none."""
-
 FIRST_SAMPLES = 20
 """If more than half of these samples fail to load, the capture ends: the data set is wrong."""
-
 MAX_LOGGED_FAILURES = 10
 """Samples that failed to load whose reasons are logged, one by one."""
-
 FINGERPRINT_SAMPLES = 8
 """Samples whose batches are in the fingerprint of a data set."""
 
@@ -46,10 +42,7 @@ class Columns:
         self._has_kinds = False
 
     def of(self, sample: int, item: Any) -> dict[str, Value | None]:
-        """Returns the columns of one sample, None for a missing value; `item` is what the dataset gave for it.
-
-        Raises CaptureError if the dataset lacks a column that was named.
-        """
+        """Returns a sample's columns, None for a missing value. Raises CaptureError if a named column is not there."""
         if not self._has_kinds:
             found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
             missing = [name for name, value in found.items() if value is None]
@@ -109,10 +102,7 @@ class FailedSamples:
         return len(self._failed)
 
     def add(self, sample: int, error: Exception, done: int) -> None:
-        """Adds a sample with its error, unless it was added before; `done` samples came before it.
-
-        Raises CaptureError if more than half of the first samples failed.
-        """
+        """Adds a sample once; `done` came before it. Raises CaptureError if more than half of the first ones failed."""
         if sample in self._failed:
             return
         self._failed.add(sample)
@@ -159,7 +149,7 @@ def _readable(value: Any) -> Value | None:
 def batch_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the images in a collated batch, then of its texts, by name, or by number without names.
 
-    Images are floating-point tensors of three dimensions or more. Texts have fewer: rows of tokens (integers in two
+    Images are floating-point tensors of three dimensions or more. Texts are rows of tokens (integers in two
     dimensions), and lists of text. A named list counts only if its name says so: a batch may have file names.
     """
     values = batch if isinstance(batch, (Mapping, list, tuple)) else [batch]

@@ -53,10 +53,7 @@ class EncoderCache:
     """While entered, caches the outputs of frozen modules."""
 
     def __init__(self, values: Iterable[Any], trained: Iterable[torch.nn.Module]) -> None:
-        """Finds the modules in which no parameter trains among any objects, and in lists, tuples and dicts among them.
-
-        The modules in `trained` and all their parts are never cached.
-        """
+        """Finds frozen modules among any values, and in lists, tuples and dicts among them; no parts of `trained`."""
         own = {id(part) for model in trained for part in model.modules()}
         roots = {id(m): m for m in _modules_in(values) if _is_frozen(m) and own.isdisjoint(map(id, m.modules()))}
         # `vae.encode` calls the encoder without the module's own forward, so children are cached too.
@@ -135,10 +132,7 @@ def _is_frozen(module: torch.nn.Module) -> bool:
 
 
 def _contents(value: Any) -> list[Any] | None:
-    """The tensors and other values in nested containers, with the kinds and lengths of the containers.
-
-    None if there is something else, or a tensor with a graph.
-    """
+    """The tensors, scalars and containers in nested containers; None if there are others, or a tensor with a graph."""
     if isinstance(value, torch.Tensor):
         return None if value.requires_grad or value.is_inference() else [value]
     if isinstance(value, (type(None), bool, int, float, str, torch.dtype, torch.device)):

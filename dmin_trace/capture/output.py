@@ -41,10 +41,7 @@ class CaptureOutput:
         self._leads = self.ranks.rank == 0 and self.like is None
 
     def find(self) -> Store | None:
-        """Locks the path, and returns the store that is there, if one is.
-
-        Raises TraceError if the path cannot be written, another process writes it, or nothing may be continued.
-        """
+        """Locks the path, and returns the store there, if any. Raises TraceError if it may not be written to."""
         if self._leads:
             try:
                 store.make_folder(self.out.absolute().parent)
@@ -58,10 +55,7 @@ class CaptureOutput:
         return store.open_store(self.out, unfinished=True)
 
     def prepare(self, trainable: Trainable, earlier: Store | None) -> bool:
-        """Removes what killed captures left, and saves the weights, which queries need; `earlier` is continued.
-
-        Returns whether this process has saved them.
-        """
+        """Removes what killed captures left, and saves the weights. Returns whether this process has saved them."""
         if self._leads:
             store.sweep(self.out.absolute())
             if earlier is not None and earlier.done.all():

@@ -7,7 +7,7 @@ call is recorded by name and shape: two samples with other sequences of calls di
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +80,6 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     )
 
 
-@dataclass
 class PinnedDraws(TorchFunctionMode):
     """While entered: records torch's random calls, and replaces draws of a timestep by the pinned one.
 
@@ -90,16 +89,14 @@ class PinnedDraws(TorchFunctionMode):
     error: why a draw could not be pinned, or None.
     """
 
-    timestep: PinnedTimestep
-    backward: Callable[..., None] | None = None
-    calls: list[Call] = field(default_factory=list)
-    pins: int = 0
-    error: CaptureError | None = None
-    _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
-    _entered: ExitStack = field(default_factory=ExitStack)
-
-    def __post_init__(self) -> None:
+    def __init__(self, timestep: PinnedTimestep, backward: Callable[..., None] | None = None) -> None:
         super().__init__()
+        self.timestep, self.backward = timestep, backward
+        self.calls: list[Call] = []
+        self.pins = 0
+        self.error: CaptureError | None = None
+        self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        self._entered = ExitStack()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -8,10 +8,7 @@ import torch
 
 
 def seed_of(seed: int, stream: int, draw: int = 0) -> int:
-    """A 32-bit seed for each stream of a capture: 0 for the samples' augmentation, k + 1 for timestep k.
-
-    `draw` is d of a timestep's noise. The first has the same seed whatever the number of draws.
-    """
+    """A 32-bit seed for each stream (0 for the samples' augmentation, k + 1 for timestep k) and draw of its noise."""
     return int(np.random.SeedSequence([seed, stream, *([draw] if draw else [])]).generate_state(1)[0])
 
 

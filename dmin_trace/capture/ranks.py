@@ -51,7 +51,7 @@ class Ranks:
             self.error = self.error or error
 
     def meet(self, caught: int = 0) -> int:
-        """Waits for the other processes, and returns the number of the signal that any of them `caught`, or 0.
+        """Waits for the other processes, and returns the signal that any of them `caught`, or 0.
 
         Raises CaptureError if another process has failed or ended, and an error of this process as it is.
         """

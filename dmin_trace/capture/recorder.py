@@ -3,8 +3,7 @@
     loss -> Recorder.backward: gradient -> mean of the draws -> transform -> projection
          -> Recorder.take: checks -> row -> chunk -> store
 
-The drivers run the training steps: `recording` for a loop of one's own, `accelerate` for scripts. `checks` keeps rows
-comparable, `chunks` writes them, and `ranks` is where several processes meet.
+The drivers run the training steps: `recording` for a loop of one's own, `accelerate` for scripts.
 """
 
 import logging
@@ -43,10 +42,7 @@ class Recorder:
     """
 
     def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, output: CaptureOutput) -> None:
-        """Fixes what is recorded: gradients with respect to the parameters, which hold the weights of the capture.
-
-        Raises QueryError or WeightsError if parameters, projection or weights are not those of `output.like`.
-        """
+        """Fixes weights and projection. Raises QueryError or WeightsError if they are not those of `output.like`."""
         like = output.like
         self.settings, self.trainable, self.samples = settings, trainable, source.samples
         self._source, self.output, self._ranks = source, output, output.ranks
@@ -73,10 +69,7 @@ class Recorder:
         self._progress = _sample_bar()
 
     def begin(self) -> list[int]:
-        """Saves the weights, and returns the samples that this process captures, in order.
-
-        Raises CaptureError if there are no samples, TraceError if there is another store at the path.
-        """
+        """Saves the weights, and returns this process's samples. Raises TraceError if the path is another capture's."""
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
         if self.output.trial:
@@ -118,10 +111,7 @@ class Recorder:
         return [chunk for chunk, done in enumerate(earlier.done) if not done]
 
     def header(self) -> Header:
-        """Returns the header of the store, once the first sample is recorded.
-
-        A store of queries is temporary: it is not compressed, and its data has no fingerprint.
-        """
+        """Returns the store's header, after the first sample. Queries are not compressed, and have no fingerprint."""
         settings, source, plan, checks = self.settings, self._source, self._plan, self._checks
         of_queries, trained = self.output.like is not None, self.trainable
         fetch = None if of_queries else source.fetch
@@ -155,20 +145,16 @@ class Recorder:
         )
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
-        """Begins a sample: keeps the columns of its dataset item, and checks the shapes in its batch, if that is known.
+        """Begins a sample: keeps the columns of its item, and checks the shapes in its batch, if that is known.
 
-        Raises QueryError if the images have other shapes than those of the trace, CaptureError if the dataset lacks a
-        column that the settings name.
+        Raises QueryError for other shapes than those of the trace, CaptureError if a named column is missing.
         """
         if batch is not None:
             self._checks.check_batch(batch)
         self._row_columns = self._source.columns.of(number, item)
 
     def missing(self, number: int, error: Exception) -> None:
-        """Begins a sample that could not be loaded. Its row is marked as failed, whatever its training steps give.
-
-        Raises CaptureError if most of the first samples could not be loaded; for a query the error itself.
-        """
+        """Begins a sample that failed to load; its row stays empty. Raises an error for a query, or if most fail."""
         if self.output.like is not None or self.output.trial:
             raise error
         self._row_columns = None

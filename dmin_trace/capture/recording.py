@@ -86,12 +86,9 @@ def recording(
         like: for queries, the trace that they are compared with, instead of `out` and of settings.
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
         columns: what a person reads about the samples, such as captions: N values for each name.
-        settings: what to record.
-        overrides: single settings by their names, instead of those in `settings`.
+        settings, overrides: what to record; a single setting by its name replaces that in `settings`.
 
-    Raises:
-        SettingsError: an invalid argument.
-        TraceError: `like` is no finished store.
+    Raises SettingsError for an invalid argument, TraceError if `like` is no finished store.
     """
     like = like.store if isinstance(like, OpenedTrace) else like
     trace = like if like is None or isinstance(like, Store) else open_store(Path(like))
@@ -139,9 +136,8 @@ class Recording:
     ) -> None:
         """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and `settings` of the trace for queries.
 
-        `item` gives the dataset's item for a sample, where columns are looked for; None if `describe` is called. They
-        are also looked for in `dataset`. The versions of `packages` are kept in the store. `batch` gives the batch of a
-        sample, for the data set's fingerprint; None if batches are not known.
+        Columns are looked for in `dataset`, and in what `item` gives for a sample, unless `describe` is called. `batch`
+        gives a sample's batch, for the data set's fingerprint. The versions of `packages` are kept in the store.
         """
         self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
         self._source = CaptureSource(
@@ -180,10 +176,8 @@ class Recording:
         Gives a `CaptureStep`, for loops that take their timestep from it. `sample` is the next of `samples`, and
         `timestep` the next of `timesteps`.
 
-        Raises:
-            CaptureError: another step is next; or the step gave no gradient, or one that cannot be compared with those
-                of other samples, or changed the model.
-            QueryError: a query's step drew other noise than the steps of the trace.
+        Raises CaptureError if another step is next, or this one gave no gradient, or one that cannot be compared with
+        those of other samples, or changed the model; QueryError if a query's step drew other noise than the trace's.
         """
         recorder = self._check_turn(sample, timestep)
         if timestep == 0 and self._item is not None:
@@ -204,10 +198,7 @@ class Recording:
         self._failed = False
 
     def describe(self, sample: int, item: Any, batch: Any) -> None:
-        """Tells of the next sample, before its first training step: for loops that have dataset items and batches.
-
-        Columns are looked for in the item. In the batch, a query's images must have the shapes of the trace's.
-        """
+        """Tells of the next sample's item, which has its columns, and of its batch: its shapes must be the trace's."""
         self._check_turn(sample, 0).sample(sample, item, batch)
 
     def missing(self, sample: int, error: Exception) -> None:

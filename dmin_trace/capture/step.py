@@ -95,8 +95,7 @@ class Advice:
 class StepGuard:
     """Runs training steps of models in eval mode, and sees what they draw, change and call.
 
-    A context manager: on leaving it the models are as they were before. `step` is the training step that is under way,
-    or None.
+    On leaving it the models are as they were before. `step` is the training step that is under way, or None.
     """
 
     def __init__(
@@ -106,10 +105,9 @@ class StepGuard:
         advice: Advice,
         backward: Callable[..., None] | None = None,
     ) -> None:
-        """Changes nothing yet. Training steps may change `models`, and call `denoisers` with the timestep.
+        """Steps may change `models`, and call `denoisers` with the timestep.
 
-        `backward` is called in the place of `Tensor.backward`, for loops that call it themselves. No optimizer may step
-        then, and nothing may reach `.grad`.
+        `backward` replaces `Tensor.backward` for loops that call it; no optimizer may step then, nor `.grad` be set.
         """
         self.step: CaptureStep | None = None
         self._models = list(models)
@@ -155,7 +153,7 @@ class StepGuard:
             self.step = None
 
     def check(self, step: CaptureStep, moved: Callable[[Sequence[torch.nn.Parameter]], bool]) -> None:
-        """Raises CaptureError if the gradient of the step that was closed last is missing, or not comparable.
+        """Raises CaptureError if the closed step's gradient is missing, or not comparable.
 
         `moved` tells whether parameters that were written to have other values now than at the beginning.
         """

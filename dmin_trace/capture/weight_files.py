@@ -35,10 +35,7 @@ class SavedTensor:
 
 
 def write_whole(path: Path, values: dict[str, torch.Tensor]) -> None:
-    """Writes a safetensors file, whole or not at all; it is on disk when this returns.
-
-    Raises WeightsError if it cannot be written.
-    """
+    """Writes a safetensors file to the disk, whole or not at all. Raises WeightsError if it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(values, partial)
@@ -54,8 +51,7 @@ def write_whole(path: Path, values: dict[str, torch.Tensor]) -> None:
 def find_files(path: Path) -> list[list[Path]]:
     """Returns the safetensors files that a path stands for, in groups of which the first that fits is used.
 
-    A file is a group by itself. A folder gives the files in it, then those in its subfolders. Raises WeightsError if
-    there is none.
+    A folder gives the files in it, then those in its subfolders. Raises WeightsError if there is none.
     """
     if path.is_file():
         return [[path]]
@@ -125,9 +121,8 @@ def match_models(
 ) -> dict[int, list[SavedTensor]]:
     """Finds the saved tensors of every model's parameters, whatever prefix or adapter name they are saved under.
 
-    `models` has the names and shapes of each model's parameters, by the model's number; `saved` the tensors in the
-    files at `path`, by name. Returns by number the saved tensor of each parameter, in order. Raises WeightsError if a
-    model's tensors are missing or have other shapes, or if several sets of tensors fit.
+    `models` has the names and shapes of parameters by the model's number, `saved` the tensors in the files at `path`.
+    Returns the saved tensors of each model. Raises WeightsError if some are missing, misshapen or ambiguous.
     """
     found: dict[int, dict[str, list[SavedTensor]]] = {}
     for k, parameters in models.items():
@@ -166,10 +161,8 @@ def wrong_shape(path: Path, name: str, found: Shape, expected: Shape) -> Weights
 
 
 def _complete_sets(names: list[str], saved: Mapping[str, SavedTensor]) -> dict[str, list[SavedTensor]]:
-    """The saved tensors of all of a model's parameters, for every prefix that has them all.
-
-    An adapter may have another name in the file, or none. The script's own name for it comes first.
-    """
+    """The saved tensors of all of a model's parameters, for every prefix that has them all."""
+    # An adapter may have another name in the file, or none. The script's own name for it comes first.
     adapters = sorted({end.group(2) for key in saved if (end := ADAPTER_ENDING.search(key))})
     others = {adapter: [_with_adapter(name, adapter) for name in names] for adapter in ("", *adapters)}
     for spellings in ({"": names}, others):

@@ -1,7 +1,7 @@
 """The line in a script that trains with accelerate, `attach`, and the capture of the script: `ScriptCapture`.
 
-Here is what only a script with accelerate has: its arguments, its averaged weights (EMA), its processes, the line in it
-or the command line that launched it, and a training that must go on if the capture fails.
+Only a script with accelerate has what is here: arguments, averaged weights (EMA), processes, and a training that must
+go on if the capture fails.
 """
 
 import atexit
@@ -61,12 +61,11 @@ def attach(
     Args:
         accelerator: the script's accelerator, before anything is prepared with it.
         args: the script's arguments: its `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`).
-        settings: what to capture.
+        settings, overrides: what to capture; a single setting by its name replaces that in `settings`.
         out: the store; `<args.output_dir>/trace.zarr` if not given.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
-        overrides: single settings by their names, instead of those in `settings`.
 
     Returns the loop driver, whose `remove()` detaches again.
 
@@ -114,24 +113,21 @@ class ScriptCapture:
     job: what the run is for.
     settings, timesteps: what to capture, and the training steps of each sample.
     driver: drives the script's loop.
+    ranks, recorder: the processes of the script, and what records the gradients, from `begin` on.
     error: what ended the capture, or None.
     """
 
     def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
-        """Attaches to the accelerator of a script with these arguments, or None. Raises what `attach` does.
-
-        `launched` tells whether the command line launched the script; a line in the script may then join.
-        """
+        """Attaches to a script's accelerator. A line may join later if the command line `launched` the script."""
         self.job = job
         self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._host = script_host()
         self._launched, self._joined = launched, False
-        self._recorder: Recorder | None = None
-        self.ranks = Ranks(
-            accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message])
-        )
+        self._begun = False
+        rank, count = accelerator.process_index, accelerator.num_processes
+        self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
         self._settle()
         self.driver = LoopDriver(accelerator, self)
         self.driver.undo.callback(replace_attribute(accelerator, ATTRIBUTE, self))
@@ -139,10 +135,7 @@ class ScriptCapture:
         self.driver.undo.callback(atexit.unregister, self._at_exit)
 
     def join(self, line: Job, args: Any) -> None:
-        """Joins a line in a launched script: its settings count where the command gave none.
-
-        Raises AttachError if the line comes twice, or in a script that is not launched.
-        """
+        """Joins a line in a launched script: it says what the command leaves open. Raises AttachError for a second."""
         if not self._launched or self._joined:
             raise AttachError("dmin_trace.attach was called twice for one Accelerator. Keep one of the two lines.")
         self._joined = True
@@ -188,10 +181,7 @@ class ScriptCapture:
         return Path(folder).absolute() / "trace.zarr" if folder else None
 
     def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
-        """Fixes the weights, saves them, and gives the samples that this process captures, in order.
-
-        What puts back the weights and the script's functions goes on `undo`.
-        """
+        """Fixes and saves the weights, and gives this process's samples. What restores the script goes on `undo`."""
         run = self.driver.run
         self._models = [run.unwrap(model) for model in run.models]
         trainable = find_trainable(self._models, run.optimizers)
@@ -231,23 +221,17 @@ class ScriptCapture:
             created=self._remember if self._like is None else lambda header: None,
             ranks=self.ranks,
         )
-        self._recorder = Recorder(self.settings, trainable, source, output)
-        undo.callback(self._recorder.stop)
-        return self._recorder.begin()
-
-    @property
-    def recorder(self) -> Recorder:
-        """What records the gradients, from `begin` on."""
-        if self._recorder is None:
-            raise CaptureError("The capture has not begun. This is an error of dmin_trace; report it.")
-        return self._recorder
+        self.recorder = Recorder(self.settings, trainable, source, output)
+        self._begun = True
+        undo.callback(self.recorder.stop)
+        return self.recorder.begin()
 
     def failed(self, error: Exception) -> None:
         """Keeps the error that ended the capture, and logs it if no caller will raise it later."""
         if self.error is not None:
             return
         self.error = error if isinstance(error, DminTraceError) else CaptureError(f"{message_of(error)}.")
-        if self.out is not None and self._recorder is not None and self._recorder.weights_saved:
+        if self.out is not None and self._begun and self.recorder.weights_saved:
             kept = store.weights_beside(self.out)
             how = f"The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
             self.error.args = (f"{self.error} {how}",)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 
-from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute, script_frame
+from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
 from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.pinning import PinnedTimestep
@@ -65,7 +65,7 @@ class CaptureBatches:
         """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
         with self._guarded():
             self._undo.callback(RandomState().restore)
-            self.variables = LoopVariables(script_frame())
+            self.variables = LoopVariables()
             self._undo.callback(self.variables.restore)
         return not self.failed
 

@@ -1,7 +1,7 @@
 """Restores the variables of the script's loop, which its training step changes on capture batches.
 
 What the script does next (its log line, its last checkpoint) must see the values that the last training batch left.
-Remembered are the variables of every frame from the loop outwards, the items of their lists, dicts and sets, and the
+Restored are the variables of every frame from the loop outwards, the items of their lists, dicts and sets, and the
 values of small tensors. The state of other objects (a meter class, say) is not.
 """
 
@@ -25,9 +25,9 @@ _PACKAGE = str(Path(__file__).parents[2])
 class LoopVariables:
     """The variables of the script's loop at the moment when this is made."""
 
-    def __init__(self, frame: FrameType) -> None:
-        """Remembers the variables of the frames from `frame` outwards, without those of this package."""
-        self._frames = [(f, dict(f.f_locals)) for f in _script_frames(frame)]
+    def __init__(self) -> None:
+        """Remembers the variables of the frames on the stack that belong to the script."""
+        self._frames = [(frame, dict(frame.f_locals)) for frame in _script_frames(sys._getframe(1))]
         self._undo: dict[int, Callable[[], None]] = {}
         for value in self.values():
             if id(value) not in self._undo and (undo := undo_of(value)) is not None:
@@ -58,11 +58,6 @@ class LoopVariables:
                     ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
         for undo in self._undo.values():
             undo()
-
-
-def script_frame() -> FrameType:
-    """Returns the innermost frame on the stack that belongs to the script, not to this package or to a generator."""
-    return next(_script_frames(sys._getframe(1)))
 
 
 def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -31,10 +31,7 @@ class TrainingRun:
         self.backwards = 0
 
     def add(self, prepared: Any) -> bool:
-        """Adds what one call of `prepare` returned. Gives whether the training dataloader was in it.
-
-        Raises AttachError for a run or a dataloader that cannot be captured.
-        """
+        """Adds what `prepare` returned. Returns whether the training data is in it; raises AttachError to refuse it."""
         prepared = prepared if isinstance(prepared, (tuple, list)) else [prepared]
         self.models += [one for one in prepared if isinstance(one, torch.nn.Module)]
         optimizers = [one for one in prepared if isinstance(one, torch.optim.Optimizer)]

@@ -56,7 +56,6 @@ class RowChecks:
         self.batch_shapes = self.batch_shapes or found
 
     def note_reached(self, reached: Sequence[bool]) -> None:
-        """Notes for each parameter whether a loss depends on it."""
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:

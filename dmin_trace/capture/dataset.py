@@ -73,8 +73,7 @@ class Columns:
 class CaptureSource:
     """What a capture is of, besides the weights and the settings.
 
-    samples: N, the number of training samples or of queries.
-    columns: the readable columns of the data set.
+    samples, columns: N, the number of training samples or of queries, and their readable columns.
     optimizers: those of the training, whose state tells which parameters it moved; None if that is not known.
     fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
     script: the script whose loop is run; an unknown one if the loop is the user's own code.

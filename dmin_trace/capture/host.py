@@ -51,8 +51,7 @@ class Host(Protocol):
     ) -> AbstractContextManager[None]:
         """Passes the timestep draws of the scripts' own functions through `pin`, as fractions of the schedule.
 
-        `modules` are the global variables of the script's modules. `pin` takes what was drawn and a name for the draw,
-        and gives what the script shall see.
+        `modules` are the global variables of the script's modules. `pin` takes what was drawn, and the draw's name.
         """
 
     def averaged_models(self, values: Iterable[Any]) -> list[Any]:
@@ -63,8 +62,7 @@ class Host(Protocol):
     ) -> AbstractContextManager[None]:
         """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
 
-        `ema` is one of `averaged_models`, of exactly these parameters of a model in their order. `step_first`: average
-        the last optimizer step in first, where the script has yet to do so.
+        `ema` is one of `averaged_models`, of these parameters. `step_first`: average the last optimizer step in first.
         """
 
     def parameter_key(self, key: str) -> str:

@@ -20,8 +20,7 @@ from dmin_trace.errors import CaptureError, message_of
 class Ranks:
     """The processes that fill one store together, each its own chunks.
 
-    rank: the number of this process, from 0. The first makes the store, and the others open it.
-    count: how many there are.
+    rank, count: the number of this process, from 0, and how many there are. The first makes the store.
     gather: waits until every process has called it, and returns the message of each, by rank.
     error: the error of this process that the others do not know yet.
     meeting: whether the other processes expect this one at their next meeting.
@@ -93,7 +92,6 @@ class FirstSignal:
         return "Ctrl-C" if self.caught == signal.SIGINT else signal.Signals(self.caught).name if self.caught else ""
 
     def hold(self) -> None:
-        """Begins to note signals."""
         if threading.current_thread() is not threading.main_thread():
             return
         usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

@@ -26,7 +26,7 @@ from dmin_trace.capture.ranks import FirstSignal
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
-from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
+from dmin_trace.project import LOSS_SCALE, Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
 from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
 from dmin_trace.version import VERSION
@@ -168,10 +168,10 @@ class Recorder:
         else:
             self._end_row(None)
 
-    def backward(self, step: CaptureStep, loss: torch.Tensor, scale: float = 1.0) -> None:
+    def backward(self, step: CaptureStep, loss: torch.Tensor, *, scaled: bool) -> None:
         """Takes the gradient of a training step's loss, and after the last draw of a timestep compresses their mean.
 
-        `scale` is as for `take_gradient`. Raises CaptureError if the loss is not a scalar, or has no gradient.
+        `scaled`: the loop has a GradScaler. Raises CaptureError if the loss is not a scalar, or has no gradient.
         """
         if self._ranks.error is not None:
             return
@@ -183,7 +183,7 @@ class Recorder:
                 "torch.no_grad."
             )
         self._announce_signal()
-        taken, reached = take_gradient(loss.reshape(()), self.trainable.tensors, scale)
+        taken, reached = take_gradient(loss.reshape(()), self.trainable.tensors, LOSS_SCALE if scaled else 1.0)
         self._checks.note_reached(reached)
         step.loss = loss.detach().float().reshape(())
         draws = self.settings.draws

@@ -23,7 +23,6 @@ from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
-from dmin_trace.project import LOSS_SCALE
 from dmin_trace.settings import RecordingOverrides, Settings, given_settings, make_settings
 from dmin_trace.store import Queries, Store, open_store
 
@@ -303,7 +302,7 @@ class Recording:
             raise CaptureError("loss.backward() was given a gradient or inputs; expected none, on a scalar loss.")
         # A loop may call it where its autocast has not ended.
         with torch.autocast(loss.device.type, enabled=False):
-            recorder.backward(step, loss, LOSS_SCALE if self._scaled else 1.0)
+            recorder.backward(step, loss, scaled=self._scaled)
 
     def _scale(self, losses: Any) -> Any:
         """The loop's `scaler.scale(loss)`: its scale changes during training, so the recorder uses one of its own."""
@@ -311,7 +310,6 @@ class Recording:
         return losses
 
     def _fetch(self, batch: Callable[[int], Any], sample: int) -> Any:
-        """A sample's batch, fetched under the seed of `samples`."""
         seed_everything(seed_of(self._settings.seed, 0))
         return batch(sample)
 

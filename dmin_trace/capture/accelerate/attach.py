@@ -35,7 +35,7 @@ from dmin_trace.store import Header, Store
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTE = "_dmin_trace"
+_ATTRIBUTE = "_dmin_trace"
 """The attribute of an Accelerator that holds its capture."""
 _GIVEN_BY_EITHER = ("out", "max_train_steps", "num_epochs", "strict")
 
@@ -84,7 +84,7 @@ def attach(
         num_epochs=num_epochs,
         strict=strict,
     )
-    capture: ScriptCapture | None = vars(accelerator).get(ATTRIBUTE)
+    capture: ScriptCapture | None = vars(accelerator).get(_ATTRIBUTE)
     if capture is not None:
         capture.join(job, args)
         return capture.driver
@@ -110,10 +110,8 @@ def find_args() -> Any:
 class ScriptCapture:
     """When a script's training ends, where its store is, and what is done with the losses of capture batches.
 
-    job: what the run is for.
     settings, timesteps: what to capture, and the training steps of each sample.
-    driver: drives the script's loop.
-    ranks, recorder: the processes of the script, and what records the gradients, from `begin` on.
+    recorder: what records the gradients, from `begin` on.
     error: what ended the capture, or None.
     """
 
@@ -130,7 +128,7 @@ class ScriptCapture:
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
         self._settle()
         self.driver = LoopDriver(accelerator, self)
-        self.driver.undo.callback(replace_attribute(accelerator, ATTRIBUTE, self))
+        self.driver.undo.callback(replace_attribute(accelerator, _ATTRIBUTE, self))
         atexit.register(self._at_exit)
         self.driver.undo.callback(atexit.unregister, self._at_exit)
 

@@ -20,7 +20,6 @@ from dmin_trace.capture.pinning import PinnedTimestep
 from dmin_trace.capture.random_state import RandomState, seed_of
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard
 from dmin_trace.errors import CaptureError, DminTraceError
-from dmin_trace.project import LOSS_SCALE
 
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import ScriptCapture
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FIRST_SAMPLES = 20
 """How many samples are tried, at most, to find a first one that loads."""
-
 _ADVICE = Advice(
     backward="accelerator.backward(loss)",
     once="Gradients are taken there: call it instead of loss.backward(), once for each batch.",
@@ -42,13 +40,12 @@ _ADVICE = Advice(
 class CaptureBatches:
     """The capture batches of one capture, and all that changes in the script's process while they last.
 
-    variables: the loop's variables before the first capture batch; None before and after the capture.
     failed: an error ended the capture.
     is_last: the batch that is under way is the last one.
     """
 
     def __init__(self, run: TrainingRun, capture: "ScriptCapture") -> None:
-        self.variables: LoopVariables | None = None
+        self._variables: LoopVariables | None = None
         self.failed = self.is_last = False
         self._run, self._capture = run, capture
         self._encoder_cache = EncoderCache((), ())
@@ -65,18 +62,18 @@ class CaptureBatches:
         """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
         with self._guarded():
             self._undo.callback(RandomState().restore)
-            self.variables = LoopVariables()
-            self._undo.callback(self.variables.restore)
+            self._variables = LoopVariables()
+            self._undo.callback(self._variables.restore)
         return not self.failed
 
     def __iter__(self) -> Iterator[Any]:
         """The capture batches. The script's loop runs its training step on each before it takes the next."""
         timesteps, samples = self._capture.timesteps, list[int]()
-        if self.variables is None:
+        if self._variables is None:
             self.remember()
-        if self.variables is not None:
+        if self._variables is not None:
             with self._guarded():
-                samples = self._begin(self.variables)
+                samples = self._begin(self._variables)
         for n, (sample, timestep) in enumerate(product(samples, timesteps)):
             batch = None
             if timestep == timesteps[0] and not self.failed:
@@ -94,7 +91,6 @@ class CaptureBatches:
         self._batch = None
 
     def open_step(self, sample: int, timestep: PinnedTimestep) -> None:
-        """Begins a training step."""
         self._run.set_sync(False)
         self._guard.open(sample, timestep)
 
@@ -127,8 +123,7 @@ class CaptureBatches:
         if not self.failed:
             # No random call of ours is to be seen; and looking at every call of torch takes time.
             with self._guarded(), step.draws.paused():
-                scaled = self._run.accelerator.scaler is not None
-                self._capture.recorder.backward(step, loss, LOSS_SCALE if scaled else 1.0)
+                self._capture.recorder.backward(step, loss, scaled=self._run.accelerator.scaler is not None)
 
     def close_step(self) -> None:
         """Ends the step that is under way, if one is, and hands it to the recorder."""
@@ -148,7 +143,7 @@ class CaptureBatches:
         """Puts everything back, after the last step or after a failure. A second call does nothing."""
         with self._guarded():
             self._undo.close()
-        self.variables = None
+        self._variables = None
 
     def _begin(self, variables: LoopVariables) -> list[int]:
         run, accelerator = self._run, self._run.accelerator

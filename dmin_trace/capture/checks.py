@@ -36,7 +36,6 @@ class RowChecks:
     """
 
     def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, like: Store | None) -> None:
-        """Has seen nothing yet."""
         self.timesteps: tuple[float, ...] = ()
         self.calls: list[list[Call]] = []
         self.batch_shapes: dict[str, tuple[int, ...]] = {}

@@ -17,7 +17,6 @@ from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError
 
 logger = logging.getLogger(__name__)
-
 Kind = Literal["string", "integer", "number"]
 Value = str | int | float
 
@@ -114,7 +113,7 @@ class FailedSamples:
             )
         if len(self) <= MAX_LOGGED_FAILURES:
             logger.warning(
-                "Sample %d could not be loaded: %s. It is never ranked, and dmin-trace info lists it.", sample, why
+                "Sample %d could not be loaded: %s. It is not ranked; dmin-trace info lists it.", sample, why
             )
         elif len(self) == MAX_LOGGED_FAILURES + 1:
             logger.warning("More samples could not be loaded; dmin-trace info lists them.")

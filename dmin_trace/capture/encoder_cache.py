@@ -20,7 +20,6 @@ from dmin_trace.capture.accelerate.loop_variables import replace_attribute
 from dmin_trace.capture.random_state import RandomState
 
 logger = logging.getLogger(__name__)
-
 MAX_CACHED_CALLS, MAX_CACHE_MISSES = 4, 16
 """Calls of one module that are cached within a sample (a script may encode a prompt and an empty one), and misses
 without a hit after which a module is no longer cached."""

@@ -62,7 +62,7 @@ class Host(Protocol):
     ) -> AbstractContextManager[None]:
         """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
 
-        `ema` is one of `averaged_models`, of these parameters. `step_first`: average the last optimizer step in first.
+        `ema` is one of `averaged_models`, of exactly these parameters. `step_first`: average the last step in first.
         """
 
     def parameter_key(self, key: str) -> str:

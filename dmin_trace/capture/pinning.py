@@ -62,10 +62,7 @@ class PinnedTimestep:
         if self.timestep is None:
             return self.fraction
         if length is None:
-            raise CaptureError(
-                "Timesteps were given as a list, but the length of the loop's schedule is not known, so they are no "
-                "fractions of it. Give a count."
-            )
+            raise CaptureError("Timesteps were given as a list, but the schedule's length is not known. Give a count.")
         return (self.index_in(length) + 0.5) / length
 
 
@@ -162,7 +159,6 @@ class PinnedDraws(TorchFunctionMode):
 
 
 def show_calls(calls: Sequence[Call]) -> str:
-    """Random calls for a person to read."""
     return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
 
 

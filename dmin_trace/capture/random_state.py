@@ -46,7 +46,6 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Puts all global generators back."""
         torch.set_rng_state(self._cpu)
         torch.cuda.set_rng_state_all(self._cuda)
         for state in self._mps:

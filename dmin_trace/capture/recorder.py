@@ -271,7 +271,6 @@ class Recorder:
         self.output.lock.release()
 
     def _announce_signal(self) -> None:
-        """Logs once that a signal was caught, and when the capture stops."""
         if self._signal.caught and not self._announced:
             self._announced = True
             left = None if self._chunks is None else self._chunks.missing_rows

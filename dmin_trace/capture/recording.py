@@ -291,7 +291,6 @@ class Recording:
         return self._recorder
 
     def _backward(self, loss: torch.Tensor, *args: Any, **options: Any) -> None:
-        """The loop's `loss.backward()`."""
         step, recorder = self._guard.step, self._recorder
         if step is None or recorder is None:
             raise CaptureError("loss.backward() was called outside a step. This is an error of dmin_trace; report it.")

@@ -204,7 +204,6 @@ def _refuse_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: 
 
 
 def takes_timestep(module: torch.nn.Module) -> bool:
-    """Whether a module is called with a timestep."""
     return not set(TIMESTEP_ARGUMENTS).isdisjoint(_forward_names(module))
 
 

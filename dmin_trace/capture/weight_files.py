@@ -19,9 +19,7 @@ from dmin_trace.store import sync
 
 KeyConverter = Callable[[str], str]
 """Turns a key of a host's weight file into the name of a module's parameter."""
-
 Shape = tuple[int, ...]
-
 ADAPTER_ENDING = re.compile(r"(\.lora_\w+)\.([^.]+)\.weight$")
 """The end of a parameter's name in an adapter of PEFT: `lora_A.default.weight`."""
 
@@ -68,7 +66,7 @@ def find_files(path: Path) -> list[list[Path]]:
     return [group for group in groups if group]
 
 
-def list_saved(files: Iterable[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, SavedTensor]:
+def list_saved(files: Sequence[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, SavedTensor]:
     """Returns the tensors in the files by name, without reading them.
 
     The name of a subfolder of `path` (a pipeline's `unet`) goes in front of the names in its files. So does the number
@@ -76,7 +74,6 @@ def list_saved(files: Iterable[Path], path: Path, convert: KeyConverter | None =
     Raises WeightsError if a file cannot be read, or two files of one folder hold the same name.
     """
     saved: dict[str, SavedTensor] = {}
-    files = list(files)
     several = any(file.stem == "model_1" for file in files)
     for file in files:
         numbered = re.fullmatch(r"model(?:_(\d+))?", file.stem)
@@ -94,9 +91,7 @@ def list_saved(files: Iterable[Path], path: Path, convert: KeyConverter | None =
         for key in keys:
             name = prefix + (convert(key) if convert is not None else key)
             if name in saved:
-                raise WeightsError(
-                    f"{path} holds {key} twice, in {saved[name].file} and in {file}. Give the file that is to be used."
-                )
+                raise WeightsError(f"{path} holds {key} twice, in {saved[name].file} and in {file}. Give one of them.")
             saved[name] = SavedTensor(file, key)
     return saved
 

@@ -26,7 +26,6 @@ class Trainable:
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
-        """The shape of each parameter."""
         return tuple(tuple(p.shape) for p in self.tensors)
 
     @property
@@ -72,7 +71,6 @@ class Trainable:
         raise refusals[0]
 
     def _read(self, path: Path, saved: Mapping[str, SavedTensor]) -> list[torch.Tensor]:
-        """The saved value of each parameter."""
         if all(name in saved for name in self.names):
             # The script's own names come first: a checkpoint may also hold the same weights in a release's format.
             chosen = [saved[name] for name in self.names]

@@ -34,7 +34,6 @@ from dmin_trace.settings import Settings, SettingsOverrides, given_settings, mak
 from dmin_trace.store import Header, Store
 
 logger = logging.getLogger(__name__)
-
 _ATTRIBUTE = "_dmin_trace"
 """The attribute of an Accelerator that holds its capture."""
 _GIVEN_BY_EITHER = ("out", "max_train_steps", "num_epochs", "strict")
@@ -166,7 +165,6 @@ class ScriptCapture:
 
     @property
     def num_epochs(self) -> int | None:
-        """The number of epochs of the training."""
         own = getattr(self._args, "num_epochs", None) or getattr(self._args, "num_train_epochs", None)
         return self.job.num_epochs or own
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import ScriptCapture
 
 logger = logging.getLogger(__name__)
-
 MAX_FIRST_SAMPLES = 20
 """How many samples are tried, at most, to find a first one that loads."""
 _ADVICE = Advice(
@@ -195,10 +194,8 @@ class CaptureBatches:
         if failure is not None:
             recorder.missing(sample, failure)
         if self._batch is None:
-            raise CaptureError(
-                f"Sample {sample} could not be loaded, nor could those that follow it: {type(failure).__name__}: "
-                f"{failure}"
-            ) from failure
+            why = f"nor could those that follow it: {type(failure).__name__}: {failure}"
+            raise CaptureError(f"Sample {sample} could not be loaded, {why}") from failure
 
     @property
     def _raises(self) -> bool:

@@ -63,7 +63,6 @@ class LoopDriver:
         self.undo.close()
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
-        """Learns the models, the optimizers and the loader."""
         prepared = self._original["prepare"](*objects, **options)
         if self.run.add(prepared):
             self._drive(self.run.loader)

@@ -23,10 +23,9 @@ _PACKAGE = str(Path(__file__).parents[2])
 
 
 class LoopVariables:
-    """The variables of the script's loop at the moment when this is made."""
+    """The variables of the frames on the stack that belong to the script, at the moment when this is made."""
 
     def __init__(self) -> None:
-        """Remembers the variables of the frames on the stack that belong to the script."""
         self._frames = [(frame, dict(frame.f_locals)) for frame in _script_frames(sys._getframe(1))]
         self._undo: dict[int, Callable[[], None]] = {}
         for value in self.values():

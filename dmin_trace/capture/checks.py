@@ -1,8 +1,7 @@
 """What makes rows comparable is checked for every sample. A check that fails ends the capture.
 
-At each timestep, every sample must reach the denoiser with the same timestep, and its training step must make the same
-random calls. Both are kept in the store, and queries must meet them too. Queries, and a capture that continues a store,
-must also have the weights, the parameters, the settings and the projection of that store.
+At each timestep, every sample and query must reach the denoiser with the same timestep, and its training step must make
+the same random calls. Queries, and a capture that continues a store, must also have its weights and settings.
 """
 
 import logging
@@ -58,10 +57,7 @@ class RowChecks:
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
-        """Compares a step's random calls with those of the trace (QueryError), the first sample or draw (CaptureError).
-
-        `row` is the earlier steps of the same sample.
-        """
+        """Raises QueryError or CaptureError if the random calls differ; `row` is the sample's earlier steps."""
         calls = show_calls(step.draws.calls)
         draw, number = step.pinned.draw, step.pinned.number
         if self._like is not None:
@@ -82,10 +78,7 @@ class RowChecks:
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
-        """Makes a row of a sample's T x D training steps.
-
-        Raises CaptureError, or QueryError for queries, if other timesteps were seen or a trained parameter not reached.
-        """
+        """Makes a row of a sample's T x D training steps. Raises CaptureError or QueryError if they saw other timesteps."""
         if not self.calls:
             self._check_reached()
         # One transfer of each kind for a sample.
@@ -121,24 +114,19 @@ class RowChecks:
         """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""
         named = zip(self._trainable.names, self._trainable.tensors, self.reached, strict=True)
         never = [(name, tensor) for name, tensor, reached in named if not reached]
-        count = f"{len(never)} of the {len(self.reached)} trainable tensors"
         names = ", ".join(name for name, _ in never[:3])
+        count = f"{len(never)} of the {len(self.reached)} trainable tensors"
+        what = f"The loss does not depend on {count}, among them {names},"
         optimizers = self._source.optimizers
         # Without optimizers it is not known who trains; requires_grad says what is not trained.
         moved = optimizers is None or any(tensor in o.state for _, tensor in never for o in optimizers)
         if len(never) == len(self.reached) or never and moved:
             raise CaptureError(
-                f"The loss does not depend on {count}, among them {names}, though the training moved them. Does the "
-                "training step skip a part of the model in eval mode, or for some batches? In a loop of your own, set "
-                "requires_grad=False for what is not trained."
+                f"{what} though the training moved them. Does the training step skip a part of the model in eval mode, "
+                "or for some batches? In a loop of your own, set requires_grad=False for what is not trained."
             )
         if never:
-            logger.warning(
-                "The loss does not depend on %s, among them %s, and the training did not move them; their gradients "
-                "are zero.",
-                count,
-                names,
-            )
+            logger.warning("%s and the training did not move them; their gradients are zero.", what)
 
 
 def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> Plan:

@@ -1,7 +1,6 @@
 """Rows are gathered into chunks. A chunk is written on another thread while the next one is recorded.
 
-A row is quantised when it arrives, so a waiting chunk takes no more memory than it will take on disk. An error in
-writing a chunk is raised a little later, at the next row or at `wait`.
+A row is quantised when it arrives, so that a waiting chunk takes no more memory than it will take on disk.
 """
 
 from collections.abc import Mapping, Sequence

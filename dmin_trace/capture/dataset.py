@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,6 @@ from dmin_trace.errors import CaptureError
 logger = logging.getLogger(__name__)
 Kind = Literal["string", "integer", "number"]
 Value = str | int | float
-
 USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
 """The columns that are kept if the settings name none."""
 FIRST_SAMPLES = 20
@@ -174,26 +174,22 @@ def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
     """
     last = FINGERPRINT_SAMPLES - 1
     chosen = sorted({round(k * (samples - 1) / last) for k in range(FINGERPRINT_SAMPLES)})
+    digests = [hashlib.sha256(f"{samples}".encode()) for _ in range(2)]
     try:
-        first, second = (_hash_batches(samples, chosen, fetch) for _ in range(2))
+        for digest, sample in product(digests, chosen):
+            try:
+                batch = fetch(sample)
+            except Exception as error:
+                # A sample that fails to load is identified by its error.
+                batch = type(error).__name__
+            digest.update(f" {sample} ".encode())
+            _hash_value(digest.update, batch)
     except Exception:
         # A kind of tensor without bytes, for example. A missing fingerprint does not end a capture.
         logger.debug("The data set has no fingerprint.", exc_info=True)
         return ""
+    first, second = (digest.hexdigest() for digest in digests)
     return first if first == second else ""
-
-
-def _hash_batches(samples: int, chosen: list[int], fetch: Callable[[int], Any]) -> str:
-    digest = hashlib.sha256(f"{samples}".encode())
-    for sample in chosen:
-        try:
-            batch = fetch(sample)
-        except Exception as error:
-            # A sample that fails to load is identified by its error.
-            batch = type(error).__name__
-        digest.update(f" {sample} ".encode())
-        _hash_value(digest.update, batch)
-    return digest.hexdigest()
 
 
 def _hash_value(update: Callable[[bytes], None], value: Any) -> None:

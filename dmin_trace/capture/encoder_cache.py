@@ -1,9 +1,8 @@
 """Caches the outputs of frozen modules for the length of one sample.
 
-A script encodes a sample's image and caption in its training step, so a capture would encode them again at each of the
-T timesteps. The cache runs a module in which no parameter trains (an autoencoder, a text encoder) once for each sample
-and call: the exact inputs, compared bit by bit, and the conditions. Not cached are calls that draw random numbers, or
-whose inputs need a gradient; modules in train mode (batch norms would count a batch less); and modules without hits.
+A training step encodes a sample's image and caption, which a capture would do again at each of the T timesteps. The
+cache runs a module in which no parameter trains once for each call: inputs, compared bit by bit, and conditions. Not
+cached are calls that draw random numbers or need a gradient, modules without hits, and modules in train mode.
 """
 
 import copy
@@ -154,8 +153,4 @@ def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, torch.Tensor):
         return bool(a == b)
     alike = (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
-    return a is b or (alike and torch.equal(_bits(a), _bits(b)))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    return a is b or (alike and torch.equal(*(one.contiguous().view(-1).view(torch.uint8) for one in (a, b))))

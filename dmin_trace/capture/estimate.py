@@ -12,8 +12,6 @@ from rich.filesize import decimal
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.store import Header, bytes_of
 
-FLOAT32_BYTES = 4
-
 
 def estimate_cost(recorder: Recorder, folder: Path) -> list[tuple[str, str]]:
     """Returns what a capture to `folder` would cost, for a person to read; `recorder` is that of a finished trial."""
@@ -42,10 +40,9 @@ def describe_cost(
 ) -> list[tuple[str, str]]:
     """Returns the names and values of a cost, given in bytes and in seconds with one process.
 
-    `header` is that of the store, `weights` the size of the file beside it. `memory` and `gpu_memory` are the peaks in
-    the trial, without a GPU 0.
+    `weights` is the size of the file beside the store. `memory` and `gpu_memory` are the trial's peaks.
     """
-    size, gradient = bytes_of(header), header.projection.length * FLOAT32_BYTES
+    size, gradient = bytes_of(header), header.projection.length * torch.float32.itemsize
     gradients = header.samples * len(header.timesteps) * gradient
     # One chunk is written while the next is recorded.
     waiting = min(2, header.chunks) * header.chunk_rows * header.sample_bytes

@@ -1,7 +1,6 @@
 """What a family of training scripts must tell dmin_trace: `Host`. `script_host` finds the one that is installed.
 
-Such are which function draws timesteps, which weights the script saves, how its command line is pointed at queries. A
-package registers an object with these functions as an entry point of the group `dmin_trace.hosts`, as
+A package registers an object with these functions as an entry point of the group `dmin_trace.hosts`, as
 `dmin_trace.integrations.diffusers` does for the scripts of Hugging Face diffusers. This module imports no torch.
 """
 

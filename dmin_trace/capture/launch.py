@@ -24,8 +24,8 @@ from dmin_trace.errors import DminTraceError, ScriptError
 def run_script(job: Job) -> ScriptCapture:
     """Runs the job's script in this process, attached. Returns the capture of the script's last Accelerator.
 
-    Raises ScriptError if there is no such script, it failed, or it ended without an Accelerator or without a capture;
-    another DminTraceError if the capture was refused or failed.
+    Raises ScriptError if there is no such script, it failed, or it made no Accelerator; another DminTraceError if the
+    capture was refused or failed, or never began.
     """
     command = job.command
     if not Path(command.script).is_file():
@@ -36,14 +36,12 @@ def run_script(job: Job) -> ScriptCapture:
             runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:
             return captures[-1]
-        except DminTraceError:
-            raise
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
         except Exception as error:
-            if job.mode == "final":
-                # The user's training failed: its traceback is what they need.
+            if job.mode == "final" or isinstance(error, DminTraceError):
+                # If the user's training failed, its traceback is what they need.
                 raise
             raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
     if not captures:

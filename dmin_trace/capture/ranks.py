@@ -1,8 +1,7 @@
 """Several processes fill one store: they meet, and exchange errors and signals, so that all stop at the same step.
 
-A training step may gather values from all processes, so each of them must run the same number of steps. A process that
-fails therefore runs on until the next meeting, and its rows are discarded. The processes meet before and after the
-store is opened, after every chunk, and after the last row.
+A training step may gather values from all processes, so each must run the same number of steps: one that fails runs on
+until the next meeting, and its rows are discarded. They meet when the store is opened, after every chunk, and last.
 """
 
 import json
@@ -41,19 +40,15 @@ class Ranks:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keeps an error that is raised in the block until the next meeting. A single process raises it at once."""
+        """Keeps an error that is raised in the block until the next meeting, if other processes wait for this one."""
         try:
             yield
         except Exception as error:
-            if self.count == 1:
+            if not self.hold(error):
                 raise
-            self.error = self.error or error
 
     def meet(self, caught: int = 0) -> int:
-        """Waits for the other processes, and returns the signal that any of them `caught`, or 0.
-
-        Raises CaptureError if another process has failed or ended, and an error of this process as it is.
-        """
+        """Waits for the others, and returns the signal that any of them `caught`, or 0. Raises an error of any."""
         if self.count == 1:
             return caught
         message = json.dumps({"error": "" if self.error is None else message_of(self.error), "signal": caught})

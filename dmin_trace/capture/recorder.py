@@ -75,6 +75,7 @@ class Recorder:
         if self.output.trial:
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks
+        ranks.meeting = True
         with ranks.holding():
             earlier = self.output.find()
             pending = self._continue(earlier)
@@ -92,7 +93,6 @@ class Recorder:
         self._kept = len(samples)
         if self.output.like is None:
             self._signal.hold()
-        ranks.meeting = True
         if ranks.rank == 0:
             self._progress.add_task("capture", total=self._longest, rate="")
             self._progress.start()
@@ -273,12 +273,9 @@ class Recorder:
     def _announce_signal(self) -> None:
         if self._signal.caught and not self._announced:
             self._announced = True
-            left = None if self._chunks is None else self._chunks.missing_rows
-            logger.warning(
-                "%s: the current chunk is finished first, %d more samples; a second one stops at once.",
-                self._signal.name,
-                self._chunk_rows if left is None else left,
-            )
+            left = self._chunks.missing_rows if self._chunks is not None else None
+            what = f"the current chunk is finished first, {left or self._chunk_rows} more samples"
+            logger.warning("%s: %s; a second one stops at once.", self._signal.name, what)
 
     def _interrupt(self, signal: int, chunks: ChunkQueue) -> None:
         with self._ranks.holding():

@@ -1,7 +1,6 @@
 """Records a training loop of one's own, without accelerate and without a trainer: `recording`.
 
-In a training step `loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the
-generators and the optimizers are as they were before.
+In a training step `loss.backward()` gives the gradient to the recorder. Afterwards all is as it was before.
 """
 
 import os
@@ -37,9 +36,7 @@ class OpenedTrace(Protocol):
     def store(self) -> Store: ...
 
 
-_TAKE_THE_TIMESTEP = (
-    "Take the timestep from the recording: with recording.step(i, k) as step, step.timestep(steps) or step.fraction()."
-)
+_TAKE_THE_TIMESTEP = "Take it from the step: with recording.step(i, k) as step, step.timestep(n) or step.fraction()."
 _ADVICE = Advice(
     backward="loss.backward()",
     once="Call loss.backward() once in each training step; add several losses up first.",

@@ -153,10 +153,7 @@ class StepGuard:
             self.step = None
 
     def check(self, step: CaptureStep, moved: Callable[[Sequence[torch.nn.Parameter]], bool]) -> None:
-        """Raises CaptureError if the closed step's gradient is missing, or not comparable.
-
-        `moved` tells whether parameters that were written to have other values now than at the beginning.
-        """
+        """Raises CaptureError if a closed step's gradient is not comparable. `moved` tells if written values differ."""
         if step.draws.error is not None:
             raise step.draws.error
         advice = self._advice
@@ -169,9 +166,8 @@ class StepGuard:
                 f"torch.autograd.backward. {advice.once}"
             )
         if step.backwards != 1:
-            raise CaptureError(
-                f"{advice.backward} was called {step.backwards} times in {step.name}; expected once. {advice.once}"
-            )
+            found = f"{advice.backward} was called {step.backwards} times in {step.name}; expected once."
+            raise CaptureError(f"{found} {advice.once}")
         written = [p for p, before in zip(self._parameters, self._versions, strict=True) if p._version != before]
         # A step may write back what was there: textual inversion does so to the words that it does not train.
         if written and moved(written):

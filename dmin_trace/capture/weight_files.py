@@ -69,9 +69,8 @@ def find_files(path: Path) -> list[list[Path]]:
 def list_saved(files: Sequence[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, SavedTensor]:
     """Returns the tensors in the files by name, without reading them.
 
-    The name of a subfolder of `path` (a pipeline's `unet`) goes in front of the names in its files. So does the number
-    of the model if the files are accelerate's checkpoint of several (`model.safetensors`, `model_1.safetensors`).
-    Raises WeightsError if a file cannot be read, or two files of one folder hold the same name.
+    The name of a subfolder of `path` (`unet`) goes in front of the names in its files, as does the number of the model
+    in a checkpoint of several (`model_1.safetensors`). Raises WeightsError if a file is unreadable or repeats a name.
     """
     saved: dict[str, SavedTensor] = {}
     several = any(file.stem == "model_1" for file in files)
@@ -128,10 +127,9 @@ def match_models(
     # A set that is the only one for a model is taken from the others. Repeated, since each choice may settle the next.
     for _ in models:
         taken = [tensors[0] for sets in found.values() if len(sets) == 1 for tensors in sets.values()]
-        found = {
-            k: sets if len(sets) == 1 else {p: s for p, s in sets.items() if s[0] not in taken} or sets
-            for k, sets in found.items()
-        }
+        for k, sets in found.items():
+            if len(sets) > 1:
+                found[k] = {prefix: tensors for prefix, tensors in sets.items() if tensors[0] not in taken} or sets
     chosen: dict[int, list[SavedTensor]] = {}
     for k in models:
         # Models of one kind (two text encoders) are saved in the order in which they are prepared.

@@ -50,11 +50,9 @@ class Trainable:
     def load(self, path: Path, convert: KeyConverter | None = None) -> None:
         """Reads every value from a safetensors file, or from those in a folder or in its subfolders.
 
-        Accepts a parameter's name with or without an adapter's name, alone or after a prefix (`unet.`), if the prefix
-        is the same for all parameters of one model and differs from that of the other models.
-
-        Raises WeightsError, and changes nothing, if there is no such file, it cannot be read, a tensor is missing or
-        has another shape, or more than one fits.
+        Accepts a parameter's name with another adapter's name or none, alone or after a prefix (`unet.`) that all
+        parameters of its model have, and no other model. Raises WeightsError, and changes nothing, if there is no such
+        file, it cannot be read, a tensor is missing or has another shape, or more than one fits.
         """
         refusals: list[WeightsError] = []
         for files in weight_files.find_files(path):

@@ -66,13 +66,9 @@ def attach(
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
 
-    Returns the loop driver, whose `remove()` detaches again.
-
-    Raises:
-        AttachError: attached already, or it is not known where to write or when the training ends.
-        SettingsError: an invalid setting.
-        TraceError: `out` exists already, or cannot be written.
-        ScriptError: no host for training scripts is installed.
+    Returns the loop driver, whose `remove()` detaches again. Raises AttachError if it is attached already, or if it is
+    not known where to write or when the training ends; SettingsError for an invalid setting; TraceError if `out` exists
+    or cannot be written; ScriptError if no host for training scripts is installed.
     """
     job = Job(
         mode="final",

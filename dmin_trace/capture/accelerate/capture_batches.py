@@ -1,7 +1,6 @@
 """Runs the training step of the script's loop on capture batches: one dataset item at one timestep each.
 
-An error in this code, or in the script's own code on a capture batch, ends the capture and not the script. A capture
-on demand, or one that is `strict`, raises it instead.
+An error in this code or in the script's on a capture batch ends the capture, and on demand or if `strict` the script.
 """
 
 import logging

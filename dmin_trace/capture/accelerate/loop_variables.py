@@ -27,10 +27,8 @@ class LoopVariables:
 
     def __init__(self) -> None:
         self._frames = [(frame, dict(frame.f_locals)) for frame in _script_frames(sys._getframe(1))]
-        self._undo: dict[int, Callable[[], None]] = {}
-        for value in self.values():
-            if id(value) not in self._undo and (undo := undo_of(value)) is not None:
-                self._undo[id(value)] = undo
+        unique = {id(value): value for value in self.values()}.values()
+        self._undo = [undo for value in unique if (undo := undo_of(value)) is not None]
 
     def values(self) -> Iterator[Any]:
         """Returns every remembered value, those of the loop's own frame first."""
@@ -55,7 +53,7 @@ class LoopVariables:
                 if sys.version_info < (3, 13) and current is not frame.f_globals:
                     # Before PEP 667 a function's f_locals is a copy, and this call writes it back.
                     ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
-        for undo in self._undo.values():
+        for undo in self._undo:
             undo()
 
 

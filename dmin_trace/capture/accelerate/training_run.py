@@ -18,7 +18,6 @@ UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.
 class TrainingRun:
     """A training script's accelerator, and what was prepared with it.
 
-    models, optimizers: those that were prepared, in order.
     loader: the first dataloader that was prepared, or None; it is taken for the one with the training data.
     backwards: how often the script called `accelerator.backward` in its training.
     """

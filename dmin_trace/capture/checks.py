@@ -78,7 +78,7 @@ class RowChecks:
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
-        """Makes a row of a sample's T x D training steps. Raises CaptureError or QueryError if they saw other timesteps."""
+        """Makes a row of a sample's T x D steps. Raises CaptureError or QueryError if they saw other timesteps."""
         if not self.calls:
             self._check_reached()
         # One transfer of each kind for a sample.

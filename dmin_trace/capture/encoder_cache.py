@@ -51,7 +51,7 @@ class EncoderCache:
     """While entered, caches the outputs of frozen modules."""
 
     def __init__(self, values: Iterable[Any], trained: Iterable[torch.nn.Module]) -> None:
-        """Finds frozen modules among any values, and in lists, tuples and dicts among them; no parts of `trained`."""
+        """Finds frozen modules among values, and in lists, tuples and dicts among them, but no parts of `trained`."""
         own = {id(part) for model in trained for part in model.modules()}
         roots = {id(m): m for m in _modules_in(values) if _is_frozen(m) and own.isdisjoint(map(id, m.modules()))}
         # `vae.encode` calls the encoder without the module's own forward, so children are cached too.
@@ -81,6 +81,7 @@ class EncoderCache:
         try:
             kind = next(cached.module.parameters()).device.type
             autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            # In train mode batch norms would count a batch less.
             trains = any(part.training for part in cached.module.modules())
             inputs = None if trains else _contents((args, named, torch.is_grad_enabled(), *autocast))
             hit = None if inputs is None else next((call for call in cached.calls if call.matches(inputs)), None)

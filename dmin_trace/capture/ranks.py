@@ -40,7 +40,7 @@ class Ranks:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keeps an error that is raised in the block until the next meeting, if other processes wait for this one."""
+        """Keeps an error in the block until the next meeting, or raises it if no other process waits for this one."""
         try:
             yield
         except Exception as error:

@@ -94,8 +94,10 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 def _restore_container(value: Any, old: Any) -> None:
     """Restores a container only if it changed: an outer loop may be iterating over it."""
     if _identities(value) != _identities(old):
+        # Looked up before: a module's variables include the dict of python's builtins.
+        refill = value.extend if isinstance(value, list) else value.update
         value.clear()
-        (value.extend if isinstance(value, list) else value.update)(old)
+        refill(old)
 
 
 def _identities(value: Any) -> Any:

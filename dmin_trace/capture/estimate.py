@@ -38,7 +38,7 @@ def describe_cost(
     free_disk: int,
     free_memory: int,
 ) -> list[tuple[str, str]]:
-    """Returns the names and values of a cost. It is given in bytes, with the trial's peaks of memory, and in seconds."""
+    """Returns the names and values of a cost. It is given in bytes (the trial's peaks of memory) and seconds."""
     size, gradient = bytes_of(header), header.projection.length * torch.float32.itemsize
     gradients = header.samples * len(header.timesteps) * gradient
     # One chunk is written while the next is recorded.

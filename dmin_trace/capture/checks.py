@@ -162,7 +162,7 @@ def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: St
 
 
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
-    """Raises TraceError if the store at `path` is complete, or of another capture; `weights` is our fingerprint."""
+    """Raises TraceError if the store at `path` is complete or of another capture; `weights` is the fingerprint here."""
     header, move = earlier.header, "Give another path (out, --out), or move it away."
     if earlier.complete:
         raise TraceError(f"{path} exists already and is complete. {move}")

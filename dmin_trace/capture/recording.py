@@ -194,7 +194,7 @@ class Recording:
         self._failed = False
 
     def describe(self, sample: int, item: Any, batch: Any) -> None:
-        """Tells of the next sample's item, which has its columns, and of its batch: its shapes must be the trace's."""
+        """Tells of the next sample's item, with its columns, and of its batch: a query's has the trace's shapes."""
         self._check_turn(sample, 0).sample(sample, item, batch)
 
     def missing(self, sample: int, error: Exception) -> None:

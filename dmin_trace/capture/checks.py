@@ -1,11 +1,8 @@
 """What makes rows comparable is checked for every sample. A check that fails ends the capture.
 
-At each timestep, every sample must reach the denoiser with the same timestep, and its training step must make the same
-random calls. Both are kept in the store, and queries must meet them too. Queries, and a capture that continues a store,
-must also have the weights, the parameters, the settings and the projection of that store.
+At each timestep, every sample and query must reach the denoiser with the same timestep, and its training step must make
+the same random calls. Queries, and a capture that continues a store, must also have its weights and settings.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -38,7 +35,6 @@ class RowChecks:
     """
 
     def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, like: Store | None) -> None:
-        """Has seen nothing yet."""
         self.timesteps: tuple[float, ...] = ()
         self.calls: list[list[Call]] = []
         self.batch_shapes: dict[str, tuple[int, ...]] = {}
@@ -58,14 +54,10 @@ class RowChecks:
         self.batch_shapes = self.batch_shapes or found
 
     def note_reached(self, reached: Sequence[bool]) -> None:
-        """Notes for each parameter whether a loss depends on it."""
         self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def check_step(self, step: CaptureStep, row: Sequence[CaptureStep]) -> None:
-        """Compares the random calls of a training step; `row` is the earlier steps of the same sample.
-
-        Raises CaptureError if they differ from those of the first sample or draw; QueryError from those of the trace.
-        """
+        """Raises QueryError or CaptureError if the random calls differ; `row` is the sample's earlier steps."""
         calls = show_calls(step.draws.calls)
         draw, number = step.pinned.draw, step.pinned.number
         if self._like is not None:
@@ -86,11 +78,7 @@ class RowChecks:
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
-        """Makes a row of a sample's T x D training steps.
-
-        Raises CaptureError if their timesteps are not those of the other samples, or if the first sample's losses do
-        not depend on a trained parameter; QueryError if the timesteps are not those of the trace.
-        """
+        """Makes a row of a sample's T x D steps. Raises CaptureError or QueryError if they saw other timesteps."""
         if not self.calls:
             self._check_reached()
         # One transfer of each kind for a sample.
@@ -126,28 +114,25 @@ class RowChecks:
         """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""
         named = zip(self._trainable.names, self._trainable.tensors, self.reached, strict=True)
         never = [(name, tensor) for name, tensor, reached in named if not reached]
-        count = f"{len(never)} of the {len(self.reached)} trainable tensors"
         names = ", ".join(name for name, _ in never[:3])
-        if len(never) == len(self.reached) or any(self._source.trained(tensor) for _, tensor in never):
+        count = f"{len(never)} of the {len(self.reached)} trainable tensors"
+        what = f"The loss does not depend on {count}, among them {names},"
+        optimizers = self._source.optimizers
+        # Without optimizers it is not known who trains; requires_grad says what is not trained.
+        moved = optimizers is None or any(tensor in o.state for _, tensor in never for o in optimizers)
+        if len(never) == len(self.reached) or never and moved:
             raise CaptureError(
-                f"The loss does not depend on {count}, among them {names}, though the training moved them. Does the "
-                "training step skip a part of the model in eval mode, or for some batches? In a loop of your own, set "
-                "requires_grad=False for what is not trained."
+                f"{what} though the training moved them. Does the training step skip a part of the model in eval mode, "
+                "or for some batches? In a loop of your own, set requires_grad=False for what is not trained."
             )
         if never:
-            logger.warning(
-                "The loss does not depend on %s, among them %s, and the training did not move them; their gradients "
-                "are zero.",
-                count,
-                names,
-            )
+            logger.warning("%s and the training did not move them; their gradients are zero.", what)
 
 
 def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> Plan:
     """Returns the projection of queries, which is that of the trace; `weights` is the fingerprint of their weights.
 
-    Raises WeightsError if the queries' model has other weights than the trace's, QueryError if it differs otherwise or
-    if the projection differs.
+    Raises WeightsError if the trace is of other weights, QueryError if the model or the projection differs otherwise.
     """
     header, expected = trace.header, trace.header.parameters
     if trainable.fingerprint != expected.fingerprint:
@@ -177,10 +162,7 @@ def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: St
 
 
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:
-    """Raises TraceError if the store at `path` is complete, or belongs to another capture and cannot be continued.
-
-    This comes before anything beside the store is overwritten. `weights` is the fingerprint of the weights.
-    """
+    """Raises TraceError if the store at `path` is complete or of another capture; `weights` is the fingerprint here."""
     header, move = earlier.header, "Give another path (out, --out), or move it away."
     if earlier.complete:
         raise TraceError(f"{path} exists already and is complete. {move}")

@@ -1,10 +1,7 @@
 """Rows are gathered into chunks. A chunk is written on another thread while the next one is recorded.
 
-A row is quantised when it arrives, so a waiting chunk takes no more memory than it will take on disk. An error in
-writing a chunk is raised a little later, at the next row or at `wait`.
+A row is quantised when it arrives, so that a waiting chunk takes no more memory than it will take on disk.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,14 +26,14 @@ class Row:
 class _Chunk:
     """A chunk while its rows arrive."""
 
-    def __init__(self, number: int, rows: range, shape: tuple[int, int], dtype: Dtype, names: Sequence[str]) -> None:
-        count, (timesteps, _) = len(rows), shape
-        self.number, self.rows, self.filled = number, rows, 0
-        self.values = np.zeros((count, *shape), dtype)
-        self.scale = np.ones((count, timesteps), np.float32)
-        self.norm = np.full((count, timesteps), FAILED, np.float32)
-        self.loss = np.full((count, timesteps), np.nan, np.float32)
-        self.columns: dict[str, list[Any]] = {name: [] for name in names}
+    def __init__(self, number: int, rows: range, shape: tuple[int, int], dtype: Dtype) -> None:
+        of_timesteps = len(rows), shape[0]
+        self.number, self.rows = number, rows
+        self.values = np.zeros((len(rows), *shape), dtype)
+        self.scale = np.ones(of_timesteps, np.float32)
+        self.norm = np.full(of_timesteps, FAILED, np.float32)
+        self.loss = np.full(of_timesteps, np.nan, np.float32)
+        self.columns: list[Mapping[str, Any]] = []
 
 
 class ChunkQueue:
@@ -45,9 +42,7 @@ class ChunkQueue:
     def __init__(self, chunks: Sequence[tuple[int, range]], timesteps: int, dimension: int, dtype: Dtype) -> None:
         """Fills chunks, each given by its number and its rows, with gradients (T, v) stored in a dtype."""
         self.writer: Writer | None = None
-        self._chunks = list(chunks)
-        self._shape = timesteps, dimension
-        self._dtype: Dtype = dtype
+        self._chunks, self._shape, self._dtype = list(chunks), (timesteps, dimension), dtype
         self._chunk: _Chunk | None = None
         self._pool = ThreadPoolExecutor(1, "dmin_trace writes")
         self._writing: Future[None] | None = None
@@ -55,27 +50,22 @@ class ChunkQueue:
     @property
     def missing_rows(self) -> int | None:
         """How many rows the current chunk still lacks; None if there is no current chunk."""
-        return None if self._chunk is None else len(self._chunk.rows) - self._chunk.filled
+        return None if self._chunk is None else len(self._chunk.rows) - len(self._chunk.columns)
 
-    def add(self, row: Row | None, columns: Mapping[str, str | int | float], names: Sequence[str]) -> None:
-        """Adds a row, None for a sample that could not be loaded; a full chunk goes to the writing thread.
-
-        `columns` are the row's readable columns, `names` the names of all. Raises TraceError if an earlier chunk could
-        not be written.
-        """
-        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._dtype, names)
-        at = slice(chunk.filled, chunk.filled + 1)
+    def add(self, row: Row | None, columns: Mapping[str, str | int | float | None]) -> None:
+        """Adds a row, None for a sample that failed to load. Raises TraceError if an earlier chunk was not written."""
+        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._dtype)
+        at = slice(len(chunk.columns), len(chunk.columns) + 1)
         if row is not None:
             chunk.values[at], chunk.scale[at] = quantise(row.gradients[None], self._dtype)
             chunk.norm[at], chunk.loss[at] = row.norms, row.losses
-        for name, values in chunk.columns.items():
-            values.append(None if row is None else columns[name])
-        chunk.filled += 1
-        if chunk.filled == len(chunk.rows) and self.writer is not None:
+        chunk.columns.append(columns)
+        if len(chunk.columns) == len(chunk.rows) and self.writer is not None:
             self.wait()
             # Row i of a capture is sample i. The array of samples serves stores that are made in another order.
             sample = np.arange(chunk.rows.start, chunk.rows.stop, dtype=np.int64)
-            stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, chunk.columns
+            by_name = {name: [row[name] for row in chunk.columns] for name in self.writer.header.columns}
+            stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, by_name
             self._writing = self._pool.submit(self.writer.write, chunk.number, *stored)
             self._chunk = None
 

@@ -1,16 +1,14 @@
 """The data set: its readable columns, its samples that fail to load, its fingerprint, and what its batches hold.
 
-A column is what a person reads about a sample: a caption, a label, a file name. It is looked for in the dataset's item,
-then in the raw row of a `datasets.Dataset` (whose transform usually drops it), then in an attribute of the dataset that
-is a sequence of N values.
+A column (a caption, a label) is looked for in the dataset's item, then in the raw row of a `datasets.Dataset`, whose
+transform usually drops it, then in an attribute of the dataset that is a sequence of N values.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -20,44 +18,16 @@ from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError
 
 logger = logging.getLogger(__name__)
-
 Kind = Literal["string", "integer", "number"]
-
+Value = str | int | float
 USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
 """The columns that are kept if the settings name none."""
-
-MISSING_VALUES: dict[Kind, str | int | float] = {"string": "", "integer": -1, "number": float("nan")}
-
 FIRST_SAMPLES = 20
 """If more than half of these samples fail to load, the capture ends: the data set is wrong."""
-
 MAX_LOGGED_FAILURES = 10
 """Samples that failed to load whose reasons are logged, one by one."""
-
 FINGERPRINT_SAMPLES = 8
 """Samples whose batches are in the fingerprint of a data set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptureSource:
-    """What a capture is of, besides the weights and the settings.
-
-    samples: N, the number of training samples or of queries.
-    columns: the readable columns of the data set.
-    trained: whether the training moved a parameter. The loss must depend on each one that it moved.
-    fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
-    script: the script whose loop is run; an unknown one if the loop is the user's own code.
-    edited_script: the script may differ from the one that began the store.
-    packages: further packages whose versions are kept in the header.
-    """
-
-    samples: int
-    columns: Columns
-    trained: Callable[[torch.nn.Parameter], bool]
-    fetch: Callable[[int], Any] | None = None
-    script: Script = Script()
-    edited_script: bool = False
-    packages: Sequence[str] = ()
 
 
 class Columns:
@@ -70,11 +40,8 @@ class Columns:
         self.kinds: dict[str, Kind] = {}
         self._has_kinds = False
 
-    def of(self, sample: int, item: Any) -> dict[str, str | int | float]:
-        """Returns the columns of one sample; `item` is what the dataset gave for it.
-
-        Raises CaptureError if the dataset lacks a column that was named.
-        """
+    def of(self, sample: int, item: Any) -> dict[str, Value | None]:
+        """Returns a sample's columns, None for a missing value. Raises CaptureError if a named column is not there."""
         if not self._has_kinds:
             found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
             missing = [name for name, value in found.items() if value is None]
@@ -89,15 +56,9 @@ class Columns:
                 for name, value in found.items()
                 if value is not None
             }
-        return {name: self._value(name, kind, sample, item) for name, kind in self.kinds.items()}
+        return {name: _converted(self._find(name, sample, item), kind) for name, kind in self.kinds.items()}
 
-    def _value(self, name: str, kind: Kind, sample: int, item: Any) -> str | int | float:
-        value = self._find(name, sample, item)
-        if value is None or isinstance(value, str) and kind != "string":
-            return MISSING_VALUES[kind]
-        return str(value) if kind == "string" else int(value) if kind == "integer" else float(value)
-
-    def _find(self, name: str, sample: int, item: Any) -> str | int | float | None:
+    def _find(self, name: str, sample: int, item: Any) -> Value | None:
         for place in (item, None if self._plain is None else self._plain[sample]):
             if isinstance(place, Mapping) and (value := _readable(place.get(name))) is not None:
                 return value
@@ -105,6 +66,27 @@ class Columns:
         if isinstance(values, (list, tuple, torch.Tensor)) and len(values) == len(self._dataset):
             return _readable(values[sample])
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSource:
+    """What a capture is of, besides the weights and the settings.
+
+    samples, columns: N, the number of training samples or of queries, and their readable columns.
+    optimizers: those of the training, whose state tells which parameters it moved; None if that is not known.
+    fetch: gives the batch of one sample as the capture fetches it, or None if the data set is not known.
+    script: the script whose loop is run; an unknown one if the loop is the user's own code.
+    edited_script: the script may differ from the one that began the store.
+    packages: further packages whose versions are kept in the header.
+    """
+
+    samples: int
+    columns: Columns
+    optimizers: Sequence[torch.optim.Optimizer] | None
+    fetch: Callable[[int], Any] | None = None
+    script: Script = Script()
+    edited_script: bool = False
+    packages: Sequence[str] = ()
 
 
 class FailedSamples:
@@ -118,10 +100,7 @@ class FailedSamples:
         return len(self._failed)
 
     def add(self, sample: int, error: Exception, done: int) -> None:
-        """Adds a sample with its error, unless it was added before; `done` samples came before it.
-
-        Raises CaptureError if more than half of the first samples failed.
-        """
+        """Adds a sample once; `done` came before it. Raises CaptureError if more than half of the first ones failed."""
         if sample in self._failed:
             return
         self._failed.add(sample)
@@ -134,7 +113,7 @@ class FailedSamples:
             )
         if len(self) <= MAX_LOGGED_FAILURES:
             logger.warning(
-                "Sample %d could not be loaded: %s. It is never ranked, and dmin-trace info lists it.", sample, why
+                "Sample %d could not be loaded: %s. It is not ranked; dmin-trace info lists it.", sample, why
             )
         elif len(self) == MAX_LOGGED_FAILURES + 1:
             logger.warning("More samples could not be loaded; dmin-trace info lists them.")
@@ -148,7 +127,13 @@ def _without_images(dataset: Any) -> Any:
     return dataset.with_format(None).select_columns(readable) if readable else None
 
 
-def _readable(value: Any) -> str | int | float | None:
+def _converted(value: Value | None, kind: Kind) -> Value | None:
+    if value is None or isinstance(value, str) and kind != "string":
+        return None
+    return str(value) if kind == "string" else int(value) if kind == "integer" else float(value)
+
+
+def _readable(value: Any) -> Value | None:
     scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
     if scalar or isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
@@ -162,7 +147,7 @@ def _readable(value: Any) -> str | int | float | None:
 def batch_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the images in a collated batch, then of its texts, by name, or by number without names.
 
-    Images are floating-point tensors of three dimensions or more. Texts have fewer: rows of tokens (integers in two
+    Images are floating-point tensors of three dimensions or more. Texts are rows of tokens (integers in two
     dimensions), and lists of text. A named list counts only if its name says so: a batch may have file names.
     """
     values = batch if isinstance(batch, (Mapping, list, tuple)) else [batch]
@@ -182,34 +167,29 @@ def batch_shapes(batch: Any) -> dict[str, tuple[int, ...]]:
 
 
 def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
-    """Returns the fingerprint of a data set of N samples; "" if its batches vary, or hold what cannot be read.
+    """Returns the SHA-256 over N and the batches of a few samples; "" if batches vary, or hold what cannot be read.
 
-    It is the SHA-256 over the batches of a few samples, spread over the data set. So it changes with the number of
-    samples, their order, their content and the transforms. `fetch` gives the batch of one sample, under the same seed
-    each time.
+    So it changes with the order of the samples, their content and the transforms. `fetch` gives the batch of one
+    sample, under the same seed each time.
     """
     last = FINGERPRINT_SAMPLES - 1
     chosen = sorted({round(k * (samples - 1) / last) for k in range(FINGERPRINT_SAMPLES)})
+    digests = [hashlib.sha256(f"{samples}".encode()) for _ in range(2)]
     try:
-        first, second = (_hash_batches(samples, chosen, fetch) for _ in range(2))
+        for digest, sample in product(digests, chosen):
+            try:
+                batch = fetch(sample)
+            except Exception as error:
+                # A sample that fails to load is identified by its error.
+                batch = type(error).__name__
+            digest.update(f" {sample} ".encode())
+            _hash_value(digest.update, batch)
     except Exception:
         # A kind of tensor without bytes, for example. A missing fingerprint does not end a capture.
         logger.debug("The data set has no fingerprint.", exc_info=True)
         return ""
+    first, second = (digest.hexdigest() for digest in digests)
     return first if first == second else ""
-
-
-def _hash_batches(samples: int, chosen: list[int], fetch: Callable[[int], Any]) -> str:
-    digest = hashlib.sha256(f"{samples}".encode())
-    for sample in chosen:
-        try:
-            batch = fetch(sample)
-        except Exception as error:
-            # A sample that fails to load is identified by its error.
-            batch = type(error).__name__
-        digest.update(f" {sample} ".encode())
-        _hash_value(digest.update, batch)
-    return digest.hexdigest()
 
 
 def _hash_value(update: Callable[[bytes], None], value: Any) -> None:

@@ -1,11 +1,8 @@
 """What a family of training scripts must tell dmin_trace: `Host`. `script_host` finds the one that is installed.
 
-Such are which function draws timesteps, which weights the script saves, how its command line is pointed at queries. A
-package registers an object with these functions as an entry point of the group `dmin_trace.hosts`, as
+A package registers an object with these functions as an entry point of the group `dmin_trace.hosts`, as
 `dmin_trace.integrations.diffusers` does for the scripts of Hugging Face diffusers. This module imports no torch.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -49,24 +46,22 @@ class Host(Protocol):
         """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
 
     def pinned_density(
-        self, modules: Iterable[dict[str, Any]], pin: Callable[[torch.Tensor, str], torch.Tensor]
+        self, modules: Iterable[dict[str, Any]], pin: "Callable[[torch.Tensor, str], torch.Tensor]"
     ) -> AbstractContextManager[None]:
         """Passes the timestep draws of the scripts' own functions through `pin`, as fractions of the schedule.
 
-        `modules` are the global variables of the script's modules. `pin` takes what was drawn and a name for the draw,
-        and gives what the script shall see.
+        `modules` are the global variables of the script's modules. `pin` takes what was drawn, and the draw's name.
         """
 
     def averaged_models(self, values: Iterable[Any]) -> list[Any]:
         """The averages of weights (EMA) among a loop's variables whose weights the script will save."""
 
     def averaged_weights(
-        self, ema: Any, parameters: Sequence[torch.nn.Parameter], step_first: bool
+        self, ema: Any, parameters: "Sequence[torch.nn.Parameter]", step_first: bool
     ) -> AbstractContextManager[None]:
         """While entered, the parameters hold the average; afterwards both are as before, bit for bit.
 
-        `ema` is one of `averaged_models`, of exactly these parameters of a model in their order. `step_first`: average
-        the last optimizer step in first, where the script has yet to do so.
+        `ema` is one of `averaged_models`, of exactly these parameters. `step_first`: average the last step in first.
         """
 
     def parameter_key(self, key: str) -> str:

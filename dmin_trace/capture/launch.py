@@ -1,53 +1,47 @@
 """Runs a training script for a capture: at the end of its training, on demand, or for a query.
 
-The script is run as `python script.py ARGS` runs it. The job attaches when the script makes its Accelerator, so the
-script needs no line of ours; if it has one, that line joins the same capture.
-
-`python -m dmin_trace.capture.launch JOB.json` runs a job in a process of its own, which is how queries are captured: a
-script may change any global state of its process, and may end it.
+The script is run as `python script.py ARGS` runs it. The job attaches when the script makes its Accelerator; a line of
+ours in the script joins the same capture. `python -m dmin_trace.capture.launch JOB.json` runs a job in a process of its
+own, as for queries: a script may change any global state of its process, and may end it.
 """
-
-from __future__ import annotations
 
 import json
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from dmin_trace.capture.accelerate.attach import ScriptCapture, attach_job
+from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
-from dmin_trace.command import Command, Job
+from dmin_trace.command import Job
 from dmin_trace.errors import DminTraceError, ScriptError
 
 
 def run_script(job: Job) -> ScriptCapture:
     """Runs the job's script in this process, attached. Returns the capture of the script's last Accelerator.
 
-    Raises ScriptError if there is no such script, it failed, or it ended without an Accelerator or without a capture;
-    another DminTraceError if the capture was refused or failed.
+    Raises ScriptError if there is no such script, it failed, or it made no Accelerator; another DminTraceError if the
+    capture was refused or failed, or never began.
     """
     command = job.command
     if not Path(command.script).is_file():
         raise ScriptError(f"There is no script at {command.script}. Give the training script's path after `--`.")
     captures: list[ScriptCapture] = []
-    with _as_main(command, lambda accelerator: captures.append(attach_job(accelerator, job))):
+    with _as_main(job, captures):
         try:
             runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:
             return captures[-1]
-        except DminTraceError:
-            raise
         except SystemExit as stop:
             if stop.code not in (None, 0):
                 raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
         except Exception as error:
-            if job.mode == "final":
-                # The user's training failed: its traceback is what they need.
+            if job.mode == "final" or isinstance(error, DminTraceError):
+                # If the user's training failed, its traceback is what they need.
                 raise
             raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
     if not captures:
@@ -60,13 +54,13 @@ def run_script(job: Job) -> ScriptCapture:
 
 
 @contextmanager
-def _as_main(command: Command, attach: Callable[[Accelerator], None]) -> Iterator[None]:
-    """Sets what `python script.py` sets: arguments, import path, folder. Attaches to each new Accelerator at once."""
-    make, before = Accelerator.__init__, (sys.argv, sys.path[:])
+def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
+    """Sets what `python script.py` sets: arguments, import path, folder. Attaches the job to each new Accelerator."""
+    make, command, before = Accelerator.__init__, job.command, (sys.argv, sys.path[:])
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        attach(self)
+        captures.append(ScriptCapture(self, job, find_args(), launched=True))
 
     with chdir(command.folder):
         sys.argv = [command.script, *command.arguments]

@@ -1,11 +1,9 @@
 """The store that a capture writes: a new one, or one that an earlier capture left unfinished."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dmin_trace import store
@@ -17,9 +15,9 @@ from dmin_trace.store import Header, Store, Writer
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptureTarget:
-    """Where the rows of a capture go.
+@dataclass(kw_only=True)
+class CaptureOutput:
+    """Where the rows of a capture go. The first process locks the store's path, and makes the store.
 
     out: the path of the store.
     resume: whether to continue an unfinished store at `out`.
@@ -27,6 +25,7 @@ class CaptureTarget:
     reserve: bytes that must stay free on the disk for what the script saves at its end; None for no such limit.
     trial: capture two samples, check them, and write nothing.
     created: called with the header of a new store.
+    ranks: the processes that fill the store.
     """
 
     out: Path
@@ -35,85 +34,64 @@ class CaptureTarget:
     reserve: int | None = None
     trial: bool = False
     created: Callable[[Header], None] = lambda header: None
+    ranks: Ranks = field(default_factory=Ranks)
 
-
-class CaptureOutput:
-    """The store at the target's path. The first process locks it, and makes it."""
-
-    def __init__(self, target: CaptureTarget, ranks: Ranks) -> None:
-        """Touches nothing yet."""
-        self._target, self._out, self._ranks = target, target.out, ranks
-        self._leads = ranks.rank == 0 and target.like is None
-        self._lock = store.StoreLock(target.out.absolute())
-        self._existing = False
+    def __post_init__(self) -> None:
+        self.lock = store.StoreLock(self.out.absolute())
+        self._leads = self.ranks.rank == 0 and self.like is None
 
     def find(self) -> Store | None:
-        """Locks the path, and returns the store that is there, if one is.
-
-        Raises TraceError if the path cannot be written, another process writes it, or nothing may be continued.
-        """
+        """Locks the path, and returns the store there, if any. Raises TraceError if it may not be written to."""
         if self._leads:
             try:
-                store.make_folder(self._out.absolute().parent)
+                store.make_folder(self.out.absolute().parent)
             except OSError as error:
-                raise TraceError(f"{self._out} cannot be written: {error.strerror or error}.") from None
-            self._lock.take()
-        self._existing = self._out.exists()
-        if not self._existing:
+                raise TraceError(f"{self.out} cannot be written: {error.strerror or error}.") from None
+            self.lock.take()
+        if not self.out.exists():
             return None
-        if not self._target.resume:
-            store.check_free(self._out)
-        return store.open_store(self._out, unfinished=True)
+        if not self.resume:
+            store.check_free(self.out)
+        return store.open_store(self.out, unfinished=True)
 
     def prepare(self, trainable: Trainable, earlier: Store | None) -> bool:
-        """Removes what killed captures left, and saves the weights, which queries need; `earlier` is continued.
+        """Removes what killed captures left, and saves the weights. Returns whether this process has saved them."""
+        if self._leads:
+            store.sweep(self.out.absolute())
+            if earlier is not None and earlier.done.all():
+                # The earlier capture ended between its last chunk and the mark that the store is complete.
+                Writer(self.out, earlier.header).finish()
+            trainable.save(store.weights_beside(self.out))
+        return self._leads
 
-        Returns whether this process has saved them.
-        """
-        if not self._leads:
-            return False
-        store.sweep(self._out.absolute())
-        if earlier is not None and earlier.done.all():
-            # The earlier capture ended between its last chunk and the mark that the store is complete.
-            Writer(self._out, earlier.header).finish()
-        trainable.save(store.weights_beside(self._out))
-        return True
-
-    def open(self, make_header: Callable[[], Header]) -> Writer | None:
-        """Creates the store, or opens the one that is continued; all processes call it together.
-
-        Returns None only if an error of this process waits for the next meeting.
-        """
-        writer: Writer | None = None
-        with self._ranks.holding():
+    def open(self, make_header: Callable[[], Header]) -> Writer:
+        """Creates the store, or opens the one that is continued; all processes call it together."""
+        with self.ranks.holding():
             header = make_header()
-            if self._ranks.rank == 0:
-                if not self._existing:
+            if self.ranks.rank == 0:
+                existing = self.out.exists()
+                if not existing:
                     self._check_room(header)
-                writer = (store.resume if self._existing else store.create)(self._out, header)
-                self._target.created(writer.header)
-        self._ranks.meet()
-        with self._ranks.holding():
-            if self._ranks.rank != 0:
-                writer = store.resume(self._out, header)
-        self._ranks.meet()
+                writer = (store.resume if existing else store.create)(self.out, header)
+                self.created(writer.header)
+        self.ranks.meet()
+        with self.ranks.holding():
+            if self.ranks.rank != 0:
+                writer = store.resume(self.out, header)
+        # An error that was held is raised here, so there is a writer.
+        self.ranks.meet()
         return writer
 
     def _check_room(self, header: Header) -> None:
         """Raises CaptureError if the store would take the room that the script needs to save what it trained."""
-        needed, free = store.bytes_of(header), shutil.disk_usage(self._out.absolute().parent).free
-        reserve = self._target.reserve
-        if reserve is not None and free < needed + reserve:
+        needed, free = store.bytes_of(header), shutil.disk_usage(self.out.absolute().parent).free
+        if self.reserve is not None and free < needed + self.reserve:
             raise CaptureError(
                 f"The trace would take {needed:,} bytes, and its disk has {free:,} free, of which the script may need "
-                f"{reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
+                f"{self.reserve:,} to save what it trained. Make room, or capture to another disk (out, --out)."
             )
         if free < needed:
             logger.warning(
                 f"The trace will take {needed:,} bytes, and its disk has {free:,} free. A full disk stops a capture, "
                 "which continues when there is room again."
             )
-
-    def release(self) -> None:
-        """Unlocks the path."""
-        self._lock.release()

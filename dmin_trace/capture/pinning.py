@@ -5,11 +5,9 @@ each training step the generators are seeded, and the draw of the timestep is re
 call is recorded by name and shape: two samples with other sequences of calls did not get the same noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,6 +57,14 @@ class PinnedTimestep:
             )
         return self.timestep
 
+    def fraction_in(self, length: int | None) -> float:
+        """The place in a schedule, from 0 to 1. Raises CaptureError if its length must be known, and is None."""
+        if self.timestep is None:
+            return self.fraction
+        if length is None:
+            raise CaptureError("Timesteps were given as a list, but the schedule's length is not known. Give a count.")
+        return (self.index_in(length) + 0.5) / length
+
 
 def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     """The T timesteps of a capture in the order they are stored, each with its D draws one after the other."""
@@ -71,7 +77,6 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     )
 
 
-@dataclass
 class PinnedDraws(TorchFunctionMode):
     """While entered: records torch's random calls, and replaces draws of a timestep by the pinned one.
 
@@ -81,19 +86,16 @@ class PinnedDraws(TorchFunctionMode):
     error: why a draw could not be pinned, or None.
     """
 
-    timestep: PinnedTimestep
-    backward: Callable[..., None] | None = None
-    calls: list[Call] = field(default_factory=list)
-    pins: int = 0
-    error: CaptureError | None = None
-    _generators: dict[int, tuple[torch.Generator, torch.Tensor]] = field(default_factory=dict)
-    _entered: ExitStack = field(default_factory=ExitStack)
-    _stopped: bool = False
-    _depth: int = 0
-    _marks: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
+    def __init__(self, timestep: PinnedTimestep, backward: Callable[..., None] | None = None) -> None:
         super().__init__()
+        self.timestep, self.backward = timestep, backward
+        self.calls: list[Call] = []
+        self.pins = 0
+        self.error: CaptureError | None = None
+        self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        self._entered = ExitStack()
+        self._depth = 0
+        self._marks: tuple[int, ...] = ()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -144,7 +146,6 @@ class PinnedDraws(TorchFunctionMode):
     def stop(self) -> None:
         """Leaves the mode for good, and puts back the states of the script's own generator objects."""
         self._entered.close()
-        self._stopped = True
         for generator, state in self._generators.values():
             generator.set_state(state)
         self._generators.clear()
@@ -159,24 +160,22 @@ class PinnedDraws(TorchFunctionMode):
     def leave_model(self) -> None:
         """Enters the mode again, and records that the model drew, if it did: the states of the generators tell."""
         self._depth -= 1
-        if self._depth == 0 and not self._stopped:
+        if self._depth == 0:
             self.start()
             if (marks := generator_marks()) != self._marks:
                 self.calls.append(("model", marks))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the mode during a `with` block; if it is stopped in the block, it stays stopped."""
+        """Leaves the mode during a `with` block, which must not stop it."""
         self._entered.close()
         try:
             yield
         finally:
-            if not self._stopped:
-                self.start()
+            self.start()
 
 
 def show_calls(calls: Sequence[Call]) -> str:
-    """Random calls for a person to read."""
     return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
 
 

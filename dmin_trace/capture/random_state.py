@@ -1,22 +1,15 @@
 """The global random generators: their seeds during a capture, and their states before and after it."""
 
-from __future__ import annotations
-
 import pickle
 import random
 import zlib
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 
 def seed_of(seed: int, stream: int, draw: int = 0) -> int:
-    """A 32-bit seed for each stream of a capture: 0 for the samples' augmentation, k + 1 for timestep k.
-
-    `draw` is d of a timestep's noise. The first has the same seed whatever the number of draws.
-    """
+    """A 32-bit seed for each stream (0 for the samples' augmentation, k + 1 for timestep k) and draw of its noise."""
     return int(np.random.SeedSequence([seed, stream, *([draw] if draw else [])]).generate_state(1)[0])
 
 
@@ -44,48 +37,28 @@ def generator_marks() -> tuple[int, ...]:
     return *(zlib.crc32(state.numpy().tobytes()) for state in states), *offsets
 
 
-@dataclass(frozen=True)
 class RandomState:
-    """The states of all global generators at one moment, to be restored later."""
+    """The states of all global generators at the moment when this is made, to be restored later."""
 
-    torch_cpu: torch.Tensor
-    torch_cuda: list[torch.Tensor]
-    torch_mps: torch.Tensor | None
-    numpy: dict[str, Any]
-    python: tuple[Any, ...]
-
-    @classmethod
-    def take(cls) -> RandomState:
-        """Copies the states of all global generators."""
-        return cls(
-            torch_cpu=torch.get_rng_state(),
-            # Reading its state would start an uninitialised CUDA.
-            torch_cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],  # type: ignore[no-untyped-call]
-            torch_mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-            numpy=dict(np.random.get_state(legacy=False)),
-            python=random.getstate(),
-        )
+    def __init__(self) -> None:
+        self._cpu = torch.get_rng_state()
+        # Reading its state would start an uninitialised CUDA.
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self._mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+        self._numpy = dict(np.random.get_state(legacy=False))
+        self._python = random.getstate()
 
     def is_now(self) -> bool:
         """Whether the states are the same now: nothing was drawn since."""
-        now = RandomState.take()
-        mine, others = self._tensors(), now._tensors()
-        return (
-            len(mine) == len(others)
-            and all(map(torch.equal, mine, others))
-            and pickle.dumps(self.numpy) == pickle.dumps(now.numpy)
-            and self.python == now.python
-        )
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [self.torch_cpu, *self.torch_cuda, *([] if self.torch_mps is None else [self.torch_mps])]
+        now = RandomState()
+        mine, others = ([state._cpu, *state._cuda, *state._mps] for state in (self, now))
+        same = len(mine) == len(others) and all(map(torch.equal, mine, others)) and self._python == now._python
+        return same and pickle.dumps(self._numpy) == pickle.dumps(now._numpy)
 
     def restore(self) -> None:
-        """Puts all global generators back."""
-        torch.set_rng_state(self.torch_cpu)
-        if self.torch_cuda:
-            torch.cuda.set_rng_state_all(self.torch_cuda)
-        if self.torch_mps is not None:
-            torch.mps.set_rng_state(self.torch_mps)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
+        torch.set_rng_state(self._cpu)
+        torch.cuda.set_rng_state_all(self._cuda)
+        for state in self._mps:
+            torch.mps.set_rng_state(state)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)

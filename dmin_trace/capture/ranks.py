@@ -1,11 +1,8 @@
 """Several processes fill one store: they meet, and exchange errors and signals, so that all stop at the same step.
 
-A training step may gather values from all processes, so each of them must run the same number of steps. A process that
-fails therefore runs on until the next meeting, and its rows are discarded. The processes meet before and after the
-store is opened, after every chunk, and after the last row.
+A training step may gather values from all processes, so each must run the same number of steps: one that fails runs on
+until the next meeting, and its rows are discarded. They meet when the store is opened, after every chunk, and last.
 """
-
-from __future__ import annotations
 
 import json
 import signal
@@ -22,8 +19,7 @@ from dmin_trace.errors import CaptureError, message_of
 class Ranks:
     """The processes that fill one store together, each its own chunks.
 
-    rank: the number of this process, from 0. The first makes the store, and the others open it.
-    count: how many there are.
+    rank, count: the number of this process, from 0, and how many there are. The first makes the store.
     gather: waits until every process has called it, and returns the message of each, by rank.
     error: the error of this process that the others do not know yet.
     meeting: whether the other processes expect this one at their next meeting.
@@ -44,19 +40,15 @@ class Ranks:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Keeps an error that is raised in the block until the next meeting. A single process raises it at once."""
+        """Keeps an error in the block until the next meeting, or raises it if no other process waits for this one."""
         try:
             yield
         except Exception as error:
-            if self.count == 1:
+            if not self.hold(error):
                 raise
-            self.error = self.error or error
 
     def meet(self, caught: int = 0) -> int:
-        """Waits for the other processes, and returns the number of the signal that any of them `caught`, or 0.
-
-        Raises CaptureError if another process has failed or ended, and an error of this process as it is.
-        """
+        """Waits for the others, and returns the signal that any of them `caught`, or 0. Raises an error of any."""
         if self.count == 1:
             return caught
         message = json.dumps({"error": "" if self.error is None else message_of(self.error), "signal": caught})
@@ -79,14 +71,13 @@ class Ranks:
 class FirstSignal:
     """While held, the first Ctrl-C or SIGTERM is noted, so that the current chunk can be finished.
 
-    It also puts the earlier handlers back, so a second one does what it would have done without a capture. A signal for
-    which another handler is set is left alone. So are all signals outside the main thread, where python runs handlers.
+    A second one does what it would have done without a capture. A signal for which another handler is set is left
+    alone, as are all signals outside the main thread, where python runs handlers.
 
     caught: the number of the signal, 0 before one came.
     """
 
     def __init__(self) -> None:
-        """Holds nothing yet."""
         self.caught = 0
         self._before: dict[signal.Signals, object] = {}
 
@@ -96,7 +87,6 @@ class FirstSignal:
         return "Ctrl-C" if self.caught == signal.SIGINT else signal.Signals(self.caught).name if self.caught else ""
 
     def hold(self) -> None:
-        """Begins to note signals."""
         if threading.current_thread() is not threading.main_thread():
             return
         usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

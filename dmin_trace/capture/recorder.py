@@ -3,13 +3,11 @@
     loss -> Recorder.backward: gradient -> mean of the draws -> transform -> projection
          -> Recorder.take: checks -> row -> chunk -> store
 
-The drivers run the training steps: `recording` for a loop of one's own, `accelerate` for scripts. `checks` keeps rows
-comparable, `chunks` writes them, and `ranks` is where several processes meet.
+The drivers run the training steps: `recording` for a loop of one's own, `accelerate` for scripts.
 """
 
-from __future__ import annotations
-
 import logging
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
 from dmin_trace.capture.chunks import ChunkQueue, Row
-from dmin_trace.capture.dataset import CaptureSource, FailedSamples, data_fingerprint
-from dmin_trace.capture.output import CaptureOutput, CaptureTarget
-from dmin_trace.capture.ranks import FirstSignal, Ranks
+from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
+from dmin_trace.capture.output import CaptureOutput
+from dmin_trace.capture.ranks import FirstSignal
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
-from dmin_trace.project import Mean, compress_gradient, make_plan, take_gradient
+from dmin_trace.project import LOSS_SCALE, Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
 from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
 from dmin_trace.version import VERSION
@@ -39,27 +37,15 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
-    weights_saved: whether the trained weights lie beside the store.
+    weights_saved: whether this process has saved the trained weights beside the store.
+    row_ends: in a trial, the time in seconds at which each sample's last training step ended.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        trainable: Trainable,
-        source: CaptureSource,
-        target: CaptureTarget,
-        ranks: Ranks | None = None,
-    ) -> None:
-        """Fixes what is recorded: gradients with respect to the parameters, which hold the weights of the capture.
-
-        `ranks` are the processes that fill the store; None if this is the only one. Raises QueryError or WeightsError
-        if the parameters, the projection or the weights are not those of `target.like`.
-        """
-        like = target.like
-        self.settings, self.trainable = settings, trainable
-        self.out, self.samples, self.trial = target.out, source.samples, target.trial
-        self._source, self._target, self._ranks = source, target, ranks or Ranks()
-        self._output = CaptureOutput(target, self._ranks)
+    def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, output: CaptureOutput) -> None:
+        """Fixes weights and projection. Raises QueryError or WeightsError if they are not those of `output.like`."""
+        like = output.like
+        self.settings, self.trainable, self.samples = settings, trainable, source.samples
+        self._source, self.output, self._ranks = source, output, output.ranks
         self._weights = trainable.weights_fingerprint()
         if like is None:
             self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
@@ -67,37 +53,35 @@ class Recorder:
             self._plan = query_plan(settings, trainable, self._weights, like)
         self._dtype: Dtype = settings.dtype if like is None else "float32"
         self._checks = RowChecks(settings, trainable, source, like)
-        self._chunk_rows = choose_chunk_rows(
-            self.samples, settings.timestep_count, settings.dimension, self._dtype, self._ranks.count
-        )
+        shape = settings.timestep_count, settings.dimension
+        self._chunk_rows = choose_chunk_rows(self.samples, *shape, self._dtype, self._ranks.count)
         self._row_steps = settings.timestep_count * settings.draws
         self._steps = self._rows = self._longest = self._kept = self._before_first = 0
         self._row: list[CaptureStep] = []
-        self._row_columns: dict[str, str | int | float] = {}
-        self._row_missing = False
+        # None for a sample that could not be loaded.
+        self._row_columns: dict[str, Value | None] | None = {}
         self._failed = FailedSamples(self.samples)
         self._mean: Mean | None = None
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
+        self.row_ends: list[float] = []
         self._announced = self.weights_saved = False
         self._progress = _sample_bar()
 
     def begin(self) -> list[int]:
-        """Saves the weights, and returns the samples that this process captures, in order.
-
-        Raises CaptureError if there are no samples, TraceError if there is another store at the path.
-        """
+        """Saves the weights, and returns this process's samples. Raises TraceError if the path is another capture's."""
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
-        if self.trial:
+        if self.output.trial:
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks
+        ranks.meeting = True
         with ranks.holding():
-            earlier = self._output.find()
+            earlier = self.output.find()
             pending = self._continue(earlier)
         ranks.meet()
         with ranks.holding():
-            self.weights_saved = self._output.prepare(self.trainable, earlier)
+            self.weights_saved = self.output.prepare(self.trainable, earlier)
         ranks.meet()
         size = self._chunk_rows
         chunks = [(c, range(c * size, min((c + 1) * size, self.samples))) for c in pending]
@@ -107,9 +91,8 @@ class Recorder:
         # Every process must run as many training steps: one with fewer rows repeats its last sample.
         self._longest = max(sum(len(rows) for _, rows in share) for share in ours)
         self._kept = len(samples)
-        if self._target.like is None:
+        if self.output.like is None:
             self._signal.hold()
-        ranks.meeting = True
         if ranks.rank == 0:
             self._progress.add_task("capture", total=self._longest, rate="")
             self._progress.start()
@@ -119,7 +102,7 @@ class Recorder:
         """Takes over the projection and the chunks of the store that is continued, and returns the chunks to fill."""
         if earlier is None:
             return list(range(-(-self.samples // self._chunk_rows)))
-        refuse_other_capture(self.out, earlier, self.settings, self._source, self._weights)
+        refuse_other_capture(self.output.out, earlier, self.settings, self._source, self._weights)
         header, plan = earlier.header, self._plan
         theirs = header.projection.kind, header.dimension, header.projection.length
         if theirs == (plan.kind, plan.dimension, plan.length):
@@ -128,18 +111,13 @@ class Recorder:
         return [chunk for chunk, done in enumerate(earlier.done) if not done]
 
     def header(self) -> Header:
-        """Returns the header of the store, once the first sample is recorded.
-
-        A store of queries is temporary: it is not compressed, and its data has no fingerprint.
-        """
+        """Returns the store's header, after the first sample. Queries are not compressed, and have no fingerprint."""
         settings, source, plan, checks = self.settings, self._source, self._plan, self._checks
-        of_queries, trained = self._target.like is not None, self.trainable
+        of_queries, trained = self.output.like is not None, self.trainable
         fetch = None if of_queries else source.fetch
         # Draws of one timestep make the same calls.
         calls = tuple(tuple(made) for made in checks.calls[:: settings.draws])
         reached = zip(trained.names, checks.reached, strict=True)
-        packages = dict.fromkeys(("torch", *source.packages, "numpy"))
-        kept = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
         return Header(
             id=uuid.uuid4().hex,
             samples=self.samples,
@@ -158,37 +136,28 @@ class Recorder:
             codec="none" if of_queries else settings.codec,
             batch=checks.batch_shapes,
             columns=source.columns.kinds,
-            settings=kept,
-            writers={"dmin_trace": VERSION} | {name: version(name) for name in packages},
+            settings=asdict(settings),
+            writers={"dmin_trace": VERSION} | {name: version(name) for name in ("torch", *source.packages, "numpy")},
             script=source.script.name,
             script_sha256=source.script.sha256,
             data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
             unreached=tuple(name for name, was_reached in reached if not was_reached),
         )
 
-    def hold(self, error: Exception) -> bool:
-        """Keeps an error of this process until the processes meet; False if this is the only one. See `Ranks.hold`."""
-        return self._ranks.hold(error)
-
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
-        """Begins a sample: keeps the columns of its dataset item, and checks the shapes in the batch collated from it.
+        """Begins a sample: keeps the columns of its item, and checks the shapes in its batch, if that is known.
 
-        `batch` is None if the loop does not give its batches. Raises QueryError if the images have other shapes than
-        those of the trace, CaptureError if the dataset lacks a column that the settings name.
+        Raises QueryError for other shapes than those of the trace, CaptureError if a named column is missing.
         """
-        self._row_missing = False
         if batch is not None:
             self._checks.check_batch(batch)
         self._row_columns = self._source.columns.of(number, item)
 
     def missing(self, number: int, error: Exception) -> None:
-        """Begins a sample that could not be loaded. Its row is marked as failed, whatever its training steps give.
-
-        Raises CaptureError if most of the first samples could not be loaded; for a query the error itself.
-        """
-        if self._target.like is not None or self.trial:
+        """Begins a sample that failed to load; its row stays empty. Raises an error for a query, or if most fail."""
+        if self.output.like is not None or self.output.trial:
             raise error
-        self._row_missing = True
+        self._row_columns = None
         self._failed.add(number, error, self._rows)
 
     def skip(self) -> None:
@@ -199,10 +168,10 @@ class Recorder:
         else:
             self._end_row(None)
 
-    def backward(self, step: CaptureStep, loss: torch.Tensor, scale: float = 1.0) -> None:
+    def backward(self, step: CaptureStep, loss: torch.Tensor, *, scaled: bool) -> None:
         """Takes the gradient of a training step's loss, and after the last draw of a timestep compresses their mean.
 
-        `scale` is as for `take_gradient`. Raises CaptureError if the loss is not a scalar, or has no gradient.
+        `scaled`: the loop has a GradScaler. Raises CaptureError if the loss is not a scalar, or has no gradient.
         """
         if self._ranks.error is not None:
             return
@@ -214,7 +183,7 @@ class Recorder:
                 "torch.no_grad."
             )
         self._announce_signal()
-        taken, reached = take_gradient(loss.reshape(()), self.trainable.tensors, scale)
+        taken, reached = take_gradient(loss.reshape(()), self.trainable.tensors, LOSS_SCALE if scaled else 1.0)
         self._checks.note_reached(reached)
         step.loss = loss.detach().float().reshape(())
         draws = self.settings.draws
@@ -244,10 +213,10 @@ class Recorder:
             return
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
-            self._chunks.writer = self._output.open(self.header)
+            self._chunks.writer = self.output.open(self.header)
             for _ in range(self._before_first):
                 self._end_row(None)
-        self._end_row(None if self._row_missing else row)
+        self._end_row(None if self._row_columns is None else row)
 
     def _end_row(self, row: Row | None) -> None:
         """Keeps a row, unless it is a repeated one, and stops here after a signal."""
@@ -256,12 +225,14 @@ class Recorder:
             self._progress.update(task.id, advance=1, rate=f"{task.speed:.1f}/s" if task.speed else "")
         chunks, ranks = self._chunks, self._ranks
         if chunks is None:
+            self.row_ends.append(time.perf_counter())
             return
         last = self._rows == self._longest
         # A process that has failed runs on for the others; its rows are discarded.
         if self._rows <= self._kept and ranks.error is None:
             with ranks.holding():
-                chunks.add(row, self._row_columns, list(self._source.columns.kinds))
+                columns = None if row is None else self._row_columns
+                chunks.add(row, columns or dict.fromkeys(self._source.columns.kinds))
         with ranks.holding():
             chunks.check(wait=last)
         if last or self._rows % self._chunk_rows == 0:
@@ -282,7 +253,7 @@ class Recorder:
         with self._ranks.holding():
             if self._ranks.rank == 0:
                 writer.finish()
-                logger.info("The trace of %d samples is in %s.", self.samples, self.out)
+                logger.info("The trace of %d samples is in %s.", self.samples, self.output.out)
         self._ranks.meet()
         if self._failed:
             logger.warning(
@@ -297,18 +268,14 @@ class Recorder:
         self._progress.stop()
         if self._chunks is not None:
             self._chunks.close()
-        self._output.release()
+        self.output.lock.release()
 
     def _announce_signal(self) -> None:
-        """Logs once that a signal was caught, and when the capture stops."""
         if self._signal.caught and not self._announced:
             self._announced = True
-            left = None if self._chunks is None else self._chunks.missing_rows
-            logger.warning(
-                "%s: the current chunk is finished first, %d more samples; a second one stops at once.",
-                self._signal.name,
-                self._chunk_rows if left is None else left,
-            )
+            left = self._chunks.missing_rows if self._chunks is not None else None
+            what = f"the current chunk is finished first, {left or self._chunk_rows} more samples"
+            logger.warning("%s: %s; a second one stops at once.", self._signal.name, what)
 
     def _interrupt(self, signal: int, chunks: ChunkQueue) -> None:
         with self._ranks.holding():
@@ -320,7 +287,7 @@ class Recorder:
         done = 0 if writer is None else self.samples - sum(len(writer.header.rows(chunk)) for chunk in writer.pending())
         raise StoppedError(
             f"The capture was stopped by {self._signal.name or 'a signal to another process'}: {done:,} of "
-            f"{self.samples:,} samples are in {self.out}. Run it again: it continues where it stopped.",
+            f"{self.samples:,} samples are in {self.output.out}. Run it again: it continues where it stopped.",
             signal,
         )
 

@@ -1,10 +1,7 @@
 """Records a training loop of one's own, without accelerate and without a trainer: `recording`.
 
-In a training step `loss.backward()` gives the gradient to the recorder instead of `.grad`. Afterwards the model, the
-generators and the optimizers are as they were before.
+In a training step `loss.backward()` gives the gradient to the recorder. Afterwards all is as it was before.
 """
-
-from __future__ import annotations
 
 import os
 import tempfile
@@ -12,20 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Unpack, runtime_checkable
+from typing import Any, Protocol, Self, Unpack, runtime_checkable
 
 import numpy as np
 import torch
 
 from dmin_trace.capture.dataset import CaptureSource, Columns
-from dmin_trace.capture.output import CaptureTarget
+from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard, takes_timestep
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
-from dmin_trace.project import LOSS_SCALE
 from dmin_trace.settings import RecordingOverrides, Settings, given_settings, make_settings
 from dmin_trace.store import Queries, Store, open_store
 
@@ -40,9 +36,7 @@ class OpenedTrace(Protocol):
     def store(self) -> Store: ...
 
 
-_TAKE_THE_TIMESTEP = (
-    "Take the timestep from the recording: with recording.step(i, k) as step, step.timestep(steps) or step.fraction()."
-)
+_TAKE_THE_TIMESTEP = "Take it from the step: with recording.step(i, k) as step, step.timestep(n) or step.fraction()."
 _ADVICE = Advice(
     backward="loss.backward()",
     once="Call loss.backward() once in each training step; add several losses up first.",
@@ -62,7 +56,7 @@ def recording(
     columns: Mapping[str, Values] | None = None,
     settings: Settings | None = None,
     **overrides: Unpack[RecordingOverrides],
-) -> Recording:
+) -> "Recording":
     """Records the projected gradient of every sample of a training loop, or those of queries.
 
     Use it as a context manager when the training is over, with the weights that are to be explained in the model:
@@ -88,12 +82,9 @@ def recording(
         like: for queries, the trace that they are compared with, instead of `out` and of settings.
         optimizer: one or several; what they train is recorded. Without it, every parameter with `requires_grad`.
         columns: what a person reads about the samples, such as captions: N values for each name.
-        settings: what to record.
-        overrides: single settings by their names, instead of those in `settings`.
+        settings, overrides: what to record; a single setting by its name replaces that in `settings`.
 
-    Raises:
-        SettingsError: an invalid argument.
-        TraceError: `like` is no finished store.
+    Raises SettingsError for an invalid argument, TraceError if `like` is no finished store.
     """
     like = like.store if isinstance(like, OpenedTrace) else like
     trace = like if like is None or isinstance(like, Store) else open_store(Path(like))
@@ -141,16 +132,14 @@ class Recording:
     ) -> None:
         """Begins nothing yet; `__enter__` does. Arguments as for `recording`, and `settings` of the trace for queries.
 
-        `item` gives the dataset's item for a sample, where columns are looked for; None if `describe` is called. They
-        are also looked for in `dataset`. The versions of `packages` are kept in the store. `batch` gives the batch of a
-        sample, for the data set's fingerprint; None if batches are not known.
+        Columns are looked for in `dataset`, and in what `item` gives for a sample, unless `describe` is called. `batch`
+        gives a sample's batch, for the data set's fingerprint. The versions of `packages` are kept in the store.
         """
         self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
         self._source = CaptureSource(
             samples=samples,
             columns=Columns(dataset, settings.columns if like is None else None),
-            # Without optimizers it is not known who trains; requires_grad says what is not trained.
-            trained=lambda tensor: optimizers is None or any(tensor in o.state for o in optimizers),
+            optimizers=optimizers,
             fetch=None if batch is None else partial(self._fetch, batch),
             packages=packages,
         )
@@ -183,10 +172,8 @@ class Recording:
         Gives a `CaptureStep`, for loops that take their timestep from it. `sample` is the next of `samples`, and
         `timestep` the next of `timesteps`.
 
-        Raises:
-            CaptureError: another step is next; or the step gave no gradient, or one that cannot be compared with those
-                of other samples, or changed the model.
-            QueryError: a query's step drew other noise than the steps of the trace.
+        Raises CaptureError if another step is next, or this one gave no gradient, or one that cannot be compared with
+        those of other samples, or changed the model; QueryError if a query's step drew other noise than the trace's.
         """
         recorder = self._check_turn(sample, timestep)
         if timestep == 0 and self._item is not None:
@@ -203,15 +190,11 @@ class Recording:
         self._failed = True
         self._guard.check(step, recorder.moved)
         recorder.take(step)
-        self._done += 1
-        self._finish_if_over(recorder)
+        self._advance(recorder, 1)
         self._failed = False
 
     def describe(self, sample: int, item: Any, batch: Any) -> None:
-        """Tells of the next sample, before its first training step: for loops that have dataset items and batches.
-
-        Columns are looked for in the item. In the batch, a query's images must have the shapes of the trace's.
-        """
+        """Tells of the next sample's item, with its columns, and of its batch: a query's has the trace's shapes."""
         self._check_turn(sample, 0).sample(sample, item, batch)
 
     def missing(self, sample: int, error: Exception) -> None:
@@ -223,8 +206,7 @@ class Recording:
         recorder = self._check_turn(sample, 0)
         recorder.missing(sample, error)
         recorder.skip()
-        self._done += len(self._timesteps)
-        self._finish_if_over(recorder)
+        self._advance(recorder, len(self._timesteps))
 
     @property
     def queries(self) -> Queries:
@@ -236,17 +218,17 @@ class Recording:
             )
         return self._queries
 
-    def __enter__(self) -> Recording:
+    def __enter__(self) -> Self:
         if self._entered is not None:
             raise CaptureError("This recording was entered already. Make another with recording(...).")
         self._refuse_models()
         with ExitStack() as entering:
-            entering.callback(RandomState.take().restore)
+            entering.callback(RandomState().restore)
             out = self._out
             if out is None:
                 out = Path(entering.enter_context(tempfile.TemporaryDirectory(prefix="dmin-trace-"))) / "queries.zarr"
-            target = CaptureTarget(out=out, like=self._like)
-            recorder = Recorder(self._settings, self._find_trainable(), self._source, target)
+            output = CaptureOutput(out=out, like=self._like)
+            recorder = Recorder(self._settings, self._find_trainable(), self._source, output)
             entering.enter_context(self._guard)
             entering.callback(setattr, torch.amp.GradScaler, "scale", torch.amp.GradScaler.scale)
             torch.amp.GradScaler.scale = self._scale  # type: ignore[method-assign,assignment]
@@ -306,7 +288,6 @@ class Recording:
         return self._recorder
 
     def _backward(self, loss: torch.Tensor, *args: Any, **options: Any) -> None:
-        """The loop's `loss.backward()`."""
         step, recorder = self._guard.step, self._recorder
         if step is None or recorder is None:
             raise CaptureError("loss.backward() was called outside a step. This is an error of dmin_trace; report it.")
@@ -317,7 +298,7 @@ class Recording:
             raise CaptureError("loss.backward() was given a gradient or inputs; expected none, on a scalar loss.")
         # A loop may call it where its autocast has not ended.
         with torch.autocast(loss.device.type, enabled=False):
-            recorder.backward(step, loss, LOSS_SCALE if self._scaled else 1.0)
+            recorder.backward(step, loss, scaled=self._scaled)
 
     def _scale(self, losses: Any) -> Any:
         """The loop's `scaler.scale(loss)`: its scale changes during training, so the recorder uses one of its own."""
@@ -325,23 +306,22 @@ class Recording:
         return losses
 
     def _fetch(self, batch: Callable[[int], Any], sample: int) -> Any:
-        """A sample's batch, fetched under the seed of `samples`."""
         seed_everything(seed_of(self._settings.seed, 0))
         return batch(sample)
 
-    def _finish_if_over(self, recorder: Recorder) -> None:
-        if self._done == len(self._pending) * len(self._timesteps):
-            recorder.finish()
-            if self._like is not None:
-                self._queries = _read_queries(open_store(recorder.out), self._like.header.id)
-
-
-def _read_queries(captured: Store, trace_id: str) -> Queries:
-    """The rows of a store of queries. Raises QueryError for a gradient without a direction."""
-    names = tuple(f"query {k}" for k in range(captured.header.samples))
-    if (bad := np.flatnonzero(~captured.valid)).size:
-        raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
-    return Queries(captured.gradients(np.arange(len(names))), names, (None,) * len(names), trace_id)
+    def _advance(self, recorder: Recorder, steps: int) -> None:
+        """Goes on to the next step. After the last one, completes the store, and reads the queries in it."""
+        self._done += steps
+        if self._done < len(self._pending) * len(self._timesteps):
+            return
+        recorder.finish()
+        if self._like is not None:
+            captured = open_store(recorder.output.out)
+            names = tuple(f"query {k}" for k in range(captured.header.samples))
+            if (bad := np.flatnonzero(~captured.valid)).size:
+                raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
+            gradients = captured.gradients(np.arange(len(names)))
+            self._queries = Queries(gradients, names, (None,) * len(names), self._like.header.id)
 
 
 def _denoisers(models: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

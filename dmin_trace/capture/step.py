@@ -5,14 +5,12 @@ guard.close()                   its generators are put back
 guard.check(step, moved)        raises if its gradient cannot be compared with those of other samples
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -61,10 +59,9 @@ class CaptureStep:
 
     def fraction(self) -> float:
         """The time, in a schedule that runs from 0 to 1. Raises CaptureError if timesteps were given as a list."""
-        if self.pinned.timestep is not None:
-            raise CaptureError("Timesteps were given as a list, which has no fractions of a schedule. Give a count.")
-        self._give(self.pinned.fraction)
-        return self.pinned.fraction
+        fraction = self.pinned.fraction_in(None)
+        self._give(fraction)
+        return fraction
 
     def _give(self, timestep: float) -> None:
         self.given = timestep if self.given is None else self.given
@@ -98,8 +95,7 @@ class Advice:
 class StepGuard:
     """Runs training steps of models in eval mode, and sees what they draw, change and call.
 
-    A context manager: on leaving it the models are as they were before. `step` is the training step that is under way,
-    or None.
+    On leaving it the models are as they were before. `step` is the training step that is under way, or None.
     """
 
     def __init__(
@@ -109,10 +105,9 @@ class StepGuard:
         advice: Advice,
         backward: Callable[..., None] | None = None,
     ) -> None:
-        """Changes nothing yet. Training steps may change `models`, and call `denoisers` with the timestep.
+        """Steps may change `models`, and call `denoisers` with the timestep.
 
-        `backward` is called in the place of `Tensor.backward`, for loops that call it themselves. No optimizer may step
-        then, and nothing may reach `.grad`.
+        `backward` replaces `Tensor.backward` for loops that call it; no optimizer may step then, nor `.grad` be set.
         """
         self.step: CaptureStep | None = None
         self._models = list(models)
@@ -121,7 +116,7 @@ class StepGuard:
         self._versions: list[int] = []
         self._undo = ExitStack()
 
-    def __enter__(self) -> StepGuard:
+    def __enter__(self) -> Self:
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         with ExitStack() as undo:
             for model in self._models:
@@ -159,10 +154,7 @@ class StepGuard:
             self.step = None
 
     def check(self, step: CaptureStep, moved: Callable[[Sequence[torch.nn.Parameter]], bool]) -> None:
-        """Raises CaptureError if the gradient of the step that was closed last is missing, or not comparable.
-
-        `moved` tells whether parameters that were written to have other values now than at the beginning.
-        """
+        """Raises CaptureError if a closed step's gradient is not comparable. `moved` tells if written values differ."""
         if step.draws.error is not None:
             raise step.draws.error
         advice = self._advice
@@ -175,9 +167,8 @@ class StepGuard:
                 f"torch.autograd.backward. {advice.once}"
             )
         if step.backwards != 1:
-            raise CaptureError(
-                f"{advice.backward} was called {step.backwards} times in {step.name}; expected once. {advice.once}"
-            )
+            found = f"{advice.backward} was called {step.backwards} times in {step.name}; expected once."
+            raise CaptureError(f"{found} {advice.once}")
         written = [p for p, before in zip(self._parameters, self._versions, strict=True) if p._version != before]
         # A step may write back what was there: textual inversion does so to the words that it does not train.
         if written and moved(written):
@@ -215,7 +206,6 @@ def _refuse_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: 
 
 
 def takes_timestep(module: torch.nn.Module) -> bool:
-    """Whether a module is called with a timestep."""
     return not set(TIMESTEP_ARGUMENTS).isdisjoint(_forward_names(module))
 
 

@@ -3,8 +3,6 @@
 Only safetensors is read and written: a weight file can come from anywhere, and a pickle can run a program.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,9 +19,7 @@ from dmin_trace.store import sync
 
 KeyConverter = Callable[[str], str]
 """Turns a key of a host's weight file into the name of a module's parameter."""
-
 Shape = tuple[int, ...]
-
 ADAPTER_ENDING = re.compile(r"(\.lora_\w+)\.([^.]+)\.weight$")
 """The end of a parameter's name in an adapter of PEFT: `lora_A.default.weight`."""
 
@@ -37,10 +33,7 @@ class SavedTensor:
 
 
 def write_whole(path: Path, values: dict[str, torch.Tensor]) -> None:
-    """Writes a safetensors file, whole or not at all; it is on disk when this returns.
-
-    Raises WeightsError if it cannot be written.
-    """
+    """Writes a safetensors file to the disk, whole or not at all. Raises WeightsError if it cannot be written."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(values, partial)
@@ -56,8 +49,7 @@ def write_whole(path: Path, values: dict[str, torch.Tensor]) -> None:
 def find_files(path: Path) -> list[list[Path]]:
     """Returns the safetensors files that a path stands for, in groups of which the first that fits is used.
 
-    A file is a group by itself. A folder gives the files in it, then those in its subfolders. Raises WeightsError if
-    there is none.
+    A folder gives the files in it, then those in its subfolders. Raises WeightsError if there is none.
     """
     if path.is_file():
         return [[path]]
@@ -74,15 +66,13 @@ def find_files(path: Path) -> list[list[Path]]:
     return [group for group in groups if group]
 
 
-def list_saved(files: Iterable[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, SavedTensor]:
+def list_saved(files: Sequence[Path], path: Path, convert: KeyConverter | None = None) -> dict[str, SavedTensor]:
     """Returns the tensors in the files by name, without reading them.
 
-    The name of a subfolder of `path` (a pipeline's `unet`) goes in front of the names in its files. So does the number
-    of the model if the files are accelerate's checkpoint of several (`model.safetensors`, `model_1.safetensors`).
-    Raises WeightsError if a file cannot be read, or two files of one folder hold the same name.
+    The name of a subfolder of `path` (`unet`) goes in front of the names in its files, as does the number of the model
+    in a checkpoint of several (`model_1.safetensors`). Raises WeightsError if a file is unreadable or repeats a name.
     """
     saved: dict[str, SavedTensor] = {}
-    files = list(files)
     several = any(file.stem == "model_1" for file in files)
     for file in files:
         numbered = re.fullmatch(r"model(?:_(\d+))?", file.stem)
@@ -100,9 +90,7 @@ def list_saved(files: Iterable[Path], path: Path, convert: KeyConverter | None =
         for key in keys:
             name = prefix + (convert(key) if convert is not None else key)
             if name in saved:
-                raise WeightsError(
-                    f"{path} holds {key} twice, in {saved[name].file} and in {file}. Give the file that is to be used."
-                )
+                raise WeightsError(f"{path} holds {key} twice, in {saved[name].file} and in {file}. Give one of them.")
             saved[name] = SavedTensor(file, key)
     return saved
 
@@ -127,9 +115,8 @@ def match_models(
 ) -> dict[int, list[SavedTensor]]:
     """Finds the saved tensors of every model's parameters, whatever prefix or adapter name they are saved under.
 
-    `models` has the names and shapes of each model's parameters, by the model's number; `saved` the tensors in the
-    files at `path`, by name. Returns by number the saved tensor of each parameter, in order. Raises WeightsError if a
-    model's tensors are missing or have other shapes, or if several sets of tensors fit.
+    `models` has the names and shapes of parameters by the model's number, `saved` the tensors in the files at `path`.
+    Returns the saved tensors of each model. Raises WeightsError if some are missing, misshapen or ambiguous.
     """
     found: dict[int, dict[str, list[SavedTensor]]] = {}
     for k, parameters in models.items():
@@ -140,10 +127,9 @@ def match_models(
     # A set that is the only one for a model is taken from the others. Repeated, since each choice may settle the next.
     for _ in models:
         taken = [tensors[0] for sets in found.values() if len(sets) == 1 for tensors in sets.values()]
-        found = {
-            k: sets if len(sets) == 1 else {p: s for p, s in sets.items() if s[0] not in taken} or sets
-            for k, sets in found.items()
-        }
+        for k, sets in found.items():
+            if len(sets) > 1:
+                found[k] = {prefix: tensors for prefix, tensors in sets.items() if tensors[0] not in taken} or sets
     chosen: dict[int, list[SavedTensor]] = {}
     for k in models:
         # Models of one kind (two text encoders) are saved in the order in which they are prepared.
@@ -168,10 +154,8 @@ def wrong_shape(path: Path, name: str, found: Shape, expected: Shape) -> Weights
 
 
 def _complete_sets(names: list[str], saved: Mapping[str, SavedTensor]) -> dict[str, list[SavedTensor]]:
-    """The saved tensors of all of a model's parameters, for every prefix that has them all.
-
-    An adapter may have another name in the file, or none. The script's own name for it comes first.
-    """
+    """The saved tensors of all of a model's parameters, for every prefix that has them all."""
+    # An adapter may have another name in the file, or none. The script's own name for it comes first.
     adapters = sorted({end.group(2) for key in saved if (end := ADAPTER_ENDING.search(key))})
     others = {adapter: [_with_adapter(name, adapter) for name in names] for adapter in ("", *adapters)}
     for spellings in ({"": names}, others):

@@ -1,7 +1,5 @@
 """The trainable parameters of a run: which they are, their fingerprint, and how they are saved and loaded."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dmin_trace.capture import weight_files
-from dmin_trace.capture.weight_files import KeyConverter, SavedTensor
+from dmin_trace.capture.weight_files import KeyConverter, SavedTensor, Shape
 from dmin_trace.errors import CaptureError, WeightsError
 
 
@@ -19,17 +17,15 @@ class Trainable:
     """The parameters that training moves, in a fixed order.
 
     names, tensors: `module.parameter`, with the model's number in front if several models train; and the parameters.
-    owners, own_names: the number of the model that each belongs to, and its name in that model.
+    places: the number of the model that each belongs to, and its name in that model.
     """
 
     names: tuple[str, ...]
     tensors: tuple[torch.nn.Parameter, ...]
-    owners: tuple[int, ...]
-    own_names: tuple[str, ...]
+    places: tuple[tuple[int, str], ...]
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape of each parameter."""
+    def shapes(self) -> tuple[Shape, ...]:
         return tuple(tuple(p.shape) for p in self.tensors)
 
     @property
@@ -54,38 +50,34 @@ class Trainable:
     def load(self, path: Path, convert: KeyConverter | None = None) -> None:
         """Reads every value from a safetensors file, or from those in a folder or in its subfolders.
 
-        Accepts a parameter's name with or without an adapter's name, alone or after a prefix (`unet.`), if the prefix
-        is the same for all parameters of one model and differs from that of the other models.
-
-        Raises WeightsError if there is no such file, it cannot be read, a tensor is missing or has another shape, or
-        more than one fits. Nothing is changed then.
+        Accepts a parameter's name with another adapter's name or none, alone or after a prefix (`unet.`) that all
+        parameters of its model have, and no other model. Raises WeightsError, and changes nothing, if there is no such
+        file, it cannot be read, a tensor is missing or has another shape, or more than one fits.
         """
-        refusal: WeightsError | None = None
+        refusals: list[WeightsError] = []
         for files in weight_files.find_files(path):
             saved = weight_files.list_saved(files, path, convert)
             try:
                 values = self._read(path, saved)
             except WeightsError as error:
-                refusal = refusal or error
+                refusals.append(error)
                 continue
             with torch.no_grad():
                 for parameter, value in zip(self.tensors, values, strict=True):
                     parameter.copy_(value)
             return
-        if refusal is not None:
-            raise refusal
+        raise refusals[0]
 
     def _read(self, path: Path, saved: Mapping[str, SavedTensor]) -> list[torch.Tensor]:
-        """The saved value of each parameter."""
         if all(name in saved for name in self.names):
             # The script's own names come first: a checkpoint may also hold the same weights in a release's format.
             chosen = [saved[name] for name in self.names]
         else:
-            models: dict[int, dict[str, tuple[int, ...]]] = {owner: {} for owner in sorted(set(self.owners))}
-            for owner, name, shape in zip(self.owners, self.own_names, self.shapes, strict=True):
+            models: dict[int, dict[str, Shape]] = {owner: {} for owner, _ in sorted(self.places)}
+            for (owner, name), shape in zip(self.places, self.shapes, strict=True):
                 models[owner][name] = shape
             queues = {owner: iter(found) for owner, found in weight_files.match_models(path, models, saved).items()}
-            chosen = [next(queues[owner]) for owner in self.owners]
+            chosen = [next(queues[owner]) for owner, _ in self.places]
         values = list(weight_files.read(chosen))
         for name, parameter, value in zip(self.names, self.tensors, values, strict=True):
             if value.shape != parameter.shape:
@@ -94,10 +86,7 @@ class Trainable:
 
 
 def fingerprint_of(path: Path, names: Sequence[str]) -> str:
-    """Returns what `Trainable.weights_fingerprint` returned for the values in a file that `Trainable.save` wrote.
-
-    Raises WeightsError if the file cannot be read, or lacks one of the names.
-    """
+    """Returns the fingerprint of weights in a file. Raises WeightsError if it cannot be read, or lacks a name."""
     saved = weight_files.list_saved([path], path)
     if missing := [name for name in names if name not in saved]:
         raise WeightsError(f"{path} lacks {len(missing)} of the {len(names)} tensors that the trace is of.")
@@ -108,16 +97,12 @@ def _fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
-        digest.update(raw.numpy().data)
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
 def find_trainable(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer] | None) -> Trainable:
-    """Returns the parameters of the models that are trainable and in an optimizer, each once.
-
-    Without optimizers (None), all that are trainable. Raises CaptureError if there are none.
-    """
+    """Returns the trainable parameters, those in the optimizers if they are known. Raises CaptureError for none."""
     groups = [group for optimizer in optimizers or () for group in optimizer.param_groups]
     optimized = {id(p) for group in groups for p in group["params"]}
     trainable = _choose(models, lambda name, p: p.requires_grad and (optimizers is None or id(p) in optimized))
@@ -139,11 +124,11 @@ def find_named(models: Sequence[torch.nn.Module], names: Sequence[str]) -> Train
 
 def _choose(models: Sequence[torch.nn.Module], accept: Callable[[str, torch.nn.Parameter], bool]) -> Trainable:
     """The parameters that `accept` takes by their full names, each once."""
-    chosen: dict[int, tuple[str, torch.nn.Parameter, int, str]] = {}
+    chosen: dict[int, tuple[str, torch.nn.Parameter, tuple[int, str]]] = {}
     for k, model in enumerate(models):
         for name, parameter in model.named_parameters():
             full = name if len(models) == 1 else f"{k}.{name}"
             if accept(full, parameter):
-                chosen.setdefault(id(parameter), (full, parameter, k, name))
-    columns = zip(*chosen.values(), strict=True) if chosen else [()] * 4
+                chosen.setdefault(id(parameter), (full, parameter, (k, name)))
+    columns = zip(*chosen.values(), strict=True) if chosen else [()] * 3
     return Trainable(*columns)

@@ -60,12 +60,12 @@ def capture(
 @with_settings
 def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbose = False) -> None:
     """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take."""
-    from dmin_trace.capture.estimate import describe_cost, estimate_cost
+    from dmin_trace.capture.estimate import estimate_cost
     from dmin_trace.capture.launch import run_script
 
     trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
     folder = Path() if trial.out is None else trial.out.parent
-    cost = describe_cost(estimate_cost(trial.recorder, trial.seconds_a_sample, folder))
+    cost = estimate_cost(trial.recorder, folder)
     console = Console()
     title = "A whole capture of this script, estimated from two samples"
     console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))

@@ -30,7 +30,7 @@ def test_chunk_queue_writes_what_a_writer_of_whole_chunks_writes(tmp_path: Path,
     queue.writer = create(tmp_path / "trace.zarr", header)
     for k in range(10):
         columns = {name: values[k] for name, values in rows.columns.items()}
-        queue.add(Row(rows.grad[k], rows.norm[k], rows.loss[k]), columns, list(header.columns))
+        queue.add(Row(rows.grad[k], rows.norm[k], rows.loss[k]), columns)
         assert queue.missing_rows == {0: 3, 1: 2, 2: 1, 3: None}[k % 4] if k < 8 else True
         queue.check(wait=k == 9)
     queue.close()
@@ -51,7 +51,7 @@ def test_chunk_queue_marks_a_sample_that_could_not_be_loaded(tmp_path: Path) -> 
     for k in range(4):
         columns = {name: values[k] for name, values in rows.columns.items()}
         row = None if k == 2 else Row(rows.grad[k], rows.norm[k], rows.loss[k])
-        queue.add(row, columns, list(header.columns))
+        queue.add(row, dict.fromkeys(columns) if row is None else columns)
     queue.wait()
     queue.close()
     queue.writer.finish()
@@ -71,7 +71,7 @@ def test_chunk_queue_raises_what_kept_a_chunk_from_being_written(
 
     monkeypatch.setattr("dmin_trace.store.Writer.write", fail)
     for _ in range(4):
-        queue.add(None, {}, list(header.columns))
+        queue.add(None, dict.fromkeys(header.columns))
     with pytest.raises(TraceError, match="no room"):
         queue.check(wait=True)
     queue.close()

@@ -30,7 +30,7 @@ def test_columns_are_found_in_items_and_attributes() -> None:
     assert columns.kinds == {}
     assert columns.of(1, dataset[1]) == {"caption": "picture 1", "label": 1}
     assert columns.kinds == {"caption": "string", "label": "integer"}
-    assert columns.of(2, {}) == {"caption": "", "label": 2}
+    assert columns.of(2, {}) == {"caption": None, "label": 2}
     assert Columns(dataset, ("weight",)).of(1, dataset[1]) == {"weight": 0.5}
     with pytest.raises(CaptureError, match="no readable column author, pixels. Name columns"):
         Columns(dataset, ("author", "label", "pixels")).of(0, dataset[0])

@@ -6,22 +6,16 @@ from dataclasses import replace
 
 from stores import make_header
 
-from dmin_trace.capture.estimate import CaptureCost, describe_cost
+from dmin_trace.capture.estimate import describe_cost
 
 HEADER = make_header(samples=1000, timesteps=10, dimension=2**14, rows=100)
-COST = CaptureCost(
-    header=replace(HEADER, projection=replace(HEADER.projection, length=2_000_000)),
-    weights=8_000_000,
-    seconds_per_sample=0.5,
-    memory=900_000_000,
-    gpu_memory=0,
-    free_disk=10**12,
-    free_memory=10**12,
-)
+HEADER = replace(HEADER, projection=replace(HEADER.projection, length=2_000_000))
+COST = {"weights": 8_000_000, "seconds_per_sample": 0.5, "memory": 900_000_000, "gpu_memory": 0}
+ROOM = {"free_disk": 10**12, "free_memory": 10**12}
 
 
 def test_describe_cost_names_time_disk_and_memory() -> None:
-    rows = dict(describe_cost(COST))
+    rows = dict(describe_cost(HEADER, **COST, **ROOM))
     assert rows["samples x timesteps"] == "1,000 x 10"
     assert rows["time"] == "0:08:20 (0.5 s a sample, one process)"
     assert rows["disk"] == "164.1 MB for the store (164.1 kB a sample), 8.0 MB for the weights"
@@ -31,9 +25,8 @@ def test_describe_cost_names_time_disk_and_memory() -> None:
 
 
 def test_describe_cost_tells_what_does_not_fit() -> None:
-    rows = describe_cost(
-        replace(COST, header=replace(COST.header, draws=3), gpu_memory=10**9, free_disk=10**8, free_memory=10**7)
-    )
+    cost = COST | {"gpu_memory": 10**9}
+    rows = describe_cost(replace(HEADER, draws=3), **cost, free_disk=10**8, free_memory=10**7)
     assert ("samples x timesteps", "1,000 x 10, 3 draws each") in rows and ("GPU memory", "1.0 GB at the peak") in rows
     assert dict(rows)["memory"].endswith("8.0 MB are the mean of the draws")
     assert [value for name, value in rows if name == "but"] == [

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from dmin_trace.capture.accelerate.loop_variables import LoopVariables, script_frame
+from dmin_trace.capture.accelerate.loop_variables import LoopVariables
 
 
 def capturing_loader(batches: int) -> Iterator[int]:
     """Yields `batches` batches, then two that must leave no trace."""
     yield from range(batches)
-    variables = LoopVariables(script_frame())
+    variables = LoopVariables()
     yield from (100, 200)
     variables.restore()
 

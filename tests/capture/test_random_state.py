@@ -12,7 +12,7 @@ from dmin_trace.capture.random_state import RandomState, seed_everything, seed_o
 
 def test_restore_puts_back_every_global_generator() -> None:
     seed_everything(1)
-    before = RandomState.take()
+    before = RandomState()
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random())
     seed_everything(2)
     torch.rand(5), np.random.randn(), random.random()
@@ -22,7 +22,7 @@ def test_restore_puts_back_every_global_generator() -> None:
 
 def test_is_now_sees_a_draw_of_every_generator() -> None:
     for draw in (lambda: torch.rand(1), np.random.rand, np.random.randn, random.random):
-        state = RandomState.take()
+        state = RandomState()
         assert state.is_now()
         draw()  # type: ignore[no-untyped-call]
         assert not state.is_now()

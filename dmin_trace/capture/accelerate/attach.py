@@ -1,17 +1,14 @@
 """The line in a script that trains with accelerate, `attach`, and the capture of the script: `ScriptCapture`.
 
-Here is what only a script with accelerate has: its arguments, its averaged weights (EMA), its processes, the line in it
-or the command line that launched it, and a training that must go on if the capture fails.
+Only a script with accelerate has what is here: arguments, averaged weights (EMA), processes, and a training that must
+go on if the capture fails.
 """
-
-from __future__ import annotations
 
 import atexit
 import logging
 import os
 import sys
-import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
@@ -25,23 +22,19 @@ from dmin_trace import store
 from dmin_trace.capture.accelerate.driver import LoopDriver
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.dataset import CaptureSource, Columns
-from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.host import script_host
-from dmin_trace.capture.output import CaptureTarget
+from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
-from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError, message_of
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 from dmin_trace.store import Header, Store
 
 logger = logging.getLogger(__name__)
-
-ATTRIBUTE = "_dmin_trace"
+_ATTRIBUTE = "_dmin_trace"
 """The attribute of an Accelerator that holds its capture."""
 _GIVEN_BY_EITHER = ("out", "max_train_steps", "num_epochs", "strict")
 
@@ -67,20 +60,15 @@ def attach(
     Args:
         accelerator: the script's accelerator, before anything is prepared with it.
         args: the script's arguments: its `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`).
-        settings: what to capture.
+        settings, overrides: what to capture; a single setting by its name replaces that in `settings`.
         out: the store; `<args.output_dir>/trace.zarr` if not given.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
-        overrides: single settings by their names, instead of those in `settings`.
 
-    Returns the loop driver, whose `remove()` detaches again.
-
-    Raises:
-        AttachError: attached already, or it is not known where to write or when the training ends.
-        SettingsError: an invalid setting.
-        TraceError: `out` exists already, or cannot be written.
-        ScriptError: no host for training scripts is installed.
+    Returns the loop driver, whose `remove()` detaches again. Raises AttachError if it is attached already, or if it is
+    not known where to write or when the training ends; SettingsError for an invalid setting; TraceError if `out` exists
+    or cannot be written; ScriptError if no host for training scripts is installed.
     """
     job = Job(
         mode="final",
@@ -91,7 +79,7 @@ def attach(
         num_epochs=num_epochs,
         strict=strict,
     )
-    capture: ScriptCapture | None = vars(accelerator).get(ATTRIBUTE)
+    capture: ScriptCapture | None = vars(accelerator).get(_ATTRIBUTE)
     if capture is not None:
         capture.join(job, args)
         return capture.driver
@@ -100,20 +88,10 @@ def attach(
             "attach does not know when the training ends. Pass the script's args, or max_train_steps= (for a loop that "
             "breaks after so many optimizer steps) or num_epochs= (for one that runs out)."
         )
-    capture = ScriptCapture(accelerator, job, args, launched=False)
-    capture.check_out()
-    return capture.driver
+    return ScriptCapture(accelerator, job, args, launched=False).driver
 
 
-def attach_job(accelerator: Accelerator, job: Job) -> ScriptCapture:
-    """Attaches a job of the launcher when the script makes its Accelerator. A line in the script joins it later."""
-    capture = ScriptCapture(accelerator, job, _find_args(), launched=True)
-    if job.mode == "final" and capture.out is not None:
-        capture.check_out()
-    return capture
-
-
-def _find_args() -> Any:
+def find_args() -> Any:
     """The `args` of the function or module that is making its Accelerator."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -127,38 +105,30 @@ def _find_args() -> Any:
 class ScriptCapture:
     """When a script's training ends, where its store is, and what is done with the losses of capture batches.
 
-    job: what the run is for.
     settings, timesteps: what to capture, and the training steps of each sample.
-    driver: drives the script's loop.
+    recorder: what records the gradients, from `begin` on.
     error: what ended the capture, or None.
     """
 
     def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
-        """Attaches to the accelerator of a script with these arguments, or None.
-
-        `launched` tells whether the command line launched the script; a line in the script may then join.
-        """
+        """Attaches to a script's accelerator. A line may join later if the command line `launched` the script."""
         self.job = job
-        self.error: Exception | None = None
+        self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._host = script_host()
         self._launched, self._joined = launched, False
-        self._entered = ExitStack()
-        self._recorder: Recorder | None = None
-        self._encoder_cache = EncoderCache((), ())
-        self._sample_ends: list[float] = []
-        self._use_settings()
+        self._begun = False
+        rank, count = accelerator.process_index, accelerator.num_processes
+        self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
+        self._settle()
         self.driver = LoopDriver(accelerator, self)
-        self.driver.undo.callback(replace_attribute(accelerator, ATTRIBUTE, self))
+        self.driver.undo.callback(replace_attribute(accelerator, _ATTRIBUTE, self))
         atexit.register(self._at_exit)
         self.driver.undo.callback(atexit.unregister, self._at_exit)
 
     def join(self, line: Job, args: Any) -> None:
-        """Joins a line in a launched script: its settings count where the command gave none.
-
-        Raises AttachError if the line comes twice, or in a script that is not launched.
-        """
+        """Joins a line in a launched script: it says what the command leaves open. Raises AttachError for a second."""
         if not self._launched or self._joined:
             raise AttachError("dmin_trace.attach was called twice for one Accelerator. Keep one of the two lines.")
         self._joined = True
@@ -166,23 +136,23 @@ class ScriptCapture:
         own = self.job
         either = {name: getattr(own, name) or getattr(line, name) for name in _GIVEN_BY_EITHER}
         self.job = msgspec.structs.replace(own, settings={**line.settings, **own.settings}, **either)
-        self._use_settings()
-        if self.job.mode == "final":
-            self.check_out()
+        self._settle()
 
-    def _use_settings(self) -> None:
+    def _settle(self) -> None:
+        """Fixes the settings. Raises an error if the store cannot be written, or if it will never be known where."""
         self.settings: Settings = make_settings(self._like.header.settings if self._like else self.job.settings)
         self.timesteps: tuple[PinnedTimestep, ...] = pinned_timesteps(self.settings)
+        if self.on_demand:
+            return
+        if self.out is not None:
+            store.check_free(self.out)
+        elif self._joined or not self._launched:
+            raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
 
     @property
     def on_demand(self) -> bool:
         """Whether the capture begins at the first batch, and ends the script."""
         return self.job.mode != "final"
-
-    @property
-    def item_seed(self) -> int:
-        """The seed under which every sample is fetched, so that all get the same augmentation."""
-        return seed_of(self.settings.seed, 0)
 
     @property
     def max_train_steps(self) -> int | None:
@@ -191,7 +161,6 @@ class ScriptCapture:
 
     @property
     def num_epochs(self) -> int | None:
-        """The number of epochs of the training."""
         own = getattr(self._args, "num_epochs", None) or getattr(self._args, "num_train_epochs", None)
         return self.job.num_epochs or own
 
@@ -203,45 +172,38 @@ class ScriptCapture:
         folder = getattr(self._args, "output_dir", None)
         return Path(folder).absolute() / "trace.zarr" if folder else None
 
-    def check_out(self) -> None:
-        """Raises AttachError if the store's path is not known, TraceError if it is taken or cannot be written."""
-        if self.out is None:
-            raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
-        store.check_free(self.out)
-
-    def begin(self, variables: LoopVariables) -> list[int]:
-        """Fixes the weights, saves them, and gives the samples that this process captures, in order."""
+    def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
+        """Fixes and saves the weights, and gives this process's samples. What restores the script goes on `undo`."""
         run = self.driver.run
         self._models = [run.unwrap(model) for model in run.models]
         trainable = find_trainable(self._models, run.optimizers)
         if (why := self._host.refusal(self._args, variables.named())) is not None:
             raise CaptureError(why)
         self._schedule_length = self._host.schedule_length(variables.values())
-        self._entered.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        undo.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
         if self.job.mode == "final":
             for ema in self._host.averaged_models(variables.values()):
-                self._enter_average(ema)
+                undo.enter_context(self._averaged_weights(ema))
         if self.job.weights is not None:
             trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
         out = Path("trace.zarr") if trial else self.out
         if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
-        accelerator = run.accelerator
         source = CaptureSource(
             samples=run.samples,
             # Queries have no labels: columns that the settings name need not be there.
             columns=Columns(run.loader.dataset, self.settings.columns if self._like is None else None),
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
-            trained=lambda tensor: any(tensor in optimizer.state for optimizer in run.optimizers),
-            fetch=self._batch_of,
+            optimizers=run.optimizers,
+            fetch=lambda sample: self.driver.batches.fetch(sample)[1],
             # Queries were checked before they were launched.
             script=Script() if self._like is not None else script_of(self.job.command.script),
             edited_script=self.job.edited_script,
             packages=("accelerate",),
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
-        target = CaptureTarget(
+        output = CaptureOutput(
             out=out,
             resume=self.job.mode == "now",
             like=self._like,
@@ -249,71 +211,32 @@ class ScriptCapture:
             reserve=4 * sum(size_of_models) if self.job.mode == "final" else None,
             trial=trial,
             created=self._remember if self._like is None else lambda header: None,
+            ranks=self.ranks,
         )
-        ranks = Ranks(accelerator.process_index, accelerator.num_processes, lambda message: gather_object([message]))
-        self._recorder = Recorder(self.settings, trainable, source, target, ranks)
-        samples = self._recorder.begin()
-        self._encoder_cache = self._entered.enter_context(EncoderCache(variables.values(), self._models))
-        return samples
-
-    @property
-    def recorder(self) -> Recorder:
-        """What records the gradients, from `begin` on."""
-        if self._recorder is None:
-            raise CaptureError("The capture has not begun. This is an error of dmin_trace; report it.")
-        return self._recorder
-
-    def sample(self, sample: int, item: Any, batch: Any) -> None:
-        """Begins a sample, with its dataset item and the batch collated from it."""
-        self._encoder_cache.forget()
-        self.recorder.sample(sample, item, batch)
-
-    def take(self, step: CaptureStep) -> None:
-        """Keeps what a step gave."""
-        self.recorder.take(step)
-        if self.recorder.trial and step.pinned == self.timesteps[-1]:
-            self._sample_ends.append(time.perf_counter())
-
-    def hold(self, error: Exception) -> bool:
-        """Whether an error waits until all processes meet: up to there each must run the same number of steps."""
-        return self._recorder is not None and self._recorder.hold(error)
+        self.recorder = Recorder(self.settings, trainable, source, output)
+        self._begun = True
+        undo.callback(self.recorder.stop)
+        return self.recorder.begin()
 
     def failed(self, error: Exception) -> None:
         """Keeps the error that ended the capture, and logs it if no caller will raise it later."""
-        if self.error is None:
-            self.error = error
-            if not self._launched:
-                what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
-                logger.error("dmin_trace %s this run; the training continues. %s", what, self._what_to_do(error))
-
-    def leave(self) -> None:
-        """Puts back the weights and the script's functions."""
-        if self._recorder is not None:
-            self._recorder.stop()
-        self._entered.close()
-
-    @property
-    def seconds_a_sample(self) -> float:
-        """How long the last sample of a trial took, all its timesteps: the first one warms up."""
-        return self._sample_ends[-1] - self._sample_ends[-2]
+        if self.error is not None:
+            return
+        self.error = error if isinstance(error, DminTraceError) else CaptureError(f"{message_of(error)}.")
+        if self.out is not None and self._begun and self.recorder.weights_saved:
+            kept = store.weights_beside(self.out)
+            how = f"The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
+            self.error.args = (f"{self.error} {how}",)
+        if not self._launched:
+            what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
+            logger.error("dmin_trace %s this run; the training continues. %s", what, self.error)
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
-        if isinstance(self.error, StoppedError):
-            raise StoppedError(self._what_to_do(self.error), self.error.signal)
         if self.error is not None:
-            kind = type(self.error) if isinstance(self.error, DminTraceError) else CaptureError
-            raise kind(self._what_to_do(self.error))
+            raise self.error
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
-
-    def _what_to_do(self, error: Exception) -> str:
-        """The error, and how to capture after all if the trained weights were saved before it happened."""
-        found = str(error) if isinstance(error, DminTraceError) else f"{type(error).__name__}: {error}."
-        if self.out is None or self._recorder is None or not self._recorder.weights_saved:
-            return found
-        kept = store.weights_beside(self.out)
-        return f"{found} The trained weights are in {kept}: dmin-trace capture --weights {kept} -- SCRIPT ARGS."
 
     def _at_exit(self) -> None:
         if not self._launched and not self.driver.captured:
@@ -337,27 +260,15 @@ class ScriptCapture:
         step = self.driver.batches.step
         if step is None:
             return drawn
-        return step.draws.pin(drawn, lambda: self._fraction_of(step.pinned), name)
+        return step.draws.pin(drawn, lambda: step.pinned.fraction_in(self._schedule_length), name)
 
-    def _fraction_of(self, timestep: PinnedTimestep) -> float:
-        """A timestep's place in the schedule, from 0 to 1."""
-        if timestep.timestep is None:
-            return timestep.fraction
-        if self._schedule_length is None:
-            raise CaptureError(
-                "Timesteps were given as a list, but the length of the script's schedule is not known. Give a count."
-            )
-        return (timestep.index_in(self._schedule_length) + 0.5) / self._schedule_length
-
-    def _enter_average(self, ema: Any) -> None:
+    def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
         shapes = [shadow.shape for shadow in ema.shadow_params]
         for model in self._models:
             parameters = list(model.parameters())
             if [parameter.shape for parameter in parameters] == shapes:
-                averaged = self._host.averaged_weights(ema, parameters, self.driver.step_pending)
-                self._entered.enter_context(averaged)
                 logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
-                return
+                return self._host.averaged_weights(ema, parameters, self.driver.step_pending)
         raise CaptureError(
             "The script averages weights (EMA) that are not all the parameters of a prepared model, so which weights "
             "it will save is not known. Capture on demand from the saved weights: dmin-trace capture."
@@ -374,12 +285,5 @@ class ScriptCapture:
         try:
             remember(header.id, self.job.command)
         except OSError as error:
-            why = error.strerror or error
-            logger.warning(
-                "The command of this run could not be kept for queries (%s): give it to them, after --.", why
-            )
-
-    def _batch_of(self, sample: int) -> Any:
-        """A sample's batch, for the data set's fingerprint."""
-        self._encoder_cache.forget()
-        return self.driver.run.fetch(sample, self.item_seed)[1]
+            why = f"({error.strerror or error}): give it to them, after --."
+            logger.warning("The command of this run could not be kept for queries %s", why)

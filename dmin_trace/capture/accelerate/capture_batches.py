@@ -1,10 +1,7 @@
 """Runs the training step of the script's loop on capture batches: one dataset item at one timestep each.
 
-An error in this code, or in the script's own code on a capture batch, ends the capture and not the script. A capture
-on demand, or one that is `strict`, raises it instead.
+An error in this code or in the script's on a capture batch ends the capture, and on demand or if `strict` the script.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
@@ -15,22 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import recursively_apply, send_to_device
 
-from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute, script_frame
+from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
+from dmin_trace.capture.encoder_cache import EncoderCache
 from dmin_trace.capture.pinning import PinnedTimestep
-from dmin_trace.capture.random_state import RandomState
+from dmin_trace.capture.random_state import RandomState, seed_of
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard
 from dmin_trace.errors import CaptureError, DminTraceError
-from dmin_trace.project import LOSS_SCALE
 
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import ScriptCapture
 
 logger = logging.getLogger(__name__)
-
 MAX_FIRST_SAMPLES = 20
 """How many samples are tried, at most, to find a first one that loads."""
-
 _ADVICE = Advice(
     backward="accelerator.backward(loss)",
     once="Gradients are taken there: call it instead of loss.backward(), once for each batch.",
@@ -43,15 +38,15 @@ _ADVICE = Advice(
 class CaptureBatches:
     """The capture batches of one capture, and all that changes in the script's process while they last.
 
-    variables: the loop's variables before the first capture batch; None before and after the capture.
     failed: an error ended the capture.
     is_last: the batch that is under way is the last one.
     """
 
-    def __init__(self, run: TrainingRun, capture: ScriptCapture) -> None:
-        self.variables: LoopVariables | None = None
+    def __init__(self, run: TrainingRun, capture: "ScriptCapture") -> None:
+        self._variables: LoopVariables | None = None
         self.failed = self.is_last = False
         self._run, self._capture = run, capture
+        self._encoder_cache = EncoderCache((), ())
         self._guard = StepGuard((), (), _ADVICE)
         self._batch: Any = None
         self._undo = ExitStack()
@@ -64,19 +59,19 @@ class CaptureBatches:
     def remember(self) -> bool:
         """Remembers what the script's loop changes, to be put back. Gives whether that succeeded."""
         with self._guarded():
-            self._undo.callback(RandomState.take().restore)
-            self.variables = LoopVariables(script_frame())
-            self._undo.callback(self.variables.restore)
+            self._undo.callback(RandomState().restore)
+            self._variables = LoopVariables()
+            self._undo.callback(self._variables.restore)
         return not self.failed
 
     def __iter__(self) -> Iterator[Any]:
         """The capture batches. The script's loop runs its training step on each before it takes the next."""
         timesteps, samples = self._capture.timesteps, list[int]()
-        if self.variables is None:
+        if self._variables is None:
             self.remember()
-        if self.variables is not None:
+        if self._variables is not None:
             with self._guarded():
-                samples = self._begin(self.variables)
+                samples = self._begin(self._variables)
         for n, (sample, timestep) in enumerate(product(samples, timesteps)):
             batch = None
             if timestep == timesteps[0] and not self.failed:
@@ -94,7 +89,6 @@ class CaptureBatches:
         self._batch = None
 
     def open_step(self, sample: int, timestep: PinnedTimestep) -> None:
-        """Begins a training step."""
         self._run.set_sync(False)
         self._guard.open(sample, timestep)
 
@@ -126,9 +120,8 @@ class CaptureBatches:
         step.backwards += 1
         if not self.failed:
             # No random call of ours is to be seen; and looking at every call of torch takes time.
-            with step.draws.paused(), self._guarded():
-                scaled = self._run.accelerator.scaler is not None
-                self._capture.recorder.backward(step, loss, LOSS_SCALE if scaled else 1.0)
+            with self._guarded(), step.draws.paused():
+                self._capture.recorder.backward(step, loss, scaled=self._run.accelerator.scaler is not None)
 
     def close_step(self) -> None:
         """Ends the step that is under way, if one is, and hands it to the recorder."""
@@ -137,20 +130,18 @@ class CaptureBatches:
         if step is None or self.failed:
             return
         with self._guarded():
-            try:
-                self._guard.check(step, self._capture.recorder.moved)
-            except Exception as error:
-                if not self._capture.hold(error):
-                    raise
-            self._capture.take(step)
-            if self.is_last:
-                self._capture.recorder.finish()
+            self._guard.check(step, self._capture.recorder.moved)
+        if not self.failed:
+            with self._guarded():
+                self._capture.recorder.take(step)
+                if self.is_last:
+                    self._capture.recorder.finish()
 
     def leave(self) -> None:
         """Puts everything back, after the last step or after a failure. A second call does nothing."""
         with self._guarded():
             self._undo.close()
-        self.variables = None
+        self._variables = None
 
     def _begin(self, variables: LoopVariables) -> list[int]:
         run, accelerator = self._run, self._run.accelerator
@@ -175,34 +166,35 @@ class CaptureBatches:
         for model in run.models:
             # DDP would wait for gradients that never come.
             self._undo.enter_context(accelerator.no_sync(model))
-        self._undo.callback(self._capture.leave)
-        return self._capture.begin(variables)
+        samples = self._capture.begin(variables, self._undo)
+        self._encoder_cache = self._undo.enter_context(EncoderCache(variables.values(), map(run.unwrap, run.models)))
+        return samples
+
+    def fetch(self, sample: int) -> tuple[Any, Any]:
+        """A sample's dataset item and the batch collated from it. All samples get the same augmentation."""
+        self._encoder_cache.forget()
+        return self._run.fetch(sample, seed_of(self._capture.settings.seed, 0))
 
     def _load(self, sample: int) -> None:
         """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded."""
-        capture, count = self._capture, self._run.samples
+        recorder, count = self._capture.recorder, self._run.samples
         failure: Exception | None = None
         # Steps can run on the batch of an earlier sample, if there is one.
         tries = 1 if self._batch is not None else min(MAX_FIRST_SAMPLES, count)
         for other in range(sample, sample + tries):
             try:
-                item, batch = self._run.fetch(other % count, capture.item_seed)
+                item, batch = self.fetch(other % count)
             except Exception as error:
-                if failure is None:
-                    failure = error
-                    capture.recorder.missing(sample, error)
+                failure = failure or error
                 continue
             self._batch = send_to_device(batch, self._run.accelerator.device)
-            capture.sample(other % count, item, self._batch)
-            if failure is not None:
-                # The other sample was reported last; the recorder needs to hear that this one is missing.
-                capture.recorder.missing(sample, failure)
-            return
+            recorder.sample(other % count, item, self._batch)
+            break
+        if failure is not None:
+            recorder.missing(sample, failure)
         if self._batch is None:
-            raise CaptureError(
-                f"Sample {sample} could not be loaded, nor could those that follow it: {type(failure).__name__}: "
-                f"{failure}"
-            ) from failure
+            why = f"nor could those that follow it: {type(failure).__name__}: {failure}"
+            raise CaptureError(f"Sample {sample} could not be loaded, {why}") from failure
 
     @property
     def _raises(self) -> bool:
@@ -219,7 +211,7 @@ class CaptureBatches:
 
     def _fail(self, error: Exception) -> None:
         """Ends the capture, or the script too where errors are raised. Some errors wait until all processes meet."""
-        if self._capture.hold(error):
+        if self._capture.ranks.hold(error):
             return
         self.failed = self.is_last = True
         if self._raises:

@@ -10,8 +10,6 @@ breaks (`if global_step >= max_train_steps: break`) would be gone by then, so on
 capture's `accumulate` it is set back to True, with the loop's variables as the last training batch left them.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -40,14 +38,11 @@ class CaptureFinished(BaseException):
 class LoopDriver:
     """Wraps one accelerator; `remove` takes every wrapper off again.
 
-    run: what the script has prepared.
-    batches: the capture batches.
     captured: the capture has begun, or can no longer begin.
     step_pending: the script has yet to count, average and save its last optimizer step.
-    undo: what `remove` does.
     """
 
-    def __init__(self, accelerator: Accelerator, capture: ScriptCapture) -> None:
+    def __init__(self, accelerator: Accelerator, capture: "ScriptCapture") -> None:
         """Wraps an accelerator with which nothing is prepared yet. `capture` knows when the training ends."""
         self.run = TrainingRun(accelerator)
         self.batches = CaptureBatches(self.run, capture)
@@ -55,13 +50,8 @@ class LoopDriver:
         self._accelerator, self._capture = accelerator, capture
         self._first_step = self._steps = self._epochs = 0
         self.undo = ExitStack()
-        wrappers: dict[str, Callable[..., Any]] = {
-            "prepare": self._prepare,
-            "skip_first_batches": self._skip_first_batches,
-            "accumulate": self._accumulate,
-            "backward": self._backward,
-            "load_state": self._load_state,
-        }
+        own = (self._prepare, self._skip_first_batches, self._accumulate, self._backward, self._load_state)
+        wrappers: dict[str, Callable[..., Any]] = {method.__name__.removeprefix("_"): method for method in own}
         for name in ("log", "init_trackers", "clip_grad_norm_", "clip_grad_value_"):
             wrappers[name] = partial(self._skip_in_capture, name)
         self._original: dict[str, Callable[..., Any]] = {name: getattr(accelerator, name) for name in wrappers}
@@ -73,7 +63,6 @@ class LoopDriver:
         self.undo.close()
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
-        """Learns the models, the optimizers and the loader."""
         prepared = self._original["prepare"](*objects, **options)
         if self.run.add(prepared):
             self._drive(self.run.loader)

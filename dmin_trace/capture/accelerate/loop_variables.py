@@ -1,11 +1,9 @@
 """Restores the variables of the script's loop, which its training step changes on capture batches.
 
 What the script does next (its log line, its last checkpoint) must see the values that the last training batch left.
-Remembered are the variables of every frame from the loop outwards, the items of their lists, dicts and sets, and the
+Restored are the variables of every frame from the loop outwards, the items of their lists, dicts and sets, and the
 values of small tensors. The state of other objects (a meter class, say) is not.
 """
-
-from __future__ import annotations
 
 import ctypes
 import inspect
@@ -25,15 +23,12 @@ _PACKAGE = str(Path(__file__).parents[2])
 
 
 class LoopVariables:
-    """The variables of the script's loop at the moment when this is made."""
+    """The variables of the frames on the stack that belong to the script, at the moment when this is made."""
 
-    def __init__(self, frame: FrameType) -> None:
-        """Remembers the variables of the frames from `frame` outwards, without those of this package."""
-        self._frames = [(f, dict(f.f_locals)) for f in _script_frames(frame)]
-        self._undo: dict[int, Callable[[], None]] = {}
-        for value in self.values():
-            if id(value) not in self._undo and (undo := undo_of(value)) is not None:
-                self._undo[id(value)] = undo
+    def __init__(self) -> None:
+        self._frames = [(frame, dict(frame.f_locals)) for frame in _script_frames(sys._getframe(1))]
+        unique = {id(value): value for value in self.values()}.values()
+        self._undo = [undo for value in unique if (undo := undo_of(value)) is not None]
 
     def values(self) -> Iterator[Any]:
         """Returns every remembered value, those of the loop's own frame first."""
@@ -58,13 +53,8 @@ class LoopVariables:
                 if sys.version_info < (3, 13) and current is not frame.f_globals:
                     # Before PEP 667 a function's f_locals is a copy, and this call writes it back.
                     ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
-        for undo in self._undo.values():
+        for undo in self._undo:
             undo()
-
-
-def script_frame() -> FrameType:
-    """Returns the innermost frame on the stack that belongs to the script, not to this package or to a generator."""
-    return next(_script_frames(sys._getframe(1)))
 
 
 def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
@@ -103,17 +93,17 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 def _restore_container(value: Any, old: Any) -> None:
     """Restores a container only if it changed: an outer loop may be iterating over it."""
-    if isinstance(value, list):
-        if len(value) != len(old) or any(a is not b for a, b in zip(value, old, strict=True)):
-            value[:] = old
-        return
-    if isinstance(value, dict):
-        changed = value.keys() != old.keys() or any(value[key] is not old[key] for key in old)
-    else:
-        changed = value != old
-    if changed:
+    if _identities(value) != _identities(old):
+        # Looked up before: a module's variables include the dict of python's builtins.
+        refill = value.extend if isinstance(value, list) else value.update
         value.clear()
-        value.update(old)
+        refill(old)
+
+
+def _identities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: id(item) for name, item in value.items()}
+    return list(map(id, value)) if isinstance(value, list) else value
 
 
 def _restore_scheduler(value: LRScheduler, state: dict[str, Any], rates: list[Any]) -> None:

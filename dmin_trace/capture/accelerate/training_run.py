@@ -1,7 +1,5 @@
 """What the training script passed to `accelerator.prepare`: its models, its optimizers and its dataloader."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -20,7 +18,6 @@ UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.
 class TrainingRun:
     """A training script's accelerator, and what was prepared with it.
 
-    models, optimizers: those that were prepared, in order.
     loader: the first dataloader that was prepared, or None; it is taken for the one with the training data.
     backwards: how often the script called `accelerator.backward` in its training.
     """
@@ -33,10 +30,7 @@ class TrainingRun:
         self.backwards = 0
 
     def add(self, prepared: Any) -> bool:
-        """Adds what one call of `prepare` returned. Gives whether the training dataloader was in it.
-
-        Raises AttachError for a run or a dataloader that cannot be captured.
-        """
+        """Adds what `prepare` returned. Returns whether the training data is in it; raises AttachError to refuse it."""
         prepared = prepared if isinstance(prepared, (tuple, list)) else [prepared]
         self.models += [one for one in prepared if isinstance(one, torch.nn.Module)]
         optimizers = [one for one in prepared if isinstance(one, torch.optim.Optimizer)]

@@ -40,7 +40,7 @@ from dmin_trace import store
 from dmin_trace.audit import verify_store
 from dmin_trace.capture import encoder_cache as frozen
 from dmin_trace.capture import recorder
-from dmin_trace.capture.chunks import ChunkQueue
+from dmin_trace.capture.chunk_queue import ChunkQueue
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.step import StepGuard
 from dmin_trace.cli import app as cli

@@ -46,8 +46,7 @@ from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import AnsweredBy, Hit, TopK
 from dmin_trace.query.inputs import image_file
-from dmin_trace.search import Facts
-from dmin_trace.search import graph as hnsw
+from dmin_trace.search import Facts, hnsw
 from dmin_trace.search.index import open_directions
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside

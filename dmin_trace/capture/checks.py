@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmin_trace.capture.chunks import Row
+from dmin_trace.capture.chunk_queue import Row
 from dmin_trace.capture.dataset import CaptureSource, batch_shapes
 from dmin_trace.capture.pinning import Call, show_calls
 from dmin_trace.capture.step import CaptureStep

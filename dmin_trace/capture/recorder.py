@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
-from dmin_trace.capture.chunks import ChunkQueue, Row
+from dmin_trace.capture.chunk_queue import ChunkQueue, Row
 from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.ranks import FirstSignal

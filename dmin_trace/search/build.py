@@ -19,7 +19,7 @@ from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.search import deflation, index_files
 from dmin_trace.search.deflation import Progress, Score
 from dmin_trace.search.exact import Floats, Rows, exact_top_k, has_direction
-from dmin_trace.search.graph import Graph, graph_bytes, make_graph
+from dmin_trace.search.hnsw import Graph, graph_bytes, make_graph
 from dmin_trace.search.index import COMMON_DIRECTIONS, Reduction, common_directions
 from dmin_trace.search.index_files import Depth, Facts
 from dmin_trace.store import Store, row_checksum

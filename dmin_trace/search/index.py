@@ -16,7 +16,7 @@ from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search import index_files as files
 from dmin_trace.search.deflation import Directions
 from dmin_trace.search.exact import Floats, Ranking, Rows, check_k, check_queries, rerank
-from dmin_trace.search.graph import Graph, GraphError, graph_bytes, load_graph
+from dmin_trace.search.hnsw import Graph, GraphError, graph_bytes, load_graph
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, check_file, index_beside, read_array, read_facts
 from dmin_trace.store import Store
 

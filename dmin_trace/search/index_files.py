@@ -10,7 +10,7 @@
       eigenvalues.f64 (T, r) their eigenvalues
 
 An index from anybody is used only if everything in it fits the store as it is now. Checksums find damage, not a
-forgery: `graph` says what is checked against those.
+forgery: `hnsw` says what is checked against those.
 """
 
 import errno
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.search.deflation import MAX_DIRECTIONS, Score
-from dmin_trace.search.graph import Graph, GraphError
+from dmin_trace.search.hnsw import Graph, GraphError
 from dmin_trace.store import Store, digest, size_within, sync, sync_tree
 
 FORMAT, VERSION = "dmin_trace.index", 1

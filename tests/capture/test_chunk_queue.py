@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stores import DTYPES, make_header, make_rows, write_store
 
-from dmin_trace.capture.chunks import ChunkQueue, Row
+from dmin_trace.capture.chunk_queue import ChunkQueue, Row
 from dmin_trace.errors import TraceError
 from dmin_trace.settings import Dtype
 from dmin_trace.store import Header, create, open_store

@@ -20,7 +20,7 @@ from dmin_trace.errors import SettingsError, TraceError
 from dmin_trace.search import build
 from dmin_trace.search.build import build_index
 from dmin_trace.search.exact import exact_top_k
-from dmin_trace.search.graph import graph_bytes
+from dmin_trace.search.hnsw import graph_bytes
 from dmin_trace.search.index import Index, open_index, search
 from dmin_trace.search.index_files import GRAPH, Unavailable, index_beside
 from dmin_trace.store import Store, open_store

@@ -15,7 +15,7 @@ from clusters import clustered, opened_index, signed
 from stores import make_header, write_store
 
 from dmin_trace.search.build import build_index
-from dmin_trace.search.graph import HEADER, graph_bytes, load_graph, make_graph
+from dmin_trace.search.hnsw import HEADER, graph_bytes, load_graph, make_graph
 from dmin_trace.search.index import open_index
 from dmin_trace.search.index_files import GRAPH, Unavailable, index_beside
 from dmin_trace.store import Store, open_store
@@ -137,7 +137,7 @@ def test_load_graph_refuses_a_link_to_an_element_that_is_not_on_that_level(genui
     assert isinstance(why, Unavailable) and "lead nowhere" in why.reason
 
 
-def test_graph_bytes_is_the_size_that_is_written(genuine: Store) -> None:
+def test_hnsw_bytes_is_the_size_that_is_written(genuine: Store) -> None:
     facts = opened_index(genuine).facts
     found = (index_beside(genuine.path) / GRAPH).stat().st_size
     assert found == pytest.approx(graph_bytes(facts.length, facts.vectors, facts.m), rel=0.01)

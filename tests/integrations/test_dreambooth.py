@@ -76,12 +76,12 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     (tmp_path / "train.py").write_text(SCRIPT)
     arguments = ["--instance_data_dir", "digits", "--instance_prompt", "a sks digit", "--output_dir", "out"]
     settings = ["--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--transform", "none"]
-    # Each image twice in the training set: a query is of one image all the same.
+    # Each image twice in the training set: each is one sample, and one query.
     command = [tmp_path / "train.py", *arguments, "--max_train_steps", "5", "--repeats", "2"]
     run(["-m", "dmin_trace.cli.app", "run", *settings, "--", *command], tmp_path)
     path = tmp_path / "out" / "trace.zarr"
     trace = open_store(path)
-    assert trace.header.samples == 8
+    assert trace.header.samples == 4
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with pytest.raises(dmin_trace.DminTraceError, match="came without its prompt"):
         dmin_trace.attribute(path, [images[2]], k=1)

@@ -24,7 +24,8 @@ class DrawnSubsets:
     """Notes the draws of a run that may choose a subset of its data, and that no seed repeats."""
 
     def __init__(self) -> None:
-        self._draws: list[tuple[str, int]] = []
+        # Of each draw its name, from how many it draws, and how many; None if that is not known yet.
+        self._draws: list[tuple[str, int, int | None]] = []
         self._seeded: set[str] = set()
         self._torch_seed = torch.initial_seed()
         self._undo = ExitStack()
@@ -49,8 +50,8 @@ class DrawnSubsets:
 
     def refuse(self, samples: int) -> None:
         """Raises CaptureError if the data set, of so many samples, may be a subset that every run draws anew."""
-        drawn = next((name for name, population in self._draws if population > samples), None)
-        if drawn is not None:
+        fits = (name for name, population, taken in self._draws if population > samples and taken in (None, samples))
+        if (drawn := next(fits, None)) is not None:
             raise CaptureError(
                 f"The script chose its {samples:,} samples by {drawn} without a seed, so every run has others: a "
                 "capture on demand would be of samples that the model was not trained on. Give the training's seed "
@@ -64,7 +65,7 @@ class DrawnSubsets:
             with suppress(TypeError):
                 population, *_ = (given := signature.bind(*arguments, **options).arguments).values()
                 if not self._is_repeated(name, given):
-                    self._draws.append((name, len(population)))
+                    self._draws.append((name, len(population), given.get("k")))
             return draw(*arguments, **options)
 
         setattr(noted_draw, NOTED, True)

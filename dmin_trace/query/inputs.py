@@ -31,6 +31,9 @@ IMAGE_SUFFIXES = {
 }
 """The kinds of image that are read, by their bytes and not by their names, and the ending by which scripts find each.
 Pillow knows more; its EPS would run a program."""
+IMAGE_FORMATS = tuple(
+    kind for kind in IMAGE_SUFFIXES if kind != "MPO"
+)  # an MPO is opened as the JPEG that it begins with
 KNOWN_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Endings of files in a folder that must be images."""
 STRAY_NAMES = ("thumbs.db", "desktop.ini")
@@ -39,7 +42,7 @@ LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_KEYS, PROMPT_KEYS = ("file_name", "image"), ("text", "prompt", "caption")
 CONDITIONING_KEYS = ("conditioning_image", "conditioning")
-MAX_LIST_BYTES = 2**26
+MAX_LIST_BYTES, MAX_LIST_ROWS = 2**26, 2**20
 MAX_NAMED = 10  # files passed over that the log names
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -103,7 +106,7 @@ def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=tuple(IMAGE_SUFFIXES)) as opened:
+            with Image.open(file, formats=IMAGE_FORMATS) as opened:
                 opened.load()
                 suffix = IMAGE_SUFFIXES[str(opened.format)]
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -175,7 +178,7 @@ def _images_in(folder: Path) -> list[Path]:
 def _is_image(file: Path) -> bool:
     """Whether a file is an image of a kind that is read, by its first bytes."""
     try:
-        with Image.open(file, formats=tuple(IMAGE_SUFFIXES)):
+        with Image.open(file, formats=IMAGE_FORMATS):
             return True
     except Exception:  # on bytes from anybody, a decoder may raise anything
         return False
@@ -227,6 +230,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
     parquet = import_extra("pyarrow.parquet", "parquet")
     try:
         file = parquet.ParquetFile(path)
+        groups = (file.metadata.row_group(n) for n in range(file.metadata.num_row_groups))
+        if file.metadata.num_rows > MAX_LIST_ROWS or sum(group.total_byte_size for group in groups) > MAX_LIST_BYTES:
+            raise ValueError(f"it is larger than {MAX_LIST_ROWS} rows or {MAX_LIST_BYTES} bytes")
         known = [name for name in file.schema_arrow.names if name in (*IMAGE_KEYS, *PROMPT_KEYS, *CONDITIONING_KEYS)]
         rows = file.read(columns=known).to_pylist() if known else [{}] * min(file.metadata.num_rows, 1)
     except Exception as error:  # on bytes from anybody, a decoder may raise anything

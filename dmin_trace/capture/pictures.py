@@ -134,12 +134,20 @@ def _find_listing(dataset: Any, count: int) -> list[_Listed]:
     """The first list of pictures among a data set's attributes: of files that exist, or of images that were opened."""
     for entries in vars(dataset).values() if hasattr(dataset, "__dict__") else ():
         if isinstance(entries, (list, tuple)) and 0 < len(entries) <= count:
-            listing = [_as_listed(entry) for entry in entries] if _as_listed(entries[0]) else []
-            found = [listed for listed in listing if listed is not None]
-            ends = [listed.file for listed in (*found[:1], *found[-1:])]
-            if found and len(found) == len(entries) and all(not file or Path(file).is_file() for file in ends):
-                return found
+            ends = _as_listed(entries[0]), _as_listed(entries[-1])
+            if all(end is not None and (not end.file or _is_file(end.file)) for end in ends):
+                listing = [listed for entry in entries if (listed := _as_listed(entry)) is not None]
+                if len(listing) == len(entries):
+                    return listing
     return []
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        # A caption, say, that is too long for a file's name.
+        return False
 
 
 def _as_listed(entry: Any) -> _Listed | None:
@@ -164,7 +172,11 @@ def _image_paths(dataset: Any, image_column: str) -> Callable[[int], str | None]
     rows = dataset.with_format("arrow").select_columns([name])
 
     def path_of(index: int) -> str | None:
-        path = rows[index].column(0)[0]["path"].as_py()
+        try:
+            path = rows[index].column(0)[0]["path"].as_py()
+        except (KeyError, TypeError, ValueError):
+            # An image that is missing, or kept without a path.
+            return None
         return None if path is None else str(path)
 
     return path_of

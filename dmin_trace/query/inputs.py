@@ -168,10 +168,9 @@ def _images_in(folder: Path) -> list[Path]:
     images = [file for file in others if file.suffix.lower() in KNOWN_SUFFIXES or _is_image(file)]
     if not images:
         raise QueryError(f"The folder {folder} holds no images. Give images, or a folder with PNG or JPEG files.")
-    if passed := [file.name for file in files if file not in images]:
-        logger.warning(
-            "Passed over in %s: %s.", folder, ", ".join(passed[:MAX_NAMED]) + ", ..." * (len(passed) > MAX_NAMED)
-        )
+    if passed := [repr(file.name) for file in files if file not in images]:
+        more = ", ..." if len(passed) > MAX_NAMED else ""
+        logger.warning("Passed over in %s: %s%s.", folder, ", ".join(passed[:MAX_NAMED]), more)
     return images
 
 

@@ -32,7 +32,7 @@ def test_images_get_their_prompts_in_order(folder: Path) -> None:
 def test_a_folder_is_its_images_in_the_order_of_their_names(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert [given.image.name for given in read_inputs([folder])] == ["a.jpg", "b.png"]
-    assert caplog.messages == [f"Passed over in {folder}: .DS_Store, ._b.png, Thumbs.db, notes.txt."]
+    assert caplog.messages == [f"Passed over in {folder}: '.DS_Store', '._b.png', 'Thumbs.db', 'notes.txt'."]
     Image.new("RGB", (2, 2)).save(folder / "generated", "PNG")
     assert [given.image.name for given in read_inputs([folder])] == ["a.jpg", "b.png", "generated"]
 

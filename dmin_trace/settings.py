@@ -42,7 +42,8 @@ class Settings:
     seed: the seed of the projection, and of the noise that all samples share at a timestep.
     codec: how chunks of gradients are compressed on disk. "none" is read by memory map; "blosc" (Zstandard after a bit
         shuffle) is a few per cent smaller and slower to read, for archives.
-    columns: the dataset columns kept for people to read. None keeps usual ones: caption, label, file_name and the like.
+    columns: the dataset columns kept for people to read. None keeps the script's column of captions and usual ones:
+        text, label and the like. The file of each sample, file_name, is always kept if it is known.
 
     Raises SettingsError for a value that is out of range or of the wrong type.
     """

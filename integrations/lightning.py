@@ -195,7 +195,7 @@ def attribute(
         score: as for `dmin_trace.Trace.top_k`.
 
     Raises:
-        QueryError: an item that is not like those of the training, or k out of range.
+        QueryError: an item that is not like those of the training, or k below 1.
         WeightsError: the module's weights are not those of the trace.
         TraceError: there is no finished store.
     """

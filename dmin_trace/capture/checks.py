@@ -20,7 +20,7 @@ from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
 from dmin_trace.project import Plan, make_plan
 from dmin_trace.settings import Settings
-from dmin_trace.store import Header, Store, check_data, check_script
+from dmin_trace.store import Header, Store, check_data, check_files, check_script
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,7 @@ def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source:
         advice = "Run the script as it was; or, if its loss and its data are the same, continue with --edited-script."
         check_script(path, header, source.script.name, source.script.sha256, advice)
     check_data(path, header, source.samples, "")
+    check_files(path, header, source.files_sha256)
     same = ("weights are", header.weights, weights), ("gradients have", _treatment(header), _treatment(settings))
     for what, theirs, ours in same:
         if theirs != ours:

@@ -1,27 +1,38 @@
 """The data set: its readable columns, its samples that fail to load, its fingerprint, and what its batches hold.
 
 A column (a caption, a label) is looked for in the dataset's item, then in the raw row of a `datasets.Dataset`, whose
-transform usually drops it, then in an attribute of the dataset that is a sequence of N values.
+transform usually drops it, then in an attribute of the dataset that is a sequence of N values. The column `file_name`
+is the sample's file, if that is known (`pictures`) and the data set has no such column itself.
 """
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError
+from dmin_trace.settings import COLUMN_NAME
+from dmin_trace.store import FILE_COLUMN
+
+if TYPE_CHECKING:
+    from dmin_trace.capture.pictures import Pictures, Reading
 
 logger = logging.getLogger(__name__)
 Kind = Literal["string", "integer", "number"]
 Value = str | int | float
-USUAL_COLUMNS = ("caption", "text", "prompt", "label", "class", "category", "name", "file_name", "path")
+USUAL_COLUMNS = (
+    *("caption", "text", "prompt", "instance_prompt", "label", "class", "category", "name", "file_name", "path"),
+)
 """The columns that are kept if the settings name none."""
+BETWEEN_TEXTS = " | "
+"""What is between the texts of a list if it is not known which of them was used."""
 FIRST_SAMPLES = 20
 """If more than half of these samples fail to load, the capture ends: the data set is wrong."""
 MAX_LOGGED_FAILURES = 10
@@ -33,19 +44,37 @@ FINGERPRINT_SAMPLES = 8
 class Columns:
     """The readable columns of one dataset; `kinds` has the kind of each. The first sample determines them."""
 
-    def __init__(self, dataset: Any, names: tuple[str, ...] | None) -> None:
-        """Keeps the columns of these names; with None, those of the usual names that the dataset has."""
+    def __init__(
+        self,
+        dataset: Any,
+        names: tuple[str, ...] | None,
+        *,
+        caption: str | None = None,
+        pictures: "Pictures | None" = None,
+        reading: "Callable[[], Reading] | None" = None,
+    ) -> None:
+        """Keeps the columns of these names; with None, those of the usual names that the dataset has.
+
+        caption: the script's column of captions, which is then kept too.
+        pictures, reading: the pictures of the dataset, if samples are numbered by picture; what was seen while the
+            sample was read whose columns are wanted.
+        """
         self._dataset, self._names = dataset, names
+        self._usual = tuple(dict.fromkeys([*([caption] if caption else ()), *USUAL_COLUMNS]))
+        self._pictures, self._reading = pictures, reading
         self._plain = _without_images(dataset)
+        self._classes = _class_names(dataset)
         self.kinds: dict[str, Kind] = {}
         self._has_kinds = False
 
     def of(self, sample: int, item: Any) -> dict[str, Value | None]:
         """Returns a sample's columns, None for a missing value. Raises CaptureError if a named column is not there."""
         if not self._has_kinds:
-            found = {name: self._find(name, sample, item) for name in self._names or USUAL_COLUMNS}
-            missing = [name for name, value in found.items() if value is None]
-            if self._names is not None and missing:
+            # The file is kept whatever the settings name: it tells which sample a hit is.
+            names = dict.fromkeys([*(self._names if self._names is not None else self._usual), FILE_COLUMN])
+            found = {name: self._find(name, sample, item) for name in names}
+            missing = [name for name in self._names or () if found[name] is None]
+            if missing:
                 raise CaptureError(
                     f"The dataset has no readable column {', '.join(missing)}. Name columns that hold text or numbers, "
                     "or leave columns out to keep those of the usual names."
@@ -54,18 +83,23 @@ class Columns:
             self.kinds = {
                 name: "string" if isinstance(value, str) else "integer" if isinstance(value, int) else "number"
                 for name, value in found.items()
-                if value is not None
+                # A script may call its captions what is no name of a folder.
+                if value is not None and COLUMN_NAME.fullmatch(name)
             }
         return {name: _converted(self._find(name, sample, item), kind) for name, kind in self.kinds.items()}
 
     def _find(self, name: str, sample: int, item: Any) -> Value | None:
-        for place in (item, None if self._plain is None else self._plain[sample]):
-            if isinstance(place, Mapping) and (value := _readable(place.get(name))) is not None:
-                return value
+        reading = None if self._reading is None else self._reading()
+        opened, drawn = ((), ()) if reading is None else (reading.files, reading.texts)
+        index = sample if self._pictures is None else self._pictures.indices[sample]
+        for place in (item, None if self._plain is None else self._plain[index]):
+            if isinstance(place, Mapping) and (value := _readable(place.get(name), drawn)) is not None:
+                classes = self._classes.get(name, ())
+                return classes[value] if isinstance(value, int) and 0 <= value < len(classes) else value
         values = getattr(self._dataset, name, None)
         if isinstance(values, (list, tuple, torch.Tensor)) and len(values) == len(self._dataset):
-            return _readable(values[sample])
-        return None
+            return _readable(values[index], drawn)
+        return self._pictures.file(sample, opened) if name == FILE_COLUMN and self._pictures is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +112,7 @@ class CaptureSource:
     script: the script whose loop is run; an unknown one if the loop is the user's own code.
     edited_script: the script may differ from the one that began the store.
     packages: further packages whose versions are kept in the header.
+    files_sha256: fingerprint of the data set's list of files, in order; "" if there is none.
     """
 
     samples: int
@@ -87,6 +122,7 @@ class CaptureSource:
     script: Script = Script()
     edited_script: bool = False
     packages: Sequence[str] = ()
+    files_sha256: str = ""
 
 
 class FailedSamples:
@@ -133,14 +169,24 @@ def _converted(value: Value | None, kind: Kind) -> Value | None:
     return str(value) if kind == "string" else int(value) if kind == "integer" else float(value)
 
 
-def _readable(value: Any) -> Value | None:
+def _class_names(dataset: Any) -> dict[str, Sequence[str]]:
+    """The names of the classes in each column of a `datasets.Dataset` that holds the numbers of classes."""
+    features = getattr(dataset, "features", None)
+    named = features.items() if isinstance(features, Mapping) else ()
+    return {name: feature.names for name, feature in named if type(feature).__name__ == "ClassLabel"}
+
+
+def _readable(value: Any, drawn: Sequence[str] = ()) -> Value | None:
+    """A value as a column keeps it, None for one that is not readable. Of a list of texts, the one that was drawn."""
     scalar = hasattr(value, "item") and getattr(value, "ndim", None) == 0
     if scalar or isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool):
         return int(value)
-    if isinstance(value, list) and value and isinstance(value[0], str):
-        return value[0]
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        return next((text for text in drawn if text in value), BETWEEN_TEXTS.join(value))
     return value if isinstance(value, (str, int, float)) else None
 
 
@@ -183,7 +229,7 @@ def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
                 # A sample that fails to load is identified by its error.
                 batch = type(error).__name__
             digest.update(f" {sample} ".encode())
-            _hash_value(digest.update, batch)
+            hash_value(digest.update, batch)
     except Exception:
         # A kind of tensor without bytes, for example. A missing fingerprint does not end a capture.
         logger.debug("The data set has no fingerprint.", exc_info=True)
@@ -192,7 +238,7 @@ def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
     return first if first == second else ""
 
 
-def _hash_value(update: Callable[[bytes], None], value: Any) -> None:
+def hash_value(update: Callable[[bytes], None], value: Any) -> None:
     """Adds a value's content; for an object of unknown kind, its type."""
     update(type(value).__name__.encode())
     if isinstance(value, torch.Tensor):
@@ -204,11 +250,11 @@ def _hash_value(update: Callable[[bytes], None], value: Any) -> None:
     elif isinstance(value, Mapping):
         for name, inside in value.items():
             update(repr(name).encode("utf-8", "replace") if isinstance(name, (str, int)) else b"")
-            _hash_value(update, inside)
+            hash_value(update, inside)
     elif isinstance(value, (list, tuple)):
         update(f"{len(value)}".encode())
         for inside in value:
-            _hash_value(update, inside)
+            hash_value(update, inside)
     elif isinstance(value, (str, bytes, int, float, type(None))):
         update(repr(value).encode("utf-8", "backslashreplace"))
     elif hasattr(value, "tobytes") and hasattr(value, "size"):

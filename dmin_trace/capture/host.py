@@ -70,6 +70,12 @@ class Host(Protocol):
     def query_columns(self, arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:
         """The columns that the script reads, by its command line and the names of its batches' entries."""
 
+    def find_data_argument(self, arguments: Sequence[str], source: str) -> str | None:
+        """The argument that names the data, or "{data}"; by the command line, or else by the text of the script.
+
+        None if the script is not known to take its data from its command line.
+        """
+
     def words_its_own_prompts(self, arguments: Sequence[str]) -> bool:
         """Whether the script makes the captions up itself."""
 

@@ -9,7 +9,7 @@ import json
 import runpy
 import sys
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.capture.subsets import DrawnSubsets
 from dmin_trace.command import Job
 from dmin_trace.errors import DminTraceError, ScriptError
 
@@ -57,12 +58,16 @@ def run_script(job: Job) -> ScriptCapture:
 def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
     """Sets what `python script.py` sets: arguments, import path, folder. Attaches the job to each new Accelerator."""
     make, command, before = Accelerator.__init__, job.command, (sys.argv, sys.path[:])
+    # A capture at the end of the training is of what was trained on, whatever that was.
+    subsets = None if job.mode == "final" else DrawnSubsets()
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        captures.append(ScriptCapture(self, job, find_args(), launched=True))
+        if subsets is not None:
+            subsets.watch_datasets()
+        captures.append(ScriptCapture(self, job, find_args(), launched=True, subsets=subsets))
 
-    with chdir(command.folder):
+    with chdir(command.folder), nullcontext() if subsets is None else subsets.watching():
         sys.argv = [command.script, *command.arguments]
         sys.path.insert(0, str(Path(command.script).parent))
         Accelerator.__init__ = make_and_attach

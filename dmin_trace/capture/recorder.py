@@ -142,6 +142,7 @@ class Recorder:
             script_sha256=source.script.sha256,
             data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
             unreached=tuple(name for name, was_reached in reached if not was_reached),
+            files_sha256=source.files_sha256,
         )
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.output import CaptureOutput
+from dmin_trace.capture.pictures import Pictures
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
@@ -138,7 +139,11 @@ class Recording:
         self._models, self._optimizers, self._out, self._like = list(models), optimizers, out, like
         self._source = CaptureSource(
             samples=samples,
-            columns=Columns(dataset, settings.columns if like is None else None),
+            columns=Columns(
+                dataset,
+                settings.columns if like is None else None,
+                pictures=None if dataset is None else Pictures(dataset),
+            ),
             optimizers=optimizers,
             fetch=None if batch is None else partial(self._fetch, batch),
             packages=packages,

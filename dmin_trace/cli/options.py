@@ -33,7 +33,7 @@ def absolute(path: str) -> str:
 TracePath = Annotated[Path, typer.Argument(help="The store.")]
 ImagePaths = Annotated[
     list[Path] | None,
-    typer.Argument(help="Images, folders (with prompts in metadata.jsonl), or JSON lines of file_name and text."),
+    typer.Argument(help="Images, folders (with prompts in metadata.jsonl, .csv or .parquet), or such a list."),
 ]
 Samples = Annotated[list[int] | None, typer.Option("--sample", help="A training sample as query. May be repeated.")]
 Conditioning = Annotated[

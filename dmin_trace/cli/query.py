@@ -48,7 +48,7 @@ def query(
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
     from dmin_trace.query import generate_images, open_trace, read_inputs
-    from dmin_trace.search import check_k, check_score
+    from dmin_trace.search import check_score, usable_k
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts as queries, or training samples with --sample, and not both.")
@@ -60,7 +60,7 @@ def query(
     # A capture that still runs can be queried for the samples that are done; the answer says how many.
     opened = open_trace(trace, unfinished=True)
     check_score(opened.store, score)
-    check_k(opened.store, k)
+    k = usable_k(opened.store, k)
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
             status.update("Making images")

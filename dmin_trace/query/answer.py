@@ -161,6 +161,7 @@ def answer_queries(
     them for each call. Arguments and errors are otherwise those of `Trace.top_k`.
     """
     search.check_queries(store, gradients)
+    k = search.usable_k(store, k)
     fitted = search.fit_score(store, score) if isinstance(score, str) else score
     queries = fitted.transform(gradients)
     if exact or not largest or not store.complete:

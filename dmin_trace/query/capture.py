@@ -18,7 +18,7 @@ from dmin_trace.capture.host import script_host
 from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
-from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
+from dmin_trace.store import FILE_COLUMN, Queries, Store, check_script, open_store, weights_beside
 
 
 def capture_queries(
@@ -46,6 +46,7 @@ def capture_queries(
         advice = f"Query with the script as it was; or, {same}, with --edited-script (edited_script=True)."
         check_script(store.path, store.header, script.name, script.sha256, advice)
     host, batch = script_host(), store.header.batch
+    run = _with_data_argument(run)
     columns = host.query_columns(run.arguments, batch)
     # Its batches held captions, tokens, or embeddings of them.
     with_captions = any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
@@ -67,12 +68,10 @@ def capture_queries(
         for n, query_run in enumerate(runs):
             part = folder / f"part{n}"
             part.mkdir()
-            _run(Command(run.script, query_run.arguments, run.folder), store.path, loaded, part)
-            captured, group = open_store(part / "queries.zarr"), list(query_run.queries)
-            if captured.header.samples != len(group):
-                found = f"The script made {captured.header.samples} samples of {len(group)} images"
-                advice = "Leave repeats and extra data out of its arguments."
-                raise ScriptError(f"{found}, so which sample is which image is not known. {advice}")
+            group = list(query_run.queries)
+            _run(Command(run.script, query_run.arguments, run.folder), store.path, loaded, part, len(group))
+            captured = open_store(part / "queries.zarr")
+            group = [group[k] for k in _order(captured)]
             if not captured.valid.all():
                 name = names[group[int(np.argmin(captured.valid))]]
                 raise QueryError(f"The gradient of {name} is zero or not finite, so it has no scores.")
@@ -153,10 +152,48 @@ def _check_conditioning(name: str, source: ImageInput | None, column: str | None
         raise QueryError(f"{found}. Leave --conditioning out.")
 
 
-def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
-    """Runs a script on queries. What it prints is shown only if it fails."""
+def _with_data_argument(command: Command) -> Command:
+    """A command that names its data, which a query replaces. Raises QueryError if the script is not known to take any,
+    since it would then be captured on its own data."""
+    try:
+        source = Path(command.script).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        # Running it says that it is missing.
+        return command
+    name = script_host().find_data_argument(command.arguments, source)
+    if name is None:
+        raise QueryError(
+            f"{Path(command.script).name} is not known to take its data from its command line, so it cannot be pointed "
+            "at the query. Give the command after the images, with {data} where it names its data: dmin-trace query "
+            "TRACE IMAGE -- SCRIPT ARGS --my_data {data}. For a script that takes no data, record its loss: "
+            "dmin_trace.recording, and Trace.query_loss."
+        )
+    return command if name == "{data}" else Command(command.script, (*command.arguments, name, ""), command.folder)
+
+
+def _order(captured: Store) -> list[int]:
+    """For each captured sample the number of its query among those of the run, which is in the name of its file.
+
+    A script may shuffle its data. Where files have no such names, samples are in the order of the queries.
+    """
+    count = captured.header.samples
+    names = captured.column(FILE_COLUMN) if captured.header.columns.get(FILE_COLUMN) == "string" else []
+    numbers = [int(stem) if (stem := Path(name).stem).isdecimal() else -1 for name in names]
+    return numbers if sorted(numbers) == list(range(count)) else list(range(count))
+
+
+def _run(command: Command, trace: Path, weights: Path, folder: Path, count: int) -> None:
+    """Runs a script on so many queries. What it prints is shown only if it fails."""
     out, like = str(folder / "queries.zarr"), str(trace.absolute())
-    job = Job(mode="now", command=command, settings={}, out=out, weights=str(weights.absolute()), like=like)
+    job = Job(
+        mode="now",
+        command=command,
+        settings={},
+        out=out,
+        weights=str(weights.absolute()),
+        like=like,
+        samples=count,
+    )
     (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
     # -P: otherwise a folder named dmin_trace in the working directory would be imported.
     launch = [sys.executable, "-P", "-m", "dmin_trace.capture.launch", str(folder / "job.json")]

@@ -260,13 +260,13 @@ class Trace:
         largest: bool = True,
         exact: bool = False,
     ) -> TopK:
-        """The k training samples with the largest influence score for each query, largest first.
+        """The k training samples with the largest influence score for each query, largest first; all, if k is larger.
 
         With `largest` False they are those with the smallest, smallest first, which speak most against the query. The
         index answers if it matches the trace and serves k samples; otherwise, and with `exact`, all are scanned.
-        `score` is as for `scores`. Raises QueryError if k is out of range, and what `scores` raises.
+        `score` is as for `scores`. Raises QueryError if k is below 1, and what `scores` raises.
         """
-        search.check_k(self.store, k)
+        k = search.usable_k(self.store, k)
         self._check_queries(queries)
         return answer_queries(
             self.store,
@@ -343,7 +343,7 @@ def attribute(
     """
     opened = trace if isinstance(trace, Trace) else open_trace(trace)
     # Before the images are captured, which takes long.
-    search.check_k(opened.store, k)
+    k = search.usable_k(opened.store, k)
     if isinstance(score, str):
         search.check_score(opened.store, score)
     queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script)

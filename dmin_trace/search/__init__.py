@@ -6,7 +6,7 @@ ranked by. `build` makes an index beside a store, whose graph proposes candidate
 
 from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import Score, row_blocks
-from dmin_trace.search.exact import Ranking, check_k, check_queries, exact_top_k, has_direction, scores_by_chunk
+from dmin_trace.search.exact import Ranking, check_queries, exact_top_k, has_direction, scores_by_chunk, usable_k
 from dmin_trace.search.index import Index, open_index, search
 from dmin_trace.search.index_files import Facts, Unavailable, damage, index_beside, read_facts
 from dmin_trace.search.scores import BuiltInScore, check_score, fit_score

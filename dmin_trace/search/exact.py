@@ -47,14 +47,14 @@ class Ranking:
     per_timestep: Floats
 
 
-def check_k(store: Store, k: int) -> None:
-    """Raises QueryError if the store does not hold k rows that can be ranked."""
+def usable_k(store: Store, k: int) -> int:
+    """k, or the number of rows that can be ranked if that is smaller. Raises QueryError if k or that is below 1."""
     if k < 1:
         raise QueryError(f"k is {k}; expected 1 or more.")
-    if k > store.valid_count:
-        held = f"only {store.valid_count} of the trace's {store.header.samples} samples have gradients to rank"
+    if store.valid_count < 1:
         unfinished = "" if store.complete else " (the capture is unfinished)"
-        raise QueryError(f"k is {k}, but {held}{unfinished}. Give a smaller k.")
+        raise QueryError(f"None of the trace's {store.header.samples} samples has a gradient to rank{unfinished}.")
+    return min(k, store.valid_count)
 
 
 def check_queries(store: Store, queries: Floats) -> None:
@@ -86,10 +86,10 @@ def exact_top_k(
     gradient to rank, are left out. A first pass in float32 keeps every row that rounding could hide among the k best;
     their scores are then computed in float64. `progress` is called with the row at which each scored chunk ends.
 
-    Raises QueryError if k is out of range, or the queries are not finite or not of the store's shape; TraceError if a
+    Raises QueryError if k is below 1, or the queries are not finite or not of the store's shape; TraceError if a
     chunk is damaged.
     """
-    check_k(store, k)
+    k = usable_k(store, k)
     check_queries(store, queries)
     queries = np.ascontiguousarray(queries, np.float32)
     first_pass = _FirstPass(queries, k, largest)

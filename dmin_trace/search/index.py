@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search import index_files as files
 from dmin_trace.search.deflation import Directions
-from dmin_trace.search.exact import Floats, Ranking, Rows, check_k, check_queries, rerank
+from dmin_trace.search.exact import Floats, Ranking, Rows, check_queries, rerank, usable_k
 from dmin_trace.search.hnsw import Graph, GraphError, graph_bytes, load_graph
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, check_file, index_beside, read_array, read_facts
 from dmin_trace.store import Store
@@ -108,10 +108,10 @@ class Index:
 def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
     """The k best of the rows that the graph proposes for each query, by exact scores; ties by the lowest row.
 
-    The queries (Q, T, v) are transformed for the score `kind`. Raises QueryError if k is out of range or not served
+    The queries (Q, T, v) are transformed for the score `kind`. Raises QueryError if k is below 1 or not served
     (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if something is damaged.
     """
-    check_k(index.store, k)
+    k = usable_k(index.store, k)
     check_queries(index.store, queries)
     depth = index.facts.depth(k, kind)
     if depth is None:

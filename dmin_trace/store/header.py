@@ -79,6 +79,7 @@ class Header:
     columns, settings: the readable columns and their kinds; the capture's settings, as JSON.
     writers: versions of the packages that wrote the store.
     script, script_sha256, data_sha256: the script's name, fingerprints of its file and of the data; "" if not known.
+    files_sha256: fingerprint of the names of the data set's files, in order; "" if not known.
     unreached: the trained parameters on which the loss does not depend.
     """
 
@@ -103,6 +104,7 @@ class Header:
     script_sha256: MaybeDigest
     data_sha256: MaybeDigest
     unreached: Names
+    files_sha256: MaybeDigest = ""
 
     @property
     def sample_bytes(self) -> int:

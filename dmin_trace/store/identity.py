@@ -7,7 +7,7 @@ from typing import Any
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.store.header import Header
 
-MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "unreached")
+MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached")
 """Attributes in which two runs of one capture may differ. Script and data are compared where both are known."""
 
 
@@ -32,8 +32,20 @@ def check_data(path: Path, header: Header, samples: int, sha256: str) -> None:
         )
 
 
+def check_files(path: Path, header: Header, sha256: str) -> None:
+    """Raises TraceError if the files of a data set, or their order, are not the store's, where both are known."""
+    if header.files_sha256 and sha256 and header.files_sha256 != sha256:
+        raise TraceError(
+            f"The files of the data set are not those that {path} is of, or are in another order: the fingerprint of "
+            f"their names is {sha256[:16]}, that of the trace {header.files_sha256[:16]}. Some scripts take files in "
+            "the order of the directory, which differs in a copy of it. Give the folder that was captured, or another "
+            "path (out, --out)."
+        )
+
+
 def check_capture(path: Path, existing: Header, header: Header) -> None:
     """Raises TraceError if a header is of another capture than the existing one of the store at `path`."""
+    check_files(path, existing, header.files_sha256)
     check_data(path, existing, header.samples, header.data_sha256)
     found, expected = (_flat(facts.to_attributes()) for facts in (existing, header))
     for name in sorted(found | expected):

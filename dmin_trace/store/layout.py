@@ -28,6 +28,8 @@ CHECKSUM_BYTES = 4
 """Bytes of crc32c behind each chunk."""
 FAILED = -1.0
 """The norm of a sample that could not be loaded. No gradient has this norm, and a row with it is never ranked."""
+FILE_COLUMN = "file_name"
+"""The readable column with the file of a sample."""
 UNSPLIT_AXES = {"grad": 2, "numbers": 1}
 """The axes behind that of the rows, which chunks do not split."""
 STORED: dict[ColumnKind, str] = {"string": "string", "integer": "int64", "number": "float64"}

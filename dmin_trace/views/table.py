@@ -134,10 +134,15 @@ def _cell(hit: "Hit", column: str) -> str:
 def _choose_column(hits: "Sequence[Hit]", wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
     """The first wanted column that has a value in some hit; else the first column that is not among the others."""
     present = dict.fromkeys(name for hit in hits for name, value in hit.columns.items() if value is not None)
-    chosen = [name for want in wanted for name in present if name.lower() == want]
+    chosen = [name for want in wanted for name in present if name.lower() == want or _is_kind(name.lower(), want)]
     if others is not None:
         chosen += [name for name in present if name.lower() not in others]
     return chosen[0] if chosen else None
+
+
+def _is_kind(name: str, word: str) -> bool:
+    """Whether a column's name says that it holds captions or prompts: blip_caption, instance_prompt."""
+    return word in ("caption", "prompt") and word in name
 
 
 def _timestep_heading(timesteps: tuple[float, ...]) -> str:

@@ -13,7 +13,8 @@ DATA_ARGUMENTS = ("--instance_data_dir", "--instance_data_root", "--train_data_d
 """The arguments that name the data. The first of them that a command has is pointed at the queries."""
 
 REPLACED_ARGUMENTS = (
-    *("--dataset_config_name", "--image_column", "--max_train_samples", "--repeats"),
+    # Datasets keep a copy of what they read in their cache.
+    *("--dataset_config_name", "--image_column", "--max_train_samples", "--repeats", "--cache_dir"),
     *("--train_batch_size", "--class_data_dir", "--num_class_images", "--prior_loss_weight"),
     *("--resume_from_checkpoint", "--output_dir"),
 )
@@ -50,6 +51,14 @@ def without_arguments(arguments: Sequence[str], names: Sequence[str]) -> list[st
         elif not argument.startswith(tuple(name + "=" for name in names)):
             kept.append(argument)
     return kept
+
+
+def find_data_argument(arguments: Sequence[str], source: str) -> str | None:
+    """The argument with which a script takes its data, by its command line, or else by the text of the script."""
+    if any("{data}" in argument for argument in arguments):
+        return "{data}"
+    given = (name for name in DATA_ARGUMENTS if has_argument(arguments, name))
+    return next(given, next((name for name in DATA_ARGUMENTS if name in source), None))
 
 
 def takes_prompts(arguments: Sequence[str]) -> bool:
@@ -141,6 +150,7 @@ def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt
         arguments = [*without_arguments(arguments, ("--instance_prompt",)), f"--instance_prompt={prompt}"]
     if any("{data}" in argument for argument in arguments):
         pointed = [argument.replace("{data}", str(folder)) for argument in arguments]
+        pointed = without_arguments(pointed, ("--cache_dir",))
         if not has_argument(arguments, "--output_dir"):
             return pointed
         return [*without_arguments(pointed, ("--output_dir",)), "--output_dir", str(output)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from oracle import digit_gradients, digits_model, digits_unet, unshuffled
-from pages import run_page
+from pages import DOCS, run_page
 from PIL import Image
 from points import POINTS, Denoiser, denoiser, loss_of, record
+from safetensors.torch import load_file
 from tiny import digit_folder, run
 from torch.nn.functional import mse_loss
 
@@ -261,6 +263,36 @@ def test_draws_inside_a_model_are_recorded_and_must_be_those_of_every_sample(tmp
     model.always = False
     with pytest.raises(CaptureError, match="noise differs"):
         record(model, tmp_path / "sometimes.zarr")
+
+
+def test_weights_are_put_back_by_the_lines_of_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = re.compile(r"^(?:model|module)\.load_state_dict\(load_file\(.*$", flags=re.M)
+    lines = {text for page in DOCS.glob("*.md") for text in line.findall(page.read_text())}
+    assert len(lines) == 3
+
+    def trained(seed: int) -> Denoiser:
+        model = denoiser(seed)
+        model.inner.load_state_dict(denoiser(0).inner.state_dict())
+        model.inner.requires_grad_(False)
+        return model
+
+    trace = dmin_trace.open_trace(record(trained(1), tmp_path / "out" / "trace.zarr"))
+    for text in lines:
+        model = trained(2)
+        with pytest.raises(WeightsError):
+            trace.query_loss(model, [POINTS[3:4]], loss_of)
+        exec(text, {"model": model, "module": model, "load_file": load_file})
+        assert trace.top_k(trace.query_loss(model, [POINTS[3:4]], loss_of), 1).samples.tolist() == [[3]]
+    # Several modules are a list of modules.
+    models = [trained(k) for k in range(2)]
+    with dmin_trace.recording(models, samples=1, out="both.zarr", timesteps=1, dimension=64) as recording:
+        for i in recording.samples:
+            with recording.step(i, 0):
+                (loss_of(models[0], POINTS[:1]) + models[1].outer.weight.sum() + models[1].outer.bias.sum()).backward()
+    others = torch.nn.ModuleList([trained(k) for k in (5, 6)])
+    others.load_state_dict(load_file("both.weights.safetensors"), strict=False)
+    assert all(map(torch.equal, others.state_dict().values(), torch.nn.ModuleList(models).state_dict().values()))
 
 
 def test_step_timestep_and_fraction_give_the_rows_of_a_pinned_draw(tmp_path: Path) -> None:

@@ -319,9 +319,9 @@ def test_a_text_in_an_image_that_unpacks_to_much_is_one_line(tmp_path: Path) -> 
 
 def test_images_of_broken_bytes_are_one_line(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "good.png")
-    Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "good.jpg")
-    for good in (tmp_path / "good.png", tmp_path / "good.jpg"):
+    for kind in ("png", "jpg", "gif", "tif"):
+        good = tmp_path / f"good.{kind}"
+        Image.fromarray(generator.integers(0, 255, (16, 16, 3), np.uint8)).save(good)
         whole = good.read_bytes()
         for _ in range(150):
             harmed = bytearray(whole)

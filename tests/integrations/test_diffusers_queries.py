@@ -16,8 +16,21 @@ T2I = ["--pretrained_model_name_or_path", "base", "--output_dir=run", "--resolut
 
 def test_a_command_line_is_pointed_at_the_queries() -> None:
     given = [*T2I, "--dataset_name", "cats", "--image_column", "img", "--max_train_samples=3", "--push_to_hub"]
+    # `datasets` would keep copies of the queries there.
+    given += ["--cache_dir", "cache"]
     pointed = queries.query_arguments(given, Path("/q"), Path("/o"), "a dog")
     assert pointed == [*T2I[:2], *T2I[3:], "--dataset_name", "/q", "--output_dir", "/o"]
+
+
+def test_a_script_takes_its_data_by_its_command_or_its_text() -> None:
+    find = queries.find_data_argument
+    assert find(["--instance_data_dir=d", "--output_dir", "o"], "") == "--instance_data_dir"
+    assert find(["--pictures", "{data}"], "--train_data_dir") == "{data}"
+    assert find(T2I, 'parser.add_argument("--train_data_dir", default="pictures")') == "--train_data_dir"
+    assert find(T2I, 'parser.add_argument("--pictures")') is None
+    assert queries.query_arguments(["--pictures={data}", "--cache_dir", "c"], Path("/q"), Path("/o")) == [
+        "--pictures=/q"
+    ]
 
 
 def test_the_prompt_takes_the_place_of_dreambooths() -> None:

@@ -10,6 +10,7 @@ from tiny import digit_folder, run
 from tiny_pipelines import command_line
 
 import dmin_trace
+from dmin_trace.errors import QueryError
 from dmin_trace.query.capture import capture_queries
 from dmin_trace.store import open_store
 
@@ -76,12 +77,12 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     (tmp_path / "train.py").write_text(SCRIPT)
     arguments = ["--instance_data_dir", "digits", "--instance_prompt", "a sks digit", "--output_dir", "out"]
     settings = ["--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--transform", "none"]
-    # Each image twice in the training set: a query is of one image all the same.
+    # Each image twice in the training set: each is one sample, and one query.
     command = [tmp_path / "train.py", *arguments, "--max_train_steps", "5", "--repeats", "2"]
     run(["-m", "dmin_trace.cli.app", "run", *settings, "--", *command], tmp_path)
     path = tmp_path / "out" / "trace.zarr"
     trace = open_store(path)
-    assert trace.header.samples == 8
+    assert trace.header.samples == 4
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     with pytest.raises(dmin_trace.DminTraceError, match="came without its prompt"):
         dmin_trace.attribute(path, [images[2]], k=1)
@@ -90,6 +91,26 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     for query, sample in ((0, 2), (2, 1)):
         assert np.allclose(found[query], trace.gradients(np.array([sample]))[0], atol=1e-6), query
     assert not np.allclose(found[1], found[0], atol=1e-2)
+    # The answer names the files, and has them all if k is larger than their number.
+    hits = dmin_trace.attribute(path, [images[2]], ["a sks digit"], k=10, score="dmin")[0]
+    assert len(hits) == 4 and hits[0].score > 2.999
+    assert [hit.columns["file_name"] for hit in hits] == [f"digits/{images[hit.sample].name}" for hit in hits]
+    # A script that does not read the queries ends before it is captured on its own data.
+    own = (
+        (tmp_path / "train.py")
+        .read_text()
+        .replace("Digits(args.instance_data_dir)", f"Digits({str(tmp_path / 'digits')!r})")
+    )
+    (tmp_path / "own.py").write_text(own)
+    command = ["own.py", *arguments, "--max_train_steps", "5"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QueryError, match=r"The script has 4 samples on 1 queries.* \{data\} .*dmin_trace.recording"):
+        dmin_trace.attribute(path, [images[2]], ["p"], command=command, edited_script=True)
+    # One that takes no data is not even started.
+    (tmp_path / "own.py").write_text(own.replace("--instance_data_dir", "--pictures"))
+    command = ["own.py", "--pictures", "digits", "--instance_prompt", "a sks digit", "--output_dir", "out"]
+    with pytest.raises(QueryError, match=r"own.py is not known to take its data .* \{data\}"):
+        dmin_trace.attribute(path, [images[2]], ["p"], command=command, edited_script=True)
 
 
 def test_the_command_line_shows_how_to_give_prompts(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_hits_table_heading_has_the_first_and_last_timestep_over_their_bars() ->
         ({"label": 7, "caption": "CAP"}, ["caption", "CAP"], ["label"]),
         ({"prompt": "PRO", "text": "TEX"}, ["text", "TEX"], ["PRO"]),
         ({"class": "CLA", "label": 7}, ["label", "7"], ["CLA"]),
+        ({"label": 7, "blip_caption": "BLI"}, ["blip_caption", "BLI"], ["label"]),
         ({"Caption": "CAP"}, ["Caption", "CAP"], []),
         ({"caption": None, "label": 7}, ["label"], ["caption"]),
         ({"file_name": "a.png", "breed": "BRE"}, ["breed", "BRE", "file_name", "a.png"], []),

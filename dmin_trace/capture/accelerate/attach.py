@@ -25,11 +25,13 @@ from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
+from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
+from dmin_trace.capture.subsets import DrawnSubsets
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError, message_of
+from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError, StoppedError, message_of
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 from dmin_trace.store import Header, Store
 
@@ -110,14 +112,19 @@ class ScriptCapture:
     error: what ended the capture, or None.
     """
 
-    def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
-        """Attaches to a script's accelerator. A line may join later if the command line `launched` the script."""
+    def __init__(
+        self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool, subsets: DrawnSubsets | None = None
+    ) -> None:
+        """Attaches to a script's accelerator. A line may join later if the command line `launched` the script.
+
+        `subsets`: the subsets that the script draws, noted since it began.
+        """
         self.job = job
         self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._host = script_host()
-        self._launched, self._joined = launched, False
+        self._launched, self._joined, self._subsets = launched, False, subsets
         self._begun = False
         rank, count = accelerator.process_index, accelerator.num_processes
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
@@ -190,10 +197,33 @@ class ScriptCapture:
         out = Path("trace.zarr") if trial else self.out
         if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
+        if self._subsets is not None and self._like is None:
+            self._subsets.refuse(len(run.loader.dataset))
+        # As argparse understood the command line, which may abbreviate.
+        read, args = self._host.query_columns(self.job.command.arguments, ()), self._args
+        image, caption = (getattr(args, f"{name}_column", None) for name in ("image", "caption"))
+        repeats = getattr(args, "repeats", None) or 1
+        pictures = run.find_pictures(seed_of(self.settings.seed, 0), image or read.image, repeats)
+        if len(pictures) < len(run.loader.dataset):
+            logger.info("%d samples repeat %d pictures; each is captured once.", len(run.loader.dataset), len(pictures))
+        if self.job.samples is not None and len(pictures) != self.job.samples:
+            raise QueryError(
+                f"The script has {len(pictures):,} samples on {self.job.samples} queries, so it did not read its data "
+                "where it was told to. Give its command after the images, with {data} where it takes its data: "
+                "dmin-trace query TRACE IMAGE -- SCRIPT ARGS {data}. A script that takes no data can be recorded: "
+                "dmin_trace.recording, and Trace.query_loss."
+            )
         source = CaptureSource(
-            samples=run.samples,
-            # Queries have no labels: columns that the settings name need not be there.
-            columns=Columns(run.loader.dataset, self.settings.columns if self._like is None else None),
+            samples=len(pictures),
+            columns=Columns(
+                run.loader.dataset,
+                # Queries have no labels: columns that the settings name need not be there.
+                self.settings.columns if self._like is None else None,
+                caption=caption or read.caption,
+                pictures=pictures,
+                reading=lambda: run.reading,
+            ),
+            files_sha256="" if self._like is not None else pictures.fingerprint,
             # What never had a gradient has no state. Before the first step nothing has, and a plain SGD keeps none.
             optimizers=run.optimizers,
             fetch=lambda sample: self.driver.batches.fetch(sample)[1],

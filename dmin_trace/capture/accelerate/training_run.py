@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, IterableDataset
 
+from dmin_trace.capture.pictures import Pictures, Reading, watch_reading
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
 from dmin_trace.errors import AttachError
@@ -19,6 +20,8 @@ class TrainingRun:
     """A training script's accelerator, and what was prepared with it.
 
     loader: the first dataloader that was prepared, or None; it is taken for the one with the training data.
+    pictures: the training samples, numbered from 0; made when the capture begins.
+    reading: what was seen while a sample was fetched last.
     backwards: how often the script called `accelerator.backward` in its training.
     """
 
@@ -27,6 +30,8 @@ class TrainingRun:
         self.models: list[torch.nn.Module] = []
         self.optimizers: list[torch.optim.Optimizer] = []
         self.loader: Any = None
+        self.pictures: Pictures | None = None
+        self.reading = Reading()
         self.backwards = 0
 
     def add(self, prepared: Any) -> bool:
@@ -49,16 +54,29 @@ class TrainingRun:
             raise AttachError("The dataloader has no collate_fn, so a batch of one sample cannot be made.")
         return True
 
+    def find_pictures(self, seed: int, image_column: str, repeats: int) -> Pictures:
+        """The training samples: each picture of the data set once. `repeats`: how often the script repeats each."""
+        dataset = self.loader.dataset
+
+        def read(index: int) -> Any:
+            seed_everything(seed)
+            return item_of(dataset, index)
+
+        self.pictures = Pictures(dataset, image_column)
+        self.pictures.leave_out_repeats(read, repeats)
+        return self.pictures
+
     @property
     def samples(self) -> int:
         """N, the number of training samples."""
-        return len(self.loader.dataset)
+        return len(self.loader.dataset if self.pictures is None else self.pictures)
 
     def fetch(self, sample: int, seed: int) -> tuple[Any, Any]:
         """A sample's dataset item and the batch collated from it, with all generators seeded."""
         seed_everything(seed)
-        item = item_of(self.loader.dataset, sample)
-        return item, self.loader.collate_fn([item])
+        with watch_reading() as self.reading:
+            item = item_of(self.loader.dataset, sample if self.pictures is None else self.pictures.indices[sample])
+            return item, self.loader.collate_fn([item])
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The script's own module inside DDP's or torch.compile's."""

@@ -7,13 +7,14 @@ transform usually drops it, then in an attribute of the dataset that is a sequen
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from dmin_trace.capture.used_models import UsedModels
 from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError
 
@@ -78,6 +79,9 @@ class CaptureSource:
     script: the script whose loop is run; an unknown one if the loop is the user's own code.
     edited_script: the script may differ from the one that began the store.
     packages: further packages whose versions are kept in the header.
+    models, variables: sees which models are called; the loop's variables, which give those models names.
+    launch: what the run's launcher chose, by name.
+    any_device: queries may run on another type of device than the trace's.
     """
 
     samples: int
@@ -87,6 +91,10 @@ class CaptureSource:
     script: Script = Script()
     edited_script: bool = False
     packages: Sequence[str] = ()
+    models: UsedModels = field(default_factory=UsedModels)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    launch: Mapping[str, str] = field(default_factory=dict)
+    any_device: bool = False
 
 
 class FailedSamples:

@@ -140,6 +140,7 @@ class Recording:
             samples=samples,
             columns=Columns(dataset, settings.columns if like is None else None),
             optimizers=optimizers,
+            variables={"model" if len(self._models) == 1 else f"model {k}": m for k, m in enumerate(self._models)},
             fetch=None if batch is None else partial(self._fetch, batch),
             packages=packages,
         )

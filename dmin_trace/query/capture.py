@@ -1,23 +1,21 @@
 """Images and prompts in, query gradients out: the traced script runs once more, in a process of its own, with the
 traced weights, and with its data argument pointed at a folder with the queries."""
 
-import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from PIL import Image
 
-from dmin_trace import errors
 from dmin_trace.capture.host import script_host
 from dmin_trace.command import Command, Job, recall, script_of
-from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
+from dmin_trace.errors import QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
+from dmin_trace.start import given_command, start_job
 from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
 
 
@@ -29,6 +27,7 @@ def capture_queries(
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
     edited_script: bool = False,
+    any_device: bool = False,
 ) -> Queries:
     """The projected gradients of images. Arguments and errors are those of `Trace.query_images`."""
     if not images:
@@ -67,7 +66,16 @@ def capture_queries(
         for n, query_run in enumerate(runs):
             part = folder / f"part{n}"
             part.mkdir()
-            _run(Command(run.script, query_run.arguments, run.folder), store.path, loaded, part)
+            job = Job(
+                mode="now",
+                command=msgspec.structs.replace(run, arguments=query_run.arguments),
+                settings={},
+                out=str(part / "queries.zarr"),
+                weights=str(loaded.absolute()),
+                like=str(store.path.absolute()),
+                any_device=any_device,
+            )
+            _run(job, part)
             captured, group = open_store(part / "queries.zarr"), list(query_run.queries)
             if captured.header.samples != len(group):
                 found = f"The script made {captured.header.samples} samples of {len(group)} images"
@@ -116,7 +124,7 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     """The command that made a trace: the given one, or the one that this machine remembers; never one from the store,
     which may come from anybody. Raises QueryError if the command is not known."""
     if given:
-        return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
+        return given_command(given)
     remembered = recall(store.header.id)
     if remembered is not None and Path(remembered.folder).is_dir():
         return remembered
@@ -153,26 +161,16 @@ def _check_conditioning(name: str, source: ImageInput | None, column: str | None
         raise QueryError(f"{found}. Leave --conditioning out.")
 
 
-def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
-    """Runs a script on queries. What it prints is shown only if it fails."""
-    out, like = str(folder / "queries.zarr"), str(trace.absolute())
-    job = Job(mode="now", command=command, settings={}, out=out, weights=str(weights.absolute()), like=like)
-    (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
-    # -P: otherwise a folder named dmin_trace in the working directory would be imported.
-    launch = [sys.executable, "-P", "-m", "dmin_trace.capture.launch", str(folder / "job.json")]
-    # Otherwise `datasets` keeps a copy of every query.
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+def _run(job: Job, folder: Path) -> None:
+    """Runs a script on queries. What it prints is shown only if it fails without saying why."""
     with (folder / "log.txt").open("w+b") as log:
-        ran = subprocess.run(launch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
-    if ran.returncode == 0:
-        return
-    *lines, last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    try:
-        refusal = json.loads(last)
-        kind, message = getattr(errors, refusal["error"]), str(refusal["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        failure = f"{command.script} failed on the query with exit code {ran.returncode}: {last}"
-        raise ScriptError(failure) from None
-    if kind is ScriptError and lines:
-        message = f"{message} Its last line was: {lines[-1]}"
-    raise kind(message) if issubclass(kind, DminTraceError) else ScriptError(message)
+        code = start_job(job, folder, log)
+    if code:
+        said = _last_line((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
+        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {said}")
+
+
+def _last_line(log: str) -> str:
+    """The last line of a script's output that is no progress bar."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", log)]
+    return next((line for line in reversed(lines) if line and not re.search(r"\d+%\|", line)), "it printed nothing")

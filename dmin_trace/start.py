@@ -18,6 +18,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 from dmin_trace import errors
 from dmin_trace.command import Command, Job, is_launch_variable
 from dmin_trace.errors import DminTraceError, ScriptError, StoppedError
@@ -25,6 +27,8 @@ from dmin_trace.errors import DminTraceError, ScriptError, StoppedError
 JOB_FILE, REFUSAL_FILE, COST_FILE = "job.json", "refusal.json", "cost.json"
 """What a job and the process that started it exchange: never by printed text, which the script's own may hide."""
 _PYTHON = re.compile(r"python[\d.]*(\.exe)?")
+_OPTION = re.compile(r"""["'](--[A-Za-z][\w-]*)["']""")
+"""An option's name, as a script gives it to argparse."""
 _PYTHON_VALUES = ("-W", "-X", "--check-hash-based-pycs")
 """Options of python with a value of their own."""
 
@@ -39,6 +43,30 @@ def given_command(words: Sequence[str]) -> Command:
     if module:
         return Command(_module_file(script, folder), tuple(arguments), folder, module=script, launcher=tuple(launcher))
     return Command(str(Path(script).absolute()), tuple(arguments), folder, launcher=tuple(launcher))
+
+
+def with_full_names(command: Command) -> Command:
+    """The same command line with every abbreviated option written out, as argparse reads it (`--train_d`).
+
+    The names are those that stand in the script, or in the files beside it: abbreviated is what begins one of them.
+    """
+    script, own = Path(command.script), set[str]()
+    for file in (script, *sorted(script.parent.glob("*.py"))):
+        try:
+            own |= set(_OPTION.findall(file.read_text(encoding="utf-8", errors="replace")))
+        except OSError:
+            continue
+        if own:
+            break
+    return msgspec.structs.replace(command, arguments=tuple(_full_name(word, own) for word in command.arguments))
+
+
+def _full_name(word: str, options: set[str]) -> str:
+    name, equals, value = word.partition("=")
+    if not name.startswith("--") or name == "--" or name in options:
+        return word
+    found = [option for option in options if option.startswith(name)]
+    return found[0] + equals + value if len(found) == 1 else word
 
 
 def start_job(job: Job, folder: Path, log: BinaryIO | None = None) -> int:

@@ -1,8 +1,8 @@
 """Runs a training script for a capture: at the end of its training, on demand, or for a query.
 
 The script is run as `python script.py ARGS` or `python -m module ARGS` runs it. The job attaches when the script makes
-its Accelerator; a line of ours in the script joins the same capture. `python -m dmin_trace.capture.launch JOB.json` runs
-a job in a process of its own, as for queries: a script may change any global state of its process, and may end it.
+its Accelerator; a line of ours in the script joins the same capture. `python -m dmin_trace.capture.launch JOB.json`
+runs a job in a process of its own, as for queries: a script may change any global state of its process, and end it.
 """
 
 import json

@@ -51,8 +51,8 @@ class Recorder:
     """
 
     def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, output: CaptureOutput) -> None:
-        """Fixes weights and projection. Raises QueryError or WeightsError if they are not those of `output.like`, nor its
-        precision and device."""
+        """Fixes weights and projection. Raises QueryError or WeightsError if they, or the precision or the device, are
+        not those of `output.like`."""
         like = output.like
         self.settings, self.trainable, self.samples = settings, trainable, source.samples
         self._source, self.output, self._ranks = source, output, output.ranks

@@ -15,7 +15,7 @@ from dmin_trace.capture.host import script_host
 from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
-from dmin_trace.start import given_command, start_job
+from dmin_trace.start import given_command, start_job, with_full_names
 from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
 
 
@@ -124,10 +124,10 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     """The command that made a trace: the given one, or the one that this machine remembers; never one from the store,
     which may come from anybody. Raises QueryError if the command is not known."""
     if given:
-        return given_command(given)
+        return with_full_names(given_command(given))
     remembered = recall(store.header.id)
     if remembered is not None and Path(remembered.folder).is_dir():
-        return remembered
+        return with_full_names(remembered)
     if remembered is None and "accelerate" not in store.header.writers:
         raise QueryError(
             "This trace was recorded by a loop of its own, not by a script's command. Query it in Python with the same "

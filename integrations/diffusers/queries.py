@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +22,9 @@ REPLACED_ARGUMENTS = (
 """Arguments with a value that make no sense for a folder of queries, or for a run that does not train."""
 
 DROPPED_FLAGS = ("--push_to_hub",)
+
+DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+"""How a prompt begins that may be read as a point in time."""
 
 VIDEO_LISTS = ("prompts.txt", "videos.txt")
 """The files with a folder's captions and video names, line by line, for the video scripts."""
@@ -169,13 +174,13 @@ def write_queries(
     *,
     metadata: bool = True,
 ) -> None:
-    """Copies the images into a folder, in order, and lists them with their prompts in `metadata.jsonl`.
+    """Copies the images into a folder, in order, and lists them with their prompts in `metadata.jsonl` or `.csv`.
 
     An image of a column `x` other than `image` is named by `x_file_name` there, as in `datasets`. Without `metadata`
     the folder holds nothing but the images. Raises OSError if a file cannot be copied.
     """
     folder.mkdir(parents=True)
-    lines = []
+    rows: list[dict[str, str]] = []
     for k, (image, prompt, source) in enumerate(zip(images, prompts, conditioning, strict=True)):
         # Numbered, since image folders are read in the order of their names.
         name = f"{k:06d}{image.suffix.lower()}"
@@ -189,8 +194,17 @@ def write_queries(
             (folder / "conditioning").mkdir(exist_ok=True)
             shutil.copyfile(source, folder / within)
             row[f"{columns.conditioning}_file_name"] = within
-        lines.append(json.dumps(row))
-    if metadata and any(given is not None for given in (*prompts, *conditioning)):
+        rows.append(row)
+    if not metadata or all(given is None for given in (*prompts, *conditioning)):
+        return
+    if all(prompt is not None and DATE.match(prompt) for prompt in prompts):
+        # Of JSON lines, `datasets` would make points in time; of CSV, only of what is a number.
+        with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as table:
+            writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = [json.dumps(row) for row in rows]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ train.py`, each with options of its own. A launcher is run as it was given, with
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -136,7 +135,9 @@ def _split(words: list[str]) -> tuple[list[str], bool, list[str]]:
         raise ScriptError(f"{' '.join(words)[:200]} runs no script. Write it after two dashes: -- {first} SCRIPT ARGS.")
     if module and rest[0] in ("accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch"):
         return _split_launcher(rest[0], f"{first} -m {rest[0]}", rest[1:])
-    return ([] if _is_this_python(first) and not options else [first, *options]), module, rest
+    # A bare `python` is the one that runs dmin_trace, even where another is first on the path.
+    python = first if Path(first).is_absolute() or len(Path(first).parts) > 1 else sys.executable
+    return ([] if _is_this_python(python) and not options else [python, *options]), module, rest
 
 
 def _split_launcher(module: str, shown: str, words: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -165,11 +166,8 @@ def _split_launcher(module: str, shown: str, words: list[str]) -> tuple[list[str
     return [sys.executable, "-m", module, *kept], bool(found.module), [found.training_script, *arguments]
 
 
-def _is_this_python(name: str) -> bool:
-    """Whether a command is the python that runs, or is not found."""
-    if (found := shutil.which(name)) is None:
-        return True
-    ours, theirs = Path(sys.executable), Path(found)
+def _is_this_python(path: str) -> bool:
+    ours, theirs = Path(sys.executable), Path(path)
     return (ours.parent.resolve(), ours.resolve()) == (theirs.parent.resolve(), theirs.resolve())
 
 

@@ -76,6 +76,12 @@ class Host(Protocol):
     def takes_prompts(self, arguments: Sequence[str]) -> bool:
         """Whether the command line names captions or a prompt."""
 
+    def loss_arguments(self, arguments: Sequence[str]) -> dict[str, str]:
+        """The arguments that may change the loss, by name: all but those of data, places and the course of a training.
+
+        "" is the value of a flag.
+        """
+
     def takes_videos(self, arguments: Sequence[str]) -> bool:
         """Whether the script trains on videos."""
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from dmin_trace.capture.host import script_host
+from dmin_trace.capture.host import Host, script_host
 from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
@@ -45,6 +45,9 @@ def capture_queries(
         advice = f"Query with the script as it was; or, {same}, with --edited-script (edited_script=True)."
         check_script(store.path, store.header, script.name, script.sha256, advice)
     host, batch = script_host(), store.header.batch
+    remembered = recall(store.header.id) if command else None
+    if remembered is not None and remembered.script:
+        _check_arguments(host, with_full_names(remembered), run)
     columns = host.query_columns(run.arguments, batch)
     # Its batches held captions, tokens, or embeddings of them.
     with_captions = any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
@@ -138,6 +141,18 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     if remembered is not None:
         found = f"The trace was made in {remembered.folder}, which no longer exists. Give the command"
     raise QueryError(f"{found} after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS.")
+
+
+def _check_arguments(host: Host, traced: Command, given: Command) -> None:
+    """Raises QueryError if the command that a user gave may have another loss than the one that made the trace."""
+    theirs, ours = host.loss_arguments(traced.arguments), host.loss_arguments(given.arguments)
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            shown = [f"{name} {args[name]}".strip() if name in args else f"no {name}" for args in (ours, theirs)]
+            raise QueryError(
+                f"The given command has {shown[0]}, the one that made the trace has {shown[1]}, so its loss may be "
+                "another. Leave out what stands after -- (command=): the command is remembered."
+            )
 
 
 def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:

@@ -26,6 +26,33 @@ DROPPED_FLAGS = ("--push_to_hub",)
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 """How a prompt begins that may be read as a point in time."""
 
+NO_LOSS_ARGUMENTS = (
+    *("--pretrained_model_name_or_path", "--resolution", "--mixed_precision", "--instance_prompt", "--class_prompt"),
+    *(
+        "--max_train",
+        "--num_train_epochs",
+        "--num_epochs",
+        "--learning_rate",
+        "--lr_",
+        "--adam_",
+        "--scale_lr",
+        "--seed",
+    ),
+    *("--use_8bit_adam", "--optimizer", "--max_grad_norm", "--gradient_", "--enable_", "--dataloader_", "--cache_dir"),
+    *(
+        "--checkpoint",
+        "--validation_",
+        "--num_validation",
+        "--save_",
+        "--report_to",
+        "--logging_",
+        "--log_",
+        "--tracker",
+    ),
+    *("--push_to_hub", "--hub_", "--local_rank", "--use_ema", "--ema_", "--foreach_ema", "--preprocessing_num_workers"),
+)
+"""How arguments begin that choose data, places, the course of a training or what is compared by its values."""
+
 VIDEO_LISTS = ("prompts.txt", "videos.txt")
 """The files with a folder's captions and video names, line by line, for the video scripts."""
 
@@ -76,6 +103,19 @@ def words_its_own_prompts(arguments: Sequence[str]) -> bool:
 def takes_videos(arguments: Sequence[str]) -> bool:
     """Whether the script trains on videos."""
     return has_argument(arguments, "--instance_data_root") or has_argument(arguments, "--video_column")
+
+
+def loss_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """The arguments of a training command line that may change its loss, by name; "" for a flag."""
+    found: dict[str, str] = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, found[name] = argument.partition("=")
+        elif name:
+            found[name] = f"{found[name]} {argument}".strip()
+    others = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *NO_LOSS_ARGUMENTS)
+    return {name: value for name, value in found.items() if not name.startswith(others)}
 
 
 def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:

@@ -55,8 +55,8 @@ def differing_condition(theirs: Mapping[str, str], ours: Mapping[str, str], *, a
         found = f"its {name} is {value}, that of the trace is {expected}."
         if name == DEVICE:
             return (
-                f"{found} Generators of another type of device draw other noise, and the scores would mean little. Run "
-                "it on the trace's type of device; or give --any-device (any_device=True) to accept that."
+                f"{found} Generators of another type of device draw other noise: a copy of a sample scores a tenth of "
+                "what it should. Run it on the trace's type of device; or give --any-device (any_device=True)."
             )
         return f"{found} Start it as the traced run was started, with the same launcher and its options in front."
     return ""

@@ -56,7 +56,7 @@ EditedScript = Annotated[
     bool, typer.Option("--edited-script", help="The script was edited, but its loss and its data are the same.")
 ]
 AnyDevice = Annotated[
-    bool, typer.Option("--any-device", help="Accept another type of device than the trace's. Scores then mean little.")
+    bool, typer.Option("--any-device", help="Accept another type of device than the trace's: scores are much lower.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=show_log, help="Show the whole log.")]
 

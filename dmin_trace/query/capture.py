@@ -150,8 +150,8 @@ def _check_arguments(host: Host, traced: Command, given: Command) -> None:
         if theirs.get(name) != ours.get(name):
             shown = [f"{name} {args[name]}".strip() if name in args else f"no {name}" for args in (ours, theirs)]
             raise QueryError(
-                f"The given command has {shown[0]}, the one that made the trace has {shown[1]}, so its loss may be "
-                "another. Leave out what stands after -- (command=): the command is remembered."
+                f"The given command has {shown[0]}, the one that made the trace has {shown[1]}, so its gradients may "
+                "be others. Leave out what stands after -- (command=): the command is remembered."
             )
 
 

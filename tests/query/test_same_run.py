@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import plain_script
+from tiny import run as run_cold
 from warm import Warm
 
 from dmin_trace.command import recall
@@ -32,12 +33,15 @@ r.Recorder.sample = seen
 
 
 class Run:
-    """A script with a frozen encoder, started with bf16 as `accelerate launch` does it, and the trace of its run."""
+    """A module with a frozen encoder, started with bf16 as by `accelerate launch -m`, and the trace of its run."""
 
     def __init__(self, warm: Warm, folder: Path) -> None:
         self.warm, self.folder, self.trace = warm, folder, folder / "trace.zarr"
-        self.script = folder / "train.py"
-        text = plain_script(self.script, attach="", imports="from safetensors.torch import save_file").read_text()
+        self.script = folder / "pack" / "train.py"
+        self.script.parent.mkdir()
+        (folder / "pack" / "__init__.py").touch()
+        (folder / "pack" / "parts.py").write_text("from safetensors.torch import save_file\n")
+        text = plain_script(self.script, attach="", imports="from .parts import save_file").read_text()
         for before, after in {
             "self.points = torch.randn(count, 16, generator=torch.Generator().manual_seed(5))": "from PIL import Image;"
             "self.points = torch.stack([torch.from_numpy(np.array(Image.open(f).convert('L'), dtype=np.float32)) / 255 "
@@ -59,13 +63,14 @@ class Run:
             pixels = np.random.default_rng(k).integers(0, 255, (4, 4), dtype=np.uint8)
             Image.fromarray(pixels).save(self.images / f"{k:02d}.png")
         # Options are abbreviated, as argparse allows.
-        self.arguments = [self.script, "--train_data", self.images]
-        warm.run([*self.arguments], folder, **BF16)
+        self.arguments = ["--train_data", self.images]
+        self.module = ["-m", "pack.train", *self.arguments]
+        run_cold(self.module, folder, **BF16)
         self.capture(143, STOP, **BF16)
 
     def capture(self, code: int = 0, prelude: str = "", **environment: str) -> str:
         command = ["dmin-trace", "capture", "--weights", "w.safetensors", *SETTINGS, "--out", self.trace]
-        return self.warm.run([*command, "--", *self.arguments], self.folder, code, prelude, **environment)
+        return self.warm.run([*command, "--", "python", *self.module], self.folder, code, prelude, **environment)
 
     def query(self, *command: object, code: int = 0) -> str:
         """What a query with the image of sample 3 says, or else the sample that it finds, and its score."""
@@ -114,10 +119,12 @@ def test_a_query_repeats_the_launch_and_refuses_another_run(run: Run) -> None:
     with run.another_encoder():
         said = run.query(code=1)
     assert "the 272 numbers of encoder (Linear) that do not train are not the same" in said
-    said = run.query("--", *run.arguments, code=1)
+    said = run.query("--", "python", *run.module, code=1)
     assert "its mixed precision is no, that of the trace is bf16" in said and len(said.splitlines()) == 1
     launch = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
-    assert run.query("--", *launch, "--mixed_precision", "bf16", *run.arguments) == "3 3.00"
+    assert run.query("--", *launch, "--mixed_precision", "bf16", *run.module) == "3 3.00"
+    said = run.query("--", run.script, *run.arguments, code=1)
+    assert f"It is part of a package: start it in {run.folder} as python -m pack.train ARGS." in said
 
 
 def recall_in(folder: Path, store_id: str) -> dict[str, str] | None:

@@ -1,6 +1,6 @@
 """What else the numbers in a row depend on: precision, device, and the kernels that torch chooses."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ def conditions_before(trained: Sequence[torch.nn.Parameter], launch: Mapping[str
 
     `launch` is what its launcher chose, such as the mixed precision of accelerate.
     """
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     flags = {"algorithms": torch.are_deterministic_algorithms_enabled(), "cudnn": cudnn.deterministic}
     kernels: Any = torch.backends.cuda
     attention = {
@@ -29,8 +29,10 @@ def conditions_before(trained: Sequence[torch.nn.Parameter], launch: Mapping[str
         DEVICE: _joined(p.device.type for p in trained),
         **launch,
         "trained parameters": _joined(str(p.dtype).removeprefix("torch.") for p in trained),
-        "precision of float32 products": torch.get_float32_matmul_precision(),
-        "TF32 in convolutions": str(cudnn.allow_tf32).lower(),
+        "precision of float32 products": _setting(
+            torch.get_float32_matmul_precision, lambda: kernels.matmul.fp32_precision
+        ),
+        "TF32 in convolutions": _setting(lambda: cudnn.allow_tf32, lambda: cudnn.conv.fp32_precision),
         "deterministic": _joined(name for name, on in flags.items() if on),
         "cudnn benchmark": str(cudnn.benchmark).lower(),
         "attention kernels": _joined(name for name, on in attention.items() if on),
@@ -60,6 +62,14 @@ def differing_condition(theirs: Mapping[str, str], ours: Mapping[str, str], *, a
             )
         return f"{found} Start it as the traced run was started, with the same launcher and its options in front."
     return ""
+
+
+def _setting(older: Callable[[], object], newer: Callable[[], object]) -> str:
+    """A setting that newer versions of torch have in two places; where a script used the newer, the older raises."""
+    try:
+        return str(older()).lower()
+    except RuntimeError:
+        return str(newer()).lower()
 
 
 def _joined(words: Iterable[str]) -> str:

@@ -79,7 +79,7 @@ class CaptureSource:
     script: the script whose loop is run; an unknown one if the loop is the user's own code.
     edited_script: the script may differ from the one that began the store.
     packages: further packages whose versions are kept in the header.
-    models, variables: sees which models are called; the loop's variables, which give those models names.
+    models: sees which models are called.
     launch: what the run's launcher chose, by name.
     any_device: queries may run on another type of device than the trace's.
     """
@@ -92,7 +92,6 @@ class CaptureSource:
     edited_script: bool = False
     packages: Sequence[str] = ()
     models: UsedModels = field(default_factory=UsedModels)
-    variables: Mapping[str, Any] = field(default_factory=dict)
     launch: Mapping[str, str] = field(default_factory=dict)
     any_device: bool = False
 

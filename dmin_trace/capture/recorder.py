@@ -88,7 +88,7 @@ class Recorder:
         """Saves the weights, and returns this process's samples. Raises TraceError if the path is another capture's."""
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
-        self._source.models.watch_steps(self.trainable.tensors, self._source.variables)
+        self._source.models.watch_steps(self.trainable.tensors)
         if self.output.trial:
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks

@@ -27,18 +27,19 @@ BLOCK_WORDS = 2**20
 class UsedModels:
     """Sees which models are called, from `watch_setup` to the loop, and from `watch_steps` to `stop`.
 
+    variables: those of the loop, which give models names; they are let go with `stop`.
     facts: the models that were called, and their fingerprints.
     autocast, dtypes, attention: the dtypes under autocast and of the models in training steps; their attention.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, variables: Mapping[str, Any] | None = None) -> None:
+        self.variables: Mapping[str, Any] = variables or {}
         self.facts: list[ModelFacts] = []
         self.autocast: set[str] = set()
         self.dtypes: set[str] = set()
         self.attention: set[str] = set()
         self._seen = WeakSet[torch.nn.Module]()
         self._trained: frozenset[int] = frozenset()
-        self._variables: Mapping[str, Any] = {}
         self._in_steps = False
         self._hook: Any = None
 
@@ -46,10 +47,9 @@ class UsedModels:
         """Begins to look at frozen models that are called before the script's loop."""
         self._start(in_steps=False)
 
-    def watch_steps(self, trained: Sequence[torch.nn.Parameter], variables: Mapping[str, Any]) -> None:
-        """Begins to look at the models in training steps, less what is `trained`; `variables` give them names."""
-        self.stop()
-        self._trained, self._variables = frozenset(map(id, trained)), variables
+    def watch_steps(self, trained: Sequence[torch.nn.Parameter]) -> None:
+        """Begins to look at the models in training steps, less what is `trained`."""
+        self._trained = frozenset(map(id, trained))
         self.dtypes |= {_short(p.dtype) for p in trained}
         self._start(in_steps=True)
 
@@ -57,11 +57,13 @@ class UsedModels:
         """Looks no longer. A second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._variables = None, {}
+        self._hook, self.variables = None, {}
         self._seen.clear()
 
     def _start(self, *, in_steps: bool) -> None:
-        self._in_steps = in_steps
+        variables = self.variables
+        self.stop()
+        self.variables, self._in_steps = variables, in_steps
         self._hook = register_module_forward_pre_hook(self._see)
 
     def _see(self, module: torch.nn.Module, args: Any) -> None:
@@ -105,7 +107,7 @@ class UsedModels:
 
     def _name(self, module: torch.nn.Module) -> str:
         """The script's name for a model or a part of one (`vae.encoder`), or the name of its class."""
-        named = {name: value for name, value in self._variables.items() if isinstance(value, torch.nn.Module)}
+        named = {name: value for name, value in self.variables.items() if isinstance(value, torch.nn.Module)}
         for name, value in named.items():
             if _inside(value) is _inside(module):
                 return name

@@ -145,14 +145,11 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
 
 def _check_arguments(host: Host, traced: Command, given: Command) -> None:
     """Raises QueryError if the command that a user gave may have another loss than the one that made the trace."""
-    theirs, ours = host.loss_arguments(traced.arguments), host.loss_arguments(given.arguments)
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            shown = [f"{name} {args[name]}".strip() if name in args else f"no {name}" for args in (ours, theirs)]
-            raise QueryError(
-                f"The given command has {shown[0]}, the one that made the trace has {shown[1]}, so its gradients may "
-                "be others. Leave out what stands after -- (command=): the command is remembered."
-            )
+    if (differ := host.loss_difference(traced.arguments, given.arguments)) is not None:
+        raise QueryError(
+            f"The given command has {differ[1]}, the one that made the trace has {differ[0]}, so its gradients may be "
+            "others. Leave out what stands after -- (command=): the command is remembered."
+        )
 
 
 def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:

@@ -105,8 +105,24 @@ def takes_videos(arguments: Sequence[str]) -> bool:
     return has_argument(arguments, "--instance_data_root") or has_argument(arguments, "--video_column")
 
 
-def loss_arguments(arguments: Sequence[str]) -> dict[str, str]:
-    """The arguments of a training command line that may change its loss, by name; "" for a flag."""
+def loss_difference(traced: Sequence[str], given: Sequence[str]) -> tuple[str, str] | None:
+    """The first argument that may change a loss and differs in two command lines, as each has it; None without one.
+
+    A path, or a model of the hub, is compared by what is read there, and `{data}` stands for the queries.
+    """
+    theirs, ours = _by_name(traced), _by_name(given)
+    others = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *NO_LOSS_ARGUMENTS)
+    for name in sorted(theirs.keys() | ours.keys()):
+        values = [found.get(name) for found in (theirs, ours)]
+        is_place = any("/" in value or "\\" in value or "{data}" in value for value in values if value)
+        if values[0] != values[1] and not is_place and not name.startswith(others):
+            first, second = (f"no {name}" if value is None else f"{name} {value}".strip() for value in values)
+            return first, second
+    return None
+
+
+def _by_name(arguments: Sequence[str]) -> dict[str, str]:
+    """The values of a command line's options; "" for a flag."""
     found: dict[str, str] = {}
     name = ""
     for argument in arguments:
@@ -114,8 +130,7 @@ def loss_arguments(arguments: Sequence[str]) -> dict[str, str]:
             name, _, found[name] = argument.partition("=")
         elif name:
             found[name] = f"{found[name]} {argument}".strip()
-    others = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *NO_LOSS_ARGUMENTS)
-    return {name: value for name, value in found.items() if not name.startswith(others)}
+    return found
 
 
 def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:

@@ -58,10 +58,12 @@ def seen(models: Models) -> list[ModelFacts]:
     models["text"].requires_grad_(False)(torch.tensor([2]))
     used.stop()
     models["vae"].decoder(torch.ones(3))
-    used.watch_steps(list(models["unet"].lora.parameters()), models)
+    used.variables = models
+    used.watch_steps(list(models["unet"].lora.parameters()))
     for _ in range(2):
         models["unet"](models["vae"].encode(torch.ones(1, 3)))
     used.stop()
+    assert used.variables == {}
     models["vae"].decoder(torch.ones(3))
     return used.facts
 
@@ -151,7 +153,7 @@ def test_the_checksum_of_an_accelerator_changes_with_every_value() -> None:
 
 def test_autocast_is_seen_where_the_models_run() -> None:
     used, models = UsedModels(), made()
-    used.watch_steps(list(models["unet"].lora.parameters()), models)
+    used.watch_steps(list(models["unet"].lora.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         models["unet"](torch.ones(1, 3))
     used.stop()

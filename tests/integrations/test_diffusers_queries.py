@@ -147,17 +147,15 @@ def test_a_prompt_that_is_a_date_or_a_number_stays_text(tmp_path: Path) -> None:
             assert read["text"][:] == prompts
 
 
-def test_the_arguments_that_may_change_a_loss_are_told_from_others() -> None:
-    given = [
-        *T2I,
-        "--snr_gamma=5.0",
-        "--train_data_dir",
-        "d",
-        "--dream_training",
-        "--betas",
-        "0.9",
-        "-1",
-        "--seed",
-        "3",
-    ]
-    assert queries.loss_arguments(given) == {"--snr_gamma": "5.0", "--dream_training": "", "--betas": "0.9 -1"}
+@pytest.mark.parametrize(
+    ("traced", "given", "differ"),
+    [
+        ("--snr_gamma=5.0 --seed 3 --output_dir a", "--output_dir=b --snr_gamma 5.0 --max_train_steps 9", None),
+        ("--snr_gamma 5.0", "--snr_gamma 1", ("--snr_gamma 5.0", "--snr_gamma 1")),
+        ("--betas 0.9 -1", "--betas 0.9 -1 --dream_training", ("no --dream_training", "--dream_training")),
+        ("--prediction_type v_prediction", "", ("--prediction_type v_prediction", "no --prediction_type")),
+        ("--pictures mine --vae hub/vae", "--pictures={data}", None),
+    ],
+)
+def test_arguments_that_may_change_a_loss_are_compared(traced: str, given: str, differ: tuple[str, str] | None) -> None:
+    assert queries.loss_difference([*T2I, *traced.split()], given.split()) == differ

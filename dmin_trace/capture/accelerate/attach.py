@@ -221,6 +221,7 @@ class ScriptCapture:
         out = Path("trace.zarr") if trial else self.out
         if out is None:
             raise AttachError("There is nowhere to write: the script has no args.output_dir. Give --out.")
+        self.driver.models.variables = variables.named()
         source = CaptureSource(
             samples=run.samples,
             # Queries have no labels: columns that the settings name need not be there.
@@ -233,7 +234,6 @@ class ScriptCapture:
             edited_script=self.job.edited_script,
             packages=("accelerate",),
             models=self.driver.models,
-            variables=variables.named(),
             launch=run.launch,
             any_device=self.job.any_device,
         )

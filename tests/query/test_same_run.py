@@ -127,6 +127,16 @@ def test_a_query_repeats_the_launch_and_refuses_another_run(run: Run) -> None:
     assert f"It is part of a package: start it in {run.folder} as python -m pack.train ARGS." in said
 
 
+def test_a_launcher_is_run_as_given_and_its_jobs_refusal_is_one_line(run: Run) -> None:
+    python = ["python", "-u", *run.module]
+    ask = ["dmin-trace", "capture", "--weights", "w.safetensors", *SETTINGS, "--out", run.trace, "--", *python]
+    said = run.warm.run(ask, run.folder, 1)
+    assert "its mixed precision is no, that of the trace is bf16" in said and len(said.splitlines()) == 1
+    running = run.warm.start(["dmin-trace", "estimate", *SETTINGS, "--", *python], run.folder)
+    assert running.wait() == 0, running.said()
+    assert "10 x 3" in running.out.read_text()
+
+
 def recall_in(folder: Path, store_id: str) -> dict[str, str] | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(folder / "state"))

@@ -59,7 +59,7 @@ class Recorder:
         self._run = RunFacts(conditions=conditions_before(trainable.tensors, source.launch), models=())
         # The trace whose rows these must be comparable with.
         self._same_as = like
-        if like is not None:
+        if like is not None and trainable.tensors:
             # Before the weights, which have other values in another precision.
             check_run(like, self._run, queries=True, any_device=source.any_device)
         self._weights = trainable.weights_fingerprint()

@@ -76,9 +76,10 @@ class UsedModels:
             if module not in self._seen:
                 self._seen.update(module.modules())
                 self._note(module)
-        except Exception:
-            # Without a fingerprint the model is not compared; the script's own call goes on.
-            logger.debug("A model has no fingerprint.", exc_info=True)
+        except Exception as error:
+            # A kind of tensor without bytes, for example. The script's own call goes on.
+            found = f"{type(module).__name__} has no fingerprint ({type(error).__name__}: {error})"
+            logger.warning("%s: queries and continued captures will not compare it.", found)
 
     def _note_autocast(self) -> None:
         for kind in ("cpu", "cuda", "mps", "xpu"):

@@ -158,3 +158,12 @@ def test_autocast_is_seen_where_the_models_run() -> None:
         models["unet"](torch.ones(1, 3))
     used.stop()
     assert conditions_in_steps(used) == {"autocast": "bfloat16", "models": "float32", "attention": "none"}
+
+
+def test_a_model_without_a_fingerprint_is_said_and_still_called(caplog: pytest.LogCaptureFixture) -> None:
+    used, model = UsedModels(), torch.nn.Identity()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    used.watch_steps([])
+    assert model(7) == 7
+    used.stop()
+    assert used.facts == [] and "Identity has no fingerprint" in caplog.text and len(caplog.records) == 1

@@ -19,13 +19,27 @@ from platformdirs import user_state_path
 
 from dmin_trace.errors import TraceError
 
+LAUNCH_VARIABLES = re.compile(r"(ACCELERATE|DIFFUSERS|XFORMERS|CUBLAS|TORCH_ALLOW_TF32|NVIDIA_TF32)_\w+")
+"""Environment variables by which a launcher tells a script its precision, its device and its kernels."""
+KERNELS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+"""Programs that run a notebook: to run one again is to run no script."""
+
 
 class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A script's absolute path ("" if no script runs), its arguments, and the folder where it was started."""
+    """How a script was started.
+
+    script, arguments, folder: its absolute path ("" if no script runs), its arguments, and where it was started.
+    module: the module's name, if it was started by `python -m`.
+    launcher: what starts it in a process of its own, such as `accelerate launch` with options; empty for this process.
+    environment: the launch variables of the run that is repeated; None for those that are set now.
+    """
 
     script: str
     arguments: tuple[str, ...]
     folder: str
+    module: str = ""
+    launcher: tuple[str, ...] = ()
+    environment: dict[str, str] | None = None
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +53,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not tell.
     strict: an error in the capture ends the training.
     edited_script: continue a store that was begun with another state of the script.
+    any_device: queries may run on another type of device than the trace's.
     """
 
     mode: Literal["final", "now", "estimate"]
@@ -52,6 +67,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     num_epochs: int | None = None
     strict: bool = False
     edited_script: bool = False
+    any_device: bool = False
 
     def to_json(self) -> str:
         """The job as text, for another process."""
@@ -66,14 +82,30 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 def current_command() -> Command:
     """The command line of this process; without a script if `sys.argv[0]` is not what runs, as in a notebook."""
-    running = getattr(sys.modules["__main__"], "__file__", None)
-    if running is None or Path(running).name != Path(sys.argv[0]).name:
-        return Command("", (), str(Path.cwd()))
-    return Command(str(Path(sys.argv[0]).resolve()), tuple(sys.argv[1:]), str(Path.cwd()))
+    main, name, folder = sys.modules["__main__"], Path(sys.argv[0]).name, str(Path.cwd())
+    running = getattr(main, "__file__", None)
+    if running is None or Path(running).name != name or name in KERNELS:
+        return Command("", (), folder)
+    spec = getattr(main, "__spec__", None)
+    module = "" if spec is None else spec.name.removesuffix(".__main__")
+    return Command(str(Path(sys.argv[0]).resolve()), tuple(sys.argv[1:]), folder, module=module)
+
+
+def is_launch_variable(name: str) -> bool:
+    return LAUNCH_VARIABLES.fullmatch(name) is not None
+
+
+def launch_environment() -> dict[str, str]:
+    """The launch variables of this process, which repeat what its launcher was told."""
+    return {name: value for name, value in os.environ.items() if is_launch_variable(name)}
 
 
 def remember(store_id: str, command: Command) -> None:
-    """Keeps the command line of a captured run for later queries, readable by this user only."""
+    """Keeps the command line of a captured run for later queries, readable by this user only.
+
+    A query needs one process: the launch variables stand for the launcher.
+    """
+    command = msgspec.structs.replace(command, launcher=(), environment=launch_environment())
     path = _command_path(store_id)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

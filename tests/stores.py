@@ -18,6 +18,7 @@ from dmin_trace.store import (
     NoiseFacts,
     ParameterFacts,
     ProjectionFacts,
+    RunFacts,
     Store,
     Writer,
     create,
@@ -79,6 +80,7 @@ def make_header(
         script_sha256="",
         data_sha256="",
         unreached=(),
+        run=RunFacts(conditions={"device": "cpu"}, models=()),
     )
     return dataclasses.replace(header, **changes)
 

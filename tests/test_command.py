@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dmin_trace.command import Command, Job, recall, remember, script_of
@@ -38,8 +40,11 @@ def test_job_from_json_refuses_what_is_no_job(change: dict[str, Any]) -> None:
 
 def test_recall_returns_what_remember_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    remember("a" * 32, COMMAND)
-    assert recall("a" * 32) == COMMAND and recall("b" * 32) is None
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launched = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    remember("a" * 32, msgspec.structs.replace(COMMAND, launcher=("accelerate", "launch")))
+    # The launch variables stand for the launcher.
+    assert recall("a" * 32) == msgspec.structs.replace(COMMAND, environment=launched) and recall("b" * 32) is None
     [kept] = tmp_path.rglob("*.json")
     assert kept.stat().st_mode & 0o777 == 0o600
     for damaged in ("{", '{"script": "a", "arguments": "b", "folder": "c"}', "[]", '{"script": "a", "folder": "c"}'):

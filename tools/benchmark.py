@@ -48,7 +48,7 @@ from dmin_trace.project import make_plan, project
 from dmin_trace.search import Unavailable, build_index, exact_top_k, open_index, search
 from dmin_trace.search.exact import rerank
 from dmin_trace.settings import Dtype
-from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, create, open_store
+from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, RunFacts, Store, create, open_store
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 console = Console()
@@ -348,6 +348,7 @@ def make_header(samples: int, timesteps: int, dimension: int, dtype: Dtype, rows
         script_sha256="",
         data_sha256="",
         unreached=(),
+        run=RunFacts(conditions={}, models=()),
     )
 
 

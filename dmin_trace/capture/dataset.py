@@ -9,13 +9,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
+from dmin_trace.capture.used_models import UsedModels
 from dmin_trace.command import Script
 from dmin_trace.errors import CaptureError
 from dmin_trace.settings import COLUMN_NAME
@@ -113,6 +114,9 @@ class CaptureSource:
     edited_script: the script may differ from the one that began the store.
     packages: further packages whose versions are kept in the header.
     files_sha256: fingerprint of the data set's list of files, in order; "" if there is none.
+    models: sees which models are called.
+    launch: what the run's launcher chose, by name.
+    any_device: queries may run on another type of device than the trace's.
     """
 
     samples: int
@@ -123,6 +127,9 @@ class CaptureSource:
     edited_script: bool = False
     packages: Sequence[str] = ()
     files_sha256: str = ""
+    models: UsedModels = field(default_factory=UsedModels)
+    launch: Mapping[str, str] = field(default_factory=dict)
+    any_device: bool = False
 
 
 class FailedSamples:

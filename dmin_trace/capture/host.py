@@ -82,6 +82,10 @@ class Host(Protocol):
     def takes_prompts(self, arguments: Sequence[str]) -> bool:
         """Whether the command line names captions or a prompt."""
 
+    def loss_difference(self, traced: Sequence[str], given: Sequence[str]) -> tuple[str, str] | None:
+        """The first argument that may change the loss and differs in two command lines, as each has it; None if there
+        is none. Arguments of data, of places and of the course of a training do not count."""
+
     def takes_videos(self, arguments: Sequence[str]) -> bool:
         """Whether the script trains on videos."""
 

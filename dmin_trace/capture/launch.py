@@ -1,11 +1,12 @@
 """Runs a training script for a capture: at the end of its training, on demand, or for a query.
 
-The script is run as `python script.py ARGS` runs it. The job attaches when the script makes its Accelerator; a line of
-ours in the script joins the same capture. `python -m dmin_trace.capture.launch JOB.json` runs a job in a process of its
-own, as for queries: a script may change any global state of its process, and may end it.
+The script is run as `python script.py ARGS` or `python -m module ARGS` runs it. The job attaches when the script makes
+its Accelerator; a line of ours in the script joins the same capture. `python -m dmin_trace.capture.launch JOB.json`
+runs a job in a process of its own, as for queries: a script may change any global state of its process, and end it.
 """
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,17 @@ from accelerate import Accelerator
 from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
 from dmin_trace.capture.subsets import DrawnSubsets
-from dmin_trace.command import Job
+from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
+from dmin_trace.start import COST_FILE, write_refusal
+
+
+class _ScriptExitError(ScriptError):
+    """Raised if a script ends itself, as argparse does; it has said why. `code` is its exit code."""
+
+    def __init__(self, script: str, code: object) -> None:
+        super().__init__(f"{script} stopped with exit code {code}.")
+        self.code = code if isinstance(code, int) else 1
 
 
 def run_script(job: Job) -> ScriptCapture:
@@ -34,17 +44,21 @@ def run_script(job: Job) -> ScriptCapture:
     captures: list[ScriptCapture] = []
     with _as_main(job, captures):
         try:
-            runpy.run_path(command.script, run_name="__main__")
+            if command.module:
+                runpy.run_module(command.module, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:
             return captures[-1]
         except SystemExit as stop:
             if stop.code not in (None, 0):
-                raise ScriptError(f"{command.script} stopped with exit code {stop.code}.") from None
+                raise _ScriptExitError(command.script, stop.code) from None
         except Exception as error:
             if job.mode == "final" or isinstance(error, DminTraceError):
                 # If the user's training failed, its traceback is what they need.
                 raise
-            raise ScriptError(f"{command.script} failed on a capture batch: {type(error).__name__}: {error}") from error
+            failure = f"{command.script} failed on a capture batch: {type(error).__name__}: {error}"
+            raise ScriptError(failure + _advice(command, error)) from error
     if not captures:
         raise ScriptError(
             f"{command.script} ended without making an accelerate.Accelerator, so nothing could be captured. "
@@ -69,7 +83,7 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
 
     with chdir(command.folder), nullcontext() if subsets is None else subsets.watching():
         sys.argv = [command.script, *command.arguments]
-        sys.path.insert(0, str(Path(command.script).parent))
+        sys.path.insert(0, command.folder if command.module else str(Path(command.script).parent))
         Accelerator.__init__ = make_and_attach
         try:
             yield
@@ -78,14 +92,36 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
             sys.argv, sys.path[:] = before
 
 
+def _advice(command: Command, error: Exception) -> str:
+    """What to do about an import that fails because a part of a package was started as a file."""
+    package = Path(command.script).parent
+    if command.module or not isinstance(error, ImportError) or not (package / "__init__.py").is_file():
+        return ""
+    names = [Path(command.script).stem]
+    while (package / "__init__.py").is_file():
+        names, package = [package.name, *names], package.parent
+    return f". It is part of a package: start it in {package} as python -m {'.'.join(names)} ARGS."
+
+
 def main() -> int:
-    """Runs the job in the file that the first argument names. Prints a refusal to standard error as one JSON line."""
-    job = Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    """Runs the job in the file that the first argument names. A refusal goes to a file beside it."""
+    path = Path(sys.argv[1])
+    # For this process alone, and not for what the script starts.
+    os.environ.pop("PYTHONSAFEPATH", None)
+    job = Job.from_json(path.read_text(encoding="utf-8"))
     try:
-        run_script(job)
+        capture = run_script(job)
+        if job.mode == "estimate":
+            from dmin_trace.capture.estimate import estimate_cost
+
+            folder = Path() if capture.out is None else capture.out.parent
+            (path.parent / COST_FILE).write_text(json.dumps(estimate_cost(capture.recorder, folder)))
+    except _ScriptExitError as stop:
+        return stop.code
     except DminTraceError as error:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}), file=sys.stderr)  # noqa: T201
-        return 1
+        write_refusal(path.parent, error)
+        # A launcher would print an error of its own behind ours; of several processes it must end the others.
+        return 0 if os.environ.get("WORLD_SIZE", "1") == "1" else 1
     return 0
 
 

@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
+from dmin_trace.capture.checks import RowChecks, check_run, query_plan, refuse_other_capture
 from dmin_trace.capture.chunk_queue import ChunkQueue, Row
+from dmin_trace.capture.conditions import conditions_before, conditions_in_steps
 from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.ranks import FirstSignal
@@ -28,7 +29,15 @@ from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import LOSS_SCALE, Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
-from dmin_trace.store import Header, NoiseFacts, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
+from dmin_trace.store import (
+    Header,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    RunFacts,
+    Store,
+    choose_chunk_rows,
+)
 from dmin_trace.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -42,10 +51,17 @@ class Recorder:
     """
 
     def __init__(self, settings: Settings, trainable: Trainable, source: CaptureSource, output: CaptureOutput) -> None:
-        """Fixes weights and projection. Raises QueryError or WeightsError if they are not those of `output.like`."""
+        """Fixes weights and projection. Raises QueryError or WeightsError if they, or the precision or the device, are
+        not those of `output.like`."""
         like = output.like
         self.settings, self.trainable, self.samples = settings, trainable, source.samples
         self._source, self.output, self._ranks = source, output, output.ranks
+        self._run = RunFacts(conditions=conditions_before(trainable.tensors, source.launch), models=())
+        # The trace whose rows these must be comparable with.
+        self._same_as = like
+        if like is not None and trainable.tensors:
+            # Before the weights, which have other values in another precision.
+            check_run(like, self._run, queries=True, any_device=source.any_device)
         self._weights = trainable.weights_fingerprint()
         if like is None:
             self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
@@ -72,6 +88,7 @@ class Recorder:
         """Saves the weights, and returns this process's samples. Raises TraceError if the path is another capture's."""
         if self.samples == 0:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
+        self._source.models.watch_steps(self.trainable.tensors)
         if self.output.trial:
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks
@@ -102,6 +119,8 @@ class Recorder:
         """Takes over the projection and the chunks of the store that is continued, and returns the chunks to fill."""
         if earlier is None:
             return list(range(-(-self.samples // self._chunk_rows)))
+        self._same_as = earlier
+        check_run(earlier, self._run, queries=False)
         refuse_other_capture(self.output.out, earlier, self.settings, self._source, self._weights)
         header, plan = earlier.header, self._plan
         theirs = header.projection.kind, header.dimension, header.projection.length
@@ -143,6 +162,7 @@ class Recorder:
             data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
             unreached=tuple(name for name, was_reached in reached if not was_reached),
             files_sha256=source.files_sha256,
+            run=self._run,
         )
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
@@ -212,12 +232,24 @@ class Recorder:
         self._steps += 1
         if self._steps % self._row_steps:
             return
+        if self._steps == self._row_steps:
+            with self._ranks.holding():
+                self._finish_first_row()
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
             self._chunks.writer = self.output.open(self.header)
             for _ in range(self._before_first):
                 self._end_row(None)
         self._end_row(None if self._row_columns is None else row)
+
+    def _finish_first_row(self) -> None:
+        """Compares how the first row was computed with the trace. Raises an error before anything is written."""
+        models, same_as, queries = self._source.models, self._same_as, self.output.like is not None
+        models.stop()
+        conditions = self._run.conditions | conditions_in_steps(models)
+        self._run = RunFacts(conditions=conditions, models=tuple(models.facts))
+        if same_as is not None:
+            check_run(same_as, self._run, queries=queries, any_device=self._source.any_device)
 
     def _end_row(self, row: Row | None) -> None:
         """Keeps a row, unless it is a repeated one, and stops here after a signal."""
@@ -265,6 +297,7 @@ class Recorder:
 
     def stop(self) -> None:
         """Ends the progress bar, and releases the signals and the store."""
+        self._source.models.stop()
         self._signal.let_go()
         self._progress.stop()
         if self._chunks is not None:

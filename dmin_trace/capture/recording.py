@@ -21,6 +21,7 @@ from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.capture.random_state import RandomState, seed_everything, seed_of
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard, takes_timestep
+from dmin_trace.capture.used_models import UsedModels
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.settings import RecordingOverrides, Settings, given_settings, make_settings
@@ -145,6 +146,7 @@ class Recording:
                 pictures=None if dataset is None else Pictures(dataset),
             ),
             optimizers=optimizers,
+            models=UsedModels({"model" if k == 0 else f"model {k + 1}": m for k, m in enumerate(self._models)}),
             fetch=None if batch is None else partial(self._fetch, batch),
             packages=packages,
         )

@@ -1,5 +1,7 @@
 """The commands that run a training script: run, capture, estimate."""
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +10,7 @@ from rich.console import Console
 
 from dmin_trace.cli.options import EditedScript, Out, Verbose, absolute, script_command, with_settings
 from dmin_trace.command import Job
+from dmin_trace.start import COST_FILE, start_job
 from dmin_trace.views import facts_table
 
 TRAINED_WEIGHTS = "The trained weights: a safetensors file, or a folder with one."
@@ -25,8 +28,6 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change."""
-    from dmin_trace.capture.launch import run_script
-
     job = Job(
         mode="final",
         command=script_command(context),
@@ -36,7 +37,7 @@ def run(
         num_epochs=num_epochs,
         strict=strict,
     )
-    run_script(job)
+    _run(job)
 
 
 @with_settings
@@ -50,22 +51,36 @@ def capture(
     verbose: Verbose = False,
 ) -> None:
     """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
-    from dmin_trace.capture.launch import run_script
-
     command = script_command(context)
     job = Job(mode="now", command=command, settings=settings, out=out, weights=weights, edited_script=edited_script)
-    run_script(job)
+    _run(job)
 
 
 @with_settings
 def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbose = False) -> None:
     """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take."""
-    from dmin_trace.capture.estimate import estimate_cost
-    from dmin_trace.capture.launch import run_script
-
-    trial = run_script(Job(mode="estimate", command=script_command(context), settings=settings))
-    folder = Path() if trial.out is None else trial.out.parent
-    cost = estimate_cost(trial.recorder, folder)
+    job = Job(mode="estimate", command=script_command(context), settings=settings)
+    cost = _run(job)
     console = Console()
     title = "A whole capture of this script, estimated from two samples"
     console.print(facts_table(cost, title, ascii_only=console.options.ascii_only))
+
+
+def _run(job: Job) -> list[tuple[str, str]]:
+    """Runs a job, in this process if it has no launcher. Returns the cost that an estimate finds.
+
+    Raises typer.Exit if the script failed, which has said why.
+    """
+    if job.command.launcher:
+        with tempfile.TemporaryDirectory(prefix="dmin-trace-job-") as temporary:
+            if code := start_job(job, Path(temporary)):
+                raise typer.Exit(code)
+            cost = Path(temporary, COST_FILE)
+            return [(name, value) for name, value in json.loads(cost.read_text())] if cost.is_file() else []
+    from dmin_trace.capture.estimate import estimate_cost
+    from dmin_trace.capture.launch import run_script
+
+    done = run_script(job)
+    if job.mode != "estimate":
+        return []
+    return estimate_cost(done.recorder, Path() if done.out is None else done.out.parent)

@@ -13,6 +13,7 @@ from dmin_trace.cli.console import show_log
 from dmin_trace.command import Command
 from dmin_trace.errors import QueryError, ScriptError, SettingsError
 from dmin_trace.settings import Settings, make_settings
+from dmin_trace.start import given_command
 
 if TYPE_CHECKING:
     from dmin_trace.query import Trace
@@ -54,6 +55,9 @@ Exact = Annotated[bool, typer.Option("--exact", help="Scan every sample, even if
 EditedScript = Annotated[
     bool, typer.Option("--edited-script", help="The script was edited, but its loss and its data are the same.")
 ]
+AnyDevice = Annotated[
+    bool, typer.Option("--any-device", help="Accept another type of device than the trace's: scores are much lower.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=show_log, help="Show the whole log.")]
 
 
@@ -62,7 +66,7 @@ def script_command(context: typer.Context) -> Command:
     if not context.obj:
         line = f"dmin-trace {context.info_name} -- SCRIPT ARGS"
         raise ScriptError(f"No script was given. Write it after two dashes: {line}.")
-    return Command(str(Path(context.obj[0]).absolute()), tuple(context.obj[1:]), str(Path.cwd()))
+    return given_command(context.obj)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -38,6 +38,7 @@ def query(
     score: options.ScoreName = "deflated",
     exact: options.Exact = False,
     edited_script: options.EditedScript = False,
+    any_device: options.AnyDevice = False,
 ) -> None:
     """Show the most influential training samples for each image.
 
@@ -70,7 +71,7 @@ def query(
         else:
             inputs = read_inputs(images or [], prompt or [], conditioning or [])
         status.update("Capturing the gradients of the queries")
-        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
+        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script, any_device)
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
     console = Console()
@@ -101,6 +102,7 @@ def read_queries(
     weights: Path | None,
     command: Sequence[str],
     edited_script: bool,
+    any_device: bool = False,
 ) -> "Queries":
     """The queries: stored samples, or else images. `command` is the script's, or empty for the remembered one."""
     if samples:
@@ -108,5 +110,11 @@ def read_queries(
     images, prompts = [given.image for given in inputs], [given.prompt for given in inputs]
     sources = [given.conditioning for given in inputs]
     return trace.query_images(
-        images, prompts, conditioning=sources, weights=weights, command=command, edited_script=edited_script
+        images,
+        prompts,
+        conditioning=sources,
+        weights=weights,
+        command=command,
+        edited_script=edited_script,
+        any_device=any_device,
     )

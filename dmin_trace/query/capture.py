@@ -1,23 +1,21 @@
 """Images and prompts in, query gradients out: the traced script runs once more, in a process of its own, with the
 traced weights, and with its data argument pointed at a folder with the queries."""
 
-import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from PIL import Image
 
-from dmin_trace import errors
-from dmin_trace.capture.host import script_host
+from dmin_trace.capture.host import Host, script_host
 from dmin_trace.command import Command, Job, recall, script_of
-from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
+from dmin_trace.errors import QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
+from dmin_trace.start import given_command, start_job, with_full_names
 from dmin_trace.store import FILE_COLUMN, Queries, Store, check_script, open_store, weights_beside
 
 
@@ -29,6 +27,7 @@ def capture_queries(
     weights: str | os.PathLike[str] | None = None,
     command: Sequence[str] | None = None,
     edited_script: bool = False,
+    any_device: bool = False,
 ) -> Queries:
     """The projected gradients of images. Arguments and errors are those of `Trace.query_images`."""
     if not images:
@@ -47,6 +46,9 @@ def capture_queries(
         check_script(store.path, store.header, script.name, script.sha256, advice)
     host, batch = script_host(), store.header.batch
     run = _with_data_argument(run)
+    remembered = recall(store.header.id) if command else None
+    if remembered is not None and remembered.script:
+        _check_arguments(host, with_full_names(remembered), run)
     columns = host.query_columns(run.arguments, batch)
     # Its batches held captions, tokens, or embeddings of them.
     with_captions = any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
@@ -69,7 +71,17 @@ def capture_queries(
             part = folder / f"part{n}"
             part.mkdir()
             group = list(query_run.queries)
-            _run(Command(run.script, query_run.arguments, run.folder), store.path, loaded, part, len(group))
+            job = Job(
+                mode="now",
+                command=msgspec.structs.replace(run, arguments=query_run.arguments),
+                settings={},
+                out=str(part / "queries.zarr"),
+                weights=str(loaded.absolute()),
+                like=str(store.path.absolute()),
+                any_device=any_device,
+                samples=len(group),
+            )
+            _run(job, part)
             captured = open_store(part / "queries.zarr")
             group = [group[k] for k in _order(captured)]
             if not captured.valid.all():
@@ -115,10 +127,10 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     """The command that made a trace: the given one, or the one that this machine remembers; never one from the store,
     which may come from anybody. Raises QueryError if the command is not known."""
     if given:
-        return Command(str(Path(given[0]).absolute()), tuple(given[1:]), str(Path.cwd()))
+        return with_full_names(given_command(given))
     remembered = recall(store.header.id)
     if remembered is not None and Path(remembered.folder).is_dir():
-        return remembered
+        return with_full_names(remembered)
     if remembered is None and "accelerate" not in store.header.writers:
         raise QueryError(
             "This trace was recorded by a loop of its own, not by a script's command. Query it in Python with the same "
@@ -129,6 +141,15 @@ def traced_command(store: Store, given: Sequence[str] | None) -> Command:
     if remembered is not None:
         found = f"The trace was made in {remembered.folder}, which no longer exists. Give the command"
     raise QueryError(f"{found} after the images: dmin-trace query TRACE IMAGE -- SCRIPT ARGS.")
+
+
+def _check_arguments(host: Host, traced: Command, given: Command) -> None:
+    """Raises QueryError if the command that a user gave may have another loss than the one that made the trace."""
+    if (differ := host.loss_difference(traced.arguments, given.arguments)) is not None:
+        raise QueryError(
+            f"The given command has {differ[1]}, the one that made the trace has {differ[0]}, so its gradients may be "
+            "others. Leave out what stands after -- (command=): the command is remembered."
+        )
 
 
 def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts: bool) -> None:
@@ -168,7 +189,9 @@ def _with_data_argument(command: Command) -> Command:
             "TRACE IMAGE -- SCRIPT ARGS --my_data {data}. For a script that takes no data, record its loss: "
             "dmin_trace.recording, and Trace.query_loss."
         )
-    return command if name == "{data}" else Command(command.script, (*command.arguments, name, ""), command.folder)
+    if name == "{data}":
+        return command
+    return msgspec.structs.replace(command, arguments=(*command.arguments, name, ""))
 
 
 def _order(captured: Store) -> list[int]:
@@ -182,34 +205,16 @@ def _order(captured: Store) -> list[int]:
     return numbers if sorted(numbers) == list(range(count)) else list(range(count))
 
 
-def _run(command: Command, trace: Path, weights: Path, folder: Path, count: int) -> None:
-    """Runs a script on so many queries. What it prints is shown only if it fails."""
-    out, like = str(folder / "queries.zarr"), str(trace.absolute())
-    job = Job(
-        mode="now",
-        command=command,
-        settings={},
-        out=out,
-        weights=str(weights.absolute()),
-        like=like,
-        samples=count,
-    )
-    (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
-    # -P: otherwise a folder named dmin_trace in the working directory would be imported.
-    launch = [sys.executable, "-P", "-m", "dmin_trace.capture.launch", str(folder / "job.json")]
-    # Otherwise `datasets` keeps a copy of every query.
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+def _run(job: Job, folder: Path) -> None:
+    """Runs a script on queries. What it prints is shown only if it fails without saying why."""
     with (folder / "log.txt").open("w+b") as log:
-        ran = subprocess.run(launch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
-    if ran.returncode == 0:
-        return
-    *lines, last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    try:
-        refusal = json.loads(last)
-        kind, message = getattr(errors, refusal["error"]), str(refusal["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        failure = f"{command.script} failed on the query with exit code {ran.returncode}: {last}"
-        raise ScriptError(failure) from None
-    if kind is ScriptError and lines:
-        message = f"{message} Its last line was: {lines[-1]}"
-    raise kind(message) if issubclass(kind, DminTraceError) else ScriptError(message)
+        code = start_job(job, folder, log)
+    if code:
+        said = _last_line((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
+        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {said}")
+
+
+def _last_line(log: str) -> str:
+    """The last line of a script's output that is no progress bar."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", log)]
+    return next((line for line in reversed(lines) if line and not re.search(r"\d+%\|", line)), "it printed nothing")

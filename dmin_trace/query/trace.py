@@ -157,6 +157,7 @@ class Trace:
         weights: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
         edited_script: bool = False,
+        any_device: bool = False,
     ) -> Queries:
         """The gradients of images, from one more run of the traced script.
 
@@ -168,12 +169,14 @@ class Trace:
             command: the script and its arguments, as the traced run was started; what this user's machine remembers of
                 that run if not given. `{data}` in an argument stands for the folder with the queries.
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
+            any_device: accept another type of device than the trace's, whose generators draw other noise.
 
         Raises QueryError if an image is missing, of another size, or lacks its prompt, or the command is not known;
-        WeightsError if the weights are missing or not those of the trace; ScriptError if the script failed on the
-        queries; TraceError if it is not the script that made the trace.
+        WeightsError if the weights are missing or not those of the trace, nor the frozen models; ScriptError if the
+        script failed on the queries; TraceError if it is not the script that made the trace. A precision or a device
+        that is not the trace's is a QueryError.
         """
-        return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script)
+        return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script, any_device)
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
         """The stored gradients of training samples, as queries. Raises TraceError for a sample that the trace does not
@@ -336,6 +339,7 @@ def attribute(
     score: Score | ScoreMethod = "deflated",
     exact: bool = False,
     edited_script: bool = False,
+    any_device: bool = False,
 ) -> list[list[Hit]]:
     """The k training samples with the largest influence score for each image, best first. `trace` may be a path.
 
@@ -346,5 +350,5 @@ def attribute(
     k = search.usable_k(opened.store, k)
     if isinstance(score, str):
         search.check_score(opened.store, score)
-    queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script)
+    queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script, any_device)
     return opened.top_k(queries, k, score, exact=exact).hits

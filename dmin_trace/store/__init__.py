@@ -7,7 +7,7 @@
 """
 
 from dmin_trace.store.files import check_free, make_folder, sweep, sync, sync_tree
-from dmin_trace.store.header import Header, NoiseFacts, ParameterFacts, ProjectionFacts
+from dmin_trace.store.header import Header, ModelFacts, NoiseFacts, ParameterFacts, ProjectionFacts, RunFacts
 from dmin_trace.store.identity import check_data, check_files, check_script
 from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, verify_chunks
 from dmin_trace.store.layout import FAILED, FILE_COLUMN, bytes_of, choose_chunk_rows, chunk_file, weights_beside

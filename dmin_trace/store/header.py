@@ -69,6 +69,30 @@ class NoiseFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A model that the run called, and its parameters and buffers that do not train.
+
+    name, kind: the script's name for it, or its class; the name of its class.
+    numbers, sha256: how many numbers they hold, and their fingerprint.
+    in_steps: whether training steps call it, and not only what comes before the loop.
+    """
+
+    name: str
+    kind: str
+    numbers: Annotated[int, Meta(ge=0, le=2**62)]
+    sha256: Digest
+    in_steps: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """How the rows were computed: conditions such as the device and the precision, by name; and the models called."""
+
+    conditions: dict[str, str]
+    models: Annotated[tuple[ModelFacts, ...], Meta(max_length=10**4)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """What a store holds. `Settings` says what dimension, dtype, codec, transform and draws are.
 
@@ -81,6 +105,7 @@ class Header:
     script, script_sha256, data_sha256: the script's name, fingerprints of its file and of the data; "" if not known.
     files_sha256: fingerprint of the names of the data set's files, in order; "" if not known.
     unreached: the trained parameters on which the loss does not depend.
+    run: the precision, device and frozen models by which the rows were computed.
     """
 
     id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -104,6 +129,7 @@ class Header:
     script_sha256: MaybeDigest
     data_sha256: MaybeDigest
     unreached: Names
+    run: RunFacts
     files_sha256: MaybeDigest = ""
 
     @property

@@ -7,8 +7,8 @@ from typing import Any
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.store.header import Header
 
-MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached")
-"""Attributes in which two runs of one capture may differ. Script and data are compared where both are known."""
+MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached", "run")
+"""Attributes in which two runs of one capture may differ, or that are compared elsewhere, where both are known."""
 
 
 def check_script(path: Path, header: Header, name: str, sha256: str, what: str) -> None:

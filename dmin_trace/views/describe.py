@@ -54,6 +54,8 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
         ("transform", header.transform),
         ("seed", f"{header.projection.seed} (projection), {header.noise.seed} (noise)"),
         ("the script draws", ", ".join(shapes)),
+        ("frozen models", ", ".join(f"{model.name} ({model.numbers:,} numbers)" for model in header.run.models)),
+        ("computed with", "; ".join(f"{name}: {value}" for name, value in header.run.conditions.items())),
         ("columns", ", ".join(header.columns) or "none"),
         ("weights", header.weights[:16]),
         ("script", f"{header.script} {header.script_sha256[:16]}".strip() or "not known"),

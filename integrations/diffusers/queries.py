@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,36 @@ REPLACED_ARGUMENTS = (
 """Arguments with a value that make no sense for a folder of queries, or for a run that does not train."""
 
 DROPPED_FLAGS = ("--push_to_hub",)
+
+DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+"""How a prompt begins that may be read as a point in time."""
+
+NO_LOSS_ARGUMENTS = (
+    *("--pretrained_model_name_or_path", "--resolution", "--mixed_precision", "--instance_prompt", "--class_prompt"),
+    *(
+        "--max_train",
+        "--num_train_epochs",
+        "--num_epochs",
+        "--learning_rate",
+        "--lr_",
+        "--adam_",
+        "--scale_lr",
+        "--seed",
+    ),
+    *("--use_8bit_adam", "--optimizer", "--max_grad_norm", "--gradient_", "--enable_", "--dataloader_", "--cache_dir"),
+    *(
+        "--checkpoint",
+        "--validation_",
+        "--num_validation",
+        "--save_",
+        "--report_to",
+        "--logging_",
+        "--log_",
+        "--tracker",
+    ),
+    *("--push_to_hub", "--hub_", "--local_rank", "--use_ema", "--ema_", "--foreach_ema", "--preprocessing_num_workers"),
+)
+"""How arguments begin that choose data, places, the course of a training or what is compared by its values."""
 
 VIDEO_LISTS = ("prompts.txt", "videos.txt")
 """The files with a folder's captions and video names, line by line, for the video scripts."""
@@ -80,6 +112,34 @@ def words_its_own_prompts(arguments: Sequence[str]) -> bool:
 def takes_videos(arguments: Sequence[str]) -> bool:
     """Whether the script trains on videos."""
     return has_argument(arguments, "--instance_data_root") or has_argument(arguments, "--video_column")
+
+
+def loss_difference(traced: Sequence[str], given: Sequence[str]) -> tuple[str, str] | None:
+    """The first argument that may change a loss and differs in two command lines, as each has it; None without one.
+
+    A path, or a model of the hub, is compared by what is read there, and `{data}` stands for the queries.
+    """
+    theirs, ours = _by_name(traced), _by_name(given)
+    others = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *NO_LOSS_ARGUMENTS)
+    for name in sorted(theirs.keys() | ours.keys()):
+        values = [found.get(name) for found in (theirs, ours)]
+        is_place = any("/" in value or "\\" in value or "{data}" in value for value in values if value)
+        if values[0] != values[1] and not is_place and not name.startswith(others):
+            first, second = (f"no {name}" if value is None else f"{name} {value}".strip() for value in values)
+            return first, second
+    return None
+
+
+def _by_name(arguments: Sequence[str]) -> dict[str, str]:
+    """The values of a command line's options; "" for a flag."""
+    found: dict[str, str] = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, found[name] = argument.partition("=")
+        elif name:
+            found[name] = f"{found[name]} {argument}".strip()
+    return found
 
 
 def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColumns:
@@ -179,13 +239,13 @@ def write_queries(
     *,
     metadata: bool = True,
 ) -> None:
-    """Copies the images into a folder, in order, and lists them with their prompts in `metadata.jsonl`.
+    """Copies the images into a folder, in order, and lists them with their prompts in `metadata.jsonl` or `.csv`.
 
     An image of a column `x` other than `image` is named by `x_file_name` there, as in `datasets`. Without `metadata`
     the folder holds nothing but the images. Raises OSError if a file cannot be copied.
     """
     folder.mkdir(parents=True)
-    lines = []
+    rows: list[dict[str, str]] = []
     for k, (image, prompt, source) in enumerate(zip(images, prompts, conditioning, strict=True)):
         # Numbered, since image folders are read in the order of their names.
         name = f"{k:06d}{image.suffix.lower()}"
@@ -199,8 +259,17 @@ def write_queries(
             (folder / "conditioning").mkdir(exist_ok=True)
             shutil.copyfile(source, folder / within)
             row[f"{columns.conditioning}_file_name"] = within
-        lines.append(json.dumps(row))
-    if metadata and any(given is not None for given in (*prompts, *conditioning)):
+        rows.append(row)
+    if not metadata or all(given is None for given in (*prompts, *conditioning)):
+        return
+    if all(prompt is not None and DATE.match(prompt) for prompt in prompts):
+        # Of JSON lines, `datasets` would make points in time; of CSV, only of what is a number.
+        with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as table:
+            writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = [json.dumps(row) for row in rows]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -23,13 +23,17 @@ def test_attach_takes_settings_and_overrides_of_them(warm: Warm, tmp_path: Path)
     assert (header.timesteps, header.dimension, header.noise.seed) == ((10, 700), 64, 3)
 
 
-@pytest.mark.parametrize(("before", "remembered"), [("", 1), (NOTEBOOK, 0)], ids=["script", "notebook"])
+@pytest.mark.parametrize(
+    ("before", "name", "remembered"),
+    [("", "script.py", 1), (NOTEBOOK, "script.py", 0), ("", "ipykernel_launcher.py", 0)],
+    ids=["script", "notebook", "kernel"],
+)
 def test_attach_remembers_the_command_of_a_script_and_none_in_a_notebook(
-    warm: Warm, tmp_path: Path, before: str, remembered: int
+    warm: Warm, tmp_path: Path, before: str, name: str, remembered: int
 ) -> None:
     line = f"{before}dmin_trace.attach(accelerator, args, timesteps=2, dimension=64)"
-    said = warm.run([plain_script(tmp_path / "script.py", attach=line)], tmp_path)
+    said = warm.run([plain_script(tmp_path / name, attach=line)], tmp_path)
     assert open_store(tmp_path / "out" / "trace.zarr").complete
     assert len(list((tmp_path / "state").rglob("*.json"))) == remembered
-    assert ("queries will not know how to repeat it" in said) == (remembered == 0)
+    assert ("queries will not know how to repeat it" in said) == ("Trace.query_loss" in said) == (remembered == 0)
     assert len(said.splitlines()) == 1 - remembered

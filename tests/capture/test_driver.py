@@ -239,20 +239,54 @@ def test_strict_ends_the_training(tmp_path: Path, warm: Warm) -> None:
     assert not (tmp_path / "out" / "state.pt").exists()
 
 
-@pytest.mark.parametrize(
-    ("attach", "message"),
-    [
-        ("dmin_trace.attach(accelerator)", "does not know when the training ends"),
-        ("dmin_trace.attach(accelerator, num_epochs=2)", "does not know where to write"),
-        ("dmin_trace.attach(accelerator, args, dimension=1000)", "expected a power of two"),
-        ("dmin_trace.attach(accelerator, args); dmin_trace.attach(accelerator, args)", "called twice"),
-    ],
-)
-def test_attach_refuses_an_invalid_line_before_the_training(
-    tmp_path: Path, warm: Warm, attach: str, message: str
+PREPARE = "model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)"
+STREAM = f"""class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Points(args.count))
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    {PREPARE}"""
+REFUSED_LINES = {
+    "no end": ({"attach": "dmin_trace.attach(accelerator)"}, "does not know when the training ends"),
+    "no place": ({"attach": "dmin_trace.attach(accelerator, num_epochs=2)"}, "does not know where to write"),
+    "after prepare": (
+        {"attach": "", "prepare": f"{PREPARE}\n    dmin_trace.attach(accelerator, args)"},
+        "stands after accelerator.prepare",
+    ),
+    "a stream": ({"prepare": STREAM}, "is an IterableDataset, whose samples have no index"),
+}
+
+
+@pytest.mark.parametrize(("parts", "message"), REFUSED_LINES.values(), ids=REFUSED_LINES.keys())
+def test_a_line_that_refuses_says_why_in_one_line_and_lets_the_training_run(
+    tmp_path: Path, warm: Warm, parts: dict[str, str], message: str
 ) -> None:
-    script = plain_script(tmp_path / "script.py", attach=attach)
-    assert message in warm.run([script], tmp_path, code=1)
+    script = plain_script(tmp_path / "with.py", **parts)
+    bare = without_the_line(script, tmp_path / "without.py")
+    said = warm.run([script, "--output_dir", "with"], tmp_path)
+    warm.run([bare, "--output_dir", "without"], tmp_path)
+    assert "does not capture this run; the training goes on." in said and message in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "with" / "trace.zarr").exists()
+    for name in ("state.pt", "log.txt"):
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+
+
+def test_an_invalid_setting_is_refused_before_the_training(tmp_path: Path, warm: Warm) -> None:
+    script = plain_script(tmp_path / "script.py", attach="dmin_trace.attach(accelerator, args, dimension=1000)")
+    assert "expected a power of two" in warm.run([script], tmp_path, code=1)
+
+
+def test_a_second_line_changes_nothing(tmp_path: Path, warm: Warm) -> None:
+    line = "dmin_trace.attach(accelerator, args, timesteps=2, dimension=64)"
+    script = plain_script(tmp_path / "script.py", attach=f"{line}; {line.replace('64', '128')}")
+    assert "called twice" in warm.run([script], tmp_path)
+    assert open_store(tmp_path / "out" / "trace.zarr").header.dimension == 64
+
+
+def test_after_an_exception_of_the_scripts_own_nothing_is_said(tmp_path: Path, warm: Warm) -> None:
+    body = BODY.replace("noise = torch", "raise RuntimeError('of its own'); noise = torch")
+    said = warm.run([plain_script(tmp_path / "script.py", body=body)], tmp_path, code=1)
+    assert said.splitlines()[-1] == "RuntimeError: of its own" and "captured nothing" not in said
 
 
 def test_remove_takes_every_wrapper_off(tmp_path: Path, warm: Warm) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,34 @@ def test_videos_are_named_line_by_line(tmp_path: Path) -> None:
     assert (folder / value(run, "--caption_column")).read_text() == "one\ntwo\n"
     assert (folder / value(run, "--video_column")).read_text() == "000000.png\n000001.jpg\n"
     assert (folder / "000001.jpg").read_bytes() == b"b.jpg"
+
+
+def test_a_prompt_that_is_a_date_or_a_number_stays_text(tmp_path: Path) -> None:
+    """As `datasets` reads the folder, where it is installed: of JSON lines it would make points in time."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    columns = queries.query_columns(T2I, [])
+    for k, prompts in enumerate((["2024-05-01"], ["2024-05-01 12:30:00"] * 2, ["42"], ["2024-05-01", "1e5"])):
+        queries.write_queries(
+            tmp_path / f"q{k}", [tmp_path / "a.png"] * len(prompts), prompts, columns, [None] * len(prompts)
+        )
+        listed = sorted(file.name for file in (tmp_path / f"q{k}").glob("metadata.*"))
+        assert listed == (["metadata.csv"] if k < 2 else ["metadata.jsonl"])
+        if find_spec("datasets") is not None:
+            from datasets import load_dataset
+
+            read = load_dataset("imagefolder", data_dir=str(tmp_path / f"q{k}"), cache_dir=str(tmp_path / "c"))["train"]
+            assert read["text"][:] == prompts
+
+
+@pytest.mark.parametrize(
+    ("traced", "given", "differ"),
+    [
+        ("--snr_gamma=5.0 --seed 3 --output_dir a", "--output_dir=b --snr_gamma 5.0 --max_train_steps 9", None),
+        ("--snr_gamma 5.0", "--snr_gamma 1", ("--snr_gamma 5.0", "--snr_gamma 1")),
+        ("--betas 0.9 -1", "--betas 0.9 -1 --dream_training", ("no --dream_training", "--dream_training")),
+        ("--prediction_type v_prediction", "", ("--prediction_type v_prediction", "no --prediction_type")),
+        ("--pictures mine --vae hub/vae", "--pictures={data}", None),
+    ],
+)
+def test_arguments_that_may_change_a_loss_are_compared(traced: str, given: str, differ: tuple[str, str] | None) -> None:
+    assert queries.loss_difference([*T2I, *traced.split()], given.split()) == differ

@@ -27,6 +27,7 @@ from dmin_trace.store import (
     NoiseFacts,
     ParameterFacts,
     ProjectionFacts,
+    RunFacts,
     Store,
     choose_chunk_rows,
     create,
@@ -192,6 +193,7 @@ def _header(
         script_sha256="",
         data_sha256="",
         unreached=(),
+        run=RunFacts(conditions={}, models=()),
     )
 
 

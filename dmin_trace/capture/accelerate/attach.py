@@ -31,7 +31,15 @@ from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.subsets import DrawnSubsets
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError, QueryError, StoppedError, message_of
+from dmin_trace.errors import (
+    AttachError,
+    CaptureError,
+    DminTraceError,
+    QueryError,
+    SettingsError,
+    StoppedError,
+    message_of,
+)
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
 from dmin_trace.store import Header, Store
 
@@ -57,7 +65,8 @@ def attach(
     Put this line right after `accelerator = Accelerator(...)`. Nothing about the training changes: weights, optimizer,
     random numbers, logs and files are the same with and without it. After the last optimizer step the script's own
     training step is run once for each sample and timestep; the trainable weights are written beside the store first.
-    An error during the capture is logged, and the training ends as it would have.
+    An error is logged, and the training goes on and ends as it would have: what cannot be captured is trained all the
+    same.
 
     Args:
         accelerator: the script's accelerator, before anything is prepared with it.
@@ -66,11 +75,11 @@ def attach(
         out: the store; `<args.output_dir>/trace.zarr` if not given.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
-        strict: raise an error during the capture, which ends the training where it is.
+        strict: raise an error, which ends the training where it is.
 
-    Returns the loop driver, whose `remove()` detaches again. Raises AttachError if it is attached already, or if it is
-    not known where to write or when the training ends; SettingsError for an invalid setting; TraceError if `out` exists
-    or cannot be written; ScriptError if no host for training scripts is installed.
+    Returns the loop driver, whose `remove()` detaches again. Raises SettingsError for an invalid setting. If `strict`,
+    also AttachError for a line in a wrong place or without what it must know, or for data without indices; TraceError
+    if `out` cannot be written; ScriptError if no host for training scripts is installed.
     """
     job = Job(
         mode="final",
@@ -82,15 +91,10 @@ def attach(
         strict=strict,
     )
     capture: ScriptCapture | None = vars(accelerator).get(_ATTRIBUTE)
-    if capture is not None:
-        capture.join(job, args)
-        return capture.driver
-    if args is None and max_train_steps is None and num_epochs is None:
-        raise AttachError(
-            "attach does not know when the training ends. Pass the script's args, or max_train_steps= (for a loop that "
-            "breaks after so many optimizer steps) or num_epochs= (for one that runs out)."
-        )
-    return ScriptCapture(accelerator, job, args, launched=False).driver
+    if capture is None:
+        return ScriptCapture(accelerator, job, args, launched=False).driver
+    capture.join(job, args)
+    return capture.driver
 
 
 def find_args() -> Any:
@@ -109,7 +113,7 @@ class ScriptCapture:
 
     settings, timesteps: what to capture, and the training steps of each sample.
     recorder: what records the gradients, from `begin` on.
-    error: what ended the capture, or None.
+    error: what ended the capture, or kept it from being made, or None.
     """
 
     def __init__(
@@ -123,27 +127,62 @@ class ScriptCapture:
         self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
-        self._host = script_host()
         self._launched, self._joined, self._subsets = launched, False, subsets
         self._begun = False
         rank, count = accelerator.process_index, accelerator.num_processes
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
-        self._settle()
         self.driver = LoopDriver(accelerator, self)
         self.driver.undo.callback(replace_attribute(accelerator, _ATTRIBUTE, self))
         atexit.register(self._at_exit)
         self.driver.undo.callback(atexit.unregister, self._at_exit)
+        try:
+            self._host = script_host()
+            self._check_line(accelerator)
+            self._settle()
+        except DminTraceError as error:
+            self.refuse(error)
+
+    def refuse(self, error: DminTraceError) -> None:
+        """Detaches, and logs why: the training goes on. Raises the error on demand, if `strict`, and for a setting."""
+        self.driver.remove()
+        if self.on_demand or self.job.strict or isinstance(error, SettingsError):
+            raise error
+        self.error = error
+        logger.error("dmin_trace does not capture this run; the training goes on. %s", error)
+
+    def _check_line(self, accelerator: Accelerator) -> None:
+        """Raises AttachError for a line that cannot work where it stands."""
+        if self._launched:
+            return
+        # Private, and so is every other sign of it.
+        if any(getattr(accelerator, name, None) for name in ("_models", "_optimizers", "_dataloaders")):
+            raise AttachError(
+                "The line stands after accelerator.prepare, so it does not know what was prepared. Put it right after "
+                "accelerator = Accelerator(...)."
+            )
+        if self._args is None and self.job.max_train_steps is None and self.job.num_epochs is None:
+            raise AttachError(
+                "attach does not know when the training ends. Pass the script's args, or max_train_steps= (for a loop "
+                "that breaks after so many optimizer steps) or num_epochs= (for one that runs out)."
+            )
 
     def join(self, line: Job, args: Any) -> None:
-        """Joins a line in a launched script: it says what the command leaves open. Raises AttachError for a second."""
+        """Joins a line in a launched script: it says what the command leaves open. A second line changes nothing."""
         if not self._launched or self._joined:
-            raise AttachError("dmin_trace.attach was called twice for one Accelerator. Keep one of the two lines.")
+            twice = "dmin_trace.attach was called twice for one Accelerator; the first line counts. Remove the second."
+            if line.strict:
+                raise AttachError(twice)
+            logger.warning(twice)
+            return
         self._joined = True
         self._args = args if args is not None else self._args
         own = self.job
         either = {name: getattr(own, name) or getattr(line, name) for name in _GIVEN_BY_EITHER}
         self.job = msgspec.structs.replace(own, settings={**line.settings, **own.settings}, **either)
-        self._settle()
+        try:
+            self._settle()
+        except DminTraceError as error:
+            self.refuse(error)
 
     def _settle(self) -> None:
         """Fixes the settings. Raises an error if the store cannot be written, or if it will never be known where."""
@@ -213,6 +252,7 @@ class ScriptCapture:
                 "dmin-trace query TRACE IMAGE -- SCRIPT ARGS {data}. A script that takes no data can be recorded: "
                 "dmin_trace.recording, and Trace.query_loss."
             )
+        self.driver.models.variables = variables.named()
         source = CaptureSource(
             samples=len(pictures),
             columns=Columns(
@@ -231,6 +271,9 @@ class ScriptCapture:
             script=Script() if self._like is not None else script_of(self.job.command.script),
             edited_script=self.job.edited_script,
             packages=("accelerate",),
+            models=self.driver.models,
+            launch=run.launch,
+            any_device=self.job.any_device,
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
         output = CaptureOutput(
@@ -269,7 +312,8 @@ class ScriptCapture:
             raise CaptureError(self._why_never_captured())
 
     def _at_exit(self) -> None:
-        if not self._launched and not self.driver.captured:
+        # After an exception of the script's own, which python has shown, nothing of ours is worth a line.
+        if not self._launched and not self.driver.captured and getattr(sys, "last_value", None) is None:
             logger.error("dmin_trace captured nothing. %s", self._why_never_captured())
 
     def _why_never_captured(self) -> str:
@@ -309,7 +353,8 @@ class ScriptCapture:
         if not self.job.command.script:
             logger.warning(
                 "This run is no script with a command line (a notebook, say), so queries will not know how to repeat "
-                "it: give them a command after --, or use dmin_trace.recording(like=...)."
+                "it: give them a command after --, or record the loop by dmin_trace.recording and query it by "
+                "Trace.query_loss."
             )
             return
         try:

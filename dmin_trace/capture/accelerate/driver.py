@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from dmin_trace.capture.accelerate.capture_batches import CaptureBatches
 from dmin_trace.capture.accelerate.loop_variables import replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
-from dmin_trace.errors import CaptureError
+from dmin_trace.capture.used_models import UsedModels
+from dmin_trace.errors import CaptureError, DminTraceError
 
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import ScriptCapture
@@ -40,6 +41,7 @@ class LoopDriver:
 
     captured: the capture has begun, or can no longer begin.
     step_pending: the script has yet to count, average and save its last optimizer step.
+    models: sees which models the script calls before its loop, and in the first training steps of a capture.
     """
 
     def __init__(self, accelerator: Accelerator, capture: "ScriptCapture") -> None:
@@ -50,6 +52,9 @@ class LoopDriver:
         self._accelerator, self._capture = accelerator, capture
         self._first_step = self._steps = self._epochs = 0
         self.undo = ExitStack()
+        self.models = UsedModels()
+        self.models.watch_setup()
+        self.undo.callback(self.models.stop)
         own = (self._prepare, self._skip_first_batches, self._accumulate, self._backward, self._load_state)
         wrappers: dict[str, Callable[..., Any]] = {method.__name__.removeprefix("_"): method for method in own}
         for name in ("log", "init_trackers", "clip_grad_norm_", "clip_grad_value_"):
@@ -64,8 +69,11 @@ class LoopDriver:
 
     def _prepare(self, *objects: Any, **options: Any) -> Any:
         prepared = self._original["prepare"](*objects, **options)
-        if self.run.add(prepared):
-            self._drive(self.run.loader)
+        try:
+            if self.run.add(prepared):
+                self._drive(self.run.loader)
+        except DminTraceError as error:
+            self._capture.refuse(error)
         return prepared
 
     def _skip_first_batches(self, loader: Any, *args: Any, **options: Any) -> Any:
@@ -126,6 +134,9 @@ class LoopDriver:
 
     def _batches_of(self, own: Iterator[Any]) -> Iterator[Any]:
         """The batches of one pass over the loader, and the capture batches where the training ends in this pass."""
+        if not self.captured:
+            # The loop begins. Training batches are not looked at.
+            self.models.stop()
         if self._capture.on_demand:
             yield from self._capture_batches()
             raise CaptureFinished

@@ -67,6 +67,12 @@ class TrainingRun:
         return self.pictures
 
     @property
+    def launch(self) -> dict[str, str]:
+        """What the launcher chose for the run, by name: its mixed precision and its compiler."""
+        compiler = self.accelerator.state.dynamo_plugin.backend.value
+        return {"mixed precision": self.accelerator.mixed_precision, "compiler": str(compiler).lower()}
+
+    @property
     def samples(self) -> int:
         """N, the number of training samples."""
         return len(self.loader.dataset if self.pictures is None else self.pictures)

@@ -2,19 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
 
 from dmin_trace.project.backend_torch import join_small, signs_of
 from dmin_trace.project.plan import Plan
-
-KERNELS: ModuleType | None
-"""The kernels, or None where Triton is not installed."""
-try:
-    from dmin_trace.project import _rows_triton as KERNELS
-except ImportError:
-    KERNELS = None
 
 BLOCK_SIZE, UNROLLED_ROWS, WARPS = 1024, 4, 4
 """Sums that one program owns, rows whose elements it reads at a time, and its warps."""
@@ -27,6 +22,15 @@ SMALL_TENSOR_SIZE, MAX_JOINED_SIZE = 2**21, 2**23
 
 FOLD_SIZE, FOLDS = 1024, 32
 """Numbers that one program of the second pass reads at a time, and how many of them belong to one bin."""
+
+
+@cache
+def load_kernels() -> ModuleType | None:
+    """The kernels, or None where Triton is not installed. Triton takes long to import: only a CUDA tensor does it."""
+    try:
+        return import_module("dmin_trace.project._rows_triton")
+    except ImportError:
+        return None
 
 
 @dataclass(frozen=True)

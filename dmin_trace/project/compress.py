@@ -67,8 +67,8 @@ def _added(tensors: Iterable[torch.Tensor], plan: Plan, signs: bool) -> CSums | 
     sums: CSums | TorchSums | TritonSums
     if backend_c.KERNEL is not None and plan.kind == "rotation" and device.type == "cpu":
         sums = CSums(plan, backend_c.KERNEL, signs)
-    elif backend_triton.KERNELS is not None and plan.kind == "rotation" and device.type == "cuda":
-        sums = TritonSums(plan, device, backend_triton.KERNELS, signs)
+    elif plan.kind == "rotation" and device.type == "cuda" and (kernels := backend_triton.load_kernels()) is not None:
+        sums = TritonSums(plan, device, kernels, signs)
     else:
         sums = TorchSums(plan, device, signs)
     rest = chain(_pop_all([] if first is None else [first]), rest)

@@ -41,7 +41,7 @@ def read_header(path: Path) -> tuple[Header, Finished | None]:
     """The header of a store, and what it says of itself if complete. Raises TraceError if it is missing or damaged."""
     try:
         if not path.exists():
-            raise TraceError(f"There is no store at {path}.")
+            raise TraceError(f"There is no store at {path}. Give the folder that a capture wrote.")
         if untrusted.size_within(path, ["zarr.json"]) is None:
             raise TraceError(f"{path} is not a trace: it has no zarr.json. Give the folder that a capture wrote.")
     except (OSError, ValueError) as error:

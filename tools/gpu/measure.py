@@ -347,7 +347,7 @@ def compress_figures(length: int, dtype: torch.dtype, device: torch.device) -> I
             "L": f"2^{length.bit_length() - 1}", "dtype": str(dtype).removeprefix("torch."), "v": f"2^{exponent}",
             "signs": signs, "read_ms": 1e3 * read, "ours_ms": 1e3 * seconds, "reads": seconds / read,
         }  # fmt: skip
-        if device.type == "cuda" and len(values) > 1 and backend_triton.KERNELS is not None:
+        if device.type == "cuda" and len(values) > 1 and backend_triton.load_kernels() is not None:
             found["device_reads"] = replayed_seconds(ours, 8) / replayed_seconds(read_one, 8)
         return found
 
@@ -358,11 +358,11 @@ def compress_figures(length: int, dtype: torch.dtype, device: torch.device) -> I
     for exponent in (12, 14, 16, 20):
         yield figures(exponent, False, times)
     yield figures(14, True, times)
-    kernels, backend_triton.KERNELS = backend_triton.KERNELS, None
+    loaded, backend_triton.load_kernels = backend_triton.load_kernels, lambda: None
     try:
         yield figures(14, False, max(2, times // 10)) | {"backend": "torch"}
     finally:
-        backend_triton.KERNELS = kernels
+        backend_triton.load_kernels = loaded
 
 
 def measure_tuning(device: torch.device, dry: bool) -> Iterator[dict[str, Any]]:
@@ -404,7 +404,7 @@ def main(
         "device": "processor" if dry else torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "peft")},
         "python": platform.python_version(),
-        "triton": None if backend_triton.KERNELS is None else version("triton"),
+        "triton": None if dry or backend_triton.load_kernels() is None else version("triton"),
         "dry": dry,
     }
 

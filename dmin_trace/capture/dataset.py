@@ -78,6 +78,7 @@ class CaptureSource:
     script: the script whose loop is run; an unknown one if the loop is the user's own code.
     edited_script: the script may differ from the one that began the store.
     packages: further packages whose versions are kept in the header.
+    weights_of: as in the header.
     """
 
     samples: int
@@ -87,6 +88,7 @@ class CaptureSource:
     script: Script = Script()
     edited_script: bool = False
     packages: Sequence[str] = ()
+    weights_of: str = ""
 
 
 class FailedSamples:

@@ -17,6 +17,8 @@ from accelerate import Accelerator
 
 from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.capture.host import script_host
+from dmin_trace.capture.write_guard import protect_older_files
 from dmin_trace.command import Job
 from dmin_trace.errors import DminTraceError, ScriptError
 
@@ -63,7 +65,9 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
         captures.append(ScriptCapture(self, job, find_args(), launched=True))
 
     with chdir(command.folder):
-        sys.argv = [command.script, *command.arguments]
+        on_demand = job.mode != "final" and job.like is None
+        arguments = script_host().on_demand_arguments(command.arguments) if on_demand else command.arguments
+        sys.argv = [command.script, *arguments]
         sys.path.insert(0, str(Path(command.script).parent))
         Accelerator.__init__ = make_and_attach
         try:
@@ -77,6 +81,8 @@ def main() -> int:
     """Runs the job in the file that the first argument names. Prints a refusal to standard error as one JSON line."""
     job = Job.from_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
+        if job.like is not None:
+            protect_older_files(Path(sys.argv[1]).parent)
         run_script(job)
     except DminTraceError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}), file=sys.stderr)  # noqa: T201

@@ -2,6 +2,7 @@
 traced weights, and with its data argument pointed at a folder with the queries."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -19,6 +20,8 @@ from dmin_trace.command import Command, Job, recall, script_of
 from dmin_trace.errors import DminTraceError, QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
 from dmin_trace.store import Queries, Store, check_script, open_store, weights_beside
+
+logger = logging.getLogger(__name__)
 
 
 def capture_queries(
@@ -154,8 +157,13 @@ def _check_conditioning(name: str, source: ImageInput | None, column: str | None
 
 
 def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
-    """Runs a script on queries. What it prints is shown only if it fails."""
+    """Runs a script on queries, in a copy of its working directory. What it prints is shown only if it fails."""
+    (work := folder / "work").mkdir()
+    for entry in Path(command.folder).iterdir():
+        (work / entry.name).symlink_to(entry)
+    arguments = tuple(_from_elsewhere(argument, Path(command.folder)) for argument in command.arguments)
     out, like = str(folder / "queries.zarr"), str(trace.absolute())
+    command = Command(command.script, arguments, str(work))
     job = Job(mode="now", command=command, settings={}, out=out, weights=str(weights.absolute()), like=like)
     (folder / "job.json").write_text(job.to_json(), encoding="utf-8")
     # -P: otherwise a folder named dmin_trace in the working directory would be imported.
@@ -164,6 +172,8 @@ def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
     with (folder / "log.txt").open("w+b") as log:
         ran = subprocess.run(launch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False)
+    if made := sorted(entry.name for entry in work.iterdir() if not entry.is_symlink()):
+        logger.warning("On the query the script wrote %s to its working directory; it is thrown away.", ", ".join(made))
     if ran.returncode == 0:
         return
     *lines, last = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
@@ -176,3 +186,10 @@ def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
     if kind is ScriptError and lines:
         message = f"{message} Its last line was: {lines[-1]}"
     raise kind(message) if issubclass(kind, DminTraceError) else ScriptError(message)
+
+
+def _from_elsewhere(argument: str, folder: Path) -> str:
+    """An argument, or the value in `--name=value`, with a path that leads out of its folder made absolute."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    leads_out = value.startswith("..") and (folder / value).exists()
+    return f"{name}{equals}{(folder / value).resolve()}" if leads_out else argument

@@ -80,6 +80,7 @@ class Header:
     writers: versions of the packages that wrote the store.
     script, script_sha256, data_sha256: the script's name, fingerprints of its file and of the data; "" if not known.
     unreached: the trained parameters on which the loss does not depend.
+    weights_of: which of the run's weights were captured, and which averages of them were not, for a person to read.
     """
 
     id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -103,6 +104,7 @@ class Header:
     script_sha256: MaybeDigest
     data_sha256: MaybeDigest
     unreached: Names
+    weights_of: Annotated[str, Meta(max_length=1000)] = ""
 
     @property
     def sample_bytes(self) -> int:

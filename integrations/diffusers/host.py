@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dmin_trace.integrations.diffusers.generate import generate as generate
+from dmin_trace.integrations.diffusers.queries import on_demand_arguments as on_demand_arguments
 from dmin_trace.integrations.diffusers.queries import prepare_queries as prepare_queries
 from dmin_trace.integrations.diffusers.queries import query_columns as query_columns
 from dmin_trace.integrations.diffusers.queries import takes_prompts as takes_prompts

@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dmin_trace import store
-from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.accelerate.averages import Averages, evaluated, keeps_average
+from dmin_trace.capture.accelerate.driver import ON_DEMAND, LoopDriver
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
@@ -27,7 +28,7 @@ from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.capture.weights import find_trainable
+from dmin_trace.capture.weights import Trainable, find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
 from dmin_trace.errors import AttachError, CaptureError, DminTraceError, StoppedError, message_of
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
@@ -61,14 +62,16 @@ def attach(
         accelerator: the script's accelerator, before anything is prepared with it.
         args: the script's arguments: its `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`).
         settings, overrides: what to capture; a single setting by its name replaces that in `settings`.
-        out: the store; `<args.output_dir>/trace.zarr` if not given.
+        out: the store; `<args.output_dir>.trace/trace.zarr` if not given. One that lies there is kept, as
+            `trace-1.zarr`.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error during the capture, which ends the training where it is.
 
     Returns the loop driver, whose `remove()` detaches again. Raises AttachError if it is attached already, or if it is
-    not known where to write or when the training ends; SettingsError for an invalid setting; TraceError if `out` exists
-    or cannot be written; ScriptError if no host for training scripts is installed.
+    not known where to write or when the training ends; SettingsError for an invalid setting; TraceError if `out` cannot
+    be written; ScriptError if no host for training scripts is installed. A line that comes after `prepare`, and a loop
+    that cannot take capture batches, are logged; the training is left alone.
     """
     job = Job(
         mode="final",
@@ -118,7 +121,9 @@ class ScriptCapture:
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._host = script_host()
         self._launched, self._joined = launched, False
-        self._begun = False
+        self._begun = self._moved = False
+        self._averages: Averages | None = None
+        self._raw_weights: str | None = None
         rank, count = accelerator.process_index, accelerator.num_processes
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
         self._settle()
@@ -126,6 +131,13 @@ class ScriptCapture:
         self.driver.undo.callback(replace_attribute(accelerator, _ATTRIBUTE, self))
         atexit.register(self._at_exit)
         self.driver.undo.callback(atexit.unregister, self._at_exit)
+        if accelerator._models or accelerator._dataloaders:
+            self.driver.let_go(
+                AttachError(
+                    "dmin_trace.attach comes after accelerator.prepare, which it must see. Put the line right after "
+                    f"accelerator = Accelerator(...). {ON_DEMAND}"
+                )
+            )
 
     def join(self, line: Job, args: Any) -> None:
         """Joins a line in a launched script: it says what the command leaves open. Raises AttachError for a second."""
@@ -145,7 +157,7 @@ class ScriptCapture:
         if self.on_demand:
             return
         if self.out is not None:
-            store.check_free(self.out)
+            store.check_writable(self.out)
         elif self._joined or not self._launched:
             raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
 
@@ -170,7 +182,8 @@ class ScriptCapture:
         if self.job.out is not None:
             return Path(self.job.out)
         folder = getattr(self._args, "output_dir", None)
-        return Path(folder).absolute() / "trace.zarr" if folder else None
+        # Beside the folder: scripts upload all that is in it (--push_to_hub).
+        return Path(f"{Path(folder).resolve()}.trace") / "trace.zarr" if folder else None
 
     def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
         """Fixes and saves the weights, and gives this process's samples. What restores the script goes on `undo`."""
@@ -181,9 +194,9 @@ class ScriptCapture:
             raise CaptureError(why)
         self._schedule_length = self._host.schedule_length(variables.values())
         undo.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        weights_of = f"those in {Path(self.job.weights).name}" if self.job.weights is not None else ""
         if self.job.mode == "final":
-            for ema in self._host.averaged_models(variables.values()):
-                undo.enter_context(self._averaged_weights(ema))
+            weights_of = self._find_averages(trainable, variables, undo)
         if self.job.weights is not None:
             trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
@@ -201,6 +214,7 @@ class ScriptCapture:
             script=Script() if self._like is not None else script_of(self.job.command.script),
             edited_script=self.job.edited_script,
             packages=("accelerate",),
+            weights_of=weights_of,
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
         output = CaptureOutput(
@@ -231,24 +245,64 @@ class ScriptCapture:
             what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
             logger.error("dmin_trace %s this run; the training continues. %s", what, self.error)
 
+    def watch(self, variables: LoopVariables) -> None:
+        """Sees the loop's variables at its first training step, from which averages of weights are told later."""
+        run = self.driver.run
+        if run.optimizers:
+            trained = find_trainable([run.unwrap(model) for model in run.models], run.optimizers)
+            self._averages = Averages(variables.named(), trained.tensors)
+
+    def check_final_weights(self) -> None:
+        """Marks the trace if the weights are not those that were captured; at the end of the training, and at exit."""
+        if self.job.mode != "final" or not self._begun or self.error is not None or self._moved or self.out is None:
+            return
+        if self.ranks.rank != 0 or not self.recorder.finished:
+            return
+        trainable = self.recorder.trainable
+        try:
+            saved = store.weights_beside(self.out)
+            same = self._raw_weights is not None and trainable.weights_fingerprint() == self._raw_weights
+            if same or trainable.equals_saved(saved):
+                return
+            self._moved = True
+            store.mark_not_final(self.out)
+        except (DminTraceError, OSError) as error:
+            logger.warning("Whether %s is of the final weights could not be found out: %s", self.out, error)
+            return
+        logger.error(
+            "The trace in %s is not of the final weights, and is marked so: the training moved them after they were "
+            "captured. Capture on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS.",
+            self.out,
+        )
+
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
+        self.check_final_weights()
+        if self._moved:
+            raise CaptureError("The capture came before the end of the training. Its trace is marked so.")
         if self.error is not None:
             raise self.error
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
 
     def _at_exit(self) -> None:
+        self.check_final_weights()
         if not self._launched and not self.driver.captured:
             logger.error("dmin_trace captured nothing. %s", self._why_never_captured())
 
     def _why_never_captured(self) -> str:
-        if self.driver.run.loader is None:
+        run = self.driver.run
+        if not run.loaders:
             return "The script never passed a DataLoader to accelerator.prepare, so there were no samples to capture."
         if self.on_demand:
             return (
                 "The script ended before its training loop took a batch. Does it resume a run that is finished? Leave "
                 "--resume_from_checkpoint out."
+            )
+        if not run.backwards:
+            return (
+                "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
+                "Call it instead of loss.backward()."
             )
         return (
             f"The training ended at a point that was not recognised (max_train_steps is {self.max_train_steps}, "
@@ -261,6 +315,31 @@ class ScriptCapture:
         if step is None:
             return drawn
         return step.draws.pin(drawn, lambda: step.pinned.fraction_in(self._schedule_length), name)
+
+    def _find_averages(self, trainable: Trainable, variables: LoopVariables, undo: ExitStack) -> str:
+        """Puts averages of the weights that the script saves into the model; says which weights are captured."""
+        known = self._host.averaged_models(variables.values())
+        by_optimizer = [optimizer for optimizer in self.driver.run.optimizers if keeps_average(optimizer)]
+        if known or by_optimizer:
+            self._raw_weights = trainable.weights_fingerprint()
+        for ema in known:
+            undo.enter_context(self._averaged_weights(ema))
+        for optimizer in by_optimizer:
+            undo.enter_context(evaluated(optimizer))
+        others = self._averages.changed(variables.named()) if self._averages is not None else {}
+        shown = [f"{name} ({type(one).__name__})" for name, one in others.items() if not any(one is e for e in known)]
+        if known:
+            return f"the averaged weights ({', '.join(type(ema).__name__ for ema in known)})"
+        if by_optimizer:
+            return "the averaged weights, those of the optimizer in eval mode"
+        if not shown:
+            return "the trained weights"
+        logger.warning(
+            "The script averages weights in %s; the capture is of the trained weights, not of that average. To trace "
+            "the average, capture it on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS.",
+            ", ".join(shown),
+        )
+        return f"the trained weights, not their average in {', '.join(shown)}"
 
     def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
         shapes = [shadow.shape for shadow in ema.shadow_params]

@@ -57,6 +57,12 @@ class LoopVariables:
             undo()
 
 
+def is_ours(frame: FrameType) -> bool:
+    """Whether a frame runs this package, and no example that comes with it."""
+    name = frame.f_code.co_filename
+    return name.startswith(_PACKAGE) and not name.startswith(f"{_PACKAGE}/examples")
+
+
 def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
     """The loop's frame, and those outside it that run the same file: its function, the module around it."""
     script: str | None = None
@@ -64,8 +70,7 @@ def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
         name = frame.f_code.co_filename
         # Generators between them (a tqdm around the loader), contextlib and this package are not the loop.
         is_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
-        ours = name.startswith(_PACKAGE) and not name.startswith(f"{_PACKAGE}/examples")
-        if not is_generator and not ours and frame.f_globals.get("__name__") != "contextlib":
+        if not is_generator and not is_ours(frame) and frame.f_globals.get("__name__") != "contextlib":
             script = script or name
             if name == script:
                 yield frame

@@ -18,7 +18,8 @@ UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.
 class TrainingRun:
     """A training script's accelerator, and what was prepared with it.
 
-    loader: the first dataloader that was prepared, or None; it is taken for the one with the training data.
+    loaders: every dataloader that was prepared.
+    loader: the one whose batches are trained on, or None while that is not known.
     backwards: how often the script called `accelerator.backward` in its training.
     """
 
@@ -26,28 +27,32 @@ class TrainingRun:
         self.accelerator = accelerator
         self.models: list[torch.nn.Module] = []
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.loaders: list[Any] = []
         self.loader: Any = None
         self.backwards = 0
 
-    def add(self, prepared: Any) -> bool:
-        """Adds what `prepare` returned. Returns whether the training data is in it; raises AttachError to refuse it."""
+    def add(self, prepared: Any) -> list[Any]:
+        """Adds what `prepare` returned, and gives the dataloaders that are new."""
         prepared = prepared if isinstance(prepared, (tuple, list)) else [prepared]
         self.models += [one for one in prepared if isinstance(one, torch.nn.Module)]
         optimizers = [one for one in prepared if isinstance(one, torch.optim.Optimizer)]
         self.optimizers += [optimizer for optimizer in optimizers if optimizer not in self.optimizers]
-        loaders = [one for one in prepared if isinstance(one, DataLoader)]
-        if not loaders or self.loader is not None:
-            return False
-        self.loader = loaders[0]
+        known = set(map(id, self.loaders))
+        added = [one for one in prepared if isinstance(one, DataLoader) and id(one) not in known]
+        self.loaders += added
+        return added
+
+    def train_on(self, loader: Any) -> None:
+        """Takes a prepared dataloader for the one with the training data. Raises AttachError to refuse it."""
         if self.accelerator.distributed_type in UNSUPPORTED:
             raise AttachError(
                 f"This run is distributed with {self.accelerator.distributed_type.value}, which splits gradients in a "
                 "way that cannot be captured yet. Capture on demand in one process: dmin-trace capture."
             )
-        refuse_iterable(self.loader.dataset)
-        if self.loader.collate_fn is None:
+        refuse_iterable(loader.dataset)
+        if loader.collate_fn is None:
             raise AttachError("The dataloader has no collate_fn, so a batch of one sample cannot be made.")
-        return True
+        self.loader = loader
 
     @property
     def samples(self) -> int:

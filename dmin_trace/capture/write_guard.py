@@ -19,18 +19,20 @@ from dmin_trace.errors import ScriptError
 
 WRITING_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
 CACHE_VARIABLES = ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME", "TRITON_CACHE_DIR")
+CLOCK_SECONDS = 1.0
 CACHE_FOLDERS = ("~/.cache", "~/.triton", "~/.nv", "~/.config")
 
 
 def protect_older_files(*free: Path) -> None:
-    """From now on, writing to a file that is older than this call raises ScriptError in this process.
+    """From now on, writing to a file that is older than this call, by a second, raises ScriptError in this process.
 
     Files in the folders `free` and in caches, and locks, may be written. Python cannot take this back.
     """
     caches = [os.environ[name] for name in CACHE_VARIABLES if os.environ.get(name)]
     folders = [*map(Path, (*caches, *CACHE_FOLDERS)), *free]
     roots = tuple(f"{folder.expanduser().resolve()}{os.sep}" for folder in folders)
-    started = time.time()
+    # The clock of a file system may be behind.
+    started = time.time() - CLOCK_SECONDS
 
     def check(path: Any) -> None:
         if not isinstance(path, (str, bytes, os.PathLike)):

@@ -67,6 +67,13 @@ def fewer_weights(folder: Path) -> None:
     save_file(weights, folder / "fewer.safetensors")
 
 
+def overwriting_script(folder: Path) -> None:
+    """The script writes a file that is there, by a name that no argument of it has."""
+    script = folder / "train.py"
+    marked = script.read_text().replace('clean = batch["input"]', 'open("text.png", "w"); clean = batch["input"]')
+    script.write_text(marked)
+
+
 def nothing(folder: Path) -> None:
     pass
 
@@ -131,6 +138,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
             *("train.py", "--train_data_dir", "digits"),
         ),
         ("lacks 1 of the",),
+    ),
+    "a script that overwrites a file": (
+        overwriting_script,
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--edited-script", "--", "train.py"),
+        ("text.png", "was there before"),
     ),
     "the script fails": (
         nothing,

@@ -244,6 +244,9 @@ class ScriptCapture:
         if not self._launched:
             what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
             logger.error("dmin_trace %s this run; the training continues. %s", what, self.error)
+        elif not self._begun:
+            # The training may take days more before the command can end with this error.
+            logger.warning("dmin_trace will not capture this run. %s", self.error)
 
     def watch(self, variables: LoopVariables) -> None:
         """Sees the loop's variables at its first training step, from which averages of weights are told later."""

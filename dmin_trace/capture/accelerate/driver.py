@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from dmin_trace.capture.accelerate.capture_batches import CaptureBatches
 from dmin_trace.capture.accelerate.loop_form import UnsuitableLoopError, check_loop
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
-from dmin_trace.errors import AttachError, CaptureError, DminTraceError
+from dmin_trace.errors import CaptureError, DminTraceError, message_of
 
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import ScriptCapture
@@ -119,7 +120,7 @@ class LoopDriver:
             # The batch by which the training loader is found; nothing is trained on it.
             if self._current is None or self.run.loader is not None:
                 raise CaptureError(
-                    "The script trains on batches that are not capture batches: it never passed its DataLoader to "
+                    "The script trains on batches that are not capture batches: it never passed a DataLoader to "
                     "accelerator.prepare, or iterates over another one. Nothing was captured, and nothing trained."
                 )
             self.run.train_on(self._current)
@@ -135,22 +136,35 @@ class LoopDriver:
 
     def _check_loop(self, frame: FrameType) -> None:
         """Lets go of the training if its loop cannot take capture batches. Called before anything is deferred."""
+        why = self._why_unsuitable(frame)
+        if self._accelerator.num_processes > 1:
+            # All processes capture, or none.
+            why = next((reason for reason in gather_object([why]) if reason), "")
+        if why:
+            self.let_go(CaptureError(why))
+
+    def _why_unsuitable(self, frame: FrameType) -> str:
+        """Why the loop cannot take capture batches, and what to do; "" if it can."""
         try:
             if self._current is None:
-                raise AttachError(f"The script trains on batches of no prepared DataLoader. {ON_DEMAND}")
+                raise UnsuitableLoopError(
+                    "The script trains on batches of a DataLoader that it never passed to accelerator.prepare, or it "
+                    "never passed a DataLoader at all"
+                )
             if self.run.loader is None:
                 self.run.train_on(self._current)
             check_loop(frame, lambda value: self._base_of(value) is self.run.loader)
             if not self._form_checked:
                 self._capture.watch(LoopVariables())
             self._form_checked = True
-        except UnsuitableLoopError as why:
-            self.let_go(CaptureError(f"{why}. {ON_DEMAND}"))
-        except DminTraceError as why:
-            self.let_go(why)
+        except UnsuitableLoopError as error:
+            return f"{error}. {ON_DEMAND}"
+        except DminTraceError as error:
+            return str(error)
         except Exception as error:
             logger.debug("The loop's form could not be found out.", exc_info=True)
-            self.let_go(CaptureError(f"The form of its loop was not recognised ({type(error).__name__}). {ON_DEMAND}"))
+            return f"The form of the script's loop was not recognised ({message_of(error)}). {ON_DEMAND}"
+        return ""
 
     def let_go(self, why: DminTraceError) -> None:
         """Leaves the training alone from here on, and has the capture say why."""

@@ -251,9 +251,8 @@ class ScriptCapture:
     def watch(self, variables: LoopVariables) -> None:
         """Sees the loop's variables at its first training step, from which averages of weights are told later."""
         run = self.driver.run
-        if run.optimizers:
-            trained = find_trainable([run.unwrap(model) for model in run.models], run.optimizers)
-            self._averages = Averages(variables.named(), trained.tensors)
+        trained = find_trainable([run.unwrap(model) for model in run.models], run.optimizers)
+        self._averages = Averages(variables.named(), trained.tensors)
 
     def check_final_weights(self) -> None:
         """Marks the trace if the weights are not those that were captured; at the end of the training, and at exit."""

@@ -153,6 +153,7 @@ class LoopDriver:
                 )
             if self.run.loader is None:
                 self.run.train_on(self._current)
+            self.run.check_optimizer()
             check_loop(frame, lambda value: self._base_of(value) is self.run.loader)
             if not self._form_checked:
                 self._capture.watch(LoopVariables())

@@ -51,6 +51,9 @@ HEAD_METHODS = (
 )
 """What a step calls, besides, before its loss is computed: for its result it calls anything."""
 DRAWING_MODULES = ("random", "numpy.random", "torch.random")
+PARAMETER_ATTRIBUTES = ("weight", "bias", "data")
+TORCH_EFFECTS = ("save", "set_", "manual_seed", "use_")
+"""How the names of torch's functions begin that do more than return a tensor."""
 WRAPPERS = ("enumerate", "tqdm", "trange")
 _UNKNOWN = object()
 
@@ -213,10 +216,14 @@ class _Checks:
         return _UNKNOWN if number else value
 
     def _check_target(self, target: ast.expr, statement: ast.stmt) -> None:
-        """Raises for a target that is not put back: variables are, and the items of those that are containers."""
+        """Raises for a target that is not put back: variables are, and the items of those that are containers.
+
+        A script may write to rows of a parameter what was there; the recorder sees if it was something else.
+        """
         for part in _names(target):
             owner = part.value if isinstance(part, ast.Subscript) else part
-            if not isinstance(owner, ast.Name):
+            of_parameter = owner is not part and _last_name(owner) in PARAMETER_ATTRIBUTES
+            if not (isinstance(owner, ast.Name) or of_parameter):
                 raise UnsuitableLoopError(f"{self._says(statement)}, which would also change for every capture batch")
 
     def _check_call(self, call: ast.Call) -> None:
@@ -237,7 +244,7 @@ class _Checks:
                 return
             if type(owner).__module__.partition(".")[0] in ("tqdm", "logging"):
                 return
-            if isinstance(owner, (str, ModuleType)) and name in READING_METHODS:
+            if owner is torch and not name.startswith(TORCH_EFFECTS):
                 return
         raise UnsuitableLoopError(f"{self._says(call)}, which would also run for every capture batch")
 

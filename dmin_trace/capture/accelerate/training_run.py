@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
-from dmin_trace.errors import AttachError
+from dmin_trace.errors import AttachError, CaptureError
 
 UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA}
 """Kinds of distributed runs in which no process has whole gradients."""
@@ -41,6 +41,14 @@ class TrainingRun:
         added = [one for one in prepared if isinstance(one, DataLoader) and id(one) not in known]
         self.loaders += added
         return added
+
+    def check_optimizer(self) -> None:
+        """Raises CaptureError if capture batches would train the model."""
+        if not self.optimizers:
+            raise CaptureError(
+                "No optimizer was passed to accelerator.prepare, so capture batches would train the model. Prepare the "
+                "optimizer."
+            )
 
     def train_on(self, loader: Any) -> None:
         """Takes a prepared dataloader for the one with the training data. Raises AttachError to refuse it."""

@@ -217,7 +217,7 @@ def test_a_prompt_is_asked_for(made: Path) -> None:
 def test_a_prompt_alone_makes_an_image(made: Path) -> None:
     found, said = ask(made, "--prompt", caption(3), "--num", "2", "--seed", "7", "-k", "2")
     assert len(found) == 2
-    folder = made / "with" / "out" / "generated"
+    folder = made / "with" / "out.trace" / "generated"
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == ["stripes-3-7.png", "stripes-3-8.png"]
     pixels = [np.asarray(Image.open(file)).astype(int) for file in files]

@@ -124,6 +124,7 @@ class ScriptCapture:
         self._begun = self._moved = False
         self._averages: Averages | None = None
         self._raw_weights: str | None = None
+        self._versions: list[tuple[int, int]] = []
         rank, count = accelerator.process_index, accelerator.num_processes
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
         self._settle()
@@ -261,6 +262,11 @@ class ScriptCapture:
         if self.ranks.rank != 0 or not self.recorder.finished:
             return
         trainable = self.recorder.trainable
+        # Reading all weights takes seconds for a large model: at exit it is done again only if they were written to.
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in trainable.tensors]
+        if versions == self._versions:
+            return
+        self._versions = versions
         try:
             saved = store.weights_beside(self.out)
             same = self._raw_weights is not None and trainable.weights_fingerprint() == self._raw_weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,16 @@ def test_the_loader_that_is_trained_on_is_captured(tmp_path: Path, warm: Warm) -
     again = open_store(tmp_path / "demand.zarr")
     assert again.sample.tolist() == trace.sample.tolist()
     assert abs(again.gradients(trace.sample) - trace.gradients(trace.sample)).max() <= 1e-6
+
+
+def test_a_step_in_a_function_ends_as_it_would_have(tmp_path: Path, warm: Warm) -> None:
+    """What the deferred end of the last step logs is of the last training batch, also from a function of its own."""
+    text = textwrap.indent(textwrap.dedent("            " + ACCUMULATE), "        ")
+    function = f"    def body(batch):\n        nonlocal total, global_step\n{text}        return loss\n"
+    changes = (("    for epoch in", f"{function}    for epoch in"),)
+    call = "loss = body(batch)\n            if global_step >= args.max_train_steps:\n                break"
+    assert both(tmp_path, warm, changes, {"accelerator": FIVE, "body": call}) == ""
+    assert open_store(tmp_path / "with.trace" / "trace.zarr").final
 
 
 def test_a_pass_that_trains_nothing_is_no_epoch(tmp_path: Path, warm: Warm) -> None:

@@ -45,7 +45,10 @@ class LoopVariables:
 
     def restore(self) -> None:
         """Restores variables and what was changed in place. Variables that are new since then stay."""
-        for frame, variables in self._frames:
+        # A training step that is a function of its own runs in another frame by now.
+        running = {frame.f_code: frame for frame in _script_frames(sys._getframe(1))}
+        for remembered, variables in self._frames:
+            frame = running.get(remembered.f_code, remembered)
             current = frame.f_locals
             changed = {name: old for name, old in variables.items() if current.get(name, self) is not old}
             if changed:

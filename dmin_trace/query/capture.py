@@ -159,8 +159,11 @@ def _check_conditioning(name: str, source: ImageInput | None, column: str | None
 def _run(command: Command, trace: Path, weights: Path, folder: Path) -> None:
     """Runs a script on queries, in a copy of its working directory. What it prints is shown only if it fails."""
     (work := folder / "work").mkdir()
-    for entry in Path(command.folder).iterdir():
-        (work / entry.name).symlink_to(entry)
+    try:
+        for entry in Path(command.folder).iterdir():
+            (work / entry.name).symlink_to(entry)
+    except OSError as error:
+        raise ScriptError(f"The script's folder {command.folder} cannot be read: {error.strerror or error}.") from None
     arguments = tuple(_from_elsewhere(argument, Path(command.folder)) for argument in command.arguments)
     out, like = str(folder / "queries.zarr"), str(trace.absolute())
     command = Command(command.script, arguments, str(work))

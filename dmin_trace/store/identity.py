@@ -7,7 +7,7 @@ from typing import Any
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.store.header import Header
 
-MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "unreached")
+MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "unreached", "weights_of")
 """Attributes in which two runs of one capture may differ. Script and data are compared where both are known."""
 
 

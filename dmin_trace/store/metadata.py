@@ -78,12 +78,15 @@ def set_finished(path: Path, finished: Finished | None) -> None:
     """Writes into a store that it is complete, or that it is not. Raises OSError if the disk refuses."""
     metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
     attributes = metadata["attributes"]
-    for name in ("state", "valid_count"):
+    # A store that is completed again is still of the weights that it was of.
+    final = attributes.get("final", True)
+    for name in ("state", "valid_count", "final"):
         attributes.pop(name, None)
+    attributes["complete"] = finished is not None
     if finished is not None:
-        # A store that is completed again is still of the weights that it was of.
-        finished = replace(finished, final=attributes.get("final", True))
-    attributes |= {"complete": finished is not None} | (asdict(finished) if finished is not None else {})
+        attributes |= asdict(replace(finished, final=final))
+    elif not final:
+        attributes["final"] = False
     _replace_group(path, metadata)
 
 

@@ -38,7 +38,7 @@ class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
     weights_saved: whether this process has saved the trained weights beside the store.
-    finished: whether this process has marked the store complete.
+    finished: whether the store is complete.
     row_ends: in a trial, the time in seconds at which each sample's last training step ended.
     """
 
@@ -255,9 +255,9 @@ class Recorder:
         with self._ranks.holding():
             if self._ranks.rank == 0:
                 writer.finish()
-                self.finished = True
                 logger.info("The trace of %d samples is in %s.", self.samples, self.output.out)
         self._ranks.meet()
+        self.finished = True
         if self._failed:
             logger.warning(
                 "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify "

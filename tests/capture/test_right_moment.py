@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from loop_scripts import ACCUMULATE, BREAK
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import plain_script, without_the_line
 from warm import Warm
 
@@ -115,6 +115,22 @@ def test_a_step_in_a_function_ends_as_it_would_have(tmp_path: Path, warm: Warm) 
     call = "loss = body(batch)\n            if global_step >= args.max_train_steps:\n                break"
     assert both(tmp_path, warm, changes, {"accelerator": FIVE, "body": call}) == ""
     assert open_store(tmp_path / "with.trace" / "trace.zarr").final
+
+
+def test_a_loop_over_range_is_captured_on_demand_if_it_is_long_enough(tmp_path: Path, warm: Warm) -> None:
+    script = plain_script(tmp_path / "script.py", imports="", attach="", accelerator=FIVE, body=ACCUMULATE)
+    loop = "steps, batches = 10 * args.num_epochs, iter(loader)\n        for step in range(steps):\n            "
+    script.write_text(script.read_text().replace(LOOP, f"{loop}batch = next(batches)"))
+    layers = torch.nn.Linear(17, 24), torch.nn.Linear(24, 16)
+    names = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
+    values = [value.detach() for layer in layers for value in layer.parameters()]
+    save_file(dict(zip(names, values, strict=True)), tmp_path / "weights.safetensors")
+    options = ["--weights", "weights.safetensors", "--out", "a.zarr", "--timesteps", 3, "--dimension", 64]
+    command = ["dmin-trace", "capture", *options, "--", script]
+    said = " ".join(warm.run([*command, "--num_epochs", 2], tmp_path, code=1).split())
+    assert "takes 20 batches; the capture needs 30" in said and "--max_train_steps" in said
+    warm.run([*command, "--num_epochs", 3], tmp_path)
+    assert open_store(tmp_path / "a.zarr").complete and not (tmp_path / "out").exists()
 
 
 def test_a_pass_that_trains_nothing_is_no_epoch(tmp_path: Path, warm: Warm) -> None:

@@ -292,6 +292,11 @@ class ScriptCapture:
             raise self.error
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
+        if self.on_demand and self._begun and not self.recorder.finished:
+            raise CaptureError(
+                "The script's loop ended before the capture was complete. Have it take more batches (such as by a "
+                "larger --max_train_steps) and run this again: it continues where it stopped."
+            )
 
     def _at_exit(self) -> None:
         self.check_final_weights()

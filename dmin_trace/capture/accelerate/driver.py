@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dmin_trace.capture.accelerate.capture_batches import CaptureBatches
-from dmin_trace.capture.accelerate.loop_form import UnsuitableLoopError, check_loop
+from dmin_trace.capture.accelerate.loop_form import UnsuitableLoopError, check_length, check_loop
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
 from dmin_trace.errors import CaptureError, DminTraceError, message_of
@@ -115,6 +115,8 @@ class LoopDriver:
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
         if (step := self.batches.step) is not None:
+            if self._capture.on_demand and not self._form_checked:
+                self._check_length(sys._getframe(1))
             self.batches.backward(step, loss)
         elif self._capture.on_demand:
             # The batch by which the training loader is found; nothing is trained on it.
@@ -142,6 +144,14 @@ class LoopDriver:
             why = next((reason for reason in gather_object([why]) if reason), "")
         if why:
             self.let_go(CaptureError(why))
+
+    def _check_length(self, frame: FrameType) -> None:
+        """Raises CaptureError if the loop would end before a capture on demand is complete, and the script save."""
+        self._form_checked = True
+        try:
+            check_length(frame, self.run.samples * len(self._capture.timesteps))
+        except UnsuitableLoopError as error:
+            raise CaptureError(f"{error}. Nothing was captured.") from None
 
     def _why_unsuitable(self, frame: FrameType) -> str:
         """Why the loop cannot take capture batches, and what to do; "" if it can."""

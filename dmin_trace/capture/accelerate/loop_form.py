@@ -55,6 +55,9 @@ PARAMETER_ATTRIBUTES = ("weight", "bias", "data")
 TORCH_EFFECTS = ("save", "set_", "manual_seed", "use_")
 """How the names of torch's functions begin that do more than return a tensor."""
 WRAPPERS = ("enumerate", "tqdm", "trange")
+LOOPS = (ast.For, ast.While, ast.AsyncFor)
+Chain = list[tuple[ast.AST, list[ast.stmt], int]]
+"""Running statements, outermost first: each with its parent, and its place among the parent's statements."""
 _UNKNOWN = object()
 
 
@@ -67,33 +70,65 @@ def check_loop(frame: FrameType, is_driven: Callable[[Any], bool]) -> None:
 
     `frame` is the one that calls `accelerator.backward`; `is_driven` says whether a value is the driven loader.
     """
-    here: FrameType | None = frame
-    while here is not None:
-        if not is_ours(here) and here.f_globals.get("__name__") != "contextlib":
-            loop, exits = _check_frame(here)
-            if loop is not None:
-                _check_source(loop, here, is_driven)
-                _check_exits(loop, exits, here)
-                return
-        here = here.f_back
+    for here, chain in _frames_to_loop(frame):
+        if not chain:
+            raise UnsuitableLoopError(f"The source of {Path(here.f_code.co_filename).name} cannot be read")
+        loops = [parent for parent, _, _ in chain if isinstance(parent, LOOPS)]
+        changing = loops[-1].body if loops else chain[0][1]
+        checks = _Checks(here, {ast.unparse(target) for target in _targets(changing, everywhere=True)})
+        for parent, siblings, at in reversed(chain):
+            for statement in siblings[:at]:
+                checks.before(statement)
+            checks.after(siblings[at + 1 :])
+            if not isinstance(parent, LOOPS):
+                continue
+            if not isinstance(parent, ast.For):
+                raise UnsuitableLoopError(
+                    f"The loop at {_place(here, parent)} takes its batches by itself (next, while)"
+                )
+            _check_source(parent, here, is_driven)
+            _check_exits(parent, checks)
+            return
     raise UnsuitableLoopError("The training step is not inside a loop of the script")
 
 
-def _check_frame(frame: FrameType) -> tuple[ast.For | None, list[ast.expr]]:
-    """Checks a frame's statements around the one that runs, up to the loop; gives it, and what it is left by."""
-    chain = _running_statements(frame)
-    loops = [parent for parent, _, _ in chain if isinstance(parent, ast.For)]
-    changing = loops[-1].body if loops else chain[0][1]
-    checks = _Checks(frame, {ast.unparse(target) for target in _targets(changing, everywhere=True)})
-    for parent, siblings, at in reversed(chain):
-        for statement in siblings[:at]:
-            checks.before(statement)
-        checks.after(siblings[at + 1 :])
-        if isinstance(parent, ast.For):
-            return parent, checks.exits
-        if isinstance(parent, (ast.While, ast.AsyncFor)):
-            raise UnsuitableLoopError(f"The loop at {_place(frame, parent)} takes its batches by itself (next, while)")
-    return None, []
+def check_length(frame: FrameType, batches: int) -> None:
+    """Raises UnsuitableLoopError if a loop over `range` ends before it has taken so many capture batches.
+
+    On demand little else matters: the script does not train, and is ended with the last capture batch.
+    """
+    for here, chain in _frames_to_loop(frame):
+        for parent, _, _ in reversed(chain):
+            if isinstance(parent, LOOPS):
+                limit = _limit(parent.iter, here) if isinstance(parent, ast.For) else None
+                if limit is not None and limit < batches:
+                    raise UnsuitableLoopError(
+                        f"The loop at {_place(here, parent)} takes {limit:,} batches; the capture needs {batches:,}. "
+                        "Give the script's argument for them (such as --max_train_steps) that number"
+                    )
+                return
+
+
+def _frames_to_loop(frame: FrameType) -> Iterator[tuple[FrameType, Chain]]:
+    """The script's frames from `frame` outwards, each with the statements that run in it."""
+    here: FrameType | None = frame
+    while here is not None:
+        if not is_ours(here) and here.f_globals.get("__name__") != "contextlib":
+            yield here, _running_statements(here)
+        here = here.f_back
+
+
+def _limit(source: ast.expr, frame: FrameType) -> int | None:
+    """The number of steps of a loop over `range(n)`, also in a `zip` or a progress bar; None for any other."""
+    if not isinstance(source, ast.Call) or not source.args:
+        return None
+    if _last_name(source.func) != "range":
+        wraps = _last_name(source.func) in (*WRAPPERS, "zip")
+        limits = [_limit(argument, frame) for argument in source.args] if wraps else []
+        return min((limit for limit in limits if limit is not None), default=None)
+    bounds = [a.value if isinstance(a, ast.Constant) else _value(a, frame) for a in source.args]
+    numbers = [bound for bound in bounds if isinstance(bound, int)]
+    return len(range(*numbers)) if len(numbers) == len(bounds) else None
 
 
 def _check_source(loop: ast.For, frame: FrameType, is_driven: Callable[[Any], bool]) -> None:
@@ -112,33 +147,34 @@ def _check_source(loop: ast.For, frame: FrameType, is_driven: Callable[[Any], bo
         )
 
 
-def _check_exits(loop: ast.For, exits: list[ast.expr], frame: FrameType) -> None:
+def _check_exits(loop: ast.For | ast.While | ast.AsyncFor, checks: "_Checks") -> None:
     """Raises if the loop is left by a count that goes on without `sync_gradients`: it would be left too early."""
-    changed = {ast.unparse(target) for target in _targets(loop.body)} | {ast.unparse(n) for n in _names(loop.target)}
-    for test in exits:
+    changed = {ast.unparse(target) for target in _targets(loop.body)}
+    tests = list(checks.exits(loop.body))
+    if isinstance(loop, ast.While):
+        tests.append(loop.test)
+    else:
+        changed |= {ast.unparse(name) for name in _names(loop.target)}
+    for test in tests:
         for part in ast.walk(test):
             if isinstance(part, (ast.Name, ast.Attribute, ast.Subscript)) and (name := ast.unparse(part)) in changed:
                 raise UnsuitableLoopError(
-                    f"The loop at {_place(frame, loop)} is left by {name}, which changes outside `if "
+                    f"The loop at {_place(checks.frame, loop)} is left by {name}, which changes outside `if "
                     "accelerator.sync_gradients:`"
                 )
 
 
 class _Checks:
-    """The statements of one frame that run for capture batches.
-
-    exits: the conditions under which the loop is left.
-    """
+    """The statements of one frame that run for capture batches."""
 
     def __init__(self, frame: FrameType, changing: set[str]) -> None:
         """`changing`: what the loop assigns, which may differ from batch to batch."""
-        self.exits: list[ast.expr] = []
-        self._frame, self._changing = frame, changing
+        self.frame, self._changing = frame, changing
 
     def before(self, statement: ast.stmt) -> None:
         """A statement before the backward: it may compute anything, but a call for its effect must be harmless."""
         if isinstance(statement, ast.Expr) and isinstance(call := statement.value, ast.Call):
-            owner = _value(call.func.value, self._frame) if isinstance(call.func, ast.Attribute) else None
+            owner = _value(call.func.value, self.frame) if isinstance(call.func, ast.Attribute) else None
             draws = isinstance(owner, ModuleType) and owner.__name__ in DRAWING_MODULES
             if not (draws or _last_name(call.func) in HEAD_METHODS or _last_name(call.func).endswith("_")):
                 self._check_call(call)
@@ -149,11 +185,21 @@ class _Checks:
                 for inner in body:
                     self.before(inner)
 
-    def after(self, statements: Sequence[ast.stmt], tests: Sequence[ast.expr] = ()) -> None:
-        """Statements after the backward."""
+    def exits(self, statements: Sequence[ast.stmt], tests: Sequence[ast.expr] = ()) -> Iterator[ast.expr]:
+        """The conditions under which statements leave the loop, on batches that do not wait for `sync_gradients`."""
         for statement in statements:
             if isinstance(statement, (ast.Break, ast.Return)):
-                self.exits += tests
+                yield from tests
+            if not isinstance(statement, LOOPS):
+                inner = [*tests, statement.test] if isinstance(statement, ast.If) else tests
+                for block in self._entered(statement):
+                    yield from self.exits(block, inner)
+            if _skips_without_sync(statement):
+                return
+
+    def after(self, statements: Sequence[ast.stmt]) -> None:
+        """Statements after the backward."""
+        for statement in statements:
             if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Delete)):
                 continue
             if isinstance(statement, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
@@ -161,14 +207,13 @@ class _Checks:
                     self._check_target(target, statement)
             if _skips_without_sync(statement):
                 # What follows it is the block that waits for sync_gradients.
-                self.after(statement.body, tests)
+                self.after(statement.body)
                 return
             for expression in _expressions(statement, self._is_never):
                 for call in _calls(expression):
                     self._check_call(call)
-            inner = [*tests, statement.test] if isinstance(statement, ast.If) else tests
             for body in self._entered(statement):
-                self.after(body, inner)
+                self.after(body)
 
     def _entered(self, statement: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
         """The blocks of a statement that a capture batch may enter."""
@@ -211,7 +256,7 @@ class _Checks:
         if "process" in _last_name(node):
             # All processes must come to the same answer.
             return _UNKNOWN
-        value = _value(node, self._frame)
+        value = _value(node, self.frame)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return _UNKNOWN if number else value
 
@@ -229,11 +274,11 @@ class _Checks:
     def _check_call(self, call: ast.Call) -> None:
         function, name = call.func, _last_name(call.func)
         if isinstance(function, ast.Name):
-            value = _value(function, self._frame)
+            value = _value(function, self.frame)
             if name in READING_FUNCTIONS and value in (_UNKNOWN, getattr(builtins, name)):
                 return
         elif isinstance(function, ast.Attribute):
-            owner = _value(function.value, self._frame)
+            owner = _value(function.value, self.frame)
             if name in READING_METHODS and not isinstance(owner, torch.nn.Module):
                 return
             if name in CONTAINER_METHODS and isinstance(function.value, ast.Name) and type(owner) in (list, dict, set):
@@ -250,16 +295,16 @@ class _Checks:
 
     def _says(self, node: ast.stmt | ast.expr) -> str:
         shown = ast.unparse(node).splitlines()[0][:80]
-        return f"{_place(self._frame, node)} has `{shown}` outside `if accelerator.sync_gradients:`"
+        return f"{_place(self.frame, node)} has `{shown}` outside `if accelerator.sync_gradients:`"
 
 
-def _running_statements(frame: FrameType) -> list[tuple[ast.AST, list[ast.stmt], int]]:
-    """The statements of a frame's code that are running, outermost first: each with its parent and its place there."""
+def _running_statements(frame: FrameType) -> Chain:
+    """The statements of a frame's code that are running; none if its source cannot be read."""
     line, _, column, _ = list(frame.f_code.co_positions())[frame.f_lasti // 2]
     tree = _parsed(frame.f_code.co_filename, "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
+    chain: Chain = []
     if tree is None or line is None or column is None:
-        raise UnsuitableLoopError(f"The source of {Path(frame.f_code.co_filename).name} cannot be read")
-    chain: list[tuple[ast.AST, list[ast.stmt], int]] = []
+        return chain
     parent: ast.AST | None = tree
     while parent is not None:
         found = None
@@ -274,8 +319,6 @@ def _running_statements(frame: FrameType) -> list[tuple[ast.AST, list[ast.stmt],
         parent = found[1][found[2]]
         # A function's code is that of the innermost function.
         chain = [] if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) else [*chain, found]
-    if not chain:
-        raise UnsuitableLoopError(f"The source of {Path(frame.f_code.co_filename).name} is not what runs")
     return chain
 
 

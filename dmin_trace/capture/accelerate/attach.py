@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from dmin_trace import store
 from dmin_trace.capture.accelerate.averages import Averages, evaluated, keeps_average
-from dmin_trace.capture.accelerate.driver import ON_DEMAND, LoopDriver
+from dmin_trace.capture.accelerate.driver import ENDED_EARLY, ON_DEMAND, LoopDriver
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
@@ -293,10 +293,7 @@ class ScriptCapture:
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
         if self.on_demand and self._begun and not self.recorder.finished:
-            raise CaptureError(
-                "The script's loop ended before the capture was complete. Have it take more batches (such as by a "
-                "larger --max_train_steps) and run this again: it continues where it stopped."
-            )
+            raise CaptureError(ENDED_EARLY)
 
     def _at_exit(self) -> None:
         self.check_final_weights()

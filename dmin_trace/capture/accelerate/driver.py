@@ -40,6 +40,10 @@ ON_DEMAND = (
     "SCRIPT ARGS."
 )
 """The way out for a loop that capture batches cannot go through."""
+ENDED_EARLY = (
+    "The script's loop ended before the capture was complete. Have it take more batches (such as by a larger "
+    "--max_train_steps) and run this again: it continues where it stopped."
+)
 _BASE = "_dmin_trace_loader"
 """The attribute of a driven loader's class with the prepared loader."""
 
@@ -149,7 +153,8 @@ class LoopDriver:
         """Raises CaptureError if the loop would end before a capture on demand is complete, and the script save."""
         self._form_checked = True
         try:
-            check_length(frame, self.run.samples * len(self._capture.timesteps))
+            # The capture is completed when the loop takes one batch more.
+            check_length(frame, self.run.samples * len(self._capture.timesteps) + 1)
         except UnsuitableLoopError as error:
             raise CaptureError(f"{error}. Nothing was captured.") from None
 
@@ -223,6 +228,8 @@ class LoopDriver:
     def _batches_of(self, loader: Any, own: Iterator[Any]) -> Iterator[Any]:
         """The batches of one pass over a loader, and the capture batches where the training ends in this pass."""
         if self._capture.on_demand:
+            if self.captured:
+                raise CaptureError(ENDED_EARLY)
             if len(self.run.loaders) == 1:
                 self.run.train_on(loader)
             for batch in own if self.run.loader is None else ():

@@ -156,7 +156,7 @@ def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt
     if any("{data}" in argument for argument in arguments):
         pointed = [argument.replace("{data}", str(folder)) for argument in arguments]
         named = ["--output_dir", str(output)] if has_argument(arguments, "--output_dir") else []
-        return [*without_arguments(pointed, OUTPUT_ARGUMENTS), *outputs, *named]
+        return [*without_arguments(on_demand_arguments(pointed), OUTPUT_ARGUMENTS), *outputs, *named]
     data = next((name for name in DATA_ARGUMENTS if has_argument(arguments, name)), "--train_data_dir")
     replaced = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *OUTPUT_ARGUMENTS)
     kept = [a for a in without_arguments(arguments, replaced) if a not in DROPPED_FLAGS] + outputs

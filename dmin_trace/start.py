@@ -83,13 +83,19 @@ def start_job(job: Job, folder: Path, log: BinaryIO | None = None) -> int:
     # Otherwise a folder named dmin_trace in the working directory would be imported.
     environment["PYTHONSAFEPATH"] = "1"
     if log is None:
-        with _signals_left_to_the_job(), subprocess.Popen(launch, env=environment) as process:
+        with _signals_left_to_the_job(), subprocess.Popen(launch, env=environment, cwd=command.folder) as process:
             code = process.wait()
     else:
         # `datasets` would keep a copy of every query.
         environment["HF_DATASETS_CACHE"] = str(folder / "cache")
         code = subprocess.run(
-            launch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False
+            launch,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=command.folder,
+            check=False,
         ).returncode
     if (folder / REFUSAL_FILE).is_file():
         raise _read_refusal(folder / REFUSAL_FILE)

@@ -5,7 +5,7 @@ and resuming. The data are scikit-learn's 1,797 digits of 8x8 pixels, or a folde
 One line is dmin_trace's.
 
     python train_digits.py --output_dir digits
-    dmin-trace query digits/trace.zarr some_digit.png
+    dmin-trace query digits.trace/trace.zarr some_digit.png
 """
 
 import argparse

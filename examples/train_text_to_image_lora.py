@@ -6,7 +6,7 @@ a `metadata.jsonl` of lines such as {"file_name": "cat.png", "text": "a cat"}.
 One line is dmin_trace's.
 
     python train_text_to_image_lora.py --pretrained_model_name_or_path MODEL --train_data_dir images --output_dir lora
-    dmin-trace query lora/trace.zarr generated.png --prompt "a cat"
+    dmin-trace query lora.trace/trace.zarr generated.png --prompt "a cat"
 """
 
 import argparse

@@ -63,7 +63,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
         """Raises SettingsError for an invalid setting.
 
         Args:
-            out: the store.
+            out: the store. One that lies there is kept, as `trace-1.zarr`.
             settings: what to capture.
             strict: raise an error during the capture, instead of logging it.
             overrides: single settings by their names, instead of those in `settings`.
@@ -76,8 +76,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Raises, before the training, what would end a capture after it.
 
-        AttachError if the trainer or the module is of a kind that is not supported, TraceError if `out` exists already
-        or cannot be written.
+        AttachError if the trainer or the module is of a kind that is not supported, TraceError if `out` cannot be
+        written.
         """
         if stage != "fit" or trainer.fast_dev_run:
             return
@@ -91,7 +91,7 @@ class TraceCallback(Callback):  # type: ignore[misc]
         if not strategies.isdisjoint(_SPLITTING_STRATEGIES):
             raise AttachError(f"{type(trainer.strategy).__name__} splits gradients, which cannot be captured.")
         _refuse_module(pl_module)
-        store.check_free(self.out)
+        store.check_writable(self.out)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuses a dataloader that could not be captured, and moves to the end of the callbacks.
@@ -111,6 +111,8 @@ class TraceCallback(Callback):  # type: ignore[misc]
             logger.warning("fast_dev_run: nothing is captured.")
             return
         try:
+            if (aside := store.set_aside(self.out.absolute())) is not None:
+                logger.warning("%s is of this run. That of an earlier run is now %s.", self.out, aside.name)
             loader, optimizers = trainer.train_dataloader, trainer.optimizers
             capture(pl_module, loader, out=self.out, settings=self.settings, optimizers=optimizers, trainer=trainer)
         except Exception as error:

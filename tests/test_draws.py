@@ -100,7 +100,7 @@ def test_the_line_changes_nothing_but_the_trace(trained: Path) -> None:
 
 
 def test_gradients_are_those_of_an_independent_reference(trained: Path) -> None:
-    trace = open_store(trained / "out" / "trace.zarr")
+    trace = open_store(trained / "out.trace" / "trace.zarr")
     assert (trace.complete, trace.header.draws) == (True, 3)
     check_digits(trace, trained)
 
@@ -110,12 +110,15 @@ def test_on_demand_gradients_are_those_of_the_reference_too(trained: Path) -> No
     command_line(["capture", *options, "--", trained / "train.py", *SHORT, "--output_dir", "x"], trained)
     trace = open_store(trained / "demand.zarr")
     assert trace.header.draws == 3
-    first, again = open_store(trained / "out" / "trace.zarr").gradients(np.arange(4)), trace.gradients(np.arange(4))
+    first, again = (
+        open_store(trained / "out.trace" / "trace.zarr").gradients(np.arange(4)),
+        trace.gradients(np.arange(4)),
+    )
     assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
 
 
 def test_the_command_line_shows_what_is_not_usual(trained: Path) -> None:
-    shown, _ = command_line(["info", "out/trace.zarr"], trained)
+    shown, _ = command_line(["info", "out.trace/trace.zarr"], trained)
     assert any("draws" in line and "3 at each timestep" in line for line in shown.splitlines())
     command = ["--", trained / "train.py", *SHORT, "--output_dir", "x"]
     said, _ = command_line(["estimate", "--draws", "3", *command], trained)
@@ -198,7 +201,7 @@ def test_two_processes_capture_what_one_does(tmp_path: Path) -> None:
     model = Denoiser().eval()
     saved = torch.load(tmp_path / "several" / "state.pt", weights_only=False)["model"]
     model.load_state_dict({name.removeprefix("module."): value for name, value in saved.items()})
-    trace = open_store(tmp_path / "several" / "trace.zarr")
+    trace = open_store(tmp_path / "several.trace" / "trace.zarr")
     assert sorted(trace.sample.tolist()) == list(range(5))
     check_points(trace.path, model)
 

@@ -80,7 +80,7 @@ def test_the_line_changes_nothing_but_the_trace(tmp_path: Path) -> None:
     assert "checkpoint-9/random_states_0.pkl" in without
     assert list(with_line) == list(without)
     assert [name for name in without if with_line[name] != without[name]] == []
-    assert open_store(tmp_path / "a" / "out" / "trace.zarr").complete
+    assert open_store(tmp_path / "a" / "out.trace" / "trace.zarr").complete
 
 
 def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
     script = with_settings(tmp_path / "train.py", settings)
     command = [script, "--train_data_dir", "digits", *SHORT]
     run([*command, "--output_dir", "out"], tmp_path)
-    trace = open_store(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out.trace" / "trace.zarr")
     weights = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
     model = digits_model(weights)
     facts = trace.header.projection
@@ -115,11 +115,9 @@ def test_gradients_are_those_of_an_independent_reference_for_every_parameter(tmp
                     assert (captured - reference).norm() <= 1e-5 * reference.norm(), (sample, slot, name)
             assert at == facts.length
 
-    for saved in ("trace.weights.safetensors", "unet"):
-        out = f"demand-{saved}"
-        ran = run(
-            [*CLI, "capture", "--weights", f"out/{saved}", "--out", out, "--", *command, "--output_dir", "x"], tmp_path
-        )
+    for saved in ("out.trace/trace.weights.safetensors", "out/unet"):
+        out = f"demand-{Path(saved).name}"
+        ran = run([*CLI, "capture", "--weights", saved, "--out", out, "--", *command, "--output_dir", "x"], tmp_path)
         assert "Traceback" not in ran.stderr
         again = open_store(tmp_path / out)
         rows, first = again.gradients(np.arange(4)), trace.gradients(np.arange(4))
@@ -141,7 +139,7 @@ def test_the_right_gradient_lies_under_the_right_index(tmp_path: Path, arguments
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
     script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', transform='none'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, *arguments], tmp_path)
-    trace = open_store(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out.trace" / "trace.zarr")
     if "bf16" in arguments:
         # Rounded to 8 bits on the way, a gradient is still nearest to its own sample's.
         rows = trace.gradients(np.arange(12)).reshape(12, -1)
@@ -154,7 +152,7 @@ def test_ema_weights_are_what_is_captured_when_they_are_what_is_saved(tmp_path: 
     images = sorted(digit_folder(tmp_path / "digits", 12).iterdir())
     script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', transform='none'")
     run([script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--use_ema"], tmp_path)
-    trace = open_store(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out.trace" / "trace.zarr")
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -163,9 +161,9 @@ def test_a_resumed_run_is_captured_as_an_unbroken_one(tmp_path: Path) -> None:
     script = with_settings(tmp_path / "train.py", "timesteps=2, dtype='float32', transform='none'")
     command = [script, "--train_data_dir", "digits", "--output_dir", "out", *SHORT, "--checkpointing_steps", "4"]
     run(command, tmp_path)
-    shutil.move(tmp_path / "out" / "trace.zarr", tmp_path / "first.zarr")
+    shutil.move(tmp_path / "out.trace" / "trace.zarr", tmp_path / "first.zarr")
     run([*command, "--resume_from_checkpoint", "checkpoint-4"], tmp_path)
-    trace = open_store(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out.trace" / "trace.zarr")
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -177,7 +175,7 @@ def test_a_training_image_finds_itself_first(trained: Path) -> None:
             "query",
             "--score",
             "dmin",
-            "out/trace.zarr",
+            "out.trace/trace.zarr",
             *images,
             "-k",
             "3",
@@ -207,21 +205,25 @@ def test_python_and_command_line_agree(trained: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("XDG_STATE_HOME", str(trained / "state"))
     images = sorted((trained / "digits").iterdir())[:2]
-    hits = dmin_trace.attribute(trained / "out" / "trace.zarr", images, k=4, score="dmin")
-    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", *images, "-k", "4", "--json", "two.json"], trained)
+    hits = dmin_trace.attribute(trained / "out.trace" / "trace.zarr", images, k=4, score="dmin")
+    ran = run(
+        [*CLI, "query", "--score", "dmin", "out.trace/trace.zarr", *images, "-k", "4", "--json", "two.json"], trained
+    )
     answer = json.loads((trained / "two.json").read_text())
     assert [[hit.sample for hit in row] for row in hits] == [
         [hit["sample"] for hit in query["hits"]] for query in answer["queries"]
     ]
     assert "Most influential training samples for 0000.png" in ran.stdout
-    with dmin_trace.open_trace(trained / "out" / "trace.zarr") as trace:
+    with dmin_trace.open_trace(trained / "out.trace" / "trace.zarr") as trace:
         queries = trace.query_images(images)
         assert queries.names == ("0000.png", "0001.png") and queries.prompts == (None, None)
         assert trace.top_k(queries, 4, "dmin").hits == hits
 
 
 def test_a_sample_asks_without_a_model(trained: Path) -> None:
-    ran = run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "--sample", "17", "--json", "sample.json"], trained)
+    ran = run(
+        [*CLI, "query", "--score", "dmin", "out.trace/trace.zarr", "--sample", "17", "--json", "sample.json"], trained
+    )
     hits = json.loads((trained / "sample.json").read_text())["queries"][0]["hits"]
     assert hits[0]["sample"] == 17
     assert [hit["rank"] for hit in hits] == list(range(1, 11))
@@ -235,7 +237,7 @@ def test_a_query_by_a_given_command_needs_nothing_remembered(trained: Path, tmp_
         "query",
         "--score",
         "dmin",
-        trained / "out" / "trace.zarr",
+        trained / "out.trace" / "trace.zarr",
         image,
         "--json",
         tmp_path / "given.json",
@@ -254,13 +256,13 @@ def test_a_folder_of_the_packages_name_is_not_taken_for_it(trained: Path, tmp_pa
     image = trained / "digits" / "0042.png"
     state = {"XDG_STATE_HOME": str(trained / "state")}
     ran = run(
-        [command, "query", "--score", "dmin", trained / "out" / "trace.zarr", image, "-k", "1"], tmp_path, **state
+        [command, "query", "--score", "dmin", trained / "out.trace" / "trace.zarr", image, "-k", "1"], tmp_path, **state
     )
     assert "42" in ran.stdout
 
 
 def test_info_says_what_is_there(trained: Path) -> None:
-    ran = run([*CLI, "info", "out/trace.zarr"], trained)
+    ran = run([*CLI, "info", "out.trace/trace.zarr"], trained)
     for fact in ("100", "int8", "16384", "rotation", "file_name"):
         assert fact in ran.stdout.replace(",", "")
 
@@ -273,8 +275,11 @@ def test_run_attaches_to_a_script_without_the_line(tmp_path: Path) -> None:
         [*CLI, "run", "--timesteps", "100,900", "--dimension", "1024", "--transform", "none", "--", *command],
         tmp_path,
     )
-    trace = open_store(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out.trace" / "trace.zarr")
     assert trace.header.timesteps == (100.0, 900.0)
     check_rows(trace, images, tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
-    run([*CLI, "query", "--score", "dmin", "out/trace.zarr", images[3], "-k", "1", "--json", "hits.json"], tmp_path)
+    run(
+        [*CLI, "query", "--score", "dmin", "out.trace/trace.zarr", images[3], "-k", "1", "--json", "hits.json"],
+        tmp_path,
+    )
     assert json.loads((tmp_path / "hits.json").read_text())["queries"][0]["hits"][0]["sample"] == 3

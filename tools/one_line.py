@@ -334,7 +334,7 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
     attached.write_text(insert_the_line(source.read_text(encoding="utf-8")), encoding="utf-8")
     run(["-c", SEEDED, attached, *command("with")], work, here / "with.log", here.name + "-with")
     outcome.undisturbed = _same_weights(here / "without", here / "with")
-    final = here / "with" / "trace.zarr"
+    final = here / "with.trace" / "trace.zarr"
     said = [line for line in (here / "with.log").read_text(errors="replace").splitlines() if "dmin_trace" in line]
     if script.refused:
         if final.exists() or not any(script.refused in line for line in said):

@@ -267,7 +267,7 @@ class Captures:
         (self.folder / FINISHED).write_text(f"{examples.parent}\n", encoding="utf-8")
 
     def train(self, name: str, script: Path, arguments: Sequence[object], launch: Sequence[object] = ()) -> None:
-        """Trains with a script that has the line, which captures at the end: NAME/trained/trace.zarr."""
+        """Trains with a script that has the line, which captures at the end: NAME/trained.trace/trace.zarr."""
         command = [*launch, script, *arguments, "--output_dir", self.folder / name / "trained"]
         self.run(f"{name}-trained", command)
 

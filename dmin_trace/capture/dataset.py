@@ -117,6 +117,7 @@ class CaptureSource:
     models: sees which models are called.
     launch: what the run's launcher chose, by name.
     any_device: queries may run on another type of device than the trace's.
+    weights_of: as in the header.
     """
 
     samples: int
@@ -130,6 +131,7 @@ class CaptureSource:
     models: UsedModels = field(default_factory=UsedModels)
     launch: Mapping[str, str] = field(default_factory=dict)
     any_device: bool = False
+    weights_of: str = ""
 
 
 class FailedSamples:

@@ -23,7 +23,7 @@ def estimate_cost(recorder: Recorder, folder: Path) -> list[tuple[str, str]]:
         seconds_per_sample=last - warm,
         memory=_peak_memory(),
         gpu_memory=torch.cuda.max_memory_allocated(),
-        free_disk=shutil.disk_usage(folder if folder.is_dir() else ".").free,
+        free_disk=shutil.disk_usage(next(f for f in (folder, *folder.absolute().parents) if f.is_dir())).free,
         free_memory=psutil.virtual_memory().available,
     )
 

@@ -89,6 +89,9 @@ class Host(Protocol):
     def takes_videos(self, arguments: Sequence[str]) -> bool:
         """Whether the script trains on videos."""
 
+    def on_demand_arguments(self, arguments: Sequence[str]) -> list[str]:
+        """The command line for a capture on demand: without what uploads, or what goes on with an earlier run."""
+
     def prepare_queries(
         self,
         arguments: Sequence[str],

@@ -18,7 +18,9 @@ from accelerate import Accelerator
 
 from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.capture.host import script_host
 from dmin_trace.capture.subsets import DrawnSubsets
+from dmin_trace.capture.write_guard import protect_older_files
 from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
 from dmin_trace.start import COST_FILE, write_refusal
@@ -82,7 +84,9 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
         captures.append(ScriptCapture(self, job, find_args(), launched=True, subsets=subsets))
 
     with chdir(command.folder), nullcontext() if subsets is None else subsets.watching():
-        sys.argv = [command.script, *command.arguments]
+        on_demand = job.mode != "final" and job.like is None
+        arguments = script_host().on_demand_arguments(command.arguments) if on_demand else command.arguments
+        sys.argv = [command.script, *arguments]
         sys.path.insert(0, command.folder if command.module else str(Path(command.script).parent))
         Accelerator.__init__ = make_and_attach
         try:
@@ -110,6 +114,8 @@ def main() -> int:
     os.environ.pop("PYTHONSAFEPATH", None)
     job = Job.from_json(path.read_text(encoding="utf-8"))
     try:
+        if job.like is not None:
+            protect_older_files(path.parent)
         capture = run_script(job)
         if job.mode == "estimate":
             from dmin_trace.capture.estimate import estimate_cost

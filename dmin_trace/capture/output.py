@@ -20,7 +20,7 @@ class CaptureOutput:
     """Where the rows of a capture go. The first process locks the store's path, and makes the store.
 
     out: the path of the store.
-    resume: whether to continue an unfinished store at `out`.
+    resume: whether to continue an unfinished store at `out`; otherwise a store that lies there is renamed.
     like: the finished store that the queries are for; None for a capture of training samples.
     reserve: bytes that must stay free on the disk for what the script saves at its end; None for no such limit.
     trial: capture two samples, check them, and write nothing.
@@ -48,10 +48,14 @@ class CaptureOutput:
             except OSError as error:
                 raise TraceError(f"{self.out} cannot be written: {error.strerror or error}.") from None
             self.lock.take()
+        if not self.resume:
+            if self._leads and (aside := store.set_aside(self.out.absolute())) is not None:
+                logger.warning(
+                    "%s is of this run. That of an earlier run, which lay there, is now %s.", self.out, aside.name
+                )
+            return None
         if not self.out.exists():
             return None
-        if not self.resume:
-            store.check_free(self.out)
         return store.open_store(self.out, unfinished=True)
 
     def prepare(self, trainable: Trainable, earlier: Store | None) -> bool:

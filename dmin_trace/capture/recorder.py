@@ -47,6 +47,7 @@ class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
     weights_saved: whether this process has saved the trained weights beside the store.
+    finished: whether the store is complete.
     row_ends: in a trial, the time in seconds at which each sample's last training step ended.
     """
 
@@ -81,7 +82,7 @@ class Recorder:
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
         self.row_ends: list[float] = []
-        self._announced = self.weights_saved = False
+        self._announced = self.weights_saved = self.finished = False
         self._progress = _sample_bar()
 
     def begin(self) -> list[int]:
@@ -160,6 +161,7 @@ class Recorder:
             script=source.script.name,
             script_sha256=source.script.sha256,
             data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
+            weights_of=source.weights_of[:1000],
             unreached=tuple(name for name, was_reached in reached if not was_reached),
             files_sha256=source.files_sha256,
             run=self._run,
@@ -288,6 +290,7 @@ class Recorder:
                 writer.finish()
                 logger.info("The trace of %d samples is in %s.", self.samples, self.output.out)
         self._ranks.meet()
+        self.finished = True
         if self._failed:
             logger.warning(
                 "%d samples could not be loaded; dmin-trace info lists them. To try them again: dmin-trace verify "

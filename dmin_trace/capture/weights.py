@@ -42,6 +42,20 @@ class Trainable:
         """Returns the SHA-256 over all values, bit for bit. Reads every parameter once."""
         return _fingerprint(zip(self.names, self.tensors, strict=True))
 
+    def equals_saved(self, path: Path) -> bool:
+        """Whether the values are those in a file that `save` wrote, but for a cast to another dtype since then.
+
+        Reads one tensor at a time. True if it can no longer be told: parameters that were freed. Raises WeightsError
+        if the file cannot be read.
+        """
+        saved = weight_files.list_saved([path], path)
+        for parameter, value in zip(self.tensors, weight_files.read([saved[name] for name in self.names]), strict=True):
+            if parameter.device.type == "meta" or parameter.shape != value.shape:
+                return True
+            if not torch.equal(value.to(parameter.dtype), parameter.detach().cpu()):
+                return False
+        return True
+
     def save(self, path: Path) -> None:
         """Writes the values to a safetensors file, whole or not at all. Raises WeightsError if it cannot be written."""
         named = zip(self.names, self.tensors, strict=True)

@@ -43,7 +43,7 @@ Conditioning = Annotated[
 TracedWeights = Annotated[Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")]
 Out = Annotated[
     str | None,
-    typer.Option(parser=absolute, metavar="PATH", help="The store. Default: trace.zarr in the script's output_dir."),
+    typer.Option(parser=absolute, metavar="PATH", help="The store. Default: OUTPUT_DIR.trace/trace.zarr."),
 ]
 JsonPath = Annotated[Path | None, typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.")]
 CsvPath = Annotated[Path | None, typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.")]

@@ -1,6 +1,7 @@
 """Images and prompts in, query gradients out: the traced script runs once more, in a process of its own, with the
 traced weights, and with its data argument pointed at a folder with the queries."""
 
+import logging
 import os
 import re
 import tempfile
@@ -17,6 +18,8 @@ from dmin_trace.errors import QueryError, ScriptError, WeightsError
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
 from dmin_trace.start import given_command, start_job, with_full_names
 from dmin_trace.store import FILE_COLUMN, Queries, Store, check_script, open_store, weights_beside
+
+logger = logging.getLogger(__name__)
 
 
 def capture_queries(
@@ -206,9 +209,21 @@ def _order(captured: Store) -> list[int]:
 
 
 def _run(job: Job, folder: Path) -> None:
-    """Runs a script on queries. What it prints is shown only if it fails without saying why."""
+    """Runs a script on queries, in a copy of its working directory. What it prints is shown only if it fails without
+    saying why."""
+    (work := folder / "work").mkdir()
+    own = Path(job.command.folder)
+    try:
+        for entry in own.iterdir():
+            (work / entry.name).symlink_to(entry)
+    except OSError as error:
+        raise ScriptError(f"The script's folder {own} cannot be read: {error.strerror or error}.") from None
+    arguments = tuple(_from_elsewhere(argument, own) for argument in job.command.arguments)
+    command = msgspec.structs.replace(job.command, arguments=arguments, folder=str(work))
     with (folder / "log.txt").open("w+b") as log:
-        code = start_job(job, folder, log)
+        code = start_job(msgspec.structs.replace(job, command=command), folder, log)
+    if made := sorted(entry.name for entry in work.iterdir() if not entry.is_symlink()):
+        logger.warning("On the query the script wrote %s to its working directory; it is thrown away.", ", ".join(made))
     if code:
         said = _last_line((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
         raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {said}")
@@ -218,3 +233,10 @@ def _last_line(log: str) -> str:
     """The last line of a script's output that is no progress bar."""
     lines = [line.strip() for line in re.split(r"[\r\n]", log)]
     return next((line for line in reversed(lines) if line and not re.search(r"\d+%\|", line)), "it printed nothing")
+
+
+def _from_elsewhere(argument: str, folder: Path) -> str:
+    """An argument, or the value in `--name=value`, with a path that leads out of its folder made absolute."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    leads_out = value.startswith("..") and (folder / value).exists()
+    return f"{name}{equals}{(folder / value).resolve()}" if leads_out else argument

@@ -321,10 +321,26 @@ class Trace:
         return self._fitted[key]
 
 
-def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False) -> Trace:
-    """Opens a trace for reading; with `unfinished` also one whose capture is not finished. Raises TraceError if there
-    is no trace at `path`, or it is of another version, unfinished or damaged."""
-    return Trace(open_store(path, unfinished=unfinished))
+def open_trace(path: str | os.PathLike[str], *, unfinished: bool = False, not_final: bool = False) -> Trace:
+    """Opens a trace for reading.
+
+    Args:
+        path: the store.
+        unfinished: open it even if its capture is not finished.
+        not_final: open it even if the training moved the weights after they were captured, so that it does not
+            explain the model that was trained.
+
+    Raises TraceError if there is no trace at `path`, or it is of another version, unfinished, not of the final weights
+    or damaged.
+    """
+    store = open_store(path, unfinished=unfinished)
+    if not (store.final or not_final):
+        raise TraceError(
+            f"{path} is not of the final weights: the training moved them after they were captured. Capture the model "
+            "that it ended with: dmin-trace capture --weights DIR -- SCRIPT ARGS; or, for the weights that were "
+            "captured, open_trace(path, not_final=True)."
+        )
+    return Trace(store)
 
 
 def attribute(

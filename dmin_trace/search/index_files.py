@@ -31,6 +31,7 @@ from dmin_trace.errors import TraceError, brief
 from dmin_trace.search.deflation import MAX_DIRECTIONS, Score
 from dmin_trace.search.hnsw import Graph, GraphError
 from dmin_trace.store import Store, digest, size_within, sync, sync_tree
+from dmin_trace.store import index_beside as index_beside
 
 FORMAT, VERSION = "dmin_trace.index", 1
 MAX_FACTS_BYTES = 2**20
@@ -163,11 +164,6 @@ class Unavailable:
     def because(cls, why: object) -> Self:
         """An index that was made, and is damaged or does not fit the store."""
         return cls(f"the index is not used: {why}; make it anew with dmin-trace index")
-
-
-def index_beside(path: Path) -> Path:
-    """The folder beside a store that holds its index."""
-    return path.with_name(path.name.removesuffix(".zarr") + ".index")
 
 
 def read_facts(store: Store) -> Facts | Unavailable:

@@ -6,13 +6,21 @@
 `integrity` finds damage.
 """
 
-from dmin_trace.store.files import check_free, make_folder, sweep, sync, sync_tree
+from dmin_trace.store.files import check_free, check_writable, make_folder, set_aside, sweep, sync, sync_tree
 from dmin_trace.store.header import Header, ModelFacts, NoiseFacts, ParameterFacts, ProjectionFacts, RunFacts
 from dmin_trace.store.identity import check_data, check_files, check_script
 from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, verify_chunks
-from dmin_trace.store.layout import FAILED, FILE_COLUMN, bytes_of, choose_chunk_rows, chunk_file, weights_beside
+from dmin_trace.store.layout import (
+    FAILED,
+    FILE_COLUMN,
+    bytes_of,
+    choose_chunk_rows,
+    chunk_file,
+    index_beside,
+    weights_beside,
+)
 from dmin_trace.store.lock import StoreLock
-from dmin_trace.store.metadata import read_header
+from dmin_trace.store.metadata import mark_not_final, read_header
 from dmin_trace.store.pack import pack_store
 from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.quantisation import quantise, row_checksum

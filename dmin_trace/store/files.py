@@ -5,10 +5,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from dmin_trace.errors import TraceError
-from dmin_trace.store.layout import weights_beside
+from dmin_trace.store.layout import index_beside, weights_beside
 
 
 @contextmanager
@@ -66,11 +67,38 @@ def check_free(path: Path) -> None:
     """Raises TraceError if something exists at `path`, or if nothing can be written there."""
     with writing(path):
         taken = path.exists() or path.is_symlink()
-        parent = next((folder for folder in path.absolute().parents if folder.exists()), path)
-        writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
     if taken:
         raise TraceError(
             f"{path} exists already and belongs to another run. Give another path (out, --out), or move it away."
         )
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises TraceError if nothing can be written at `path`."""
+    with writing(path):
+        parent = next((folder for folder in path.absolute().parents if folder.exists()), path)
+        writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
     if not writable:
         raise TraceError(f"{path} cannot be written: {parent} is no folder that this user may write to.")
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames a store that lies at `path`, with its weights and its index, to the next free number: `trace-1.zarr`.
+
+    Returns its new path, or None if there was nothing. The caller holds the lock of `path`. Raises TraceError if it
+    cannot be renamed.
+    """
+    with writing(path):
+        if not (path.exists() or path.is_symlink()):
+            return None
+        stem, ending = path.name.removesuffix(".zarr"), ".zarr" if path.name.endswith(".zarr") else ""
+        numbered = (path.with_name(f"{stem}-{number}{ending}") for number in count(1))
+        aside = next(free for free in numbered if not (free.exists() or free.is_symlink()))
+        # The store last: if this is interrupted, the next call finds it, and goes on.
+        for beside in (weights_beside, index_beside):
+            if beside(path).exists() and not beside(aside).exists():
+                beside(path).rename(beside(aside))
+        path.rename(aside)
+        sync(path.parent)
+    return aside

@@ -106,6 +106,7 @@ class Header:
     files_sha256: fingerprint of the names of the data set's files, in order; "" if not known.
     unreached: the trained parameters on which the loss does not depend.
     run: the precision, device and frozen models by which the rows were computed.
+    weights_of: which of the run's weights were captured, and which averages of them were not, for a person to read.
     """
 
     id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -131,6 +132,7 @@ class Header:
     unreached: Names
     run: RunFacts
     files_sha256: MaybeDigest = ""
+    weights_of: Annotated[str, Meta(max_length=1000)] = ""
 
     @property
     def sample_bytes(self) -> int:

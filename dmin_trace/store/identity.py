@@ -7,7 +7,9 @@ from typing import Any
 from dmin_trace.errors import TraceError, brief
 from dmin_trace.store.header import Header
 
-MAY_DIFFER = ("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached", "run")
+MAY_DIFFER = (
+    *("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached", "run", "weights_of"),
+)
 """Attributes in which two runs of one capture may differ, or that are compared elsewhere, where both are known."""
 
 

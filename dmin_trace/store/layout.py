@@ -104,6 +104,11 @@ def chunk_file(path: Path, name: str, chunk: int) -> Path:
     return path.joinpath(*chunk_names(name, chunk))
 
 
+def index_beside(path: Path) -> Path:
+    """The folder beside a store that holds its index."""
+    return path.with_name(path.name.removesuffix(".zarr") + ".index")
+
+
 def weights_beside(path: Path) -> Path:
     """The file beside a store that holds the weights of its capture."""
     return path.with_name(path.name.removesuffix(".zarr") + ".weights.safetensors")

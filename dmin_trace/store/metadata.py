@@ -8,7 +8,7 @@ metadata of the arrays follows from the Header. It is for other readers of Zarr;
 import json
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +31,14 @@ BLOSC: dict[str, str | int] = {"cname": "zstd", "clevel": 5, "shuffle": "bitshuf
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What is known of a store when its last chunk is written: `Store.state` and `Store.valid_count`."""
+    """What is known of a store when its last chunk is written: `Store.state` and `Store.valid_count`.
+
+    final: False if the training went on after the capture, so that its weights are not those of the trained model.
+    """
 
     state: Digest
     valid_count: Annotated[int, Meta(ge=0)]
+    final: bool = True
 
 
 def read_header(path: Path) -> tuple[Header, Finished | None]:
@@ -74,10 +78,27 @@ def set_finished(path: Path, finished: Finished | None) -> None:
     """Writes into a store that it is complete, or that it is not. Raises OSError if the disk refuses."""
     metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
     attributes = metadata["attributes"]
-    for name in ("state", "valid_count"):
+    # A store that is completed again is still of the weights that it was of.
+    final = attributes.get("final", True)
+    for name in ("state", "valid_count", "final"):
         attributes.pop(name, None)
-    attributes |= {"complete": finished is not None} | (asdict(finished) if finished is not None else {})
-    attributes[DIGEST] = digest_of(attributes)
+    attributes["complete"] = finished is not None
+    if finished is not None:
+        attributes |= asdict(replace(finished, final=final))
+    elif not final:
+        attributes["final"] = False
+    _replace_group(path, metadata)
+
+
+def mark_not_final(path: Path) -> None:
+    """Writes into a store that the training went on after its capture. Raises OSError if the disk refuses."""
+    metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+    metadata["attributes"]["final"] = False
+    _replace_group(path, metadata)
+
+
+def _replace_group(path: Path, metadata: dict[str, Any]) -> None:
+    metadata["attributes"][DIGEST] = digest_of(metadata["attributes"])
     replace_text(path / "zarr.json", json.dumps(metadata))
 
 

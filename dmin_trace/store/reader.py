@@ -61,6 +61,7 @@ class Store:
 
     path, header: where it is, and what it holds.
     done, complete: (chunks,) which chunks are done; whether all are, and the store says so.
+    final: whether the training ended with the weights that were captured, as far as is known.
     grad_chunk, grad_parts, stored_row: projected gradients as they are stored; see `GradientChunks`.
     """
 
@@ -68,6 +69,7 @@ class Store:
         self.path, self.header, self.done = path, header, done
         self.complete = finished is not None and bool(done.all())
         self._finished = finished if self.complete else None
+        self.final = finished is None or finished.final
         self._files = ChunkFiles(path, header, done)
         gradients = GradientChunks(self._files)
         self.grad_chunk, self.grad_parts, self.stored_row = gradients.chunk, gradients.parts, gradients.row

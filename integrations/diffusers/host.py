@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dmin_trace.integrations.diffusers.generate import generate as generate
 from dmin_trace.integrations.diffusers.queries import find_data_argument as find_data_argument
 from dmin_trace.integrations.diffusers.queries import loss_difference as loss_difference
+from dmin_trace.integrations.diffusers.queries import on_demand_arguments as on_demand_arguments
 from dmin_trace.integrations.diffusers.queries import prepare_queries as prepare_queries
 from dmin_trace.integrations.diffusers.queries import query_columns as query_columns
 from dmin_trace.integrations.diffusers.queries import takes_prompts as takes_prompts

@@ -18,11 +18,17 @@ REPLACED_ARGUMENTS = (
     # Datasets keep a copy of what they read in their cache.
     *("--dataset_config_name", "--image_column", "--max_train_samples", "--repeats", "--cache_dir"),
     *("--train_batch_size", "--class_data_dir", "--num_class_images", "--prior_loss_weight"),
-    *("--resume_from_checkpoint", "--output_dir"),
+    *("--resume_from_checkpoint", "--hub_model_id", "--hub_token"),
 )
 """Arguments with a value that make no sense for a folder of queries, or for a run that does not train."""
 
-DROPPED_FLAGS = ("--push_to_hub",)
+DROPPED_FLAGS = ("--push_to_hub", "--hub_private_repo")
+
+OUTPUT_ARGUMENTS = (
+    *("--output_dir", "--output_path", "--output_folder", "--out_dir", "--save_dir", "--save_path", "--dump_path"),
+    *("--logging_dir", "--log_dir"),
+)
+"""Arguments that name a place to write to. Those of a command are pointed elsewhere for queries."""
 
 DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 """How a prompt begins that may be read as a point in time."""
@@ -200,6 +206,12 @@ def prepare_queries(
     return runs
 
 
+def on_demand_arguments(arguments: Sequence[str]) -> list[str]:
+    """A training command line for a capture on demand, which neither uploads nor goes on with an earlier run."""
+    kept = without_arguments(arguments, ("--resume_from_checkpoint", "--hub_model_id", "--hub_token"))
+    return [argument for argument in kept if argument not in DROPPED_FLAGS]
+
+
 def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt: str | None = None) -> list[str]:
     """A training command line, pointed at a folder of queries and an output folder.
 
@@ -208,14 +220,17 @@ def query_arguments(arguments: Sequence[str], folder: Path, output: Path, prompt
     if prompt is not None and takes_one_prompt(arguments):
         # In one argument: a prompt may begin with a dash.
         arguments = [*without_arguments(arguments, ("--instance_prompt",)), f"--instance_prompt={prompt}"]
+    others = [name for name in OUTPUT_ARGUMENTS[1:] if has_argument(arguments, name)]
+    outputs = [part for name in others for part in (name, str(output / name.lstrip("-")))]
     if any("{data}" in argument for argument in arguments):
         pointed = [argument.replace("{data}", str(folder)) for argument in arguments]
-        pointed = without_arguments(pointed, ("--cache_dir",))
-        if not has_argument(arguments, "--output_dir"):
-            return pointed
-        return [*without_arguments(pointed, ("--output_dir",)), "--output_dir", str(output)]
+        named = ["--output_dir", str(output)] if has_argument(arguments, "--output_dir") else []
+        # Datasets keep a copy of what they read in their cache.
+        dropped = ("--cache_dir", *OUTPUT_ARGUMENTS)
+        return [*without_arguments(on_demand_arguments(pointed), dropped), *outputs, *named]
     data = next((name for name in DATA_ARGUMENTS if has_argument(arguments, name)), "--train_data_dir")
-    kept = [a for a in without_arguments(arguments, (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS)) if a not in DROPPED_FLAGS]
+    replaced = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *OUTPUT_ARGUMENTS)
+    kept = [a for a in without_arguments(arguments, replaced) if a not in DROPPED_FLAGS] + outputs
     if takes_videos(arguments):
         captions, videos = VIDEO_LISTS
         data, kept = "--instance_data_root", without_arguments(kept, ("--caption_column", "--video_column"))

@@ -438,7 +438,7 @@ def shown_rates(shown: str) -> list[list[str]]:
 
 def test_evaluate_labels_and_duplicates(made: Path) -> None:
     options = ["-k", "1", "-k", "5", "--score", "dmin", "--json", "found.json"]
-    ran = run([*CLI, "evaluate", "labels", "out/trace.zarr", "label", *options], made)
+    ran = run([*CLI, "evaluate", "labels", "out.trace/trace.zarr", "label", *options], made)
     for words in ("Detection rate by label, dmin scores, 24 samples as queries", "95 %"):
         assert words in ran.stdout
     assert "not whether they have influence" in " ".join(ran.stdout.split())
@@ -447,8 +447,8 @@ def test_evaluate_labels_and_duplicates(made: Path) -> None:
     (rates,) = found["measures"]
     assert rates["measure"] == "detection_rate"
     assert shown_rates(ran.stdout) == [figures(rate) for rate in rates["rates"]]
-    assert rates == measure_labels(open_trace(made / "out" / "trace.zarr"), "label", ks=[1, 5]).values
-    ran = run([*CLI, "evaluate", "duplicates", "out/trace.zarr", "original", *options], made)
+    assert rates == measure_labels(open_trace(made / "out.trace" / "trace.zarr"), "label", ks=[1, 5]).values
+    ran = run([*CLI, "evaluate", "duplicates", "out.trace/trace.zarr", "original", *options], made)
     assert "Recall of duplicates by original, dmin scores, 4 samples" in ran.stdout
     (recalls,) = json.loads((made / "found.json").read_text())["measures"]
     # A duplicate has its original's gradient, but for rounding.
@@ -460,13 +460,13 @@ def test_evaluate_labels_and_duplicates(made: Path) -> None:
 
 def test_evaluate_lds(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Queries are captured by the script itself; the losses are minus the sums of the scores of their samples."""
-    trace = open_trace(made / "out" / "trace.zarr")
+    trace = open_trace(made / "out.trace" / "trace.zarr")
     chosen = [4, 11, 7]
     scores = trace.scores(trace.query_samples(chosen), "dmin")
     subsets = np.random.default_rng(0).random((12, 24)) < 0.5
     save(made / "models.npz", subsets=subsets, losses=-(subsets @ scores.T))
     images = [f"digits/{sample:04d}.png" for sample in chosen]
-    lds = ["evaluate", "lds", "--score", "dmin", "out/trace.zarr", "models.npz"]
+    lds = ["evaluate", "lds", "--score", "dmin", "out.trace/trace.zarr", "models.npz"]
     ran = run([*CLI, *lds, *images, "--json", "images.json"], made)
     assert "Linear datamodeling score" in ran.stdout and "predict" in ran.stdout
     by_images = json.loads((made / "images.json").read_text())["measures"][0]
@@ -487,18 +487,18 @@ def test_evaluate_lds(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "losses (models, 2)" in said and len(said.strip().splitlines()) == 1
 
 
-LABELS = ("labels", "out/trace.zarr", "label")
-LDS = ("lds", "out/trace.zarr", "models.npz")
+LABELS = ("labels", "out.trace/trace.zarr", "label")
+LDS = ("lds", "out.trace/trace.zarr", "models.npz")
 
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
-    "no such column": (("labels", "out/trace.zarr", "colour"), "has no column colour; it has label, original"),
+    "no such column": (("labels", "out.trace/trace.zarr", "colour"), "has no column colour; it has label, original"),
     "no queries for lds": (LDS, "Give the queries: images, or stored samples"),
     "two kinds of queries": ((*LDS, "digits/0001.png", "--sample", "3"), "and not both"),
     "a prompt without images": ((*LDS, "--sample", "3", "--prompt", "x"), "--weights are for images"),
     "k too large": ((*LABELS, "-k", "5", "-k", "24"), "k is 5, 24; expected numbers from 1 to 23"),
     "no queries": ((*LABELS, "--queries", "0"), "0 queries were given"),
     "no such folder": ((*LABELS, "--json", "gone/m.json"), "There is no folder gone"),
-    "no such file": (("lds", "out/trace.zarr", "gone.npz", "--sample", "3"), "gone.npz cannot be read"),
+    "no such file": (("lds", "out.trace/trace.zarr", "gone.npz", "--sample", "3"), "gone.npz cannot be read"),
 }
 
 

@@ -19,7 +19,7 @@ def test_attach_takes_settings_and_overrides_of_them(warm: Warm, tmp_path: Path)
         tmp_path / "script.py", attach=f"dmin_trace.attach(accelerator, args, settings={settings}, timesteps=[10, 700])"
     )
     warm.run([script], tmp_path)
-    header = open_store(tmp_path / "out" / "trace.zarr").header
+    header = open_store(tmp_path / "out.trace" / "trace.zarr").header
     assert (header.timesteps, header.dimension, header.noise.seed) == ((10, 700), 64, 3)
 
 
@@ -33,7 +33,7 @@ def test_attach_remembers_the_command_of_a_script_and_none_in_a_notebook(
 ) -> None:
     line = f"{before}dmin_trace.attach(accelerator, args, timesteps=2, dimension=64)"
     said = warm.run([plain_script(tmp_path / name, attach=line)], tmp_path)
-    assert open_store(tmp_path / "out" / "trace.zarr").complete
+    assert open_store(tmp_path / "out.trace" / "trace.zarr").complete
     assert len(list((tmp_path / "state").rglob("*.json"))) == remembered
     assert ("queries will not know how to repeat it" in said) == ("Trace.query_loss" in said) == (remembered == 0)
     assert len(said.splitlines()) == 1 - remembered

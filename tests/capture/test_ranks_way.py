@@ -38,7 +38,7 @@ def test_a_loop_that_gathers(tmp_path: Path, processes: int, samples: int) -> No
     # A gather hangs unless every process runs as many loop bodies.
     script = plain_script(tmp_path / "script.py", body=GATHER)
     run(torchrun(processes, script, "--output_dir", "several", "--count", samples), tmp_path, ACCELERATE_USE_CPU="true")
-    weights = tmp_path / "several" / "trace.weights.safetensors"
+    weights = tmp_path / "several.trace" / "trace.weights.safetensors"
     settings = (
         "--timesteps",
         "3",
@@ -53,7 +53,7 @@ def test_a_loop_that_gathers(tmp_path: Path, processes: int, samples: int) -> No
     )
     bare = plain_script(tmp_path / "bare.py", body=GATHER, attach="")
     command_line(["capture", "--weights", weights, *settings, "--", bare, "--count", samples], tmp_path)
-    check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)
+    check_same_rows(tmp_path / "several.trace" / "trace.zarr", tmp_path / "one.zarr", samples)
 
 
 @pytest.mark.parametrize(("processes", "samples"), [(2, 7), (3, 10)])
@@ -73,8 +73,8 @@ def test_text_to_image(tmp_path: Path, processes: int, samples: int) -> None:
     arguments = ["--pretrained_model_name_or_path", "sd", "--train_data_dir", "images", "--resolution", "32"]
     arguments += ["--rank", "2", "--train_batch_size", "2", "--max_train_steps", "3", "--learning_rate", "1e-2"]
     run(torchrun(processes, script, *arguments, "--output_dir", "several"), tmp_path, ACCELERATE_USE_CPU="true")
-    weights = tmp_path / "several" / "trace.weights.safetensors"
+    weights = tmp_path / "several.trace" / "trace.weights.safetensors"
     command = ["--out", "one.zarr", "--", script, *arguments]
     settings = ("--timesteps", "3", "--dtype", "float32", "--transform", "none")
     command_line(["capture", "--weights", weights, *settings, *command], tmp_path)
-    check_same_rows(tmp_path / "several" / "trace.zarr", tmp_path / "one.zarr", samples)
+    check_same_rows(tmp_path / "several.trace" / "trace.zarr", tmp_path / "one.zarr", samples)

@@ -75,3 +75,16 @@ def test_trainable_load_changes_nothing_if_weights_do_not_fit(tmp_path: Path) ->
         with pytest.raises(WeightsError, match=message):
             trainable.load(tmp_path / name)
     assert trainable.weights_fingerprint() == before
+
+
+def test_equals_saved_sees_a_change_and_not_a_cast(tmp_path: Path) -> None:
+    net = model().bfloat16()
+    trainable = find_trainable([net], [torch.optim.SGD(net.parameters())])
+    trainable.save(tmp_path / "weights.safetensors")
+    assert trainable.equals_saved(tmp_path / "weights.safetensors")
+    for cast in (torch.float32, torch.float16):
+        net.to(cast)
+        assert trainable.equals_saved(tmp_path / "weights.safetensors"), cast
+    with torch.no_grad():
+        net[1].bias += 1
+    assert not trainable.equals_saved(tmp_path / "weights.safetensors")

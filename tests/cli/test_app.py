@@ -42,29 +42,36 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def changed_version(folder: Path) -> None:
-    metadata = folder / "out" / "trace.zarr" / "zarr.json"
+    metadata = folder / "out.trace" / "trace.zarr" / "zarr.json"
     facts = json.loads(metadata.read_text())
     facts["attributes"]["version"] = 99
     metadata.write_text(json.dumps(facts))
 
 
 def unfinished(folder: Path) -> None:
-    set_finished(folder / "out" / "trace.zarr", None)
-    for done in (folder / "out" / "trace.zarr" / "done" / "c").iterdir():
+    set_finished(folder / "out.trace" / "trace.zarr", None)
+    for done in (folder / "out.trace" / "trace.zarr" / "done" / "c").iterdir():
         done.unlink()
 
 
 def other_weights(folder: Path) -> None:
-    path = folder / "out" / "trace.weights.safetensors"
+    path = folder / "out.trace" / "trace.weights.safetensors"
     weights = load_file(path)
     weights["conv_in.weight"] = weights["conv_in.weight"] + 1e-3
     save_file(weights, folder / "other.safetensors")
 
 
 def fewer_weights(folder: Path) -> None:
-    weights = load_file(folder / "out" / "trace.weights.safetensors")
+    weights = load_file(folder / "out.trace" / "trace.weights.safetensors")
     del weights["conv_in.weight"]
     save_file(weights, folder / "fewer.safetensors")
+
+
+def overwriting_script(folder: Path) -> None:
+    """The script writes a file that is there, by a name that no argument of it has."""
+    script = folder / "train.py"
+    marked = script.read_text().replace('clean = batch["input"]', 'open("text.png", "w"); clean = batch["input"]')
+    script.write_text(marked)
 
 
 def nothing(folder: Path) -> None:
@@ -74,52 +81,47 @@ def nothing(folder: Path) -> None:
 MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]] = {
     "no such store": (nothing, ("query", "no.zarr", "digits/0001.png"), ("no.zarr",)),
     "info of no store": (nothing, ("info", "digits"), ("digits", "not")),
-    "another version": (changed_version, ("query", "out/trace.zarr", "digits/0001.png"), ("99", "expected")),
-    "unfinished": (unfinished, ("query", "out/trace.zarr", "digits/0001.png"), ("unfinished", "0 of")),
-    "no image": (nothing, ("query", "out/trace.zarr", "text.png"), ("text.png", "cannot be read as an image")),
-    "no such image": (nothing, ("query", "out/trace.zarr", "gone.png"), ("There is no image at gone.png",)),
-    "another size": (nothing, ("query", "out/trace.zarr", "large.png"), ("1x1x16x16", "1x1x8x8")),
+    "another version": (changed_version, ("query", "out.trace/trace.zarr", "digits/0001.png"), ("99", "expected")),
+    "unfinished": (unfinished, ("query", "out.trace/trace.zarr", "digits/0001.png"), ("unfinished", "0 of")),
+    "no image": (nothing, ("query", "out.trace/trace.zarr", "text.png"), ("text.png", "cannot be read as an image")),
+    "no such image": (nothing, ("query", "out.trace/trace.zarr", "gone.png"), ("There is no image at gone.png",)),
+    "another size": (nothing, ("query", "out.trace/trace.zarr", "large.png"), ("1x1x16x16", "1x1x8x8")),
     "other weights": (
         other_weights,
-        ("query", "out/trace.zarr", "digits/0001.png", "--weights", "other.safetensors"),
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--weights", "other.safetensors"),
         ("not those of the trace", "fingerprint"),
     ),
     "fewer weights": (
         fewer_weights,
-        ("query", "out/trace.zarr", "digits/0001.png", "--weights", "fewer.safetensors"),
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--weights", "fewer.safetensors"),
         ("lacks 1 of the", "conv_in.weight"),
     ),
     "no weights": (
         nothing,
-        ("query", "out/trace.zarr", "digits/0001.png", "--weights", "gone.safetensors"),
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--weights", "gone.safetensors"),
         ("There are no weights at",),
     ),
-    "k is too large": (nothing, ("query", "out/trace.zarr", "digits/0001.png", "-k", "13"), ("13", "12")),
-    "k is zero": (nothing, ("query", "out/trace.zarr", "--sample", "1", "-k", "0"), ("0",)),
-    "no such sample": (nothing, ("query", "out/trace.zarr", "--sample", "12"), ("12",)),
-    "no query": (nothing, ("query", "out/trace.zarr"), ("Give images or prompts as queries",)),
+    "k is too large": (nothing, ("query", "out.trace/trace.zarr", "digits/0001.png", "-k", "13"), ("13", "12")),
+    "k is zero": (nothing, ("query", "out.trace/trace.zarr", "--sample", "1", "-k", "0"), ("0",)),
+    "no such sample": (nothing, ("query", "out.trace/trace.zarr", "--sample", "12"), ("12",)),
+    "no query": (nothing, ("query", "out.trace/trace.zarr"), ("Give images or prompts as queries",)),
     "a seed with an image": (
         nothing,
-        ("query", "out/trace.zarr", "digits/0001.png", "--seed", "3"),
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--seed", "3"),
         ("--seed is for images made from a prompt alone",),
     ),
     "a folder that is not there": (
         nothing,
-        ("query", "out/trace.zarr", "--sample", "1", "--json", "gone/hits.json"),
+        ("query", "out.trace/trace.zarr", "--sample", "1", "--json", "gone/hits.json"),
         ("There is no folder gone",),
     ),
     "no script": (nothing, ("run",), ("No script was given",)),
     "no such script": (nothing, ("run", "--", "gone.py"), ("There is no script at",)),
     "timesteps that are none": (nothing, ("run", "--timesteps", "many", "--", "train.py"), ("--timesteps is 'many'",)),
-    "out exists": (
-        nothing,
-        ("run", "--", "train.py", "--train_data_dir", "digits", "--output_dir", "out"),
-        ("trace.zarr", "exists"),
-    ),
     "out exists on demand": (
         nothing,
         (
-            *("capture", "--weights", "out/trace.weights.safetensors", "--"),
+            *("capture", "--weights", "out.trace/trace.weights.safetensors", "--"),
             *("train.py", "--train_data_dir", "digits", "--output_dir", "out"),
         ),
         ("trace.zarr", "exists"),
@@ -137,9 +139,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
         ),
         ("lacks 1 of the",),
     ),
+    "a script that overwrites a file": (
+        overwriting_script,
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--edited-script", "--", "train.py"),
+        ("text.png", "was there before"),
+    ),
     "the script fails": (
         nothing,
-        ("query", "out/trace.zarr", "digits/0001.png", "--", "train.py", "--no_such_argument"),
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--", "train.py", "--no_such_argument"),
         ("stopped with exit code 2", "no_such_argument"),
     ),
 }
@@ -204,7 +211,7 @@ def test_main_reports_a_script_that_cannot_be_captured(
     ran = run([*CLI, way, *options, "--", script], tmp_path, code=1)
     assert message in ran.stderr.splitlines()[-1]
     assert "Traceback" not in ran.stderr
-    assert not (tmp_path / "out" / "trace.zarr").exists()
+    assert not (tmp_path / "out.trace" / "trace.zarr").exists()
     assert (tmp_path / "out" / "state.pt").exists() == (way == "run" and text is None)
 
 

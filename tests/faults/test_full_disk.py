@@ -82,4 +82,4 @@ def test_a_training_that_is_captured_keeps_the_room_to_save_its_model(warm: Warm
     said = warm.run([script, "--output_dir", "out", "--count", "20"], small_disk)
     assert "The trace would take" in said and "to save what it trained" in said
     assert "the training continues" in said and len(said.splitlines()) == 1
-    assert (small_disk / "out" / "state.pt").exists() and not (small_disk / "out" / "trace.zarr").exists()
+    assert (small_disk / "out" / "state.pt").exists() and not (small_disk / "out.trace" / "trace.zarr").exists()

@@ -51,13 +51,12 @@ def folder(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_files(folder: Path, name: str) -> None:
-    """What the script wrote, byte for byte, and nothing that is not the trace's."""
+    """What the script wrote, byte for byte, and nothing else."""
     expected = sorted(path.name for path in (folder / "without").iterdir())
     assert expected == ["log.txt", "state.pt"]
     for file in expected:
         assert (folder / name / file).read_bytes() == (folder / "without" / file).read_bytes(), file
-    others = {path.name for path in (folder / name).iterdir()} - set(expected)
-    assert others <= {"trace.zarr", "trace.weights.safetensors"}, others
+    assert {path.name for path in (folder / name).iterdir()} == set(expected)
 
 
 def raising(error: str, where: str) -> str:
@@ -133,9 +132,9 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
         return
     # The store is resumed on demand, by what the message says.
     assert f"dmin-trace capture --weights {folder / out}" in said
-    assert done(folder / out / "trace.zarr") >= set(range(chunks))
+    assert done(folder / f"{out}.trace" / "trace.zarr") >= set(range(chunks))
     settings = ["--timesteps", "3", "--dimension", "64", "--transform", "none"]
-    weights = folder / out / "trace.weights.safetensors"
+    weights = folder / f"{out}.trace" / "trace.weights.safetensors"
     command = ["dmin-trace", "capture", "--weights", weights, *settings, "--", folder / "script.py"]
     warm.run([*command, "--output_dir", out], folder, prelude=small_chunks(2))
     check_files(folder, out)
@@ -143,7 +142,7 @@ def test_an_error_in_the_capture_changes_nothing_of_the_training(warm: Warm, fol
 
 
 def check_rows(folder: Path, out: str) -> None:
-    found, whole = (open_store(folder / name / "trace.zarr") for name in (out, "whole"))
+    found, whole = (open_store(folder / f"{name}.trace" / "trace.zarr") for name in (out, "whole"))
     assert np.array_equal(found.gradients(np.arange(10)), whole.gradients(np.arange(10)))
     assert np.array_equal(found.norm, whole.norm) and np.array_equal(found.loss, whole.loss)
 
@@ -157,7 +156,7 @@ def test_a_training_step_that_fails_on_a_capture_batch_changes_nothing_of_the_tr
     assert "own code failed in the training step of sample 3, timestep 0: MemoryError: out of memory" in said
     assert len(said.strip().splitlines()) == 1
     check_files(folder, "body")
-    assert done(folder / "body" / "trace.zarr") == {0}
+    assert done(folder / "body.trace" / "trace.zarr") == {0}
 
 
 def test_strict_ends_the_training_instead(warm: Warm, folder: Path) -> None:
@@ -197,7 +196,7 @@ def test_numbers_that_are_none_do_not_end_a_capture(
     said = warm.run([folder / "script.py", "--output_dir", "numbers"], folder, ON_CAPTURE=odd, prelude=small_chunks(2))
     assert said == ""
     check_files(folder, "numbers")
-    trace = open_store(folder / "numbers" / "trace.zarr")
+    trace = open_store(folder / "numbers.trace" / "trace.zarr")
     assert np.flatnonzero(~trace.valid).tolist() == [1, 2, 3, 4]
     assert main(["info", str(trace.path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -213,7 +212,7 @@ def test_samples_that_fail_to_load_are_listed_and_the_capture_goes_on(
     assert said.count("could not be loaded: OSError: the file is torn") == 3
     assert [f"Sample {number} could not be loaded" in said for number in (0, 6, 9)] == [True] * 3
     check_files(folder, "failed")
-    trace, whole = open_store(folder / "failed" / "trace.zarr"), open_store(folder / "whole" / "trace.zarr")
+    trace, whole = open_store(folder / "failed.trace" / "trace.zarr"), open_store(folder / "whole.trace" / "trace.zarr")
     good = [1, 2, 3, 4, 5, 7, 8]
     assert trace.complete and np.flatnonzero(trace.valid).tolist() == good and trace.unranked.failed == (0, 6, 9)
     assert np.array_equal(trace.gradients(np.array(good)), whole.gradients(np.array(good)))

@@ -89,10 +89,10 @@ def test_a_query_is_of_an_image_its_source_and_its_caption(tmp_path: Path) -> No
     command = ("train.py", "--train_data_dir", "data", "--output_dir", "out", *columns, "--max_train_steps", "7")
     settings = ("--timesteps", "3", "--dimension", "8192", "--dtype", "float32", "--transform", "none")
     command_line(["run", *settings, "--", *command], tmp_path)
-    trace = open_store(tmp_path / "out" / "trace.zarr")
+    trace = open_store(tmp_path / "out.trace" / "trace.zarr")
     assert trace.header.batch["input_ids"] == (1, 12)
 
-    ask = ("query", "--score", "dmin", "out/trace.zarr", "data/0002.png")
+    ask = ("query", "--score", "dmin", "out.trace/trace.zarr", "data/0002.png")
     _, said = command_line([*ask, "-k", 1, "--prompt", "digit 2"], tmp_path, code=1)
     assert "0002.png came without the one that it was made from" in said and "--conditioning" in said
     _, said = command_line([*ask, "-k", 1, "--conditioning", "data/0008.png"], tmp_path, code=1)

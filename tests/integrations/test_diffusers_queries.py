@@ -34,6 +34,26 @@ def test_a_script_takes_its_data_by_its_command_or_its_text() -> None:
     ]
 
 
+@pytest.mark.parametrize("data", [["--dataset_name", "cats"], ["--pictures", "{data}"]], ids=["known", "by {data}"])
+def test_every_output_is_pointed_elsewhere_and_nothing_is_uploaded(data: list[str]) -> None:
+    outputs = ["--output_path", "mine", "--logging_dir=/mine/logs", "--output_dir", "mine"]
+    hub = ["--hub_model_id", "me/mine", "--hub_token=secret", "--push_to_hub"]
+    pointed = queries.query_arguments([*T2I[:2], *outputs, *hub, *data], Path("/q"), Path("/o"))
+    assert pointed[:2] == T2I[:2] and "mine" not in " ".join(pointed[2:])
+    for name, place in (
+        ("--output_path", "/o/output_path"),
+        ("--logging_dir", "/o/logging_dir"),
+        ("--output_dir", "/o"),
+    ):
+        assert pointed[pointed.index(name) + 1] == place
+    assert not {"--push_to_hub", "--hub_model_id", "me/mine"} & set(pointed) and "secret" not in " ".join(pointed)
+
+
+def test_a_capture_on_demand_uploads_nothing_and_begins_anew() -> None:
+    given = ["--output_dir", "mine", "--push_to_hub", "--hub_model_id", "me/mine", "--resume_from_checkpoint=latest"]
+    assert queries.on_demand_arguments(given) == ["--output_dir", "mine"]
+
+
 def test_the_prompt_takes_the_place_of_dreambooths() -> None:
     given = [*T2I, "--instance_data_dir", "dogs", "--instance_prompt", "a sks dog", "--repeats", "9"]
     pointed = queries.query_arguments(given, Path("/q"), Path("/o"), "--a cat--")

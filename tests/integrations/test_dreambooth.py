@@ -80,7 +80,7 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     # Each image twice in the training set: each is one sample, and one query.
     command = [tmp_path / "train.py", *arguments, "--max_train_steps", "5", "--repeats", "2"]
     run(["-m", "dmin_trace.cli.app", "run", *settings, "--", *command], tmp_path)
-    path = tmp_path / "out" / "trace.zarr"
+    path = tmp_path / "out.trace" / "trace.zarr"
     trace = open_store(path)
     assert trace.header.samples == 4
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

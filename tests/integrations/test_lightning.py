@@ -397,13 +397,20 @@ def test_trace_callback_refuses_before_the_training_what_cannot_be_captured(
     assert trainer.global_step == 0 and not (tmp_path / "a.zarr").exists()
 
 
-def test_trace_callback_refuses_several_processes_and_taken_stores(
-    trained: tuple[Denoiser, Path], tmp_path: Path
-) -> None:
+def test_trace_callback_keeps_an_older_trace(tmp_path: Path) -> None:
+    trainer_of(tmp_path, small(tmp_path / "a.zarr")).fit(Denoiser(), loader())
+    first = open_store(tmp_path / "a.zarr").header.id
+    trainer_of(tmp_path, small(tmp_path / "a.zarr")).fit(Denoiser(), loader())
+    assert open_store(tmp_path / "a.zarr").header.id != first
+    assert open_store(tmp_path / "a-1.zarr").header.id == first
+    assert (tmp_path / "a-1.weights.safetensors").exists()
+
+
+def test_trace_callback_refuses_several_processes_and_unwritable_stores(tmp_path: Path) -> None:
     with pytest.raises(AttachError, match="runs 2 processes"):
         small(tmp_path / "a.zarr").setup(trainer_of(tmp_path, devices=2, strategy="ddp_spawn"), Denoiser(), "fit")
-    with pytest.raises(TraceError, match="exists already"):
-        trainer_of(tmp_path, small(trained[1])).fit(Denoiser(), loader())
+    with pytest.raises(TraceError, match="cannot be written"):
+        trainer_of(tmp_path, small(Path("/dev/null/a.zarr"))).fit(Denoiser(), loader())
     with pytest.raises(DminTraceError, match="power of two"):
         TraceCallback("a", dimension=3)
 

@@ -283,7 +283,7 @@ def test_a_loop_is_captured_and_not_disturbed(tmp_path: Path, kind: Kind, monkey
     command_line(["run", "--timesteps", slots, *options, "--", *arguments, "captured"], tmp_path)
     assert (tmp_path / "captured.safetensors").read_bytes() == (tmp_path / "bare.safetensors").read_bytes()
 
-    trace = open_store(tmp_path / "captured" / "trace.zarr")
+    trace = open_store(tmp_path / "captured.trace" / "trace.zarr")
     assert trace.complete and trace.sample.tolist() == list(range(COUNT))
     assert list(trace.column("caption")) == [f"caption {k}" for k in range(COUNT)]
     model, trained = saved_model(kind, tmp_path / "bare.safetensors")

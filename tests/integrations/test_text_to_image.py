@@ -57,7 +57,7 @@ def ask(made: Path, *arguments: object, code: int = 0) -> tuple[list[list[int]],
     """The samples that a query finds, and what it says."""
     path = made / "with" / "hits.json"
     path.unlink(missing_ok=True)
-    arguments = ("query", "--score", "dmin", "out/trace.zarr", *arguments, "--json", path)
+    arguments = ("query", "--score", "dmin", "out.trace/trace.zarr", *arguments, "--json", path)
     said, complaints = command_line(arguments if "-k" in arguments else (*arguments, "-k", 3), made / "with", code)
     if code:
         return [], complaints
@@ -105,7 +105,7 @@ def test_the_line_changes_nothing(made: Path) -> None:
 
 
 def test_gradients_are_those_of_an_independent_reference(made: Path) -> None:
-    trace = open_store(made / "with" / "out" / "trace.zarr")
+    trace = open_store(made / "with" / "out.trace" / "trace.zarr")
     assert trace.complete and trace.header.timesteps == (100.0, 500.0, 900.0)
     assert list(trace.column("text")) == [caption(k) for k in range(COUNT)]
     for sample in range(COUNT):
@@ -123,7 +123,9 @@ def test_on_demand_from_the_saved_lora_is_the_same(made: Path) -> None:
     options = ["--weights", made / "saved", "--out", made / "now.zarr"]
     command_line(["capture", *options, "--", *command], made / "with")
     every = np.arange(COUNT)
-    first, again = (open_store(p).gradients(every) for p in (made / "with" / "out" / "trace.zarr", made / "now.zarr"))
+    first, again = (
+        open_store(p).gradients(every) for p in (made / "with" / "out.trace" / "trace.zarr", made / "now.zarr")
+    )
     assert np.linalg.norm(again - first) <= 1e-6 * np.linalg.norm(first)
 
 
@@ -156,7 +158,7 @@ def test_an_estimate_says_what_a_capture_takes_and_leaves_nothing(made: Path) ->
     before = sorted(made.rglob("*"))
     said, _ = command_line(["estimate", "--", made / "train.py", *COMMAND], made / "with")
     assert sorted(made.rglob("*")) == before
-    trace = open_store(made / "with" / "out" / "trace.zarr")
+    trace = open_store(made / "with" / "out.trace" / "trace.zarr")
     assert f"{COUNT} x 3" in said and f"{trace.header.projection.length:,}" in said
     # All but the texts and the metadata.
     numbers = sum(f.stat().st_size for f in trace.path.rglob("*") if f.is_file() and "meta" not in f.parts)
@@ -182,7 +184,7 @@ def test_images_with_their_captions_find_themselves_first(made: Path) -> None:
 
 def test_the_examples_of_the_face_for_programs(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(made / "with" / "state"))
-    trace = dmin_trace.open_trace(made / "with" / "out" / "trace.zarr")
+    trace = dmin_trace.open_trace(made / "with" / "out.trace" / "trace.zarr")
     assert repr(trace) == f"Trace({COUNT} samples, T=3, v=8,192, float32, complete)"
     queries = trace.query_images([picture(5), made / "images" / "0002.png"], [caption(5), caption(2)])
     assert queries.names == ("image 0", "0002.png") and queries.prompts == (caption(5), caption(2))
@@ -215,7 +217,7 @@ def test_a_prompt_is_asked_for(made: Path) -> None:
 def test_a_prompt_alone_makes_an_image(made: Path) -> None:
     found, said = ask(made, "--prompt", caption(3), "--num", "2", "--seed", "7", "-k", "2")
     assert len(found) == 2
-    folder = made / "with" / "out" / "generated"
+    folder = made / "with" / "out.trace" / "generated"
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == ["stripes-3-7.png", "stripes-3-8.png"]
     pixels = [np.asarray(Image.open(file)).astype(int) for file in files]

@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transform_in_a_capture_equals_an_independent_reference(trained: Path) -> None:
-    trace = open_store(trained / "out" / "trace.zarr")
+    trace = open_store(trained / "out.trace" / "trace.zarr")
     model = digits_model(trained / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert trace.header.transform == "sign"
     for sample, image in enumerate(sorted((trained / "digits").iterdir())):
@@ -75,7 +75,7 @@ def test_transform_in_a_capture_equals_an_independent_reference(trained: Path) -
 
 
 def test_transform_is_the_same_on_demand_and_at_the_end(trained: Path) -> None:
-    first = open_store(trained / "out" / "trace.zarr")
+    first = open_store(trained / "out.trace" / "trace.zarr")
     bare = without_the_line(EXAMPLE, trained / "bare.py")
     weights = ("--weights", f"out/checkpoint-{STEPS}")
     command = [*CLI, "capture", *weights, "--transform", "sign", *WHOLE, "--out", "demand.zarr", "--", bare]
@@ -93,13 +93,13 @@ def test_a_copied_training_image_finds_itself_first(trained: Path) -> None:
     (folder / "copies").mkdir(exist_ok=True)
     for k in (1, 3):
         shutil.copy(folder / "digits" / f"000{k}.png", folder / "copies" / f"copy{k}.png")
-    run([*CLI, "query", "--score", "dmin", "out/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], folder)
+    run([*CLI, "query", "--score", "dmin", "out.trace/trace.zarr", "copies", "-k", "2", "--json", "hits.json"], folder)
     queries = json.loads((folder / "hits.json").read_text())["queries"]
     for query, sample in zip(queries, (1, 3), strict=True):
         assert query["hits"][0]["sample"] == sample
         assert query["hits"][0]["score"] == pytest.approx(len(TIMESTEPS), abs=1e-4)
         assert query["hits"][1]["score"] < len(TIMESTEPS) - 0.1
-    shown = run([*CLI, "info", "out/trace.zarr"], folder).stdout
+    shown = run([*CLI, "info", "out.trace/trace.zarr"], folder).stdout
     assert "sign" in next(line for line in shown.splitlines() if "transform" in line)
 
 

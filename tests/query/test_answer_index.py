@@ -38,15 +38,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_real_gradients_are_found_by_images_that_were_not_trained_on(digits: Path) -> None:
-    trace = open_store(digits / "out" / "trace.zarr")
+    trace = open_store(digits / "out.trace" / "trace.zarr")
     others = sorted((digits / "others").iterdir())
-    built = run([*CLI, "index", "out/trace.zarr"], digits)
+    built = run([*CLI, "index", "out.trace/trace.zarr"], digits)
     assert "recall@10" in built.stdout and "up to 10 hits" in built.stdout
     assert opened_index(trace).facts.depths[0].recall >= 0.99
     said = {}
     for name, options in {"index": (), "scan": ("--exact",)}.items():
         ran = run(
-            [*CLI, "query", "--score", "dmin", "out/trace.zarr", *others, "--json", f"{name}.json", *options], digits
+            [*CLI, "query", "--score", "dmin", "out.trace/trace.zarr", *others, "--json", f"{name}.json", *options],
+            digits,
         )
         said[name] = ran.stdout.strip().splitlines()[-1]
     assert said["index"].startswith("answered by the index (recall@10 ")
@@ -58,12 +59,12 @@ def test_real_gradients_are_found_by_images_that_were_not_trained_on(digits: Pat
     both = [(ours, true) for ours, true in zip(hits["index"], hits["scan"], strict=True)]
     assert np.mean([len(ours.keys() & true.keys()) / 10 for ours, true in both]) >= 0.98
     assert all(ours[sample] == true[sample] for ours, true in both for sample in ours.keys() & true.keys())
-    assert "recall@10" in run([*CLI, "info", "out/trace.zarr"], digits).stdout
+    assert "recall@10" in run([*CLI, "info", "out.trace/trace.zarr"], digits).stdout
 
 
 def test_attribute_uses_the_index_unless_it_is_exact(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(digits / "state"))
-    path = digits / "out" / "trace.zarr"
+    path = digits / "out.trace" / "trace.zarr"
     build_index(open_store(path))
     images = sorted((digits / "others").iterdir())[:2]
     searched: list[int] = []

@@ -19,10 +19,13 @@ from dmin_trace.store import (
     drop_damaged,
     drop_failed,
     integrity,
+    mark_not_final,
     open_store,
     read_header,
     resume,
+    set_aside,
     verify_chunks,
+    weights_beside,
 )
 
 
@@ -65,6 +68,38 @@ def test_drop_failed_takes_the_chunks_of_samples_that_could_not_be_loaded(tmp_pa
     assert drop_failed(path) == [1]
     assert resume(path, header).pending() == [1]
     assert drop_failed(path) == []
+
+
+def test_a_store_that_is_not_final_stays_so(finished: Path, tmp_path: Path) -> None:
+    path, header = tmp_path / "trace.zarr", make_header()
+    shutil.copytree(finished, path)
+    assert open_store(path).final
+    mark_not_final(path)
+    flip(chunk_file(path, "grad", 1))
+    assert drop_damaged(path) == [1] and not open_store(path, unfinished=True).complete
+    writer = resume(path, header)
+    write(writer, make_rows(header), 1)
+    writer.finish()
+    assert open_store(path).complete and not open_store(path).final
+    assert verified(path).bad_chunks == []
+
+
+def test_set_aside_numbers_a_store_with_its_weights_and_its_index(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.zarr"
+    assert set_aside(path) is None
+    for number in (1, 2):
+        shutil.copytree(finished, path)
+        weights_beside(path).write_text(f"weights {number}")
+        (tmp_path / "trace.index").mkdir()
+        assert set_aside(path) == tmp_path / f"trace-{number}.zarr"
+        assert weights_beside(tmp_path / f"trace-{number}.zarr").read_text() == f"weights {number}"
+    kept = [f"trace-{n}{ending}" for n in (1, 2) for ending in (".index", ".weights.safetensors", ".zarr")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
+    # What an interrupted call left is gone on with.
+    shutil.copytree(finished, path)
+    (tmp_path / "trace-3.weights.safetensors").write_text("moved already")
+    assert set_aside(path) == tmp_path / "trace-3.zarr"
+    assert weights_beside(tmp_path / "trace-3.zarr").read_text() == "moved already"
 
 
 def test_drop_damaged_writes_damaged_metadata_anew(finished: Path, tmp_path: Path) -> None:

@@ -300,9 +300,9 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path) -> None:
     training = ("--train_data_dir", "digits", "--output_dir", "out", "--max_train_steps", "30")
     options = ("--timesteps", "3", "--dimension", "4096", "--codec", "blosc")
     run([*CLI, "run", *options, "--", bare, *training], tmp_path)
-    assert open_store(tmp_path / "out" / "trace.zarr").header.codec == "blosc"
+    assert open_store(tmp_path / "out.trace" / "trace.zarr").header.codec == "blosc"
     run(
-        [*CLI, "pack", "out/trace.zarr", "--out", "small/trace.zarr", "--dimension", "2048", "--codec", "none"],
+        [*CLI, "pack", "out.trace/trace.zarr", "--out", "small/trace.zarr", "--dimension", "2048", "--codec", "none"],
         tmp_path,
     )
     told = run([*CLI, "info", "small/trace.zarr"], tmp_path).stdout.replace(",", "")
@@ -314,7 +314,7 @@ def test_the_whole_way_by_the_command_line(tmp_path: Path) -> None:
         return [hit["sample"] for hit in hits]
 
     for question in (("--sample", "17"), (images[5],)):
-        first, second = ask("out/trace.zarr", *question), ask("small/trace.zarr", *question)
+        first, second = ask("out.trace/trace.zarr", *question), ask("small/trace.zarr", *question)
         assert first[0] == second[0] == (17 if len(question) == 2 else 5)
         assert len(set(first) & set(second)) >= 7
     before = content(tmp_path)

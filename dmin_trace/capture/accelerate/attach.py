@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dmin_trace import store
-from dmin_trace.capture.accelerate.driver import LoopDriver
+from dmin_trace.capture.accelerate.averages import Averages, evaluated, keeps_average
+from dmin_trace.capture.accelerate.driver import ENDED_EARLY, ON_DEMAND, LoopDriver
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
@@ -29,7 +30,7 @@ from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.subsets import DrawnSubsets
-from dmin_trace.capture.weights import find_trainable
+from dmin_trace.capture.weights import Trainable, find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
 from dmin_trace.errors import (
     AttachError,
@@ -72,14 +73,16 @@ def attach(
         accelerator: the script's accelerator, before anything is prepared with it.
         args: the script's arguments: its `output_dir`, and `max_train_steps` or `num_epochs` (`num_train_epochs`).
         settings, overrides: what to capture; a single setting by its name replaces that in `settings`.
-        out: the store; `<args.output_dir>/trace.zarr` if not given.
+        out: the store; `<args.output_dir>.trace/trace.zarr` if not given. One that lies there is kept, as
+            `trace-1.zarr`.
         max_train_steps: the number of optimizer steps after which the script's loop breaks, for scripts without args.
         num_epochs: the number of times it goes through its dataloader, for scripts without args.
         strict: raise an error, which ends the training where it is.
 
     Returns the loop driver, whose `remove()` detaches again. Raises SettingsError for an invalid setting. If `strict`,
-    also AttachError for a line in a wrong place or without what it must know, or for data without indices; TraceError
-    if `out` cannot be written; ScriptError if no host for training scripts is installed.
+    also AttachError for a line in a wrong place or without what it must know, or for data without indices;
+    CaptureError for a loop that cannot take capture batches; TraceError if `out` cannot be written; ScriptError if no
+    host for training scripts is installed.
     """
     job = Job(
         mode="final",
@@ -128,7 +131,10 @@ class ScriptCapture:
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._launched, self._joined, self._subsets = launched, False, subsets
-        self._begun = False
+        self._begun = self._moved = False
+        self._averages: Averages | None = None
+        self._raw_weights: str | None = None
+        self._versions: list[tuple[int, int]] = []
         rank, count = accelerator.process_index, accelerator.num_processes
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
         self.driver = LoopDriver(accelerator, self)
@@ -143,12 +149,11 @@ class ScriptCapture:
             self.refuse(error)
 
     def refuse(self, error: DminTraceError) -> None:
-        """Detaches, and logs why: the training goes on. Raises the error on demand, if `strict`, and for a setting."""
-        self.driver.remove()
+        """Leaves the training alone, and logs why. Raises the error on demand, if `strict`, and for a setting."""
+        self.driver.let_go()
         if self.on_demand or self.job.strict or isinstance(error, SettingsError):
             raise error
-        self.error = error
-        logger.error("dmin_trace does not capture this run; the training goes on. %s", error)
+        self.failed(error)
 
     def _check_line(self, accelerator: Accelerator) -> None:
         """Raises AttachError for a line that cannot work where it stands."""
@@ -158,7 +163,7 @@ class ScriptCapture:
         if any(getattr(accelerator, name, None) for name in ("_models", "_optimizers", "_dataloaders")):
             raise AttachError(
                 "The line stands after accelerator.prepare, so it does not know what was prepared. Put it right after "
-                "accelerator = Accelerator(...)."
+                f"accelerator = Accelerator(...). {ON_DEMAND}"
             )
         if self._args is None and self.job.max_train_steps is None and self.job.num_epochs is None:
             raise AttachError(
@@ -191,7 +196,7 @@ class ScriptCapture:
         if self.on_demand:
             return
         if self.out is not None:
-            store.check_free(self.out)
+            store.check_writable(self.out)
         elif self._joined or not self._launched:
             raise AttachError("attach does not know where to write: args has no output_dir. Pass out='.../trace.zarr'.")
 
@@ -216,7 +221,8 @@ class ScriptCapture:
         if self.job.out is not None:
             return Path(self.job.out)
         folder = getattr(self._args, "output_dir", None)
-        return Path(folder).absolute() / "trace.zarr" if folder else None
+        # Beside the folder: scripts upload all that is in it (--push_to_hub).
+        return Path(f"{Path(folder).resolve()}.trace") / "trace.zarr" if folder else None
 
     def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
         """Fixes and saves the weights, and gives this process's samples. What restores the script goes on `undo`."""
@@ -227,9 +233,9 @@ class ScriptCapture:
             raise CaptureError(why)
         self._schedule_length = self._host.schedule_length(variables.values())
         undo.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        weights_of = f"those in {Path(self.job.weights).name}" if self.job.weights is not None else ""
         if self.job.mode == "final":
-            for ema in self._host.averaged_models(variables.values()):
-                undo.enter_context(self._averaged_weights(ema))
+            weights_of = self._find_averages(trainable, variables, undo)
         if self.job.weights is not None:
             trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
@@ -274,6 +280,7 @@ class ScriptCapture:
             models=self.driver.models,
             launch=run.launch,
             any_device=self.job.any_device,
+            weights_of=weights_of,
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
         output = CaptureOutput(
@@ -303,26 +310,77 @@ class ScriptCapture:
         if not self._launched:
             what = "stopped capturing" if isinstance(error, StoppedError) else "could not capture"
             logger.error("dmin_trace %s this run; the training continues. %s", what, self.error)
+        elif not self._begun:
+            # The training may take days more before the command can end with this error.
+            logger.warning("dmin_trace will not capture this run. %s", self.error)
+
+    def watch(self, variables: LoopVariables) -> None:
+        """Sees the loop's variables at its first training step, from which averages of weights are told later."""
+        run = self.driver.run
+        trained = find_trainable([run.unwrap(model) for model in run.models], run.optimizers)
+        self._averages = Averages(variables.named(), trained.tensors)
+
+    def check_final_weights(self) -> None:
+        """Marks the trace if the weights are not those that were captured; at the end of the training, and at exit."""
+        if self.job.mode != "final" or not self._begun or self.error is not None or self._moved or self.out is None:
+            return
+        if self.ranks.rank != 0 or not self.recorder.finished:
+            return
+        trainable = self.recorder.trainable
+        # Reading all weights takes seconds for a large model: at exit it is done again only if they were written to.
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in trainable.tensors]
+        if versions == self._versions:
+            return
+        self._versions = versions
+        try:
+            saved = store.weights_beside(self.out)
+            same = self._raw_weights is not None and trainable.weights_fingerprint() == self._raw_weights
+            if same or trainable.equals_saved(saved):
+                return
+            self._moved = True
+            store.mark_not_final(self.out)
+        except (DminTraceError, OSError) as error:
+            logger.warning("Whether %s is of the final weights could not be found out: %s", self.out, error)
+            return
+        logger.error(
+            "The trace in %s is not of the final weights, and is marked so: the training moved them after they were "
+            "captured. Capture on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS.",
+            self.out,
+        )
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
+        self.check_final_weights()
+        if self._moved:
+            raise CaptureError("The capture came before the end of the training. Its trace is marked so.")
         if self.error is not None:
             raise self.error
         if not self.driver.captured:
             raise CaptureError(self._why_never_captured())
+        if self.on_demand and self._begun and not self.recorder.finished:
+            raise CaptureError(ENDED_EARLY)
 
     def _at_exit(self) -> None:
         # After an exception of the script's own, which python has shown, nothing of ours is worth a line.
-        if not self._launched and not self.driver.captured and getattr(sys, "last_value", None) is None:
+        if getattr(sys, "last_value", None) is not None:
+            return
+        self.check_final_weights()
+        if not self._launched and not self.driver.captured:
             logger.error("dmin_trace captured nothing. %s", self._why_never_captured())
 
     def _why_never_captured(self) -> str:
-        if self.driver.run.loader is None:
+        run = self.driver.run
+        if not run.loaders:
             return "The script never passed a DataLoader to accelerator.prepare, so there were no samples to capture."
         if self.on_demand:
             return (
                 "The script ended before its training loop took a batch. Does it resume a run that is finished? Leave "
                 "--resume_from_checkpoint out."
+            )
+        if not run.backwards:
+            return (
+                "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
+                "Call it instead of loss.backward()."
             )
         return (
             f"The training ended at a point that was not recognised (max_train_steps is {self.max_train_steps}, "
@@ -335,6 +393,31 @@ class ScriptCapture:
         if step is None:
             return drawn
         return step.draws.pin(drawn, lambda: step.pinned.fraction_in(self._schedule_length), name)
+
+    def _find_averages(self, trainable: Trainable, variables: LoopVariables, undo: ExitStack) -> str:
+        """Puts averages of the weights that the script saves into the model; says which weights are captured."""
+        known = self._host.averaged_models(variables.values())
+        by_optimizer = [optimizer for optimizer in self.driver.run.optimizers if keeps_average(optimizer)]
+        if known or by_optimizer:
+            self._raw_weights = trainable.weights_fingerprint()
+        for ema in known:
+            undo.enter_context(self._averaged_weights(ema))
+        for optimizer in by_optimizer:
+            undo.enter_context(evaluated(optimizer))
+        others = self._averages.changed(variables.named()) if self._averages is not None else {}
+        shown = [f"{name} ({type(one).__name__})" for name, one in others.items() if not any(one is e for e in known)]
+        if known:
+            return f"the averaged weights ({', '.join(type(ema).__name__ for ema in known)})"
+        if by_optimizer:
+            return "the averaged weights, those of the optimizer in eval mode"
+        if not shown:
+            return "the trained weights"
+        logger.warning(
+            "The script averages weights in %s; the capture is of the trained weights, not of that average. To trace "
+            "the average, capture it on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS.",
+            ", ".join(shown),
+        )
+        return f"the trained weights, not their average in {', '.join(shown)}"
 
     def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
         shapes = [shadow.shape for shadow in ema.shadow_params]

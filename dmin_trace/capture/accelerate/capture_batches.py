@@ -145,16 +145,7 @@ class CaptureBatches:
 
     def _begin(self, variables: LoopVariables) -> list[int]:
         run, accelerator = self._run, self._run.accelerator
-        if not run.optimizers:
-            raise CaptureError(
-                "No optimizer was passed to accelerator.prepare, so capture batches would train the model. Prepare the "
-                "optimizer."
-            )
-        if not self._capture.on_demand and not run.backwards:
-            raise CaptureError(
-                "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
-                "Call it instead of loss.backward()."
-            )
+        run.check_optimizer()
         state = accelerator.gradient_state
         # Otherwise accelerate counts a scheduler step for every skipped optimizer step.
         options = {**state.plugin_kwargs, "adjust_scheduler": False}

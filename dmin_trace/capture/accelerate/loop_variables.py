@@ -45,7 +45,10 @@ class LoopVariables:
 
     def restore(self) -> None:
         """Restores variables and what was changed in place. Variables that are new since then stay."""
-        for frame, variables in self._frames:
+        # A training step that is a function of its own runs in another frame by now.
+        running = {frame.f_code: frame for frame in _script_frames(sys._getframe(1))}
+        for remembered, variables in self._frames:
+            frame = running.get(remembered.f_code, remembered)
             current = frame.f_locals
             changed = {name: old for name, old in variables.items() if current.get(name, self) is not old}
             if changed:
@@ -57,6 +60,12 @@ class LoopVariables:
             undo()
 
 
+def is_ours(frame: FrameType) -> bool:
+    """Whether a frame runs this package, and no example that comes with it."""
+    name = frame.f_code.co_filename
+    return name.startswith(_PACKAGE) and not name.startswith(f"{_PACKAGE}/examples")
+
+
 def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
     """The loop's frame, and those outside it that run the same file: its function, the module around it."""
     script: str | None = None
@@ -64,8 +73,7 @@ def _script_frames(frame: FrameType | None) -> Iterator[FrameType]:
         name = frame.f_code.co_filename
         # Generators between them (a tqdm around the loader), contextlib and this package are not the loop.
         is_generator = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
-        ours = name.startswith(_PACKAGE) and not name.startswith(f"{_PACKAGE}/examples")
-        if not is_generator and not ours and frame.f_globals.get("__name__") != "contextlib":
+        if not is_generator and not is_ours(frame) and frame.f_globals.get("__name__") != "contextlib":
             script = script or name
             if name == script:
                 yield frame

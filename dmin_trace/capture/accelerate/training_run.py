@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dmin_trace.capture.pictures import Pictures, Reading, watch_reading
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
-from dmin_trace.errors import AttachError
+from dmin_trace.errors import AttachError, CaptureError
 
 UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA}
 """Kinds of distributed runs in which no process has whole gradients."""
@@ -19,7 +19,8 @@ UNSUPPORTED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.
 class TrainingRun:
     """A training script's accelerator, and what was prepared with it.
 
-    loader: the first dataloader that was prepared, or None; it is taken for the one with the training data.
+    loaders: every dataloader that was prepared.
+    loader: the one whose batches are trained on, or None while that is not known.
     pictures: the training samples, numbered from 0; made when the capture begins.
     reading: what was seen while a sample was fetched last.
     backwards: how often the script called `accelerator.backward` in its training.
@@ -29,30 +30,42 @@ class TrainingRun:
         self.accelerator = accelerator
         self.models: list[torch.nn.Module] = []
         self.optimizers: list[torch.optim.Optimizer] = []
+        self.loaders: list[Any] = []
         self.loader: Any = None
         self.pictures: Pictures | None = None
         self.reading = Reading()
         self.backwards = 0
 
-    def add(self, prepared: Any) -> bool:
-        """Adds what `prepare` returned. Returns whether the training data is in it; raises AttachError to refuse it."""
+    def add(self, prepared: Any) -> list[Any]:
+        """Adds what `prepare` returned, and gives the dataloaders that are new."""
         prepared = prepared if isinstance(prepared, (tuple, list)) else [prepared]
         self.models += [one for one in prepared if isinstance(one, torch.nn.Module)]
         optimizers = [one for one in prepared if isinstance(one, torch.optim.Optimizer)]
         self.optimizers += [optimizer for optimizer in optimizers if optimizer not in self.optimizers]
-        loaders = [one for one in prepared if isinstance(one, DataLoader)]
-        if not loaders or self.loader is not None:
-            return False
-        self.loader = loaders[0]
+        known = set(map(id, self.loaders))
+        added = [one for one in prepared if isinstance(one, DataLoader) and id(one) not in known]
+        self.loaders += added
+        return added
+
+    def check_optimizer(self) -> None:
+        """Raises CaptureError if capture batches would train the model."""
+        if not self.optimizers:
+            raise CaptureError(
+                "No optimizer was passed to accelerator.prepare, so capture batches would train the model. Prepare the "
+                "optimizer."
+            )
+
+    def train_on(self, loader: Any) -> None:
+        """Takes a prepared dataloader for the one with the training data. Raises AttachError to refuse it."""
         if self.accelerator.distributed_type in UNSUPPORTED:
             raise AttachError(
                 f"This run is distributed with {self.accelerator.distributed_type.value}, which splits gradients in a "
                 "way that cannot be captured yet. Capture on demand in one process: dmin-trace capture."
             )
-        refuse_iterable(self.loader.dataset)
-        if self.loader.collate_fn is None:
+        refuse_iterable(loader.dataset)
+        if loader.collate_fn is None:
             raise AttachError("The dataloader has no collate_fn, so a batch of one sample cannot be made.")
-        return True
+        self.loader = loader
 
     def find_pictures(self, seed: int, image_column: str, repeats: int) -> Pictures:
         """The training samples: each picture of the data set once. `repeats`: how often the script repeats each."""

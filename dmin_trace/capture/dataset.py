@@ -78,6 +78,7 @@ class CaptureSource:
     script: the script whose loop is run; an unknown one if the loop is the user's own code.
     edited_script: the script may differ from the one that began the store.
     packages: further packages whose versions are kept in the header.
+    rows: how many samples the denoiser is called with in a training step: 2 if a class picture comes with each.
     """
 
     samples: int
@@ -87,6 +88,7 @@ class CaptureSource:
     script: Script = Script()
     edited_script: bool = False
     packages: Sequence[str] = ()
+    rows: int = 1
 
 
 class FailedSamples:
@@ -183,7 +185,7 @@ def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
                 # A sample that fails to load is identified by its error.
                 batch = type(error).__name__
             digest.update(f" {sample} ".encode())
-            _hash_value(digest.update, batch)
+            hash_value(digest.update, batch)
     except Exception:
         # A kind of tensor without bytes, for example. A missing fingerprint does not end a capture.
         logger.debug("The data set has no fingerprint.", exc_info=True)
@@ -192,7 +194,7 @@ def data_fingerprint(samples: int, fetch: Callable[[int], Any]) -> str:
     return first if first == second else ""
 
 
-def _hash_value(update: Callable[[bytes], None], value: Any) -> None:
+def hash_value(update: Callable[[bytes], None], value: Any) -> None:
     """Adds a value's content; for an object of unknown kind, its type."""
     update(type(value).__name__.encode())
     if isinstance(value, torch.Tensor):
@@ -204,11 +206,11 @@ def _hash_value(update: Callable[[bytes], None], value: Any) -> None:
     elif isinstance(value, Mapping):
         for name, inside in value.items():
             update(repr(name).encode("utf-8", "replace") if isinstance(name, (str, int)) else b"")
-            _hash_value(update, inside)
+            hash_value(update, inside)
     elif isinstance(value, (list, tuple)):
         update(f"{len(value)}".encode())
         for inside in value:
-            _hash_value(update, inside)
+            hash_value(update, inside)
     elif isinstance(value, (str, bytes, int, float, type(None))):
         update(repr(value).encode("utf-8", "backslashreplace"))
     elif hasattr(value, "tobytes") and hasattr(value, "size"):

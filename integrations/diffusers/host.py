@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,27 +18,10 @@ from dmin_trace.integrations.diffusers.queries import words_its_own_prompts as w
 if TYPE_CHECKING:
     import torch
 
-DENSITY_FUNCTION = "compute_density_for_timestep_sampling"
-"""The function by which the flow-matching scripts draw their timesteps."""
 
-
-@contextmanager
-def pinned_density(
-    modules: Iterable[dict[str, Any]], pin: Callable[[torch.Tensor, str], torch.Tensor]
-) -> Iterator[None]:
-    """Passes the density draws of the script's modules (their globals) through `pin`, as fractions of the schedule."""
-    original = [(module, module[DENSITY_FUNCTION]) for module in modules if DENSITY_FUNCTION in module]
-
-    def wrap(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **options: pin(draw(*args, **options), "density")
-
-    for module, draw in original:
-        module[DENSITY_FUNCTION] = wrap(draw)
-    try:
-        yield
-    finally:
-        for module, draw in original:
-            module[DENSITY_FUNCTION] = draw
+def rows_of_sample(args: Any) -> int:
+    """How many pictures a sample's batch holds: 2 with prior preservation, its own and one of its class."""
+    return 2 if getattr(args, "with_prior_preservation", False) else 1
 
 
 def averaged_models(values: Iterable[Any]) -> list[Any]:
@@ -71,16 +54,6 @@ def averaged_weights(ema: Any, parameters: Sequence[torch.nn.Parameter], step_fi
                 shadow.copy_(value)
         for name, value in counters.items():
             setattr(ema, name, value)
-
-
-def schedule_length(values: Iterable[Any]) -> int | None:
-    """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
-    lengths = {
-        value.config.num_train_timesteps
-        for value in values
-        if type(value).__name__.endswith("Scheduler") and hasattr(getattr(value, "config", None), "num_train_timesteps")
-    }
-    return int(lengths.pop()) if len(lengths) == 1 else None
 
 
 def refusal(args: Any, variables: Mapping[str, Any]) -> str | None:

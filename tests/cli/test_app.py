@@ -177,7 +177,7 @@ PLAIN = {
     "timestep not pinned": (
         {"body": BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()")},
         None,
-        "was not pinned",
+        "cannot be pinned",
     ),
     "no loader": (
         {"prepare": "model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)"},

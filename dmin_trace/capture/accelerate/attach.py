@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any, Unpack
 
 import msgspec
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -179,8 +178,8 @@ class ScriptCapture:
         trainable = find_trainable(self._models, run.optimizers)
         if (why := self._host.refusal(self._args, variables.named())) is not None:
             raise CaptureError(why)
-        self._schedule_length = self._host.schedule_length(variables.values())
-        undo.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        if (rows := self._host.rows_of_sample(self._args)) > 1:
+            logger.info("A row of the trace is of a training sample and of its class picture (prior preservation).")
         if self.job.mode == "final":
             for ema in self._host.averaged_models(variables.values()):
                 undo.enter_context(self._averaged_weights(ema))
@@ -201,6 +200,7 @@ class ScriptCapture:
             script=Script() if self._like is not None else script_of(self.job.command.script),
             edited_script=self.job.edited_script,
             packages=("accelerate",),
+            rows=rows,
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
         output = CaptureOutput(
@@ -255,12 +255,6 @@ class ScriptCapture:
             f"num_epochs is {self.num_epochs}). Give max_train_steps or num_epochs as the loop counts them, or capture "
             "on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS."
         )
-
-    def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
-        step = self.driver.batches.step
-        if step is None:
-            return drawn
-        return step.draws.pin(drawn, lambda: step.pinned.fraction_in(self._schedule_length), name)
 
     def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
         shapes = [shadow.shape for shadow in ema.shadow_params]

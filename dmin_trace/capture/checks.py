@@ -109,8 +109,8 @@ class RowChecks:
             )
         if step.rows > self._source.rows:
             raise CaptureError(
-                f"The denoiser was called with {step.rows} rows in {step.name}; expected {self._source.rows}, so that a "
-                "row of the trace is of one sample. Make one image of one sample in the training step."
+                f"The denoiser was called with {step.rows} rows in {step.name}; expected {self._source.rows}, so that "
+                "a row of the trace is of one sample. Make one image of one sample in the training step."
             )
         if not step.draws.pins:
             raise CaptureError(

@@ -42,6 +42,15 @@ class Host(Protocol):
     def refusal(self, args: Any, variables: Mapping[str, Any]) -> str | None:
         """Why a run cannot be attributed, by its parsed arguments and its loop's variables; None if it can be."""
 
+    def drawn_before_loop(self, args: Any, variables: Mapping[str, Any]) -> str | None:
+        """What a run drew once for each sample before its loop, such as flips, for a person to read; None if nothing.
+
+        By its parsed arguments and its loop's variables.
+        """
+
+    def forget_drawn(self, script: Path) -> None:
+        """Called before a script is run on demand: what an earlier run drew and kept in a cache must not be used."""
+
     def rows_of_sample(self, args: Any) -> int:
         """How many pictures a sample's batch holds, by the parsed arguments: 2 if a class picture comes with each."""
 

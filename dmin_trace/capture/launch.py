@@ -17,6 +17,8 @@ from accelerate import Accelerator
 
 from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
+from dmin_trace.capture.host import script_host
+from dmin_trace.capture.random_calls import medians
 from dmin_trace.command import Job
 from dmin_trace.errors import DminTraceError, ScriptError
 
@@ -33,6 +35,8 @@ def run_script(job: Job) -> ScriptCapture:
     captures: list[ScriptCapture] = []
     with _as_main(job, captures):
         try:
+            if job.mode != "final":
+                script_host().forget_drawn(Path(command.script))
             runpy.run_path(command.script, run_name="__main__")
         except CaptureFinished:
             return captures[-1]
@@ -57,18 +61,23 @@ def run_script(job: Job) -> ScriptCapture:
 def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
     """Sets what `python script.py` sets: arguments, import path, folder. Attaches the job to each new Accelerator."""
     make, command, before = Accelerator.__init__, job.command, (sys.argv, sys.path[:])
+    draws_before = medians()
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        captures.append(ScriptCapture(self, job, find_args(), launched=True))
+        captures.append(ScriptCapture(self, job, find_args(), launched=True, draws_before=draws_before))
 
     with chdir(command.folder):
         sys.argv = [command.script, *command.arguments]
         sys.path.insert(0, str(Path(command.script).parent))
         Accelerator.__init__ = make_and_attach
+        if job.mode != "final":
+            # Some scripts draw flips, crops and empty captions once, before their loop.
+            draws_before.start()
         try:
             yield
         finally:
+            draws_before.stop()
             Accelerator.__init__ = make
             sys.argv, sys.path[:] = before
 

@@ -54,6 +54,10 @@ _FROM_ARGUMENTS = frozenset(
 """What these give depends on the tensors or lists that they are given."""
 
 
+MAX_MEDIANS = 10**6
+"""Draws in one fetch, or before a loop, that are replaced by medians: code may draw again until it likes the draw."""
+
+
 @dataclass(frozen=True)
 class RandomCall:
     """One random call, and what it drew.
@@ -172,8 +176,12 @@ def medians() -> RandomCalls:
     one half, and crops at a corner. The median does neither, and crops in the middle: the same for samples and queries.
     """
 
+    left = MAX_MEDIANS
+
     def take(call: RandomCall) -> Any:
-        distribution = call.distribution if call.numbers == 1 and call.drawn is not None else None
+        nonlocal left
+        left -= 1
+        distribution = call.distribution if call.numbers == 1 and call.drawn is not None and left >= 0 else None
         return call.drawn if distribution is None else call.replaced(distribution.quantile(0.5))
 
     return RandomCalls(take)

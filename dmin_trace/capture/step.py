@@ -17,7 +17,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dmin_trace.capture.dataset import hash_value
-from dmin_trace.capture.pinning import Draw, PinnedDraws, PinnedTimestep, show_calls
+from dmin_trace.capture.pinning import Draw, PinnedDraws, PinnedTimestep
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.errors import CaptureError
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmin_trace.integrations.diffusers.generate import generate as generate
@@ -17,6 +19,37 @@ from dmin_trace.integrations.diffusers.queries import words_its_own_prompts as w
 
 if TYPE_CHECKING:
     import torch
+
+
+def drawn_before_loop(args: Any, variables: Mapping[str, Any]) -> str | None:
+    """What a run drew once for each sample before its loop; None if nothing.
+
+    The newer DreamBooth scripts flip and crop their pictures when they make the data set, and the scripts for SDXL
+    encode captions, some of them pictures too, before the loop.
+    """
+    batch, dataset = variables.get("batch"), variables.get("train_dataset")
+    batch = batch if isinstance(batch, Mapping) else {}
+    uneven = [(image.height, image.width) for image in getattr(dataset, "instance_images", ())]
+    uneven += batch.get("original_sizes") or []
+    cropped = not getattr(args, "center_crop", True) and any(height != width for height, width in uneven)
+    if "model_input" in batch or isinstance(getattr(dataset, "pixel_values", None), list):
+        if getattr(args, "random_flip", False):
+            return "whether its picture is flipped (--random_flip)"
+        if cropped:
+            return "where its picture is cropped (there is no --center_crop)"
+    # Embeddings are tensors of floating-point numbers, tokens of integers.
+    encoded = any("prompt" in name and "float" in str(getattr(value, "dtype", "")) for name, value in batch.items())
+    if encoded and getattr(args, "proportion_empty_prompts", 0):
+        return "whether its caption is left out (--proportion_empty_prompts)"
+    return None
+
+
+def forget_drawn(script: Path) -> None:
+    """Has `datasets` map the data anew, if the script uses it: its cache holds what an earlier run drew."""
+    if "datasets" not in script.read_text(encoding="utf-8", errors="replace"):
+        return
+    with suppress(ImportError):
+        import_module("datasets").disable_caching()
 
 
 def rows_of_sample(args: Any) -> int:

@@ -24,6 +24,7 @@ from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
+from dmin_trace.capture.random_calls import RandomCalls
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.weights import find_trainable
@@ -109,9 +110,21 @@ class ScriptCapture:
     error: what ended the capture, or None.
     """
 
-    def __init__(self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool) -> None:
-        """Attaches to a script's accelerator. A line may join later if the command line `launched` the script."""
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        job: Job,
+        args: Any,
+        *,
+        launched: bool,
+        draws_before: RandomCalls | None = None,
+    ) -> None:
+        """Attaches to a script's accelerator. A line may join later if the command line `launched` the script.
+
+        `draws_before` sees the random calls that the script makes before its loop; it is stopped there.
+        """
         self.job = job
+        self._draws_before = draws_before
         self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
@@ -173,11 +186,19 @@ class ScriptCapture:
 
     def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
         """Fixes and saves the weights, and gives this process's samples. What restores the script goes on `undo`."""
+        if self._draws_before is not None:
+            self._draws_before.stop()
         run = self.driver.run
         self._models = [run.unwrap(model) for model in run.models]
         trainable = find_trainable(self._models, run.optimizers)
         if (why := self._host.refusal(self._args, variables.named())) is not None:
             raise CaptureError(why)
+        if not self.on_demand and (drawn := self._host.drawn_before_loop(self._args, variables.named())) is not None:
+            raise CaptureError(
+                f"The script drew {drawn} once for each sample, before its loop, so a query cannot be given what its "
+                "sample was. Capture on demand, which draws the same for all: dmin-trace capture --weights DIR -- "
+                "SCRIPT ARGS."
+            )
         if (rows := self._host.rows_of_sample(self._args)) > 1:
             logger.info("A row of the trace is of a training sample and of its class picture (prior preservation).")
         if self.job.mode == "final":

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, IterableDataset
 
+from dmin_trace.capture.random_calls import medians
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
 from dmin_trace.errors import AttachError
@@ -55,10 +56,11 @@ class TrainingRun:
         return len(self.loader.dataset)
 
     def fetch(self, sample: int, seed: int) -> tuple[Any, Any]:
-        """A sample's dataset item and the batch collated from it, with all generators seeded."""
+        """A sample's dataset item and the batch collated from it, with all generators seeded, and draws at medians."""
         seed_everything(seed)
-        item = item_of(self.loader.dataset, sample)
-        return item, self.loader.collate_fn([item])
+        with medians().during():
+            item = item_of(self.loader.dataset, sample)
+            return item, self.loader.collate_fn([item])
 
     def unwrap(self, model: torch.nn.Module) -> torch.nn.Module:
         """The script's own module inside DDP's or torch.compile's."""

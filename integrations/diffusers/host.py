@@ -39,7 +39,7 @@ def drawn_before_loop(args: Any, variables: Mapping[str, Any]) -> str | None:
             return "where its picture is cropped (there is no --center_crop)"
     # Embeddings are tensors of floating-point numbers, tokens of integers.
     encoded = any("prompt" in name and "float" in str(getattr(value, "dtype", "")) for name, value in batch.items())
-    if encoded and getattr(args, "proportion_empty_prompts", 0):
+    if encoded and getattr(args, "proportion_empty_prompts", None):
         return "whether its caption is left out (--proportion_empty_prompts)"
     return None
 

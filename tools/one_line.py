@@ -171,6 +171,22 @@ SCRIPTS = (
         + ("--lr_warmup_steps", "0", "--lr_scheduler", "constant", "--rank", "4", "--seed", "7"),
         asked="videos/{k:02d}.mp4",
     ),
+    _script(
+        "t2i_adapter",
+        "train_t2i_adapter_sdxl",
+        "sdxl_with_adapter",
+        *PAIRS,
+        *("--conditioning_image_column", "conditioning_image", "--caption_column", "text", "--image_column", "image"),
+        *("--adapter_model_name_or_path", "{model}/t2iadapter"),
+        pair=True,
+        shuffled=True,
+    ),
+    _script(
+        "amused",
+        "train_amused",
+        "amused",
+        *("--instance_data_dataset", "{data}/captioned", "--image_key", "image", "--prompt_key", "text"),
+    ),
 )
 
 PRIOR = (*PLAIN, "--with_prior_preservation", "--class_prompt", "a digit", "--class_data_dir", "{data}/class")
@@ -497,8 +513,6 @@ changed.
 REST = """
 ## Not served
 
-- `train_amused`, `train_t2i_adapter_sdxl`, `train_cosmos_predict25_lora`: draw their timesteps with `torch.rand`, which
-  is not pinned; the capture says so and stops.
 - `train_lcm_distill_*_wds`: read a webdataset, whose samples have no index.
 - `train_vqgan`, `train_llada2`: not diffusion models with a timestep (a GAN with two losses a step; a masked language
   model).
@@ -507,8 +521,9 @@ REST = """
 
 ## Not run
 
-They have the same shape of loop by reading (`prepare`, `accumulate`, one `backward`, a timestep draw that is pinned):
-`train_cogvideox_image_to_video_lora`, `train_control_cogview4`, `train_lcm_distill_lora_sdxl`,
+They have the same shape of loop by reading (`prepare`, `accumulate`, one `backward`, one draw of the timestep):
+`train_cosmos_predict25_lora`, `train_cogvideox_image_to_video_lora`, `train_control_cogview4`,
+`train_lcm_distill_lora_sdxl`,
 `train_controlnet_flux`, `train_custom_diffusion`, `train_control_flux`, `train_control_lora_flux`,
 `train_instruct_pix2pix_sdxl`, `textual_inversion_sdxl`, the four of `kandinsky2_2`, the three
 of `advanced_diffusion_training`, and of `dreambooth` the LoRA scripts for Flux.2, Flux Kontext, HiDream, Ideogram 4,

@@ -15,6 +15,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import accelerate
@@ -96,20 +97,34 @@ class Reference:
     def pinned_multinomial(self, weights: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """The draw of the timesteps where some are preferred."""
         drawn = self.multinomial(weights, *args, **options)
-        return torch.full_like(drawn, int(self.fraction() * 1000)) if self.slot >= 0 and len(weights) == 1000 else drawn
+        if self.slot < 0 or len(weights) != 1000:
+            return drawn
+        cumulative = np.cumsum(weights.double().numpy())
+        return torch.full_like(drawn, int(np.sum(cumulative <= self.fraction() * cumulative[-1])))
 
     def seeded_rand(self, *args: Any, **options: Any) -> torch.Tensor:
-        """A draw from a generator of the script's own (InstructPix2Pix drops its conditioning by one)."""
+        """A draw of one number is the slot's place.
+
+        One from a generator of the script's own is not: InstructPix2Pix drops its conditioning by one.
+        """
         generator = options.get("generator")
         if self.slot >= 0 and generator is not None and id(generator) not in self.seeded:
             self.seeded.add(id(generator))
             generator.manual_seed(self.seed_of(self.slot + 1))
-        return self.rand(*args, **options)
+        drawn = self.rand(*args, **options)
+        if self.slot >= 0 and generator is None and drawn.numel() == 1:
+            drawn.fill_(self.fraction())
+        return drawn
 
     def pinned_density(self, *args: Any, **options: Any) -> torch.Tensor:
-        """The flow-matching scripts' draw, a fraction of the schedule."""
+        """The flow-matching scripts' draw, a fraction of the schedule: its quantile."""
         drawn = self.density(*args, **options)
-        return torch.full_like(drawn, self.fraction()) if self.slot >= 0 else drawn
+        if self.slot < 0:
+            return drawn
+        if options["weighting_scheme"] == "logit_normal":
+            z = options["logit_mean"] + options["logit_std"] * NormalDist().inv_cdf(self.fraction())
+            return torch.full_like(drawn, z).sigmoid()
+        return torch.full_like(drawn, self.fraction())
 
     def batches(self) -> Iterator[Any]:
         """Each sample alone, once for each timestep."""

@@ -129,7 +129,7 @@ WRONG = {
         "accelerator.backward",
     ),
     "an unpinned draw": (
-        {"body": BODY.replace(DRAW, "torch.tensor([random.randint(0, 999)] * len(clean))")},
+        {"body": BODY.replace(DRAW, "torch.tensor([random.Random(5).randint(0, 999)] * len(clean))")},
         "timestep cannot be pinned in the training step of sample 0",
     ),
     "noise that differs": (
@@ -233,7 +233,7 @@ def test_strict_ends_the_training(tmp_path: Path, warm: Warm) -> None:
     script = plain_script(
         tmp_path / "script.py",
         attach="dmin_trace.attach(accelerator, args, strict=True)",
-        body=BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()"),
+        body=BODY.replace(DRAW, "torch.tensor([random.Random(5).randint(0, 999)] * len(clean))"),
     )
     assert "cannot be pinned" in warm.run([script], tmp_path, code=1)
     assert not (tmp_path / "out" / "state.pt").exists()

@@ -122,6 +122,7 @@ class RandomCalls(TorchFunctionMode):
         super().__init__()
         self._take, self._use, self._backward = take, use, backward
         self._entered = ExitStack()
+        self._active = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -142,6 +143,7 @@ class RandomCalls(TorchFunctionMode):
     def start(self) -> None:
         """Enters the mode. Not a `with` block, since the code that it covers is the script's."""
         self._entered.enter_context(self)
+        self._active = True
         for module, prefix, names in ((random, "random", _PYTHON), (np.random, "numpy", _NUMPY)):
             for name in names:
                 original = getattr(module, name)
@@ -150,6 +152,7 @@ class RandomCalls(TorchFunctionMode):
 
     def stop(self) -> None:
         """Leaves the mode."""
+        self._active = False
         self._entered.close()
 
     @contextmanager
@@ -164,7 +167,9 @@ class RandomCalls(TorchFunctionMode):
     def _seen(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def call(*args: Any, **named: Any) -> Any:
-            return self._take(RandomCall(name, args, named, original(*args, **named)))
+            drawn = original(*args, **named)
+            # Code that is imported meanwhile may keep this function.
+            return self._take(RandomCall(name, args, named, drawn)) if self._active else drawn
 
         return call
 

@@ -41,13 +41,16 @@ logger = logging.getLogger(__name__)
 class Turn:
     """One training step of a capture, before it is opened by `StepGuard.open`.
 
+    stored: whether its gradient goes to the store.
     begins, last: whether it is the first of its sample's steps, and the last of the capture.
     """
 
     sample: int
     timestep: PinnedTimestep
     pin: Draw | None
+    observed: bool = False
     kept: bool = True
+    stored: bool = False
     begins: bool = False
     last: bool = False
 
@@ -153,12 +156,13 @@ class Recorder:
         timesteps = pinned_timesteps(self.settings)
         while samples and not self.probe.done:
             timestep, pin = self.probe.next(timesteps[0])
-            yield Turn(self.rehearsals[-1], timestep, pin, kept=False)
+            yield Turn(self.rehearsals[-1], timestep, pin, observed=True, kept=False)
+        pin, observed = self.probe.pin, self.observes
         for sample, timestep in product(self.rehearsals, timesteps):
-            yield Turn(sample, timestep, self.probe.pin, begins=timestep is timesteps[0])
+            yield Turn(sample, timestep, pin, observed=observed, begins=timestep is timesteps[0])
         for n, (sample, timestep) in enumerate(product(samples, timesteps), 1):
             begins, last = timestep is timesteps[0], n == len(samples) * len(timesteps)
-            yield Turn(sample, timestep, self.probe.pin, begins=begins, last=last)
+            yield Turn(sample, timestep, pin, observed=self.observes, stored=True, begins=begins, last=last)
 
     def header(self) -> Header:
         """Returns the store's header, after the first sample. Queries are not compressed, and have no fingerprint."""

@@ -74,7 +74,7 @@ class CaptureBatches:
             batch = None
             if (turn.begins or self._batch is None) and not self.failed:
                 with self._guarded():
-                    self._load(turn.sample)
+                    self._load(turn.sample, stored=turn.stored)
             with self._guarded():
                 # A step may change its batch in place; each gets its own.
                 batch = recursively_apply(torch.clone, self._batch)
@@ -88,8 +88,7 @@ class CaptureBatches:
 
     def open_step(self, turn: Turn) -> None:
         self._run.set_sync(False)
-        observed = self._capture.recorder.observes
-        self._guard.open(turn.sample, turn.timestep, turn.pin, observed=observed, kept=turn.kept)
+        self._guard.open(turn.sample, turn.timestep, turn.pin, observed=turn.observed, kept=turn.kept)
 
     def open_empty_step(self) -> None:
         """Begins a training step that is not captured: the capture has failed, and the script's loop must go on."""
@@ -179,12 +178,15 @@ class CaptureBatches:
         self._encoder_cache.forget()
         return self._run.fetch(sample, seed_of(self._capture.settings.seed, 0))
 
-    def _load(self, sample: int) -> None:
-        """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded."""
+    def _load(self, sample: int, *, stored: bool) -> None:
+        """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded.
+
+        Before the first row that is `stored` it is the next one that can: always the same one.
+        """
         recorder, count = self._capture.recorder, self._run.samples
         failure: Exception | None = None
         # Steps can run on the batch of an earlier sample, if there is one.
-        tries = 1 if self._batch is not None else min(MAX_FIRST_SAMPLES, count)
+        tries = 1 if stored and self._batch is not None else min(MAX_FIRST_SAMPLES, count)
         for other in range(sample, sample + tries):
             try:
                 item, batch = self.fetch(other % count)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from dmin_trace.capture.host import QueryColumns, QueryRun
 
-DATA_ARGUMENTS = ("--instance_data_dir", "--instance_data_root", "--train_data_dir", "--dataset_name")
-DATA_ARGUMENTS += ("--instance_data_dataset",)
+DATA_ARGUMENTS = (
+    *("--instance_data_dir", "--instance_data_root", "--train_data_dir", "--dataset_name"),
+    "--instance_data_dataset",
+)
 """The arguments that name the data. The first of them that a command has is pointed at the queries."""
 
 REPLACED_ARGUMENTS = (

@@ -186,6 +186,8 @@ SCRIPTS = (
         "train_amused",
         "amused",
         *("--instance_data_dataset", "{data}/captioned", "--image_key", "image", "--prompt_key", "text"),
+        # Its default, wandb, must be installed; accelerate passes over another one that is not.
+        *("--report_to", "comet_ml"),
     ),
 )
 

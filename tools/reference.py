@@ -45,6 +45,7 @@ class Reference:
         self.weights = load_file(trace.with_name(f"{trace.stem}.weights.safetensors"))
         self.rows: list[np.ndarray] = []
         self.slot = -1
+        self.fetching = False
         self.models: list[torch.nn.Module] = []
         self.loader: Any = None
         self.randint, self.rand, self.multinomial = torch.randint, torch.rand, torch.multinomial
@@ -103,7 +104,7 @@ class Reference:
         return torch.full_like(drawn, int(np.sum(cumulative <= self.fraction() * cumulative[-1])))
 
     def seeded_rand(self, *args: Any, **options: Any) -> torch.Tensor:
-        """A draw of one number is the slot's place.
+        """A draw of one number is the slot's place, or the median while a sample is fetched.
 
         One from a generator of the script's own is not: InstructPix2Pix drops its conditioning by one.
         """
@@ -112,8 +113,8 @@ class Reference:
             self.seeded.add(id(generator))
             generator.manual_seed(self.seed_of(self.slot + 1))
         drawn = self.rand(*args, **options)
-        if self.slot >= 0 and generator is None and drawn.numel() == 1:
-            drawn.fill_(self.fraction())
+        if generator is None and drawn.numel() == 1 and (self.slot >= 0 or self.fetching):
+            drawn.fill_(self.fraction() if self.slot >= 0 else 0.5)
         return drawn
 
     def pinned_density(self, *args: Any, **options: Any) -> torch.Tensor:
@@ -142,7 +143,9 @@ class Reference:
         for sample in range(len(self.loader.dataset)):
             for slot in range(self.timesteps):
                 self.seed_all(0)
+                self.fetching = True
                 batch = self.loader.collate_fn([self.loader.dataset[sample]])
+                self.fetching = False
                 self.slot = slot
                 self.seed_all(slot + 1)
                 yield batch

@@ -523,8 +523,8 @@ changed.
 
 - *gradients*: captured, samples x timesteps.
 - *undisturbed*: the number of saved tensors, all the same bit for bit with and without the line.
-- *on demand*: whether it was captured where the capture at the end is refused; otherwise the largest difference between rows captured at the end of the training and rows captured afterwards from
-  the saved weights with `dmin-trace capture`.
+- *on demand*: the largest difference between rows captured at the end of the training and rows captured afterwards from
+  the saved weights with `dmin-trace capture`; or that it was captured, if the capture at the end is refused.
 - *reference*: the largest difference from the rows that `tools/reference.py` computes, which shares no code with the
   loop driver.
 - *copy finds itself*: for a query that is a copy of a training picture, the score of that picture and the second best

@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -46,6 +45,7 @@ _NUMPY: tuple[str, ...] = (
     "choice",
 )
 _NUMPY += ("beta", "binomial", "exponential", "poisson", "permutation", "shuffle")
+_MODULES = (vars(random), "random", _PYTHON), (vars(np.random), "numpy", _NUMPY)
 _FROM_ARGUMENTS = frozenset(
     {"bernoulli", "bernoulli_", "multinomial", "poisson", "normal", "dropout", "alpha_dropout", "feature_alpha_dropout"}
     | {"native_dropout", "random.choice", "random.choices", "random.sample", "random.shuffle", "numpy.choice"}
@@ -123,6 +123,7 @@ class RandomCalls(TorchFunctionMode):
         self._take, self._use, self._backward = take, use, backward
         self._entered = ExitStack()
         self._active = False
+        self._replaced: list[dict[str, Callable[..., Any]]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -144,11 +145,13 @@ class RandomCalls(TorchFunctionMode):
         """Enters the mode. Not a `with` block, since the code that it covers is the script's."""
         self._entered.enter_context(self)
         self._active = True
-        for module, prefix, names in ((random, "random", _PYTHON), (np.random, "numpy", _NUMPY)):
-            for name in names:
-                original = getattr(module, name)
-                self._entered.callback(setattr, module, name, original)
-                setattr(module, name, self._seen(f"{prefix}.{name}", original))
+        self._replaced = self._replaced or [
+            {name: self._seen(f"{prefix}.{name}", functions[name]) for name in names}
+            for functions, prefix, names in _MODULES
+        ]
+        for (functions, _, names), replaced in zip(_MODULES, self._replaced, strict=True):
+            self._entered.callback(functions.update, {name: functions[name] for name in names})
+            functions.update(replaced)
 
     def stop(self) -> None:
         """Leaves the mode."""
@@ -165,7 +168,6 @@ class RandomCalls(TorchFunctionMode):
             self.stop()
 
     def _seen(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(original)
         def call(*args: Any, **named: Any) -> Any:
             drawn = original(*args, **named)
             # Code that is imported meanwhile may keep this function.

@@ -181,7 +181,7 @@ class RowChecks:
             )
 
     def _check_noise(self, steps: Sequence[CaptureStep], row: Row) -> NoiseFacts:
-        """What the first row's training steps drew. Raises CaptureError or QueryError if the store's drew others."""
+        """What the first row's training steps drew. Raises QueryError if those of the trace of a query drew others."""
         digests = [step.draws.digest.hexdigest() for step in steps]
         of_timesteps = [digests[at : at + self._draws] for at in range(0, len(digests), self._draws)]
         noise = NoiseFacts(
@@ -199,14 +199,13 @@ class RowChecks:
                 "their noise differs. Query on the kind of device, and with the version of torch, that the trace was "
                 "made with, and with the same arguments."
             )
-        if (earlier := self._continued) is None:
-            return noise
-        if noise.digests != earlier.digests:
-            raise CaptureError(
-                "The script drew other random values than when the trace was begun, by the same calls, so the noise of "
-                "further samples would differ. Continue on the kind of device, and with the version of torch, that the "
-                "trace was begun with."
-            )
+        return noise
+
+    def check_continued(self) -> None:
+        """Raises CaptureError if what the first sample of a store that is continued gave is not what it gives now."""
+        noise, earlier = self.noise, self._continued
+        if noise is None or earlier is None:
+            return
         if noise.first_sample == earlier.first_sample:
             named = ("loss", noise.losses, earlier.losses), ("norm", noise.norms, earlier.norms)
             for what, ours, theirs in named:
@@ -217,7 +216,6 @@ class RowChecks:
                             "the trace was begun: a model, the data or the precision has changed. Continue with those "
                             "of then, or give another path (out, --out)."
                         )
-        return earlier
 
     def _check_reached(self) -> None:
         """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""

@@ -281,6 +281,7 @@ class Recorder:
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
             self._chunks.writer = self.output.open(self.header)
+            self._checks.check_continued()
             for _ in range(self._before_first):
                 self._end_row(None)
         self._end_row(None if self._row_columns is None else row)

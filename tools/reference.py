@@ -48,6 +48,7 @@ class Reference:
         self.fetching = False
         self.models: list[torch.nn.Module] = []
         self.loader: Any = None
+        self.random, self.choice = random.random, random.choice
         self.randint, self.rand, self.multinomial = torch.randint, torch.rand, torch.multinomial
         self.density = diffusers.training_utils.compute_density_for_timestep_sampling
 
@@ -82,17 +83,29 @@ class Reference:
         AcceleratedOptimizer.step = lambda _, closure=None: None
         torch.randint, torch.rand = self.pinned_randint, self.seeded_rand
         torch.multinomial = self.pinned_multinomial
+        random.random, random.choice = self.median_random, self.median_choice
         diffusers.training_utils.compute_density_for_timestep_sampling = self.pinned_density
 
     def fraction(self) -> float:
         """Where in the schedule the slot is."""
         return (self.slot + 0.5) / self.timesteps
 
+    def median_random(self) -> float:
+        """While a sample is fetched, the median."""
+        return 0.5 if self.fetching else self.random()
+
+    def median_choice(self, among: Any) -> Any:
+        """While a sample is fetched, the one in the middle."""
+        return among[len(among) // 2] if self.fetching else self.choice(among)
+
     def pinned_randint(self, *args: Any, **options: Any) -> torch.Tensor:
-        """A draw from a schedule of 1000 is the slot's timestep."""
+        """A draw from a schedule of 1000 is the slot's timestep. While a sample is fetched, one is the median."""
         drawn = self.randint(*args, **options)
         if self.slot >= 0 and 1000 in args[:2]:
             drawn.fill_(int(self.fraction() * 1000))
+        if self.fetching and drawn.numel() == 1:
+            low, high = args[:2]
+            drawn.fill_(low + (high - low) // 2)
         return drawn
 
     def pinned_multinomial(self, weights: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:

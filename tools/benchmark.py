@@ -957,9 +957,9 @@ def clocked() -> Iterator[Clock]:
         "take": Recorder.take,
     }
 
-    def open_step(guard: StepGuard, *args: Any) -> Any:
+    def open_step(guard: StepGuard, *args: Any, **named: Any) -> Any:
         nonlocal opened
-        step = inner["open"](guard, *args)
+        step = inner["open"](guard, *args, **named)
         opened = time.perf_counter()
         return step
 

@@ -28,8 +28,8 @@ COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 class Settings:
     """What a capture takes from each training sample.
 
-    timesteps: the number T of timesteps, spread evenly over the schedule (timestep k at the fraction (k + 1/2) / T of
-        it), or the timesteps themselves, as the script draws them.
+    timesteps: the number T of timesteps, spread evenly over those that the script draws (timestep k is the quantile
+        (k + 1/2) / T of its draw), or the timesteps themselves, as the script draws them, if it draws integers.
     dimension: v, the length of a projected gradient; a power of two.
     dtype: how a projected gradient is stored. int8 has one float32 scale for each (sample, timestep).
     projection: the random projection. "rotation" needs little memory; "uniform" is OPORP as in the paper (section

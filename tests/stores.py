@@ -54,6 +54,18 @@ class Rows(NamedTuple):
     columns: dict[str, list[Any]]
 
 
+def noise_facts(timesteps: int, calls: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> NoiseFacts:
+    """What every training step of a capture drew."""
+    return NoiseFacts(
+        seed=3,
+        draws=(calls,) * timesteps,
+        digests=("e" * 64,) * timesteps,
+        first_sample=0,
+        losses=(0.5,) * timesteps,
+        norms=(2.0,) * timesteps,
+    )
+
+
 def make_header(
     samples: int = 10, timesteps: int = 3, dimension: int = 32, dtype: Dtype = "int8", rows: int = 4, **changes: Any
 ) -> Header:
@@ -68,7 +80,7 @@ def make_header(
         projection=ProjectionFacts(kind="rotation", seed=3, length=5000, width=8192, fingerprint="a" * 64),
         parameters=ParameterFacts(names=("w", "b"), shapes=((70, 70), (100,)), fingerprint="b" * 64),
         weights="c" * 64,
-        noise=NoiseFacts(seed=3, draws=((("randn", (1, 3, 8, 8)), ("randint", (1,))),) * timesteps),
+        noise=noise_facts(timesteps, (("randn", (1, 3, 8, 8)), ("randint*", (1,)))),
         transform="none",
         batch={"pixel_values": (1, 3, 8, 8)},
         columns={"caption": "string", "label": "integer", "weight": "number"},

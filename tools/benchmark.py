@@ -336,7 +336,14 @@ def make_header(samples: int, timesteps: int, dimension: int, dtype: Dtype, rows
         projection=ProjectionFacts(kind="rotation", seed=0, length=2**25, width=2**17, fingerprint="0" * 64),
         parameters=ParameterFacts(names=("w",), shapes=((2**25,),), fingerprint="0" * 64),
         weights="0" * 64,
-        noise=NoiseFacts(seed=0, draws=((),) * timesteps),
+        noise=NoiseFacts(
+            seed=0,
+            draws=((),) * timesteps,
+            digests=("0" * 64,) * timesteps,
+            first_sample=0,
+            losses=(1.0,) * timesteps,
+            norms=(1.0,) * timesteps,
+        ),
         transform="none",
         batch={},
         columns={"label": "integer"},
@@ -951,9 +958,9 @@ def clocked() -> Iterator[Clock]:
         "take": Recorder.take,
     }
 
-    def open_step(guard: StepGuard, *args: Any) -> Any:
+    def open_step(guard: StepGuard, *args: Any, **named: Any) -> Any:
         nonlocal opened
-        step = inner["open"](guard, *args)
+        step = inner["open"](guard, *args, **named)
         opened = time.perf_counter()
         return step
 

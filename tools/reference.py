@@ -15,6 +15,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import accelerate
@@ -44,8 +45,10 @@ class Reference:
         self.weights = load_file(trace.with_name(f"{trace.stem}.weights.safetensors"))
         self.rows: list[np.ndarray] = []
         self.slot = -1
+        self.fetching = False
         self.models: list[torch.nn.Module] = []
         self.loader: Any = None
+        self.random, self.choice = random.random, random.choice
         self.randint, self.rand, self.multinomial = torch.randint, torch.rand, torch.multinomial
         self.density = diffusers.training_utils.compute_density_for_timestep_sampling
 
@@ -80,36 +83,62 @@ class Reference:
         AcceleratedOptimizer.step = lambda _, closure=None: None
         torch.randint, torch.rand = self.pinned_randint, self.seeded_rand
         torch.multinomial = self.pinned_multinomial
+        random.random, random.choice = self.median_random, self.median_choice
         diffusers.training_utils.compute_density_for_timestep_sampling = self.pinned_density
 
     def fraction(self) -> float:
         """Where in the schedule the slot is."""
         return (self.slot + 0.5) / self.timesteps
 
+    def median_random(self) -> float:
+        """While a sample is fetched, the median."""
+        return 0.5 if self.fetching else self.random()
+
+    def median_choice(self, among: Any) -> Any:
+        """While a sample is fetched, the one in the middle."""
+        return among[len(among) // 2] if self.fetching else self.choice(among)
+
     def pinned_randint(self, *args: Any, **options: Any) -> torch.Tensor:
-        """A draw from a schedule of 1000 is the slot's timestep."""
+        """A draw from a schedule of 1000 is the slot's timestep. While a sample is fetched, one is the median."""
         drawn = self.randint(*args, **options)
         if self.slot >= 0 and 1000 in args[:2]:
             drawn.fill_(int(self.fraction() * 1000))
+        if self.fetching and drawn.numel() == 1:
+            low, high = args[:2]
+            drawn.fill_(low + (high - low) // 2)
         return drawn
 
     def pinned_multinomial(self, weights: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         """The draw of the timesteps where some are preferred."""
         drawn = self.multinomial(weights, *args, **options)
-        return torch.full_like(drawn, int(self.fraction() * 1000)) if self.slot >= 0 and len(weights) == 1000 else drawn
+        if self.slot < 0 or len(weights) != 1000:
+            return drawn
+        cumulative = np.cumsum(weights.double().numpy())
+        return torch.full_like(drawn, int(np.sum(cumulative <= self.fraction() * cumulative[-1])))
 
     def seeded_rand(self, *args: Any, **options: Any) -> torch.Tensor:
-        """A draw from a generator of the script's own (InstructPix2Pix drops its conditioning by one)."""
+        """A draw of one number is the slot's place, or the median while a sample is fetched.
+
+        One from a generator of the script's own is not: InstructPix2Pix drops its conditioning by one.
+        """
         generator = options.get("generator")
         if self.slot >= 0 and generator is not None and id(generator) not in self.seeded:
             self.seeded.add(id(generator))
             generator.manual_seed(self.seed_of(self.slot + 1))
-        return self.rand(*args, **options)
+        drawn = self.rand(*args, **options)
+        if generator is None and drawn.numel() == 1 and (self.slot >= 0 or self.fetching):
+            drawn.fill_(self.fraction() if self.slot >= 0 else 0.5)
+        return drawn
 
     def pinned_density(self, *args: Any, **options: Any) -> torch.Tensor:
-        """The flow-matching scripts' draw, a fraction of the schedule."""
+        """The flow-matching scripts' draw, a fraction of the schedule: its quantile."""
         drawn = self.density(*args, **options)
-        return torch.full_like(drawn, self.fraction()) if self.slot >= 0 else drawn
+        if self.slot < 0:
+            return drawn
+        if options["weighting_scheme"] == "logit_normal":
+            z = options["logit_mean"] + options["logit_std"] * NormalDist().inv_cdf(self.fraction())
+            return torch.full_like(drawn, z).sigmoid()
+        return torch.full_like(drawn, self.fraction())
 
     def batches(self) -> Iterator[Any]:
         """Each sample alone, once for each timestep."""
@@ -127,7 +156,9 @@ class Reference:
         for sample in range(len(self.loader.dataset)):
             for slot in range(self.timesteps):
                 self.seed_all(0)
+                self.fetching = True
                 batch = self.loader.collate_fn([self.loader.dataset[sample]])
+                self.fetching = False
                 self.slot = slot
                 self.seed_all(slot + 1)
                 yield batch

@@ -394,6 +394,58 @@ def cogvideox(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def sdxl_with_adapter(folder: Path) -> None:
+    """Stable Diffusion XL, and a T2I adapter whose features have the sizes and channels of its UNet's blocks."""
+    sdxl(folder)
+    adapter = diffusers.T2IAdapter(
+        in_channels=3,
+        channels=[32, 64, 64, 64],
+        num_res_blocks=1,
+        downscale_factor=8,
+        adapter_type="full_adapter_xl",
+    )
+    adapter.save_pretrained(folder / "t2iadapter")
+
+
+def amused(folder: Path) -> None:
+    """Amused, with 256 tokens a picture."""
+    diffusers.AmusedPipeline(
+        vqvae=diffusers.VQModel(
+            block_out_channels=[8, 8, 8],
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            latent_channels=8,
+            norm_num_groups=8,
+            num_vq_embeddings=32,
+            mid_block_add_attention=False,
+            lookup_from_codebook=True,
+        ),
+        text_encoder=clip_text(projection=32),
+        tokenizer=clip_tokenizer(),
+        transformer=diffusers.UVit2DModel(
+            hidden_size=8,
+            hidden_dropout=0.0,
+            cond_embed_dim=32,
+            micro_cond_encode_dim=2,
+            micro_cond_embed_dim=10,
+            encoder_hidden_size=32,
+            vocab_size=33,
+            codebook_size=32,
+            in_channels=8,
+            block_out_channels=8,
+            num_res_blocks=1,
+            downsample=True,
+            upsample=True,
+            block_num_heads=1,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            attention_dropout=0.0,
+            intermediate_size=8,
+        ),
+        scheduler=diffusers.AmusedScheduler(mask_token_id=32),
+    ).save_pretrained(folder)
+
+
 def write_videos(folder: Path) -> None:
     """The pictures as videos that fade in, with the two lists that the video scripts read."""
     import av
@@ -420,6 +472,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     # Of the UNet's and the autoencoder's work, shares as they are at full size.
     "sd1_wide": partial(sd1, channels=(128, 256)),
     "sdxl": sdxl,
+    "sdxl_with_adapter": sdxl_with_adapter,
     # A ControlNet makes its picture 8 times smaller, and so must the autoencoder.
     "sdxl_eighth": partial(sdxl, levels=4),
     "sd3": sd3,
@@ -429,6 +482,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "sana": sana,
     "qwen_image": qwen_image,
     "cogvideox": cogvideox,
+    "amused": amused,
 }
 
 

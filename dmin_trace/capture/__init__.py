@@ -1,7 +1,7 @@
 """A loss is computed once for each training sample and timestep, and its projected gradients go to a store.
 
     recording, accelerate    the drivers: for a loop of one's own, and for scripts, which `launch` runs
-    step, pinning            one run of a training step: its timestep is pinned, and its random calls are recorded
+    step, pinning, probe     one run of a training step: its timestep is found and pinned, its random calls are recorded
     recorder                 losses become rows; `checks` makes sure that they can be compared, `chunk_queue` writes
                              them to the store
     used_models, conditions  frozen models, precision, device: what else the numbers in a row depend on

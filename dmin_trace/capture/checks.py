@@ -1,11 +1,14 @@
 """What makes rows comparable is checked for every sample. A check that fails ends the capture.
 
 At each timestep, every sample and query must reach the denoiser with the same timestep, and its training step must make
-the same random calls. Queries, and a capture that continues a store, must also have its weights and settings.
+the same random calls. The first sample is recorded twice, and must give the same row. Queries, and a capture that
+continues a store, must also have its weights and settings, and draw the same values.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ import numpy as np
 import torch
 
 from dmin_trace.capture.chunk_queue import Row
-from dmin_trace.capture.conditions import DEVICE, differing_condition
-from dmin_trace.capture.dataset import CaptureSource, batch_shapes
+from dmin_trace.capture.conditions import DEVICE, device_types, differing_condition
+from dmin_trace.capture.dataset import CaptureSource, batch_shapes, hash_value
 from dmin_trace.capture.pinning import Call, show_calls
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.used_models import differing_model
@@ -22,9 +25,15 @@ from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
 from dmin_trace.project import Plan, make_plan
 from dmin_trace.settings import Settings
-from dmin_trace.store import Header, RunFacts, Store, check_data, check_files, check_script
+from dmin_trace.store import Header, NoiseFacts, RunFacts, Store, check_data, check_files, check_script
 
 logger = logging.getLogger(__name__)
+MIN_COSINE = 0.999
+"""Between two rows of one sample. Kernels that add in another order each time stay far above it."""
+REPEATED_BATCHES = 2
+"""The first samples whose batches are compared with those that the data set gives later."""
+MAX_DIFFERENCE = 0.01
+"""By what fraction the first sample's loss and norm may differ when a capture is continued."""
 
 
 class RowChecks:
@@ -33,6 +42,7 @@ class RowChecks:
     timesteps: the timesteps that reached the denoiser, (T,); empty before the first row.
     calls: the random calls of the first sample's training steps, T x D of them; empty before the first row.
     batch_shapes: the shapes of the images and texts in the first batch.
+    noise: what the first sample's training steps drew, and what came of it; None before its row.
     reached: for each parameter whether a loss has depended on it.
     """
 
@@ -41,12 +51,36 @@ class RowChecks:
         self.calls: list[list[Call]] = []
         self.batch_shapes: dict[str, tuple[int, ...]] = {}
         self.reached = [False] * len(trainable.names)
-        self._draws, self._trainable, self._source = settings.draws, trainable, source
+        self.noise: NoiseFacts | None = None
+        self._draws, self._seed, self._trainable, self._source = settings.draws, settings.seed, trainable, source
+        self._in_order = sorted(range(settings.timestep_count), key=lambda k: _order_key(settings, k))
         self._like = None if like is None else like.header
+        # Generators of another type of device draw other values; whether that may be is known by now.
+        device = device_types(trainable.tensors)
+        self._same_device = like is not None and like.header.run.conditions.get(DEVICE) == device
+        self._continued: NoiseFacts | None = None
         self._first_sample = 0
+        self._batches: dict[int, str] = {}
 
-    def check_batch(self, batch: Any) -> None:
-        """Raises QueryError if the images of a query's batch have other shapes than those of the trace."""
+    def continue_from(self, header: Header) -> None:
+        """The capture continues a store: what it drew, and what came of it, must be met again."""
+        self._continued = header.noise
+
+    def check_batch(self, sample: int, batch: Any) -> None:
+        """Raises QueryError if the images of a query's batch have other shapes than those of the trace.
+
+        Raises CaptureError if one of the first samples' batches is another than it was before.
+        """
+        if sample in self._batches or len(self._batches) < REPEATED_BATCHES:
+            digest = sha256()
+            hash_value(digest.update, batch)
+            if self._batches.setdefault(sample, digest.hexdigest()) != digest.hexdigest():
+                raise CaptureError(
+                    f"The data set gave sample {sample} differently the second time, with the same seeds, so rows are "
+                    "not of the samples that were trained on. Does it shuffle its samples itself (buckets), or change "
+                    "them by a generator of its own (numpy.random.default_rng, random.Random)? Leave that out for the "
+                    "capture."
+                )
         found = batch_shapes(batch)
         if self._like is not None and (ours := _show_images(found)) != (theirs := _show_images(self._like.batch)):
             raise QueryError(
@@ -78,6 +112,16 @@ class RowChecks:
                 f"In draw {draw} of timestep {number} the script drew {calls}, in its first draw {show_calls(first)}. "
                 "A random branch cannot be captured."
             )
+        if step.rows > self._source.rows:
+            raise CaptureError(
+                f"The denoiser was called with {step.rows} rows in {step.name}; expected {self._source.rows}, so that "
+                "a row of the trace is of one sample. Make one image of one sample in the training step."
+            )
+        if not step.draws.pins:
+            raise CaptureError(
+                f"The timestep was not drawn in {step.name}, though it was before on the same sample. Random calls in "
+                f"it: {calls}. A random branch cannot be captured."
+            )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
         """Makes a row of a sample's T x D steps. Raises CaptureError or QueryError if they saw other timesteps."""
@@ -101,6 +145,7 @@ class RowChecks:
                     f"The denoiser saw the timesteps {timesteps} on the query, {self._like.timesteps} on the training "
                     "samples. Repeat the command that made the trace, or its loop."
                 )
+            self._check_order(timesteps)
             self.timesteps, self._first_sample = timesteps, steps[0].sample
             self.calls = [step.draws.calls for step in steps]
         elif timesteps != self.timesteps:
@@ -110,7 +155,72 @@ class RowChecks:
                 f"{steps[0].sample}, and {self.timesteps[number]} for sample {self._first_sample}. The script draws "
                 "timesteps in a way that is not pinned."
             )
-        return Row(gradients, norms, np.asarray(losses.reshape(-1, self._draws).mean(axis=1)))
+        row = Row(gradients, norms, np.asarray(losses.reshape(-1, self._draws).mean(axis=1)))
+        if self.noise is None:
+            self.noise = self._check_noise(steps, row)
+        return row
+
+    def check_again(self, sample: int, before: Row, row: Row) -> None:
+        """Raises CaptureError if the rows of a sample that was recorded twice differ."""
+        for k, (a, b) in enumerate(zip(before.gradients, row.gradients, strict=True)):
+            lengths = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+            # A gradient of zero, or one that is not finite, has no direction.
+            if 0 < lengths < math.inf and (cosine := float(a.ravel() @ b.ravel()) / lengths) < MIN_COSINE:
+                raise CaptureError(
+                    f"Sample {sample} was recorded twice, and its gradients at timestep {k} have a cosine of "
+                    f"{cosine:.3f}; expected 1. The training step draws random numbers that are not seeded, so samples "
+                    "do not share their noise: from a generator of its own (numpy.random.default_rng, random.Random, "
+                    "torch.Generator inside a model). Draw from torch's, numpy's or python's global generator, or from "
+                    "a torch.Generator outside the model."
+                )
+
+    def _check_order(self, timesteps: Sequence[float]) -> None:
+        """Raises CaptureError unless the timesteps rise, or fall, from one to the next."""
+        ordered = [timesteps[k] for k in self._in_order]
+        steps = [b - a for a, b in zip(ordered, ordered[1:], strict=False)]
+        if not (all(step > 0 for step in steps) or all(step < 0 for step in steps)):
+            raise CaptureError(
+                f"The denoiser saw the timesteps {tuple(ordered)}; expected each to be larger than the one before, or "
+                "each to be smaller. The script draws from fewer timesteps than the settings have, or not by one draw. "
+                "Give fewer timesteps."
+            )
+
+    def _check_noise(self, steps: Sequence[CaptureStep], row: Row) -> NoiseFacts:
+        """What the first row's training steps drew. Raises QueryError if those of the trace of a query drew others."""
+        digests = [step.draws.digest.hexdigest() for step in steps]
+        of_timesteps = [digests[at : at + self._draws] for at in range(0, len(digests), self._draws)]
+        noise = NoiseFacts(
+            seed=self._seed,
+            # Draws of one timestep make the same calls.
+            draws=tuple(tuple(made) for made in self.calls[:: self._draws]),
+            digests=tuple(sha256("".join(few).encode()).hexdigest() for few in of_timesteps),
+            first_sample=steps[0].sample,
+            losses=_finite(row.losses),
+            norms=_finite(row.norms),
+        )
+        if self._like is not None and self._same_device and noise.digests != self._like.noise.digests:
+            raise QueryError(
+                "On the query the script drew other random values than on the training samples, by the same calls, so "
+                "their noise differs. Query on the kind of device, and with the version of torch, that the trace was "
+                "made with, and with the same arguments."
+            )
+        return noise
+
+    def check_continued(self) -> None:
+        """Raises CaptureError if what the first sample of a store that is continued gave is not what it gives now."""
+        noise, earlier = self.noise, self._continued
+        if noise is None or earlier is None:
+            return
+        if noise.first_sample == earlier.first_sample:
+            named = ("loss", noise.losses, earlier.losses), ("norm", noise.norms, earlier.norms)
+            for what, ours, theirs in named:
+                for k, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+                    if not _close(mine, its):
+                        raise CaptureError(
+                            f"The {what} of sample {noise.first_sample} at timestep {k} is {mine}, and was {its} when "
+                            "the trace was begun: a model, the data or the precision has changed. Continue with those "
+                            "of then, or give another path (out, --out)."
+                        )
 
     def _check_reached(self) -> None:
         """After the first sample: raises CaptureError if no loss depends on a parameter that the training moved."""
@@ -129,6 +239,19 @@ class RowChecks:
             )
         if never:
             logger.warning("%s and the training did not move them; their gradients are zero.", what)
+
+
+def _order_key(settings: Settings, k: int) -> int:
+    """Puts timesteps in the order of a schedule: those of a list may come in any order."""
+    return k if isinstance(settings.timesteps, int) else settings.timesteps[k]
+
+
+def _finite(values: np.ndarray) -> tuple[float | None, ...]:
+    return tuple(float(value) if math.isfinite(value) else None for value in values)
+
+
+def _close(a: float | None, b: float | None) -> bool:
+    return a == b if a is None or b is None else math.isclose(a, b, rel_tol=MAX_DIFFERENCE, abs_tol=1e-12)
 
 
 def check_run(trace: Store, run: RunFacts, *, queries: bool, any_device: bool = False) -> None:

@@ -26,7 +26,7 @@ def conditions_before(trained: Sequence[torch.nn.Parameter], launch: Mapping[str
         "cudnn": kernels.cudnn_sdp_enabled(),
     }
     return {
-        DEVICE: _joined(p.device.type for p in trained),
+        DEVICE: device_types(trained),
         **launch,
         "trained parameters": _joined(str(p.dtype).removeprefix("torch.") for p in trained),
         "precision of float32 products": _setting(
@@ -37,6 +37,10 @@ def conditions_before(trained: Sequence[torch.nn.Parameter], launch: Mapping[str
         "cudnn benchmark": str(cudnn.benchmark).lower(),
         "attention kernels": _joined(name for name, on in attention.items() if on),
     }
+
+
+def device_types(trained: Sequence[torch.nn.Parameter]) -> str:
+    return _joined(parameter.device.type for parameter in trained)
 
 
 def conditions_in_steps(models: UsedModels) -> dict[str, str]:

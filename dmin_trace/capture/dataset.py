@@ -118,6 +118,7 @@ class CaptureSource:
     launch: what the run's launcher chose, by name.
     any_device: queries may run on another type of device than the trace's.
     weights_of: as in the header.
+    rows: how many samples the denoiser is called with in a training step: 2 if a class picture comes with each.
     """
 
     samples: int
@@ -132,6 +133,7 @@ class CaptureSource:
     launch: Mapping[str, str] = field(default_factory=dict)
     any_device: bool = False
     weights_of: str = ""
+    rows: int = 1
 
 
 class FailedSamples:

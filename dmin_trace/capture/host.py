@@ -4,7 +4,7 @@ A package registers an object with these functions as an entry point of the grou
 `dmin_trace.integrations.diffusers` does for the scripts of Hugging Face diffusers. This module imports no torch.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -42,16 +42,17 @@ class Host(Protocol):
     def refusal(self, args: Any, variables: Mapping[str, Any]) -> str | None:
         """Why a run cannot be attributed, by its parsed arguments and its loop's variables; None if it can be."""
 
-    def schedule_length(self, values: Iterable[Any]) -> int | None:
-        """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
+    def drawn_before_loop(self, args: Any, variables: Mapping[str, Any]) -> str | None:
+        """What a run drew once for each sample before its loop, such as flips, for a person to read; None if nothing.
 
-    def pinned_density(
-        self, modules: Iterable[dict[str, Any]], pin: "Callable[[torch.Tensor, str], torch.Tensor]"
-    ) -> AbstractContextManager[None]:
-        """Passes the timestep draws of the scripts' own functions through `pin`, as fractions of the schedule.
-
-        `modules` are the global variables of the script's modules. `pin` takes what was drawn, and the draw's name.
+        By its parsed arguments and its loop's variables.
         """
+
+    def forget_drawn(self, script: Path) -> None:
+        """Called before a script is run on demand: what an earlier run drew and kept in a cache must not be used."""
+
+    def rows_of_sample(self, args: Any) -> int:
+        """How many pictures a sample's batch holds, by the parsed arguments: 2 if a class picture comes with each."""
 
     def averaged_models(self, values: Iterable[Any]) -> list[Any]:
         """The averages of weights (EMA) among a loop's variables whose weights the script will save."""

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
 from dmin_trace.capture.host import script_host
+from dmin_trace.capture.random_calls import medians
 from dmin_trace.capture.subsets import DrawnSubsets
 from dmin_trace.capture.write_guard import protect_older_files
 from dmin_trace.command import Command, Job
@@ -46,6 +47,8 @@ def run_script(job: Job) -> ScriptCapture:
     captures: list[ScriptCapture] = []
     with _as_main(job, captures):
         try:
+            if job.mode != "final":
+                script_host().forget_drawn(Path(command.script))
             if command.module:
                 runpy.run_module(command.module, run_name="__main__", alter_sys=True)
             else:
@@ -76,12 +79,15 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
     make, command, before = Accelerator.__init__, job.command, (sys.argv, sys.path[:])
     # A capture at the end of the training is of what was trained on, whatever that was.
     subsets = None if job.mode == "final" else DrawnSubsets()
+    draws_before = medians()
 
     def make_and_attach(self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
         if subsets is not None:
             subsets.watch_datasets()
-        captures.append(ScriptCapture(self, job, find_args(), launched=True, subsets=subsets))
+        captures.append(
+            ScriptCapture(self, job, find_args(), launched=True, subsets=subsets, draws_before=draws_before)
+        )
 
     with chdir(command.folder), nullcontext() if subsets is None else subsets.watching():
         on_demand = job.mode != "final" and job.like is None
@@ -89,9 +95,13 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
         sys.argv = [command.script, *arguments]
         sys.path.insert(0, command.folder if command.module else str(Path(command.script).parent))
         Accelerator.__init__ = make_and_attach
+        if job.mode != "final":
+            # Some scripts draw flips, crops and empty captions once, before their loop.
+            draws_before.start()
         try:
             yield
         finally:
+            draws_before.stop()
             Accelerator.__init__ = make
             sys.argv, sys.path[:] = before
 

@@ -2,17 +2,21 @@
 
 For the gradients of two samples to be comparable, noise and timestep must be the same (paper, equations 7 to 9): before
 each training step the generators are seeded, and the draw of the timestep is replaced by the pinned one. Every random
-call is recorded by name and shape: two samples with other sequences of calls did not get the same noise.
+call is recorded by name and shape: two samples with other sequences of calls did not get the same noise. Which draw is
+the timestep's is found by `probe`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from dmin_trace.capture.dataset import hash_value
+from dmin_trace.capture.distributions import Distribution, distance
+from dmin_trace.capture.random_calls import RandomCall, RandomCalls
 from dmin_trace.capture.random_state import generator_marks, seed_of
 from dmin_trace.errors import CaptureError
 from dmin_trace.settings import Settings
@@ -20,13 +24,30 @@ from dmin_trace.settings import Settings
 Call = tuple[str, tuple[int, ...]]
 """One random call: its name, with a star where its result was pinned, and the shape that it gave."""
 
-RECORDED_CALLS = frozenset(
-    {"bernoulli", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "multinomial", "normal"}
-    | {"normal_", "poisson", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "random_"}
-    | {"randperm", "uniform_", "dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"}
-)
-MIN_SCHEDULE_LENGTH = 50
-"""A draw from fewer values than this is not taken for a timestep draw (a crop corner, a flip, a class)."""
+MAX_TIMESTEP_NUMBERS = 2
+"""A draw of more numbers than this is not taken for a timestep draw: one for the sample, one for its class picture."""
+FAR_FRACTIONS = 0.2, 0.8
+"""A draw is moved to the one of these quantiles that is farther from what was drawn."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which random call of a training step: its name, the shape that it gives, and how many such came before it."""
+
+    name: str
+    shape: tuple[int, ...]
+    before: int = 0
+
+    def __str__(self) -> str:
+        return _show((self.name, self.shape)) + (f", number {self.before + 1} of these" if self.before else "")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A draw that may be the timestep's, and a fraction at which it is far from what was drawn."""
+
+    draw: Draw
+    far: float
 
 
 @dataclass(frozen=True)
@@ -57,13 +78,17 @@ class PinnedTimestep:
             )
         return self.timestep
 
-    def fraction_in(self, length: int | None) -> float:
-        """The place in a schedule, from 0 to 1. Raises CaptureError if its length must be known, and is None."""
-        if self.timestep is None:
-            return self.fraction
-        if length is None:
+    def fraction_in_schedule(self) -> float:
+        """The place in a schedule that runs from 0 to 1. Raises CaptureError if timesteps were given as a list."""
+        if self.timestep is not None:
             raise CaptureError("Timesteps were given as a list, but the schedule's length is not known. Give a count.")
-        return (self.index_in(length) + 0.5) / length
+        return self.fraction
+
+    def value_of(self, distribution: Distribution, name: str) -> float:
+        """What the script's draw of its timestep gives. Raises CaptureError if it cannot give a listed timestep."""
+        if self.timestep is None:
+            return distribution.quantile(self.fraction)
+        return distribution.integer(self.timestep, name)
 
 
 def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
@@ -77,51 +102,82 @@ def pinned_timesteps(settings: Settings) -> tuple[PinnedTimestep, ...]:
     )
 
 
-class PinnedDraws(TorchFunctionMode):
-    """While entered: records torch's random calls, and replaces draws of a timestep by the pinned one.
+class PinnedDraws:
+    """While started: records the random calls of a training step, and pins the draw of its timestep.
 
-    backward: what is called instead of `Tensor.backward`, with the same arguments; None leaves it as it is.
     calls: the random calls so far, in order; a pinned one is marked with a star.
     pins: how many draws were pinned.
+    value: what the timestep's draw was replaced by; None before that.
+    candidates: while observed, the draws that may be the timestep's.
+    digest: while observed, SHA-256 of the values that were drawn, where they do not depend on the sample.
     error: why a draw could not be pinned, or None.
     """
 
-    def __init__(self, timestep: PinnedTimestep, backward: Callable[..., None] | None = None) -> None:
-        super().__init__()
-        self.timestep, self.backward = timestep, backward
+    def __init__(
+        self,
+        timestep: PinnedTimestep,
+        pin: Draw | None = None,
+        *,
+        observed: bool = False,
+        backward: Callable[..., None] | None = None,
+    ) -> None:
+        """`pin` is the draw of the timestep, if one is pinned. `backward` is called instead of `Tensor.backward`."""
+        self.timestep, self._pin, self._observed = timestep, pin, observed
         self.calls: list[Call] = []
         self.pins = 0
+        self.value: float | None = None
+        self.candidates: list[Candidate] = []
+        self.digest = sha256()
         self.error: CaptureError | None = None
+        self._counts: dict[Call, int] = {}
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
-        self._entered = ExitStack()
+        self._calls = RandomCalls(self._take, use=self._seed, backward=backward)
         self._depth = 0
         self._marks: tuple[int, ...] = ()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.backward is not None and func is torch.Tensor.backward:
-            return self.backward(*args, **(kwargs or {}))
-        if name not in RECORDED_CALLS:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = dict(kwargs or {})
-        generator = kwargs.get("generator")
-        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
-            # Seeding the global generators does not reach one of the script's own.
+    def _seed(self, generator: torch.Generator) -> None:
+        """Seeds a generator of the script's own, which seeding the global ones does not reach."""
+        if id(generator) not in self._generators:
             self._generators[id(generator)] = (generator, generator.get_state())
             generator.manual_seed(self.timestep.seed)
-        result = func(*args, **kwargs)
+
+    def _take(self, call: RandomCall) -> Any:
+        """Records a random call, and gives what the script gets of it."""
+        key = call.name, call.shape
+        draw = Draw(*key, self._counts.get(key, 0))
+        self._counts[key] = draw.before + 1
         try:
-            if "dropout" in name and not kwargs.get("training", args[2] if len(args) > 2 else True):
-                return result
-            length = _schedule_length(name, args, kwargs, result)
-            if length is not None:
-                return self.pin(result, lambda: self.timestep.index_in(length), name)
-            self.calls.append((name, tuple(result.shape) if isinstance(result, torch.Tensor) else ()))
+            if draw == self._pin:
+                return self._pinned(call)
+            self.calls.append(key)
+            if self._observed:
+                self._observe(call, draw)
         except Exception as error:
             self.keep(error)
-        return result
+        return call.drawn
+
+    def _pinned(self, call: RandomCall) -> Any:
+        self.pins += 1
+        self.calls.append((call.name + "*", call.shape))
+        distribution = call.distribution
+        if distribution is None:
+            raise CaptureError(f"The arguments of {_show((call.name, call.shape))} are not understood.")
+        self.value = self.timestep.value_of(distribution, call.name)
+        return call.replaced(self.value)
+
+    def _observe(self, call: RandomCall, draw: Draw) -> None:
+        hash_value(self.digest.update, (call.name, call.values))
+        if call.numbers > MAX_TIMESTEP_NUMBERS or call.drawn is None or (distribution := call.distribution) is None:
+            return
+        drawn = call.drawn.flatten()[0] if hasattr(call.drawn, "flatten") else call.drawn
+        number = float(drawn) if isinstance(drawn, (int, float)) or hasattr(drawn, "__float__") else float("nan")
+        low, high = FAR_FRACTIONS
+        far = (
+            low
+            if distance(distribution.quantile(low), number) > distance(distribution.quantile(high), number)
+            else high
+        )
+        self.candidates.append(Candidate(draw, far))
 
     def keep(self, error: Exception) -> None:
         """Keeps an error until the step is checked: raised inside the script's own call it would end the script."""
@@ -129,36 +185,26 @@ class PinnedDraws(TorchFunctionMode):
             error = CaptureError(f"A call in the training step was not understood: {type(error).__name__}: {error}")
         self.error = self.error or error
 
-    def pin(self, drawn: torch.Tensor, value: Callable[[], float], name: str) -> torch.Tensor:
-        """Replaces a draw of a timestep by a value, and records that. An error of `value` is kept."""
-        self.pins += 1
-        self.calls.append((name + "*", tuple(drawn.shape)))
-        try:
-            return torch.full_like(drawn, value())
-        except Exception as error:
-            self.keep(error)
-            return drawn
-
     def start(self) -> None:
-        """Enters the mode. Not a `with` block, since the training step that it covers is the script's."""
-        self._entered.enter_context(self)
+        """Starts. Not a `with` block, since the training step that it covers is the script's."""
+        self._calls.start()
 
     def stop(self) -> None:
-        """Leaves the mode for good, and puts back the states of the script's own generator objects."""
-        self._entered.close()
+        """Stops for good, and puts back the states of the script's own generator objects."""
+        self._calls.stop()
         for generator, state in self._generators.values():
             generator.set_state(state)
         self._generators.clear()
 
     def enter_model(self) -> None:
-        """Leaves the mode while a model runs: to see each of its thousands of calls would take time."""
+        """Stops while a model runs: to see each of its thousands of calls would take time."""
         self._depth += 1
         if self._depth == 1:
             self._marks = generator_marks()
-            self._entered.close()
+            self._calls.stop()
 
     def leave_model(self) -> None:
-        """Enters the mode again, and records that the model drew, if it did: the states of the generators tell."""
+        """Starts again, and records that the model drew, if it did: the states of the generators tell."""
         self._depth -= 1
         if self._depth == 0:
             self.start()
@@ -167,33 +213,26 @@ class PinnedDraws(TorchFunctionMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the mode during a `with` block, which must not stop it."""
-        self._entered.close()
+        """Stops during a `with` block, which must not end the step."""
+        self._calls.stop()
         try:
             yield
         finally:
             self.start()
 
 
+def pin_among(calls: Sequence[Call]) -> Draw | None:
+    """The draw that was pinned among recorded calls; None if none was, or the step gave its timestep itself."""
+    for at, (name, shape) in enumerate(calls):
+        if name.endswith("*") and name != "timestep*":
+            return Draw(name[:-1], shape, sum(call == (name[:-1], shape) for call in calls[:at]))
+    return None
+
+
 def show_calls(calls: Sequence[Call]) -> str:
-    return ", ".join(f"{name}({', '.join(map(str, shape))})" for name, shape in calls) or "none of torch's"
+    return ", ".join(map(_show, calls)) or "none"
 
 
-def _schedule_length(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> int | None:
-    """The length of the schedule that this call draws a timestep from; None if it draws something else."""
-    if not isinstance(result, torch.Tensor) or result.dim() != 1:
-        return None
-    length: object = None
-    if name == "multinomial":
-        weights = kwargs.get("input", args[0] if args else None)
-        length = weights.numel() if isinstance(weights, torch.Tensor) and weights.dim() == 1 else None
-    elif name == "randint":
-        # randint(high, size) or randint(low, high, size); a timestep draw starts at 0.
-        bounds = [argument for argument in args[:2] if isinstance(argument, (int, torch.Tensor))]
-        low = kwargs.get("low", bounds[0] if len(bounds) == 2 else 0)
-        high = kwargs.get("high", bounds[-1] if bounds else None)
-        length = high if low == 0 else None
-    # A schedule length may be a 0-d tensor. Reading it waits for the device, but only if the script made it so.
-    if isinstance(length, torch.Tensor):
-        length = int(length)
-    return length if isinstance(length, int) and length >= MIN_SCHEDULE_LENGTH else None
+def _show(call: Call) -> str:
+    name, shape = call
+    return f"{name}({', '.join(map(str, shape))})"

@@ -9,9 +9,10 @@ The drivers run the training steps: `recording` for a loop of one's own, `accele
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,29 +24,43 @@ from dmin_trace.capture.chunk_queue import ChunkQueue, Row
 from dmin_trace.capture.conditions import conditions_before, conditions_in_steps
 from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
 from dmin_trace.capture.output import CaptureOutput
+from dmin_trace.capture.pinning import Draw, PinnedTimestep, pin_among, pinned_timesteps
+from dmin_trace.capture.probe import TimestepProbe
 from dmin_trace.capture.ranks import FirstSignal
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import LOSS_SCALE, Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
-from dmin_trace.store import (
-    Header,
-    NoiseFacts,
-    ParameterFacts,
-    ProjectionFacts,
-    RunFacts,
-    Store,
-    choose_chunk_rows,
-)
+from dmin_trace.store import Header, ParameterFacts, ProjectionFacts, RunFacts, Store, choose_chunk_rows
 from dmin_trace.version import VERSION
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One training step of a capture, before it is opened by `StepGuard.open`.
+
+    stored: whether its gradient goes to the store.
+    begins, last: whether it is the first of its sample's steps, and the last of the capture.
+    """
+
+    sample: int
+    timestep: PinnedTimestep
+    pin: Draw | None
+    observed: bool = False
+    kept: bool = True
+    stored: bool = False
+    begins: bool = False
+    last: bool = False
+
+
 class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
+    probe: finds the draw of the timestep.
+    rehearsals: the samples that are recorded before the rows, to be compared; their rows go nowhere.
     weights_saved: whether this process has saved the trained weights beside the store.
     finished: whether the store is complete.
     row_ends: in a trial, the time in seconds at which each sample's last training step ended.
@@ -70,6 +85,12 @@ class Recorder:
             self._plan = query_plan(settings, trainable, self._weights, like)
         self._dtype: Dtype = settings.dtype if like is None else "float32"
         self._checks = RowChecks(settings, trainable, source, like)
+        self.probe = TimestepProbe()
+        if like is not None:
+            self.probe = TimestepProbe(pin_among(like.header.noise.draws[0]), done=True)
+        self.rehearsals: list[int] = []
+        self._rehearsed = 0
+        self._rehearsal: tuple[int, Row] | None = None
         shape = settings.timestep_count, settings.dimension
         self._chunk_rows = choose_chunk_rows(self.samples, *shape, self._dtype, self._ranks.count)
         self._row_steps = settings.timestep_count * settings.draws
@@ -91,6 +112,7 @@ class Recorder:
             raise CaptureError("The training dataset is empty, so there is nothing to capture.")
         self._source.models.watch_steps(self.trainable.tensors)
         if self.output.trial:
+            self.rehearsals = [0]
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks
         ranks.meeting = True
@@ -114,7 +136,12 @@ class Recorder:
         if ranks.rank == 0:
             self._progress.add_task("capture", total=self._longest, rate="")
             self._progress.start()
-        return samples + [samples[-1] if samples else 0] * (self._longest - len(samples))
+        samples += [samples[-1] if samples else 0] * (self._longest - len(samples))
+        # The last is recorded again, as the first row. The first sample of a store that is continued must be as it was.
+        if samples and self.output.like is None:
+            first = [] if earlier is None else [earlier.header.noise.first_sample]
+            self.rehearsals = first + samples[:1]
+        return samples
 
     def _continue(self, earlier: Store | None) -> list[int]:
         """Takes over the projection and the chunks of the store that is continued, and returns the chunks to fill."""
@@ -124,19 +151,38 @@ class Recorder:
         check_run(earlier, self._run, queries=False)
         refuse_other_capture(self.output.out, earlier, self.settings, self._source, self._weights)
         header, plan = earlier.header, self._plan
+        self._checks.continue_from(header)
         theirs = header.projection.kind, header.dimension, header.projection.length
         if theirs == (plan.kind, plan.dimension, plan.length):
             self._plan = replace(plan, width=header.projection.width)
         self._chunk_rows = header.chunk_rows
         return [chunk for chunk, done in enumerate(earlier.done) if not done]
 
+    @property
+    def observes(self) -> bool:
+        """Whether it must be seen what the training steps draw: until the first row."""
+        return self._checks.noise is None
+
+    def turns(self, samples: Sequence[int]) -> Iterator[Turn]:
+        """The training steps of the capture in order: those of the probe, of the rehearsals, and of the rows."""
+        timesteps = pinned_timesteps(self.settings)
+        while samples and not self.probe.done:
+            timestep, pin = self.probe.next(timesteps[0])
+            yield Turn(self.rehearsals[-1], timestep, pin, observed=True, kept=False)
+        pin, observed = self.probe.pin, self.observes
+        for sample, timestep in product(self.rehearsals, timesteps):
+            yield Turn(sample, timestep, pin, observed=observed, begins=timestep is timesteps[0])
+        for n, (sample, timestep) in enumerate(product(samples, timesteps), 1):
+            begins, last = timestep is timesteps[0], n == len(samples) * len(timesteps)
+            yield Turn(sample, timestep, pin, observed=self.observes, stored=True, begins=begins, last=last)
+
     def header(self) -> Header:
         """Returns the store's header, after the first sample. Queries are not compressed, and have no fingerprint."""
         settings, source, plan, checks = self.settings, self._source, self._plan, self._checks
         of_queries, trained = self.output.like is not None, self.trainable
         fetch = None if of_queries else source.fetch
-        # Draws of one timestep make the same calls.
-        calls = tuple(tuple(made) for made in checks.calls[:: settings.draws])
+        if checks.noise is None:
+            raise CaptureError("No sample was recorded before its header. This is an error of dmin_trace; report it.")
         reached = zip(trained.names, checks.reached, strict=True)
         return Header(
             id=uuid.uuid4().hex,
@@ -150,7 +196,7 @@ class Recorder:
             ),
             parameters=ParameterFacts(names=trained.names, shapes=trained.shapes, fingerprint=trained.fingerprint),
             weights=self._weights,
-            noise=NoiseFacts(seed=settings.seed, draws=calls),
+            noise=checks.noise,
             transform=settings.transform,
             draws=settings.draws,
             codec="none" if of_queries else settings.codec,
@@ -173,7 +219,7 @@ class Recorder:
         Raises QueryError for other shapes than those of the trace, CaptureError if a named column is missing.
         """
         if batch is not None:
-            self._checks.check_batch(batch)
+            self._checks.check_batch(number, batch)
         self._row_columns = self._source.columns.of(number, item)
 
     def missing(self, number: int, error: Exception) -> None:
@@ -196,7 +242,7 @@ class Recorder:
 
         `scaled`: the loop has a GradScaler. Raises CaptureError if the loss is not a scalar, or has no gradient.
         """
-        if self._ranks.error is not None:
+        if self._ranks.error is not None or not step.kept:
             return
         if loss.numel() != 1:
             raise CaptureError(f"The script's loss has shape {tuple(loss.shape)}; expected a scalar.")
@@ -222,7 +268,10 @@ class Recorder:
         step.gradient, step.norm = compress_gradient(taken, self._plan, signs=self.settings.transform == "sign")
 
     def take(self, step: CaptureStep) -> None:
-        """Checks the random calls of a training step, and ends the row after the sample's last step."""
+        """Checks the random calls of a training step, and ends the row after the sample's last step.
+
+        The rows of `rehearsals` come first.
+        """
         self._announce_signal()
         row = None
         with self._ranks.holding():
@@ -234,12 +283,23 @@ class Recorder:
         self._steps += 1
         if self._steps % self._row_steps:
             return
+        if self._rehearsed < len(self.rehearsals):
+            self._rehearsed += 1
+            self._steps = 0
+            self._rehearsal = None if row is None else (step.sample, row)
+            return
         if self._steps == self._row_steps:
             with self._ranks.holding():
                 self._finish_first_row()
+        if row is not None and self._rehearsal is not None:
+            (sample, before), self._rehearsal = self._rehearsal, None
+            if sample == step.sample:
+                with self._ranks.holding():
+                    self._checks.check_again(sample, before, row)
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
             self._chunks.writer = self.output.open(self.header)
+            self._checks.check_continued()
             for _ in range(self._before_first):
                 self._end_row(None)
         self._end_row(None if self._row_columns is None else row)

@@ -43,7 +43,6 @@ _ADVICE = Advice(
     backward="loss.backward()",
     once="Call loss.backward() once in each training step; add several losses up first.",
     changed="Compute the loss and its gradient in the training step, and nothing more.",
-    pinned=_TAKE_THE_TIMESTEP,
     seen=_TAKE_THE_TIMESTEP,
 )
 
@@ -155,8 +154,12 @@ class Recording:
         self._guard = StepGuard(self._models, _denoisers(self._models), _ADVICE, self._backward)
         self._entered: ExitStack | None = None
         self._recorder: Recorder | None = None
+        # Samples of the passes before the rows: those of the probe, if any, and of the rehearsals.
+        self._ahead: list[int] = []
+        self._probing = False
         self._pending: list[int] = []
-        self._done = 0
+        # Training steps: those of rows, those of the pass that is under way before the rows, and all of them.
+        self._done = self._done_ahead = self._taken = 0
         self._scaled = self._failed = False
         self._queries: Queries | None = None
 
@@ -167,10 +170,17 @@ class Recording:
 
     @property
     def samples(self) -> Iterator[int]:
-        """The samples still to be recorded, in order. Before each the same seed is set, for its augmentation."""
-        for sample in self._pending[self._done // len(self._timesteps) :]:
+        """The samples still to be recorded, in order. Before each the same seed is set, for its augmentation.
+
+        Unless they are queries, the first one comes several times: its training steps tell which random call draws the
+        timestep, and its gradients are compared with themselves. A recording that is continued also begins with the
+        sample that it began with.
+        """
+        before = -1
+        while self._taken != before and (following := self._next()) is not None:
+            before = self._taken
             seed_everything(seed_of(self._settings.seed, 0))
-            yield sample
+            yield following[0]
 
     @contextmanager
     def step(self, sample: int, timestep: int) -> Iterator[CaptureStep]:
@@ -186,7 +196,7 @@ class Recording:
         if timestep == 0 and self._item is not None:
             recorder.sample(sample, self._item(sample))
         self._scaled = False
-        step = self._guard.open(sample, self._timesteps[timestep])
+        step = self._open(recorder, sample, timestep)
         try:
             yield step
         finally:
@@ -196,7 +206,10 @@ class Recording:
         # Until all is checked: a row that lost a step must not be filled up with those of another sample.
         self._failed = True
         self._guard.check(step, recorder.moved)
-        recorder.take(step)
+        if step.kept:
+            recorder.take(step)
+        elif not recorder.probe.done:
+            recorder.probe.take(step)
         self._advance(recorder, 1)
         self._failed = False
 
@@ -212,8 +225,18 @@ class Recording:
         """
         recorder = self._check_turn(sample, 0)
         recorder.missing(sample, error)
+        if self._ahead and sample != self._pending[self._done // len(self._timesteps)]:
+            raise CaptureError(
+                f"Sample {sample}, the first of this trace, could not be loaded now: {type(error).__name__}: {error}. "
+                "The data set has changed; give another path (out, --out)."
+            )
         recorder.skip()
+        ahead, self._ahead = self._ahead, []
         self._advance(recorder, len(self._timesteps))
+        # The next sample takes its place.
+        self._ahead = (
+            [other if other != sample else following[0] for other in ahead] if (following := self._next()) else []
+        )
 
     @property
     def queries(self) -> Queries:
@@ -241,6 +264,8 @@ class Recording:
             torch.amp.GradScaler.scale = self._scale  # type: ignore[method-assign,assignment]
             entering.callback(recorder.stop)
             self._pending = recorder.begin()
+            self._probing = not recorder.probe.done
+            self._ahead = recorder.rehearsals[-1:] * self._probing + recorder.rehearsals
             self._recorder, self._entered = recorder, entering.pop_all()
         return self
 
@@ -284,15 +309,27 @@ class Recording:
             raise CaptureError("An earlier training step failed. Fix what its error names, and make another recording.")
         if self._guard.step is not None:
             raise CaptureError(f"A training step was opened inside {self._guard.step.name}. Close that one first.")
-        row, expected = divmod(self._done, len(self._timesteps))
-        if row == len(self._pending) or (sample, timestep) != (self._pending[row], expected):
-            left = row < len(self._pending)
-            following = f"sample {self._pending[row]}, timestep {expected} is next" if left else "all are recorded"
+        if (following := self._next()) != (sample, timestep):
+            expected = f"sample {following[0]}, timestep {following[1]} is next" if following else "all are recorded"
             raise CaptureError(
-                f"Sample {sample}, timestep {timestep} came where {following}. Loop over recording.samples, which are "
-                "those that are not recorded yet, and over recording.timesteps, in their order."
+                f"Sample {sample}, timestep {timestep} came where {expected}. Loop over recording.samples, which are "
+                "those that are not recorded yet, the first of them several times, and over recording.timesteps, in "
+                "their order."
             )
         return self._recorder
+
+    def _next(self) -> tuple[int, int] | None:
+        """The sample and the number of the training step that come next; None after the last."""
+        if self._ahead:
+            return self._ahead[0], self._done_ahead
+        row, number = divmod(self._done, len(self._timesteps))
+        return (self._pending[row], number) if row < len(self._pending) else None
+
+    def _open(self, recorder: Recorder, sample: int, number: int) -> CaptureStep:
+        timestep, pin, probe = self._timesteps[number], recorder.probe.pin, recorder.probe
+        if self._probing and not probe.done:
+            timestep, pin = probe.next(self._timesteps[0])
+        return self._guard.open(sample, timestep, pin, observed=recorder.observes, kept=not self._probing)
 
     def _backward(self, loss: torch.Tensor, *args: Any, **options: Any) -> None:
         step, recorder = self._guard.step, self._recorder
@@ -303,6 +340,8 @@ class Recording:
             raise CaptureError(f"loss.backward() was called twice in {step.name}; expected once. {_ADVICE.once}")
         if args or options.get("gradient") is not None or options.get("inputs") is not None:
             raise CaptureError("loss.backward() was given a gradient or inputs; expected none, on a scalar loss.")
+        if not step.kept:
+            return
         # A loop may call it where its autocast has not ended.
         with torch.autocast(loss.device.type, enabled=False):
             recorder.backward(step, loss, scaled=self._scaled)
@@ -318,6 +357,15 @@ class Recording:
 
     def _advance(self, recorder: Recorder, steps: int) -> None:
         """Goes on to the next step. After the last one, completes the store, and reads the queries in it."""
+        self._taken += steps
+        if self._ahead:
+            self._done_ahead += steps
+            if self._done_ahead == len(self._timesteps):
+                self._done_ahead = 0
+                if not self._probing or recorder.probe.done:
+                    del self._ahead[0]
+                    self._probing = False
+            return
         self._done += steps
         if self._done < len(self._pending) * len(self._timesteps):
             return

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import Any, Self
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dmin_trace.capture.pinning import PinnedDraws, PinnedTimestep, show_calls
+from dmin_trace.capture.dataset import hash_value
+from dmin_trace.capture.pinning import Draw, PinnedDraws, PinnedTimestep
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.errors import CaptureError
 
@@ -26,11 +28,14 @@ TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "time_step")
 class CaptureStep:
     """One run of a training step for a capture.
 
-    A loop that draws its timestep by torch.randint or torch.multinomial needs nothing of this: those are pinned. One
-    that takes its timestep from outside takes it from `timestep` or `fraction`.
+    A loop that draws its timestep needs nothing of this: its draw is found and pinned (`probe`). One that takes its
+    timestep from outside takes it from `timestep` or `fraction`.
 
     sample, pinned, draws: the dataset index, the timestep with its seed, and the random calls of the step.
+    kept: whether its gradient is recorded; that of a step that only looks for the timestep's draw is not.
     seen: the timestep that the denoiser was called with, a tensor on its device; None before that.
+    rows: how many samples the denoiser was called with, by its timestep and its first tensor; 0 before that.
+    inputs: in a step that is not kept, a digest of what the denoiser was called with.
     given: the timestep that `timestep` or `fraction` gave first; None before that.
     backwards: how often the step called backward.
     gradient, norm, loss: the projected gradient (v,), the norm of the gradient, and the loss; None before backward.
@@ -39,7 +44,10 @@ class CaptureStep:
     sample: int
     pinned: PinnedTimestep
     draws: PinnedDraws
+    kept: bool = True
     seen: torch.Tensor | None = None
+    rows: int = 0
+    inputs: str = ""
     given: float | None = None
     backwards: int = 0
     gradient: torch.Tensor | None = None
@@ -59,7 +67,7 @@ class CaptureStep:
 
     def fraction(self) -> float:
         """The time, in a schedule that runs from 0 to 1. Raises CaptureError if timesteps were given as a list."""
-        fraction = self.pinned.fraction_in(None)
+        fraction = self.pinned.fraction_in_schedule()
         self._give(fraction)
         return fraction
 
@@ -68,13 +76,38 @@ class CaptureStep:
         self.draws.calls.append(("timestep*", ()))
         self.draws.pins += 1
 
-    def see_timestep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Keeps the timestep that a module is called with, if it is the first one."""
-        given = {**dict(zip(_forward_names(module), args, strict=False)), **kwargs} if self.seen is None else {}
-        for name in TIMESTEP_ARGUMENTS:
-            if given.get(name) is not None:
-                self.seen = torch.as_tensor(given[name]).detach().reshape(-1).float().clone()
-                return
+    def see_call(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keeps the timestep that a denoiser is called with, if this is its first call with one."""
+        if self.seen is not None:
+            return
+        if not self.kept and not self.inputs:
+            digest = sha256()
+            hash_value(digest.update, (args, kwargs))
+            self.inputs = digest.hexdigest()
+        given = {**dict(zip(_forward_names(module), args, strict=False)), **kwargs}
+        timestep = next((given[name] for name in TIMESTEP_ARGUMENTS if given.get(name) is not None), None)
+        first = next((value for value in given.values() if value is not timestep and _rows(value)), None)
+        latents = 0 if first is None else _rows(first)
+        if timestep is None:
+            self.rows = self.rows or latents
+            return
+        timestep = torch.as_tensor(timestep).detach()
+        batched = timestep.dim() > 0 or getattr(first, "dim", lambda: 4)() >= 4
+        self.rows = max(len(timestep) if timestep.dim() else 1, latents if batched else 1)
+        self.seen = timestep.reshape(-1).float().clone()
+
+    def moved_from(self, first: Self) -> bool:
+        """Whether the timestep of the denoiser, or its inputs if it takes none, differ from those of another step."""
+        if self.seen is None or first.seen is None:
+            return self.inputs != first.inputs
+        return not torch.equal(self.seen, first.seen)
+
+
+def _rows(value: Any) -> int:
+    """How many samples a tensor, or a list of tensors, holds; 0 for other values."""
+    if isinstance(value, torch.Tensor):
+        return len(value) if value.dim() else 0
+    return len(value) if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor) else 0
 
 
 @dataclass(frozen=True)
@@ -82,13 +115,12 @@ class Advice:
     """What to do about a training step that cannot be captured, in terms of the loop that it belongs to.
 
     `backward` is the call by which the loop computes gradients. The others are for steps that do not make that call
-    once, that change parameters, whose timestep is not pinned, and that call no model with a timestep.
+    once, that change parameters, and that call no model with a timestep.
     """
 
     backward: str
     once: str
     changed: str
-    pinned: str
     seen: str
 
 
@@ -138,9 +170,21 @@ class StepGuard:
         self.close()
         self._undo.close()
 
-    def open(self, sample: int, timestep: PinnedTimestep) -> CaptureStep:
-        """Begins the training step of a sample at a timestep. Between here and `close` stands the loop's own code."""
-        step = CaptureStep(sample, timestep, PinnedDraws(timestep, backward=self._backward))
+    def open(
+        self,
+        sample: int,
+        timestep: PinnedTimestep,
+        pin: Draw | None = None,
+        *,
+        observed: bool = False,
+        kept: bool = True,
+    ) -> CaptureStep:
+        """Begins the training step of a sample at a timestep. Between here and `close` stands the loop's own code.
+
+        `pin` is the draw of the timestep; `observed` and `kept` are as in `PinnedDraws` and `CaptureStep`.
+        """
+        draws = PinnedDraws(timestep, pin, observed=observed, backward=self._backward)
+        step = CaptureStep(sample, timestep, draws, kept=kept)
         self._versions = [parameter._version for parameter in self._parameters]
         seed_everything(timestep.seed)
         step.draws.start()
@@ -173,13 +217,10 @@ class StepGuard:
         # A step may write back what was there: textual inversion does so to the words that it does not train.
         if written and moved(written):
             raise CaptureError(f"The model's parameters were changed in {step.name}. {advice.changed}")
-        if not step.draws.pins:
-            raise CaptureError(
-                f"The timestep was not pinned in {step.name}, so every sample would have its own. Random calls in "
-                f"it: {show_calls(step.draws.calls)}. Pinned are torch.randint(0, steps, (batch,)) and "
-                f"torch.multinomial(weights, batch). {advice.pinned}"
-            )
-        if step.seen is None:
+        if step.seen is None and step.rows and step.draws.value is not None:
+            # The denoiser takes no timestep; the draw is known to reach its inputs.
+            step.seen = torch.tensor([step.draws.value], dtype=torch.float32)
+        if step.kept and step.seen is None:
             raise CaptureError(
                 f"No model was called with a timestep in {step.name} (an argument named "
                 f"{', '.join(TIMESTEP_ARGUMENTS)}), so it is not known whether it was the pinned one. {advice.seen}"
@@ -188,7 +229,7 @@ class StepGuard:
     def _enter_model(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.step is not None:
             try:
-                self.step.see_timestep(module, args, kwargs)
+                self.step.see_call(module, args, kwargs)
             except Exception as error:
                 self.step.draws.keep(error)
             self.step.draws.enter_model()

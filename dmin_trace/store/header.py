@@ -62,10 +62,20 @@ class ParameterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFacts:
-    """What a training step draws: for each timestep its random calls, name and shape, in order."""
+    """What a training step draws, and what came of it for the first sample that was recorded.
+
+    draws: for each timestep its random calls, name and shape, in order; a star marks the draw of the timestep.
+    digests: for each timestep SHA-256 of the values that were drawn, where they do not depend on the sample.
+    first_sample: the first sample's index.
+    losses, norms: for each timestep its loss and the norm of its gradient; None if not finite.
+    """
 
     seed: Seed
     draws: Annotated[tuple[tuple[tuple[str, Shape], ...], ...], Meta(max_length=MAX_PASSES)]
+    digests: Annotated[tuple[Digest, ...], Meta(max_length=MAX_PASSES)]
+    first_sample: Annotated[int, Meta(ge=0, le=2**40)]
+    losses: Annotated[tuple[float | None, ...], Meta(max_length=MAX_PASSES)]
+    norms: Annotated[tuple[float | None, ...], Meta(max_length=MAX_PASSES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +180,9 @@ class Header:
             (named, "columns", "names of letters, digits, '_', '-', '.' and spaces"),
             (len(header.parameters.shapes) == names, "parameters.shapes", f"one for each of the {names} names"),
             (len(header.noise.draws) == steps, "noise.draws", f"one list for each of the {steps} timesteps"),
+            (len(header.noise.digests) == steps, "noise.digests", f"one for each of the {steps} timesteps"),
+            (len(header.noise.losses) == steps, "noise.losses", f"one for each of the {steps} timesteps"),
+            (len(header.noise.norms) == steps, "noise.norms", f"one for each of the {steps} timesteps"),
         ):
             if not right:
                 raise _wrong(attributes, name, expected, path)

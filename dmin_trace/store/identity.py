@@ -9,8 +9,10 @@ from dmin_trace.store.header import Header
 
 MAY_DIFFER = (
     *("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached", "run", "weights_of"),
+    *("noise.first_sample", "noise.losses", "noise.norms"),
 )
-"""Attributes in which two runs of one capture may differ, or that are compared elsewhere, where both are known."""
+"""Attributes in which two runs of one capture, or two of its processes, may differ, or that are compared elsewhere,
+where both are known. Each process begins with another sample."""
 
 
 def check_script(path: Path, header: Header, name: str, sha256: str, what: str) -> None:
@@ -52,7 +54,7 @@ def check_capture(path: Path, existing: Header, header: Header) -> None:
     found, expected = (_flat(facts.to_attributes()) for facts in (existing, header))
     for name in sorted(found | expected):
         theirs, ours = (facts.get(name, "missing") for facts in (found, expected))
-        if name.split(".")[0] not in MAY_DIFFER and theirs != ours:
+        if {name, name.split(".")[0]}.isdisjoint(MAY_DIFFER) and theirs != ours:
             raise TraceError(
                 f"{path} belongs to another capture: its {name} is {brief(theirs)}, that of this run is {brief(ours)}. "
                 "Give another path (--out), or move it away."

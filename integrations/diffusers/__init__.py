@@ -1,6 +1,6 @@
 """The training scripts of Hugging Face diffusers (its `examples/`, and scripts made after them): a host.
 
-host        the timestep draw of the flow-matching scripts, averaged weights, weight files, runs that are refused
+host        the averaged weights, weight files, runs that are refused
 queries     folders with the queries, and the scripts' command lines pointed at them
 generate    images from the model that a script saved
 

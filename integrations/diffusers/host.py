@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmin_trace.integrations.diffusers.generate import generate as generate
@@ -21,27 +23,41 @@ from dmin_trace.integrations.diffusers.queries import words_its_own_prompts as w
 if TYPE_CHECKING:
     import torch
 
-DENSITY_FUNCTION = "compute_density_for_timestep_sampling"
-"""The function by which the flow-matching scripts draw their timesteps."""
+
+def drawn_before_loop(args: Any, variables: Mapping[str, Any]) -> str | None:
+    """What a run drew once for each sample before its loop; None if nothing.
+
+    The newer DreamBooth scripts flip and crop their pictures when they make the data set, and the scripts for SDXL
+    encode captions, some of them pictures too, before the loop.
+    """
+    batch, dataset = variables.get("batch"), variables.get("train_dataset")
+    batch = batch if isinstance(batch, Mapping) else {}
+    uneven = [(image.height, image.width) for image in getattr(dataset, "instance_images", ())]
+    uneven += batch.get("original_sizes") or []
+    cropped = not getattr(args, "center_crop", True) and any(height != width for height, width in uneven)
+    if "model_input" in batch or isinstance(getattr(dataset, "pixel_values", None), list):
+        if getattr(args, "random_flip", False):
+            return "whether its picture is flipped (--random_flip)"
+        if cropped:
+            return "where its picture is cropped (there is no --center_crop)"
+    # Embeddings are tensors of floating-point numbers, tokens of integers.
+    encoded = any("prompt" in name and "float" in str(getattr(value, "dtype", "")) for name, value in batch.items())
+    if encoded and getattr(args, "proportion_empty_prompts", None):
+        return "whether its caption is left out (--proportion_empty_prompts)"
+    return None
 
 
-@contextmanager
-def pinned_density(
-    modules: Iterable[dict[str, Any]], pin: Callable[[torch.Tensor, str], torch.Tensor]
-) -> Iterator[None]:
-    """Passes the density draws of the script's modules (their globals) through `pin`, as fractions of the schedule."""
-    original = [(module, module[DENSITY_FUNCTION]) for module in modules if DENSITY_FUNCTION in module]
+def forget_drawn(script: Path) -> None:
+    """Has `datasets` map the data anew, if the script uses it: its cache holds what an earlier run drew."""
+    if "datasets" not in script.read_text(encoding="utf-8", errors="replace"):
+        return
+    with suppress(ImportError):
+        import_module("datasets").disable_caching()
 
-    def wrap(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *args, **options: pin(draw(*args, **options), "density")
 
-    for module, draw in original:
-        module[DENSITY_FUNCTION] = wrap(draw)
-    try:
-        yield
-    finally:
-        for module, draw in original:
-            module[DENSITY_FUNCTION] = draw
+def rows_of_sample(args: Any) -> int:
+    """How many pictures a sample's batch holds: 2 with prior preservation, its own and one of its class."""
+    return 2 if getattr(args, "with_prior_preservation", False) else 1
 
 
 def averaged_models(values: Iterable[Any]) -> list[Any]:
@@ -74,16 +90,6 @@ def averaged_weights(ema: Any, parameters: Sequence[torch.nn.Parameter], step_fi
                 shadow.copy_(value)
         for name, value in counters.items():
             setattr(ema, name, value)
-
-
-def schedule_length(values: Iterable[Any]) -> int | None:
-    """The number of training timesteps of the noise schedulers among a loop's variables, if they agree."""
-    lengths = {
-        value.config.num_train_timesteps
-        for value in values
-        if type(value).__name__.endswith("Scheduler") and hasattr(getattr(value, "config", None), "num_train_timesteps")
-    }
-    return int(lengths.pop()) if len(lengths) == 1 else None
 
 
 def refusal(args: Any, variables: Mapping[str, Any]) -> str | None:

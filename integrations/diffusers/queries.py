@@ -11,7 +11,10 @@ from pathlib import Path
 
 from dmin_trace.capture.host import QueryColumns, QueryRun
 
-DATA_ARGUMENTS = ("--instance_data_dir", "--instance_data_root", "--train_data_dir", "--dataset_name")
+DATA_ARGUMENTS = (
+    *("--instance_data_dir", "--instance_data_root", "--train_data_dir", "--dataset_name"),
+    "--instance_data_dataset",
+)
 """The arguments that name the data. The first of them that a command has is pointed at the queries."""
 
 REPLACED_ARGUMENTS = (
@@ -162,7 +165,8 @@ def query_columns(arguments: Sequence[str], entries: Iterable[str]) -> QueryColu
         )
     given = value_of(arguments, "--conditioning_image_column")
     return QueryColumns(
-        caption=value_of(arguments, "--caption_column") or "text",
+        image=value_of(arguments, "--image_key") or "image",
+        caption=value_of(arguments, "--caption_column") or value_of(arguments, "--prompt_key") or "text",
         conditioning=given or ("conditioning_image" if "conditioning_pixel_values" in names else None),
     )
 

@@ -129,8 +129,8 @@ WRONG = {
         "accelerator.backward",
     ),
     "an unpinned draw": (
-        {"body": BODY.replace(DRAW, "torch.tensor([random.randint(0, 999)] * len(clean))")},
-        "timestep was not pinned in the training step of sample 0",
+        {"body": BODY.replace(DRAW, "torch.tensor([random.Random(5).randint(0, 999)] * len(clean))")},
+        "timestep cannot be pinned in the training step of sample 0",
     ),
     "noise that differs": (
         {"body": BODY.replace("noise = torch", "torch.randn(2) if batch['index'][0] == 3 else 0; noise = torch")},
@@ -233,9 +233,9 @@ def test_strict_ends_the_training(tmp_path: Path, warm: Warm) -> None:
     script = plain_script(
         tmp_path / "script.py",
         attach="dmin_trace.attach(accelerator, args, strict=True)",
-        body=BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()"),
+        body=BODY.replace(DRAW, "torch.tensor([random.Random(5).randint(0, 999)] * len(clean))"),
     )
-    assert "was not pinned" in warm.run([script], tmp_path, code=1)
+    assert "cannot be pinned" in warm.run([script], tmp_path, code=1)
     assert not (tmp_path / "out" / "state.pt").exists()
 
 

@@ -182,9 +182,13 @@ PLAIN = {
         "accelerator.backward",
     ),
     "timestep not pinned": (
-        {"body": BODY.replace("torch.randint(0, 1000, (len(clean),))", "(torch.rand(len(clean)) * 1000).long()")},
+        {
+            "body": BODY.replace(
+                "torch.randint(0, 1000, (len(clean),))", "torch.tensor([random.Random(5).randint(0, 999)] * len(clean))"
+            )
+        },
         None,
-        "was not pinned",
+        "cannot be pinned",
     ),
     "no loader": (
         {"prepare": "model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)"},

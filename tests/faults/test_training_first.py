@@ -94,11 +94,11 @@ STOPS = {
         "no memory",
     ),
     "raise where the model is looked at": (
-        raising("TypeError('no such')", "dmin_trace.capture.step.CaptureStep.see_timestep"),
+        raising("TypeError('no such')", "dmin_trace.capture.step.CaptureStep.see_call"),
         "no su",
     ),
     "raise where a random call is seen": (
-        raising("TypeError('odd')", "dmin_trace.capture.pinning._schedule_length"),
+        raising("TypeError('odd')", "dmin_trace.capture.random_calls.distribution_of"),
         "odd",
     ),
     "raise where variables are kept": (

@@ -15,6 +15,7 @@ from stores import (
     dequantised,
     make_header,
     make_rows,
+    noise_facts,
     write,
     write_store,
 )
@@ -27,7 +28,7 @@ from dmin_trace.store import (
     quantise,
     resume,
 )
-from dmin_trace.store.header import NoiseFacts, ProjectionFacts
+from dmin_trace.store.header import ProjectionFacts
 
 
 def test_write_does_not_read_the_marks_of_other_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +229,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "projection": ProjectionFacts(kind="rotation", seed=4, length=5000, width=8192, fingerprint="a" * 64)
     },
     "weights": {"weights": "d" * 64},
-    "noise.draws": {"noise": NoiseFacts(seed=3, draws=((),) * 3)},
+    "noise.draws": {"noise": noise_facts(3)},
     "batch.mask": {"batch": {"pixel_values": (1, 3, 8, 8), "mask": (1, 8, 8)}},
     "columns.weight": {"columns": {"caption": "string", "label": "integer"}},
     "settings.timesteps": {"settings": {"timesteps": 4, "columns": None}},

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any, Unpack
 
 import msgspec
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -26,6 +25,7 @@ from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import PinnedTimestep, pinned_timesteps
+from dmin_trace.capture.random_calls import RandomCalls
 from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
@@ -120,13 +120,22 @@ class ScriptCapture:
     """
 
     def __init__(
-        self, accelerator: Accelerator, job: Job, args: Any, *, launched: bool, subsets: DrawnSubsets | None = None
+        self,
+        accelerator: Accelerator,
+        job: Job,
+        args: Any,
+        *,
+        launched: bool,
+        subsets: DrawnSubsets | None = None,
+        draws_before: RandomCalls | None = None,
     ) -> None:
         """Attaches to a script's accelerator. A line may join later if the command line `launched` the script.
 
-        `subsets`: the subsets that the script draws, noted since it began.
+        `subsets`: the subsets that the script draws, noted since it began. `draws_before` sees the random calls that
+        the script makes before its loop; it is stopped there.
         """
         self.job = job
+        self._draws_before = draws_before
         self.error: DminTraceError | None = None
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
@@ -226,13 +235,21 @@ class ScriptCapture:
 
     def begin(self, variables: LoopVariables, undo: ExitStack) -> list[int]:
         """Fixes and saves the weights, and gives this process's samples. What restores the script goes on `undo`."""
+        if self._draws_before is not None:
+            self._draws_before.stop()
         run = self.driver.run
         self._models = [run.unwrap(model) for model in run.models]
         trainable = find_trainable(self._models, run.optimizers)
         if (why := self._host.refusal(self._args, variables.named())) is not None:
             raise CaptureError(why)
-        self._schedule_length = self._host.schedule_length(variables.values())
-        undo.enter_context(self._host.pinned_density(variables.globals(), self._pin_density))
+        if not self.on_demand and (drawn := self._host.drawn_before_loop(self._args, variables.named())) is not None:
+            raise CaptureError(
+                f"The script drew {drawn} once for each sample, before its loop, so a query cannot be given what its "
+                "sample was. Capture on demand, which draws the same for all: dmin-trace capture --weights DIR -- "
+                "SCRIPT ARGS."
+            )
+        if (rows := self._host.rows_of_sample(self._args)) > 1:
+            logger.info("A row of the trace is of a training sample and of its class picture (prior preservation).")
         weights_of = f"those in {Path(self.job.weights).name}" if self.job.weights is not None else ""
         if self.job.mode == "final":
             weights_of = self._find_averages(trainable, variables, undo)
@@ -281,6 +298,7 @@ class ScriptCapture:
             launch=run.launch,
             any_device=self.job.any_device,
             weights_of=weights_of,
+            rows=rows,
         )
         size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
         output = CaptureOutput(
@@ -387,12 +405,6 @@ class ScriptCapture:
             f"num_epochs is {self.num_epochs}). Give max_train_steps or num_epochs as the loop counts them, or capture "
             "on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS."
         )
-
-    def _pin_density(self, drawn: torch.Tensor, name: str) -> torch.Tensor:
-        step = self.driver.batches.step
-        if step is None:
-            return drawn
-        return step.draws.pin(drawn, lambda: step.pinned.fraction_in(self._schedule_length), name)
 
     def _find_averages(self, trainable: Trainable, variables: LoopVariables, undo: ExitStack) -> str:
         """Puts averages of the weights that the script saves into the model; says which weights are captured."""

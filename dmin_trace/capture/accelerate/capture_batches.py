@@ -6,7 +6,6 @@ An error in this code or in the script's on a capture batch ends the capture, an
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,8 @@ from accelerate.utils import recursively_apply, send_to_device
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.accelerate.training_run import TrainingRun
 from dmin_trace.capture.encoder_cache import EncoderCache
-from dmin_trace.capture.pinning import PinnedTimestep
 from dmin_trace.capture.random_state import RandomState, seed_of
+from dmin_trace.capture.recorder import Turn
 from dmin_trace.capture.step import Advice, CaptureStep, StepGuard
 from dmin_trace.errors import CaptureError, DminTraceError
 
@@ -30,7 +29,6 @@ _ADVICE = Advice(
     backward="accelerator.backward(loss)",
     once="Gradients are taken there: call it instead of loss.backward(), once for each batch.",
     changed="Its optimizer did not wait for accelerator.sync_gradients: pass the optimizer to accelerator.prepare.",
-    pinned="So is compute_density_for_timestep_sampling of diffusers.",
     seen="Is this a diffusion model?",
 )
 
@@ -66,36 +64,36 @@ class CaptureBatches:
 
     def __iter__(self) -> Iterator[Any]:
         """The capture batches. The script's loop runs its training step on each before it takes the next."""
-        timesteps, samples = self._capture.timesteps, list[int]()
+        samples = list[int]()
         if self._variables is None:
             self.remember()
         if self._variables is not None:
             with self._guarded():
                 samples = self._begin(self._variables)
-        for n, (sample, timestep) in enumerate(product(samples, timesteps)):
+        for turn in self._capture.recorder.turns(samples) if samples else ():
             batch = None
-            if timestep == timesteps[0] and not self.failed:
+            if (turn.begins or self._batch is None) and not self.failed:
                 with self._guarded():
-                    self._load(sample)
+                    self._load(turn.sample, stored=turn.stored)
             with self._guarded():
                 # A step may change its batch in place; each gets its own.
                 batch = recursively_apply(torch.clone, self._batch)
             if self.failed:
                 break
-            self.is_last = n == len(samples) * len(timesteps) - 1
-            self.open_step(sample, timestep)
+            self.is_last = turn.last
+            self.open_step(turn)
             yield batch
             self.close_step()
         self._batch = None
 
-    def open_step(self, sample: int, timestep: PinnedTimestep) -> None:
+    def open_step(self, turn: Turn) -> None:
         self._run.set_sync(False)
-        self._guard.open(sample, timestep)
+        self._guard.open(turn.sample, turn.timestep, turn.pin, observed=turn.observed, kept=turn.kept)
 
     def open_empty_step(self) -> None:
         """Begins a training step that is not captured: the capture has failed, and the script's loop must go on."""
         self.is_last = True
-        self.open_step(-1, self._capture.timesteps[0])
+        self.open_step(Turn(-1, self._capture.timesteps[0], None))
 
     @contextmanager
     def script_code(self) -> Iterator[None]:
@@ -131,11 +129,16 @@ class CaptureBatches:
             return
         with self._guarded():
             self._guard.check(step, self._capture.recorder.moved)
+        recorder = self._capture.recorder
         if not self.failed:
             with self._guarded():
-                self._capture.recorder.take(step)
+                if not step.kept:
+                    # Also after an error: all processes make the same steps until they meet.
+                    recorder.probe.take(step)
+                else:
+                    recorder.take(step)
                 if self.is_last:
-                    self._capture.recorder.finish()
+                    recorder.finish()
 
     def leave(self) -> None:
         """Puts everything back, after the last step or after a failure. A second call does nothing."""
@@ -166,12 +169,15 @@ class CaptureBatches:
         self._encoder_cache.forget()
         return self._run.fetch(sample, seed_of(self._capture.settings.seed, 0))
 
-    def _load(self, sample: int) -> None:
-        """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded."""
+    def _load(self, sample: int, *, stored: bool) -> None:
+        """Makes a sample's batch the one that steps run on; that of another, if it cannot be loaded.
+
+        Before the first row that is `stored` it is the next one that can: always the same one.
+        """
         recorder, count = self._capture.recorder, self._run.samples
         failure: Exception | None = None
         # Steps can run on the batch of an earlier sample, if there is one.
-        tries = 1 if self._batch is not None else min(MAX_FIRST_SAMPLES, count)
+        tries = 1 if stored and self._batch is not None else min(MAX_FIRST_SAMPLES, count)
         for other in range(sample, sample + tries):
             try:
                 item, batch = self.fetch(other % count)

@@ -39,10 +39,6 @@ class LoopVariables:
         """Returns the remembered values by name; if a name is in several frames, that of the innermost."""
         return {name: value for _, variables in reversed(self._frames) for name, value in variables.items()}
 
-    def globals(self) -> list[dict[str, Any]]:
-        """Returns the global variables of the script's frames, each module once."""
-        return list({id(frame.f_globals): frame.f_globals for frame, _ in self._frames}.values())
-
     def restore(self) -> None:
         """Restores variables and what was changed in place. Variables that are new since then stay."""
         # A training step that is a function of its own runs in another frame by now.

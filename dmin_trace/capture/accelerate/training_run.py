@@ -8,6 +8,7 @@ from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader, IterableDataset
 
 from dmin_trace.capture.pictures import Pictures, Reading, watch_reading
+from dmin_trace.capture.random_calls import medians
 from dmin_trace.capture.random_state import seed_everything
 from dmin_trace.capture.step import takes_timestep
 from dmin_trace.errors import AttachError, CaptureError
@@ -73,7 +74,8 @@ class TrainingRun:
 
         def read(index: int) -> Any:
             seed_everything(seed)
-            return item_of(dataset, index)
+            with medians().during():
+                return item_of(dataset, index)
 
         self.pictures = Pictures(dataset, image_column)
         self.pictures.leave_out_repeats(read, repeats)
@@ -91,9 +93,9 @@ class TrainingRun:
         return len(self.loader.dataset if self.pictures is None else self.pictures)
 
     def fetch(self, sample: int, seed: int) -> tuple[Any, Any]:
-        """A sample's dataset item and the batch collated from it, with all generators seeded."""
+        """A sample's dataset item and the batch collated from it, with all generators seeded, and draws at medians."""
         seed_everything(seed)
-        with watch_reading() as self.reading:
+        with medians().during(), watch_reading() as self.reading:
             item = item_of(self.loader.dataset, sample if self.pictures is None else self.pictures.indices[sample])
             return item, self.loader.collate_fn([item])
 

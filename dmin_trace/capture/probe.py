@@ -21,12 +21,14 @@ class TimestepProbe:
 
     pin: the draw that was found; None before that, and for a loop that takes its timestep from the step.
     done: no more steps are needed.
+    steps: how many it took.
     """
 
     def __init__(self, known: Draw | None = None, *, done: bool = False) -> None:
         """With a `known` draw, or where it is `done`, nothing is probed: the trace says how its steps were pinned."""
         self.pin = known
         self.done = done or known is not None
+        self.steps = 0
         self._first: CaptureStep | None = None
         self._left: list[Candidate] = []
         self._moved: list[Draw] = []
@@ -39,6 +41,7 @@ class TimestepProbe:
 
     def take(self, step: CaptureStep) -> None:
         """Takes a closed step. Raises CaptureError after the last one if not exactly one draw moves the timestep."""
+        self.steps += 1
         if self._first is None:
             self._first = step
             # A loop may take its timestep from the step, and draw nothing.

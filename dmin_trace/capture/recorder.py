@@ -113,6 +113,7 @@ class Recorder:
         self._source.models.watch_steps(self.trainable.tensors)
         if self.output.trial:
             self.rehearsals = [0]
+            self._longest = 2
             return [0, min(1, self.samples - 1)]
         ranks = self._ranks
         ranks.meeting = True
@@ -157,6 +158,11 @@ class Recorder:
             self._plan = replace(plan, width=header.projection.width)
         self._chunk_rows = header.chunk_rows
         return [chunk for chunk, done in enumerate(earlier.done) if not done]
+
+    @property
+    def steps_needed(self) -> int:
+        """How many training steps the capture takes, once the probe is done."""
+        return self.probe.steps + (len(self.rehearsals) + self._longest) * self._row_steps
 
     @property
     def observes(self) -> bool:

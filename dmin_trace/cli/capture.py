@@ -28,6 +28,11 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change."""
+    if out is not None:
+        from dmin_trace.store import check_writable
+
+        # Before the training: its end is too late to learn of it.
+        check_writable(Path(out))
     job = Job(
         mode="final",
         command=script_command(context),

@@ -44,13 +44,13 @@ def run_demo(folder: Path, console: Console) -> float:
             launch += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             environment["ACCELERATE_USE_CPU"] = "true"
         batch = ["--train_batch_size", str(BATCH_SIZE // processes)]
-        command = [*launch, str(script), "--output_dir", str(folder), *TRAINING_ARGUMENTS, *batch]
+        command = [*launch, str(script), "--output_dir", str(folder / "model"), *TRAINING_ARGUMENTS, *batch]
         if subprocess.run(command, check=False, env=os.environ | environment).returncode:
             raise ScriptError(f"{script} failed; its own message is above.")
-        trace = open_trace(folder / "trace.zarr")
+        trace = open_trace(folder / "model.trace" / "trace.zarr")
 
         console.print("2. Generate digits, and keep those that a classifier is surest of.")
-        images, digits = generate(folder)
+        images, digits = generate(folder / "model")
         paths = [folder / f"generated-{k}.png" for k in range(len(images))]
         for path, image in zip(paths, images, strict=True):
             image.save(path)

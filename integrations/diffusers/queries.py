@@ -129,7 +129,7 @@ def loss_difference(traced: Sequence[str], given: Sequence[str]) -> tuple[str, s
     A path, or a model of the hub, is compared by what is read there, and `{data}` stands for the queries.
     """
     theirs, ours = _by_name(traced), _by_name(given)
-    others = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *NO_LOSS_ARGUMENTS)
+    others = (*DATA_ARGUMENTS, *REPLACED_ARGUMENTS, *OUTPUT_ARGUMENTS, *NO_LOSS_ARGUMENTS)
     for name in sorted(theirs.keys() | ours.keys()):
         values = [found.get(name) for found in (theirs, ours)]
         is_place = any("/" in value or "\\" in value or "{data}" in value for value in values if value)

@@ -264,7 +264,7 @@ def test_a_line_that_refuses_says_why_in_one_line_and_lets_the_training_run(
     bare = without_the_line(script, tmp_path / "without.py")
     said = warm.run([script, "--output_dir", "with"], tmp_path)
     warm.run([bare, "--output_dir", "without"], tmp_path)
-    assert "does not capture this run; the training goes on." in said and message in said
+    assert "could not capture this run; the training continues." in said and message in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "with" / "trace.zarr").exists()
     for name in ("state.pt", "log.txt"):
@@ -280,7 +280,7 @@ def test_a_second_line_changes_nothing(tmp_path: Path, warm: Warm) -> None:
     line = "dmin_trace.attach(accelerator, args, timesteps=2, dimension=64)"
     script = plain_script(tmp_path / "script.py", attach=f"{line}; {line.replace('64', '128')}")
     assert "called twice" in warm.run([script], tmp_path)
-    assert open_store(tmp_path / "out" / "trace.zarr").header.dimension == 64
+    assert open_store(tmp_path / "out.trace" / "trace.zarr").header.dimension == 64
 
 
 def test_after_an_exception_of_the_scripts_own_nothing_is_said(tmp_path: Path, warm: Warm) -> None:

@@ -135,6 +135,13 @@ SUITABLE = {
             if args.report_to == "wandb" and not args.use_ema:
                 ema.step(model)
     """,
+    "a count of optimizer steps": """
+        for batch in loader:
+            STEP
+            global_step += accelerator.sync_gradients
+            if global_step >= 3:
+                break
+    """,
     "the rest of the loop waits": """
         for batch in loader:
             loss = model(batch).mean()

@@ -70,7 +70,7 @@ LEFT_ALONE: dict[str, tuple[Changes, dict[str, str], str]] = {
     "a line after prepare": (
         (),
         {"attach": "pass", "prepare": f"{PREPARE}\n    dmin_trace.attach(accelerator, args)"},
-        "comes after accelerator.prepare",
+        "stands after accelerator.prepare",
     ),
     "a count that does not wait": (
         (),
@@ -128,7 +128,7 @@ def test_a_loop_over_range_is_captured_on_demand_if_it_is_long_enough(tmp_path: 
     options = ["--weights", "weights.safetensors", "--out", "a.zarr", "--timesteps", 3, "--dimension", 64]
     command = ["dmin-trace", "capture", *options, "--", script]
     said = " ".join(warm.run([*command, "--num_epochs", 2], tmp_path, code=1).split())
-    assert "takes 20 batches; the capture needs 31" in said and "--max_train_steps" in said
+    assert "takes 20 batches; the capture needs 36" in said and "--max_train_steps" in said
     warm.run([*command, "--num_epochs", 4], tmp_path)
     assert open_store(tmp_path / "a.zarr").complete and not (tmp_path / "out").exists()
 

@@ -41,7 +41,10 @@ def test_flips_and_crops_drawn_before_the_loop_or_at_each_access_are_the_same_fo
     )
     script.write_text(text.replace("def main():", DRAWING + "\n\ndef main():").replace("manual_seed(0)", "seed()"))
     warm.run([script, "--output_dir", "out"], tmp_path)
-    weights, settings = "out/trace.weights.safetensors", ["--timesteps", 2, "--dimension", 64, "--dtype", "float32"]
+    weights, settings = (
+        "out.trace/trace.weights.safetensors",
+        ["--timesteps", 2, "--dimension", 64, "--dtype", "float32"],
+    )
     for seed in (0, 2):
         rows = []
         for name, only in (("all", []), ("copy", ["--only", 3])):
@@ -62,8 +65,8 @@ def test_a_data_set_that_gives_another_sample_each_time_is_refused(tmp_path: Pat
     told = warm.run([script, "--output_dir", "out"], tmp_path)
     assert "The data set gave sample 0 differently the second time" in told
     assert (
-        not (tmp_path / "out" / "trace.zarr").exists()
-        or not open_store(tmp_path / "out" / "trace.zarr", unfinished=True).done.any()
+        not (tmp_path / "out.trace" / "trace.zarr").exists()
+        or not open_store(tmp_path / "out.trace" / "trace.zarr", unfinished=True).done.any()
     )
 
 
@@ -80,6 +83,6 @@ def test_a_sample_with_a_class_picture_makes_two_rows(tmp_path: Path, warm: Warm
     told = warm.run([script, "--output_dir", "out"], tmp_path)
     if rows == 2:
         assert "of a training sample and of its class picture" in told
-        assert open_store(tmp_path / "out" / "trace.zarr").complete
+        assert open_store(tmp_path / "out.trace" / "trace.zarr").complete
     else:
         assert "was called with 2 rows" in told

@@ -82,7 +82,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
     "no such store": (nothing, ("query", "no.zarr", "digits/0001.png"), ("no.zarr",)),
     "info of no store": (nothing, ("info", "digits"), ("digits", "not")),
     "another version": (changed_version, ("query", "out.trace/trace.zarr", "digits/0001.png"), ("99", "expected")),
-    "unfinished": (unfinished, ("query", "out.trace/trace.zarr", "digits/0001.png"), ("unfinished", "0 of")),
+    "unfinished": (
+        unfinished,
+        ("query", "out.trace/trace.zarr", "digits/0001.png"),
+        ("unfinished", "None of the trace's 12 samples"),
+    ),
     "no image": (nothing, ("query", "out.trace/trace.zarr", "text.png"), ("text.png", "cannot be read as an image")),
     "no such image": (nothing, ("query", "out.trace/trace.zarr", "gone.png"), ("There is no image at gone.png",)),
     "another size": (nothing, ("query", "out.trace/trace.zarr", "large.png"), ("1x1x16x16", "1x1x8x8")),
@@ -101,7 +105,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
         ("query", "out.trace/trace.zarr", "digits/0001.png", "--weights", "gone.safetensors"),
         ("There are no weights at",),
     ),
-    "k is too large": (nothing, ("query", "out.trace/trace.zarr", "digits/0001.png", "-k", "13"), ("13", "12")),
     "k is zero": (nothing, ("query", "out.trace/trace.zarr", "--sample", "1", "-k", "0"), ("0",)),
     "no such sample": (nothing, ("query", "out.trace/trace.zarr", "--sample", "12"), ("12",)),
     "no query": (nothing, ("query", "out.trace/trace.zarr"), ("Give images or prompts as queries",)),
@@ -146,8 +149,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
     ),
     "the script fails": (
         nothing,
-        ("query", "out.trace/trace.zarr", "digits/0001.png", "--", "train.py", "--no_such_argument"),
-        ("stopped with exit code 2", "no_such_argument"),
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--", "train.py", "--log_nothing"),
+        ("failed on the query with exit code 2", "log_nothing"),
     ),
 }
 

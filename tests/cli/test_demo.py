@@ -23,7 +23,7 @@ def test_the_demo_ends_with_tables_and_a_picture(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(demo, "TRAINING_ARGUMENTS", ("--max_train_samples", "150", "--max_train_steps", "60"))
     shown = io.StringIO()
     share = demo.run_demo(tmp_path / "demo", Console(file=shown, width=100))
-    trace = open_store(tmp_path / "demo" / "trace.zarr")
+    trace = open_store(tmp_path / "demo" / "model.trace" / "trace.zarr")
     assert trace.header.samples == 150
     labels = demo.training_digits()[1]
     assert trace.column("label") == labels[:150].tolist()

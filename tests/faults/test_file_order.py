@@ -13,7 +13,7 @@ from dmin_trace.store import open_store
 PIECES = {
     "imports": "from PIL import Image\nimport os",
     "attach": "",
-    # As in DreamBooth's scripts: files in an order that nothing fixes, and a crop that is drawn each time.
+    # As in DreamBooth's scripts: files in an order that nothing fixes. The batches of some differ each time.
     "prepare": """
     class Folder(torch.utils.data.Dataset):
         def __init__(self, files):
@@ -23,7 +23,7 @@ PIECES = {
         def __getitem__(self, index):
             with Image.open(self.instance_images_path[index]) as image:
                 point = torch.from_numpy(np.asarray(image)).float().flatten()[:16]
-            return {"point": point / 255 + 1e-3 * os.urandom(1)[0], "index": index}
+            return {"point": point / 255 + 1e-3 * (index > 1) * os.urandom(1)[0], "index": index}
     files = sorted(Path("digits").iterdir(), reverse="ORDER" in os.environ)
     loader = torch.utils.data.DataLoader(Folder(files), batch_size=4)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)""",
@@ -36,7 +36,7 @@ def test_files_in_another_order_are_refused(warm: Warm, tmp_path: Path) -> None:
     settings = ["--timesteps", "2", "--dimension", "64", "--out", "a.zarr"]
     warm.run(["dmin-trace", "run", *settings, "--", script], tmp_path)
     store = open_store(tmp_path / "a.zarr")
-    # The batches differ each time, so their content tells nothing.
+    # Their content tells nothing.
     assert store.header.data_sha256 == "" and len(store.header.files_sha256) == 64
     assert store.column("file_name") == [f"digits/{k:04d}.png" for k in range(6)]
     for mark in (tmp_path / "a.zarr" / "done" / "c").iterdir():

@@ -91,7 +91,7 @@ def test_in_a_training_an_error_of_one_ends_the_capture_of_both_and_neither_trai
         "import dmin_trace.capture.recorder as r; compress, n = r.compress_gradient, []\n"
         "def fail(*a, **o):\n"
         "    n.append(1)\n"
-        "    if len(n) == 4: raise RuntimeError('the hook is broken')\n"
+        "    if len(n) == 7: raise RuntimeError('the hook is broken')\n"
         "    return compress(*a, **o)\n"
         "r.compress_gradient = fail"
     )

@@ -254,8 +254,8 @@ def test_attribute_refuses_invalid_queries(trained: tuple[Denoiser, Path]) -> No
     module, out = trained
     with pytest.raises(QueryError, match="No item"):
         attribute(module, out, [])
-    with pytest.raises(QueryError, match="k is 99"):
-        attribute(module, out, [Points()[0]], k=99, score="dmin")
+    with pytest.raises(QueryError, match="k is 0"):
+        attribute(module, out, [Points()[0]], k=0, score="dmin")
     with pytest.raises(WeightsError, match="not those of the trace"):
         attribute(Denoiser(), out, [Points()[0]])
 

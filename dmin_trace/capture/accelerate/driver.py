@@ -124,7 +124,8 @@ class LoopDriver:
 
     def _backward(self, loss: torch.Tensor, **options: Any) -> None:
         if (step := self.batches.step) is not None:
-            if self._capture.on_demand and not self._form_checked:
+            # The probe's steps are over, so it is known how many there are.
+            if self._capture.on_demand and not self._form_checked and step.kept:
                 self._check_length(sys._getframe(1))
             self.batches.backward(step, loss)
         elif self._capture.on_demand:
@@ -159,7 +160,7 @@ class LoopDriver:
         self._form_checked = True
         try:
             # The capture is completed when the loop takes one batch more.
-            check_length(frame, self.run.samples * len(self._capture.timesteps) + 1)
+            check_length(frame, self._capture.recorder.steps_needed + 1)
         except UnsuitableLoopError as error:
             raise CaptureError(f"{error}. Nothing was captured.") from None
 

@@ -376,12 +376,21 @@ def _targets(statements: Iterable[ast.stmt], *, everywhere: bool = False) -> Ite
         if isinstance(statement, ast.Assign):
             for target in statement.targets:
                 yield from _names(target)
-        elif isinstance(statement, (ast.AugAssign, ast.AnnAssign, ast.For)):
+        elif isinstance(statement, (ast.AugAssign, ast.AnnAssign, ast.For)) and (
+            everywhere or not _adds_only_at_sync(statement)
+        ):
             yield from _names(statement.target)
         waits = isinstance(statement, ast.If) and _waits_for_sync(statement.test) and not everywhere
         for number, block in enumerate(_blocks(statement)):
             if not (waits and number == 0):
                 yield from _targets(block, everywhere=everywhere)
+
+
+def _adds_only_at_sync(statement: ast.stmt) -> bool:
+    """Whether a statement is `step += accelerator.sync_gradients`, which adds nothing on a capture batch."""
+    if not isinstance(statement, ast.AugAssign) or not isinstance(statement.op, ast.Add):
+        return False
+    return _waits_for_sync(statement.value)
 
 
 def _names(target: ast.expr) -> Iterator[ast.expr]:

@@ -8,7 +8,7 @@ import atexit
 import logging
 import os
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dmin_trace import store
-from dmin_trace.capture.accelerate.averages import Averages, evaluated, keeps_average
 from dmin_trace.capture.accelerate.driver import ENDED_EARLY, ON_DEMAND, LoopDriver
+from dmin_trace.capture.accelerate.final_weights import FinalWeights
 from dmin_trace.capture.accelerate.loop_variables import LoopVariables, replace_attribute
 from dmin_trace.capture.dataset import CaptureSource, Columns
 from dmin_trace.capture.host import script_host
@@ -30,7 +30,7 @@ from dmin_trace.capture.random_state import seed_of
 from dmin_trace.capture.ranks import Ranks
 from dmin_trace.capture.recorder import Recorder
 from dmin_trace.capture.subsets import DrawnSubsets
-from dmin_trace.capture.weights import Trainable, find_trainable
+from dmin_trace.capture.weights import find_trainable
 from dmin_trace.command import Job, Script, current_command, remember, script_of
 from dmin_trace.errors import (
     AttachError,
@@ -116,6 +116,7 @@ class ScriptCapture:
 
     settings, timesteps: what to capture, and the training steps of each sample.
     recorder: what records the gradients, from `begin` on.
+    final_weights: which weights a capture at the end of a training is of.
     error: what ended the capture, or kept it from being made, or None.
     """
 
@@ -140,13 +141,11 @@ class ScriptCapture:
         self._args = args
         self._like: Store | None = store.open_store(job.like, unfinished=True) if job.like else None
         self._launched, self._joined, self._subsets = launched, False, subsets
-        self._begun = self._moved = False
-        self._averages: Averages | None = None
-        self._raw_weights: str | None = None
-        self._versions: list[tuple[int, int]] = []
+        self._begun = False
         rank, count = accelerator.process_index, accelerator.num_processes
         self.ranks = Ranks(rank, count, lambda message: gather_object([message]))
         self.driver = LoopDriver(accelerator, self)
+        self.final_weights = FinalWeights(self.driver.run)
         self.driver.undo.callback(replace_attribute(accelerator, _ATTRIBUTE, self))
         atexit.register(self._at_exit)
         self.driver.undo.callback(atexit.unregister, self._at_exit)
@@ -238,8 +237,8 @@ class ScriptCapture:
         if self._draws_before is not None:
             self._draws_before.stop()
         run = self.driver.run
-        self._models = [run.unwrap(model) for model in run.models]
-        trainable = find_trainable(self._models, run.optimizers)
+        models = [run.unwrap(model) for model in run.models]
+        trainable = find_trainable(models, run.optimizers)
         if (why := self._host.refusal(self._args, variables.named())) is not None:
             raise CaptureError(why)
         if not self.on_demand and (drawn := self._host.drawn_before_loop(self._args, variables.named())) is not None:
@@ -252,7 +251,9 @@ class ScriptCapture:
             logger.info("A row of the trace is of a training sample and of its class picture (prior preservation).")
         weights_of = f"those in {Path(self.job.weights).name}" if self.job.weights is not None else ""
         if self.job.mode == "final":
-            weights_of = self._find_averages(trainable, variables, undo)
+            weights_of = self.final_weights.enter(
+                trainable, variables, self._host, undo, step_pending=self.driver.step_pending
+            )
         if self.job.weights is not None:
             trainable.load(Path(self.job.weights), self._host.parameter_key)
         trial = self.job.mode == "estimate"
@@ -300,7 +301,7 @@ class ScriptCapture:
             weights_of=weights_of,
             rows=rows,
         )
-        size_of_models = (p.numel() * p.element_size() for model in self._models for p in model.parameters())
+        size_of_models = (p.numel() * p.element_size() for model in models for p in model.parameters())
         output = CaptureOutput(
             out=out,
             resume=self.job.mode == "now",
@@ -332,44 +333,16 @@ class ScriptCapture:
             # The training may take days more before the command can end with this error.
             logger.warning("dmin_trace will not capture this run. %s", self.error)
 
-    def watch(self, variables: LoopVariables) -> None:
-        """Sees the loop's variables at its first training step, from which averages of weights are told later."""
-        run = self.driver.run
-        trained = find_trainable([run.unwrap(model) for model in run.models], run.optimizers)
-        self._averages = Averages(variables.named(), trained.tensors)
-
     def check_final_weights(self) -> None:
         """Marks the trace if the weights are not those that were captured; at the end of the training, and at exit."""
-        if self.job.mode != "final" or not self._begun or self.error is not None or self._moved or self.out is None:
-            return
-        if self.ranks.rank != 0 or not self.recorder.finished:
-            return
-        trainable = self.recorder.trainable
-        # Reading all weights takes seconds for a large model: at exit it is done again only if they were written to.
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in trainable.tensors]
-        if versions == self._versions:
-            return
-        self._versions = versions
-        try:
-            saved = store.weights_beside(self.out)
-            same = self._raw_weights is not None and trainable.weights_fingerprint() == self._raw_weights
-            if same or trainable.equals_saved(saved):
-                return
-            self._moved = True
-            store.mark_not_final(self.out)
-        except (DminTraceError, OSError) as error:
-            logger.warning("Whether %s is of the final weights could not be found out: %s", self.out, error)
-            return
-        logger.error(
-            "The trace in %s is not of the final weights, and is marked so: the training moved them after they were "
-            "captured. Capture on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS.",
-            self.out,
-        )
+        ended = self.job.mode == "final" and self._begun and self.error is None and self.recorder.finished
+        if ended and self.ranks.rank == 0 and self.out is not None:
+            self.final_weights.check(self.recorder.trainable, self.out)
 
     def report_end(self) -> None:
         """Raises what kept the run from being captured; called when a launched script has ended by itself."""
         self.check_final_weights()
-        if self._moved:
+        if self.final_weights.moved:
             raise CaptureError("The capture came before the end of the training. Its trace is marked so.")
         if self.error is not None:
             raise self.error
@@ -404,43 +377,6 @@ class ScriptCapture:
             f"The training ended at a point that was not recognised (max_train_steps is {self.max_train_steps}, "
             f"num_epochs is {self.num_epochs}). Give max_train_steps or num_epochs as the loop counts them, or capture "
             "on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS."
-        )
-
-    def _find_averages(self, trainable: Trainable, variables: LoopVariables, undo: ExitStack) -> str:
-        """Puts averages of the weights that the script saves into the model; says which weights are captured."""
-        known = self._host.averaged_models(variables.values())
-        by_optimizer = [optimizer for optimizer in self.driver.run.optimizers if keeps_average(optimizer)]
-        if known or by_optimizer:
-            self._raw_weights = trainable.weights_fingerprint()
-        for ema in known:
-            undo.enter_context(self._averaged_weights(ema))
-        for optimizer in by_optimizer:
-            undo.enter_context(evaluated(optimizer))
-        others = self._averages.changed(variables.named()) if self._averages is not None else {}
-        shown = [f"{name} ({type(one).__name__})" for name, one in others.items() if not any(one is e for e in known)]
-        if known:
-            return f"the averaged weights ({', '.join(type(ema).__name__ for ema in known)})"
-        if by_optimizer:
-            return "the averaged weights, those of the optimizer in eval mode"
-        if not shown:
-            return "the trained weights"
-        logger.warning(
-            "The script averages weights in %s; the capture is of the trained weights, not of that average. To trace "
-            "the average, capture it on demand: dmin-trace capture --weights DIR -- SCRIPT ARGS.",
-            ", ".join(shown),
-        )
-        return f"the trained weights, not their average in {', '.join(shown)}"
-
-    def _averaged_weights(self, ema: Any) -> AbstractContextManager[None]:
-        shapes = [shadow.shape for shadow in ema.shadow_params]
-        for model in self._models:
-            parameters = list(model.parameters())
-            if [parameter.shape for parameter in parameters] == shapes:
-                logger.info("The capture is of the averaged (EMA) weights, which the script saves.")
-                return self._host.averaged_weights(ema, parameters, self.driver.step_pending)
-        raise CaptureError(
-            "The script averages weights (EMA) that are not all the parameters of a prepared model, so which weights "
-            "it will save is not known. Capture on demand from the saved weights: dmin-trace capture."
         )
 
     def _remember(self, header: Header) -> None:

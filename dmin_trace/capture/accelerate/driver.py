@@ -177,7 +177,7 @@ class LoopDriver:
             self.run.check_optimizer()
             check_loop(frame, lambda value: self._base_of(value) is self.run.loader)
             if not self._form_checked:
-                self._capture.watch(LoopVariables())
+                self._capture.final_weights.watch(LoopVariables())
             self._form_checked = True
         except UnsuitableLoopError as error:
             return f"{error}. {ON_DEMAND}"

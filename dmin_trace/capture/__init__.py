@@ -4,7 +4,7 @@
     step, pinning, probe     one run of a training step: its timestep is found and pinned, its random calls are recorded
     recorder                 losses become rows; `checks` makes sure that they can be compared, `chunk_queue` writes
                              them to the store
-    used_models, conditions  frozen models, precision, device: what else the numbers in a row depend on
+    run_checks               frozen models (`used_models`), precision and device (`conditions`) are those of the trace
     host                     what a family of training scripts must tell
 
 Other stages may use `host.script_host`, and `recording.recording`. This package imports nothing by itself: most of it

@@ -16,16 +16,15 @@ import numpy as np
 import torch
 
 from dmin_trace.capture.chunk_queue import Row
-from dmin_trace.capture.conditions import DEVICE, device_types, differing_condition
+from dmin_trace.capture.conditions import DEVICE, device_types
 from dmin_trace.capture.dataset import CaptureSource, batch_shapes, hash_value
 from dmin_trace.capture.pinning import Call, show_calls
 from dmin_trace.capture.step import CaptureStep
-from dmin_trace.capture.used_models import differing_model
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, QueryError, TraceError, WeightsError
 from dmin_trace.project import Plan, make_plan
 from dmin_trace.settings import Settings
-from dmin_trace.store import Header, NoiseFacts, RunFacts, Store, check_data, check_files, check_script
+from dmin_trace.store import Header, NoiseFacts, Store, check_data, check_files, check_script
 
 logger = logging.getLogger(__name__)
 MIN_COSINE = 0.999
@@ -252,25 +251,6 @@ def _finite(values: np.ndarray) -> tuple[float | None, ...]:
 
 def _close(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else math.isclose(a, b, rel_tol=MAX_DIFFERENCE, abs_tol=1e-12)
-
-
-def check_run(trace: Store, run: RunFacts, *, queries: bool, any_device: bool = False) -> None:
-    """Compares how a run computes its rows with how those of a trace were computed; models are compared if it has any.
-
-    Raises QueryError for queries under another condition, WeightsError for another model; TraceError for a capture that
-    is continued.
-    """
-    theirs, ours = trace.header.run, "The query's run" if queries else "This run"
-    if differs := differing_condition(theirs.conditions, run.conditions, any_device=any_device):
-        raise (QueryError if queries else TraceError)(f"{ours} gives other rows than those in {trace.path}: {differs}")
-    # A fingerprint depends on the type of device that it was computed on.
-    same_device = theirs.conditions.get(DEVICE) == run.conditions.get(DEVICE)
-    if run.models and same_device and (model := differing_model(theirs.models, run.models)) is not None:
-        raise (WeightsError if queries else TraceError)(
-            f"{ours} gives other rows than those in {trace.path}: the {model.numbers:,} numbers of {model.name} "
-            f"({model.kind}) that do not train are not the same. Give the base model, the autoencoder and the text "
-            "encoders that the traced run had, in the same precision."
-        )
 
 
 def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: Store) -> Plan:

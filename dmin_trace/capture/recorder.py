@@ -19,20 +19,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dmin_trace.capture.checks import RowChecks, check_run, query_plan, refuse_other_capture
+from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
 from dmin_trace.capture.chunk_queue import ChunkQueue, Row
-from dmin_trace.capture.conditions import conditions_before, conditions_in_steps
 from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import Draw, PinnedTimestep, pin_among, pinned_timesteps
 from dmin_trace.capture.probe import TimestepProbe
 from dmin_trace.capture.ranks import FirstSignal
+from dmin_trace.capture.run_checks import RunChecks
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import LOSS_SCALE, Mean, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
-from dmin_trace.store import Header, ParameterFacts, ProjectionFacts, RunFacts, Store, choose_chunk_rows
+from dmin_trace.store import Header, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
 from dmin_trace.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,8 @@ class Recorder:
         like = output.like
         self.settings, self.trainable, self.samples = settings, trainable, source.samples
         self._source, self.output, self._ranks = source, output, output.ranks
-        self._run = RunFacts(conditions=conditions_before(trainable.tensors, source.launch), models=())
-        # The trace whose rows these must be comparable with.
-        self._same_as = like
-        if like is not None and trainable.tensors:
-            # Before the weights, which have other values in another precision.
-            check_run(like, self._run, queries=True, any_device=source.any_device)
+        # Before the weights, which have other values in another precision.
+        self._run = RunChecks(trainable, source, like)
         self._weights = trainable.weights_fingerprint()
         if like is None:
             self._plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection)
@@ -148,8 +144,7 @@ class Recorder:
         """Takes over the projection and the chunks of the store that is continued, and returns the chunks to fill."""
         if earlier is None:
             return list(range(-(-self.samples // self._chunk_rows)))
-        self._same_as = earlier
-        check_run(earlier, self._run, queries=False)
+        self._run.continue_from(earlier)
         refuse_other_capture(self.output.out, earlier, self.settings, self._source, self._weights)
         header, plan = earlier.header, self._plan
         self._checks.continue_from(header)
@@ -216,7 +211,7 @@ class Recorder:
             weights_of=source.weights_of[:1000],
             unreached=tuple(name for name, was_reached in reached if not was_reached),
             files_sha256=source.files_sha256,
-            run=self._run,
+            run=self._run.facts,
         )
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
@@ -296,7 +291,7 @@ class Recorder:
             return
         if self._steps == self._row_steps:
             with self._ranks.holding():
-                self._finish_first_row()
+                self._run.finish()
         if row is not None and self._rehearsal is not None:
             (sample, before), self._rehearsal = self._rehearsal, None
             if sample == step.sample:
@@ -309,15 +304,6 @@ class Recorder:
             for _ in range(self._before_first):
                 self._end_row(None)
         self._end_row(None if self._row_columns is None else row)
-
-    def _finish_first_row(self) -> None:
-        """Compares how the first row was computed with the trace. Raises an error before anything is written."""
-        models, same_as, queries = self._source.models, self._same_as, self.output.like is not None
-        models.stop()
-        conditions = self._run.conditions | conditions_in_steps(models)
-        self._run = RunFacts(conditions=conditions, models=tuple(models.facts))
-        if same_as is not None:
-            check_run(same_as, self._run, queries=queries, any_device=self._source.any_device)
 
     def _end_row(self, row: Row | None) -> None:
         """Keeps a row, unless it is a repeated one, and stops here after a signal."""

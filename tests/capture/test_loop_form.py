@@ -135,6 +135,14 @@ SUITABLE = {
             if args.report_to == "wandb" and not args.use_ema:
                 ema.step(model)
     """,
+    "a list that is made anew": """
+        for batch in loader:
+            parts = []
+            for k in range(2):
+                parts.append(model(batch))
+            parts = torch.stack(parts)
+            STEP
+    """,
     "a count of optimizer steps": """
         for batch in loader:
             STEP

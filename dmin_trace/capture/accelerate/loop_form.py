@@ -75,7 +75,8 @@ def check_loop(frame: FrameType, is_driven: Callable[[Any], bool]) -> None:
             raise UnsuitableLoopError(f"The source of {Path(here.f_code.co_filename).name} cannot be read")
         loops = [parent for parent, _, _ in chain if isinstance(parent, LOOPS)]
         changing = loops[-1].body if loops else chain[0][1]
-        checks = _Checks(here, {ast.unparse(target) for target in _targets(changing, everywhere=True)})
+        targets = {ast.unparse(target) for target in _targets(changing, everywhere=True)}
+        checks = _Checks(here, targets, _new_containers(changing))
         for parent, siblings, at in reversed(chain):
             for statement in siblings[:at]:
                 checks.before(statement)
@@ -167,9 +168,9 @@ def _check_exits(loop: ast.For | ast.While | ast.AsyncFor, checks: "_Checks") ->
 class _Checks:
     """The statements of one frame that run for capture batches."""
 
-    def __init__(self, frame: FrameType, changing: set[str]) -> None:
-        """`changing`: what the loop assigns, which may differ from batch to batch."""
-        self.frame, self._changing = frame, changing
+    def __init__(self, frame: FrameType, changing: set[str], made: set[str]) -> None:
+        """`changing`: what the loop assigns, which may differ from batch to batch; `made`: names of new containers."""
+        self.frame, self._changing, self._made = frame, changing, made
 
     def before(self, statement: ast.stmt) -> None:
         """A statement before the backward: it may compute anything, but a call for its effect must be harmless."""
@@ -281,7 +282,12 @@ class _Checks:
             owner = _value(function.value, self.frame)
             if name in READING_METHODS and not isinstance(owner, torch.nn.Module):
                 return
-            if name in CONTAINER_METHODS and isinstance(function.value, ast.Name) and type(owner) in (list, dict, set):
+            # The name of a new list may be given to what is made of it later: `latents = torch.cat(latents)`.
+            if (
+                name in CONTAINER_METHODS
+                and isinstance(function.value, ast.Name)
+                and (type(owner) in (list, dict, set) or function.value.id in self._made)
+            ):
                 return
             if name in ("step", "zero_grad") and isinstance(
                 owner, (AcceleratedOptimizer, AcceleratedScheduler, LRScheduler)
@@ -368,6 +374,18 @@ def _skips_without_sync(statement: ast.stmt) -> TypeGuard[ast.If]:
         return False
     negated = isinstance(statement.test.op, ast.Not) and _waits_for_sync(statement.test.operand)
     return negated and isinstance(statement.body[-1], (ast.Continue, ast.Return))
+
+
+def _new_containers(statements: Iterable[ast.stmt]) -> set[str]:
+    """The names to which statements assign an empty list, dict or set."""
+    return {
+        target.id
+        for statement in statements
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) in ("[]", "{}", "list()", "dict()", "set()")
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 def _targets(statements: Iterable[ast.stmt], *, everywhere: bool = False) -> Iterator[ast.expr]:

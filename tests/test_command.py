@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from dmin_trace.command import Command, Job, recall, remember, script_of
+from dmin_trace.command import Command, Job, launch_environment, recall, remember, script_of
 from dmin_trace.errors import TraceError
 
 COMMAND = Command("/runs/train.py", ("--name", "caf\u00e9", "not utf-8: \udcff"), "/runs")
@@ -41,7 +40,8 @@ def test_job_from_json_refuses_what_is_no_job(change: dict[str, Any]) -> None:
 def test_recall_returns_what_remember_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    launched = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    launched = launch_environment()
+    assert launched["ACCELERATE_MIXED_PRECISION"] == "bf16"
     remember("a" * 32, msgspec.structs.replace(COMMAND, launcher=("accelerate", "launch")))
     # The launch variables stand for the launcher.
     assert recall("a" * 32) == msgspec.structs.replace(COMMAND, environment=launched) and recall("b" * 32) is None

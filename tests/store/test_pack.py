@@ -193,7 +193,9 @@ def test_answers_are_those_of_the_original(tmp_path: Path) -> None:
 
 def test_the_command_and_the_weights_are_found(tmp_path: Path) -> None:
     old, _ = projected(tmp_path)
-    command = Command("/somewhere/train.py", ("--output_dir", "out"), "/somewhere", environment=commands.launch_environment())
+    command = Command(
+        "/somewhere/train.py", ("--output_dir", "out"), "/somewhere", environment=commands.launch_environment()
+    )
     commands.remember(old.header.id, command)
     weights_beside(old.path).write_bytes(b"weights")
     (tmp_path / "deep").mkdir()

@@ -84,7 +84,7 @@ class RowChecks:
         if self._like is not None and (ours := _show_images(found)) != (theirs := _show_images(self._like.batch)):
             raise QueryError(
                 f"The query has images of shape {ours}, but those of the trace have {theirs}. Give an image of the "
-                "size that the model was trained on."
+                "size that the model was trained on, and the same arguments (--resolution)."
             )
         self.batch_shapes = self.batch_shapes or found
 

@@ -370,8 +370,9 @@ class ScriptCapture:
             )
         if not run.backwards:
             return (
-                "The script trained without calling accelerator.backward(loss), which is where gradients are taken. "
-                "Call it instead of loss.backward()."
+                "The script never called accelerator.backward(loss), which is where gradients are taken. Does it "
+                "resume a run that is finished? Then capture it on demand: dmin-trace capture --weights DIR -- SCRIPT "
+                "ARGS. Or does it call loss.backward()? Then have it call accelerator.backward(loss)."
             )
         return (
             f"The training ended at a point that was not recognised (max_train_steps is {self.max_train_steps}, "

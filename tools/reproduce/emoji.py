@@ -42,6 +42,7 @@ from emoji_models import (
     quiet,
     token_ids,
     train,
+    training_loss,
 )
 from rich.console import Console
 from rich.progress import track
@@ -338,7 +339,8 @@ class Experiment:
             for i in _shown(recording.samples, f"capture {self.name}, {way}, {transform}"):
                 for k in recording.timesteps:
                     with recording.step(i, k):
-                        kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
+                        here = slice(i, i + 1)
+                        training_loss(kind, denoiser, latents[here], words.at(here)).backward()
 
     def ask(self, way: str, transform: str, *, swapped: bool) -> Path:
         """The samples found for each query, best first; `swapped`: each picture with the next category's prompt."""
@@ -357,7 +359,8 @@ class Experiment:
             for i in _shown(recording.samples, f"ask {self.name}, {way}, {transform}"):
                 for k in recording.timesteps:
                     with recording.step(i, k):
-                        kind.loss(denoiser, latents[i : i + 1], words.at(slice(i, i + 1))).backward()
+                        here = slice(i, i + 1)
+                        training_loss(kind, denoiser, latents[here], words.at(here)).backward()
         opened, k = dmin_trace.open_trace(trace), min(max(KS), len(self.tuning.names))
         for score in SCORES:
             np.save(folder / f"{score}.npy", opened.top_k(recording.queries, k, score, exact=True).samples)

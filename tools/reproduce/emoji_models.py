@@ -192,13 +192,13 @@ class Sd:
         said: torch.Tensor = denoiser(noisy, t, words.tokens, return_dict=False)[0]
         return said
 
-    def loss(self, denoiser: torch.nn.Module, clean: torch.Tensor, words: Words) -> torch.Tensor:
-        """The training loss: draws noise and timesteps."""
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, STEPS, (len(clean),))
-        noisy = self.schedule.add_noise(clean, noise, t)
-        target = self.schedule.get_velocity(clean, noise, t)
-        return functional.mse_loss(self.predict(denoiser, noisy, t, words), target)
+    def draw(self, count: int) -> torch.Tensor:
+        """Timesteps of training, evenly."""
+        return torch.randint(0, STEPS, (count,))
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the denoiser is given, and what it should say."""
+        return self.schedule.add_noise(clean, noise, t), self.schedule.get_velocity(clean, noise, t)
 
     def sampler(self) -> Any:
         """The scheduler to make pictures with."""
@@ -247,20 +247,21 @@ class Sd3:
         """What the denoiser says at timesteps t, (B,)."""
         said: torch.Tensor = denoiser(
             hidden_states=noisy,
-            timestep=t,
+            timestep=t.float(),
             encoder_hidden_states=words.tokens,
             pooled_projections=words.pooled,
             return_dict=False,
         )[0]
         return said
 
-    def loss(self, denoiser: torch.nn.Module, clean: torch.Tensor, words: Words) -> torch.Tensor:
-        """The training loss: draws noise and timesteps, evenly."""
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, STEPS, (len(clean),)) + 1
+    def draw(self, count: int) -> torch.Tensor:
+        """Timesteps of training, evenly."""
+        return torch.randint(0, STEPS, (count,)) + 1
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the denoiser is given, and what it should say."""
         sigma = (t / STEPS).reshape(-1, 1, 1, 1)
-        noisy = (1 - sigma) * clean + sigma * noise
-        return functional.mse_loss(self.predict(denoiser, noisy, t.float(), words), noise - clean)
+        return (1 - sigma) * clean + sigma * noise, noise - clean
 
     def sampler(self) -> Any:
         """The scheduler to make pictures with."""
@@ -269,6 +270,20 @@ class Sd3:
 
 Kind = Sd | Sd3
 KINDS: dict[str, Callable[[], Kind]] = {"sd": Sd, "sd3": Sd3}
+
+
+def losses_at(
+    kind: Kind, denoiser: torch.nn.Module, clean: torch.Tensor, words: Words, noise: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """(B,) the losses of samples at timesteps t (B,), with a noise (B, CHANNELS, 8, 8)."""
+    noisy, target = kind.noised(clean, noise, t)
+    return (kind.predict(denoiser, noisy, t, words) - target).square().mean((1, 2, 3))
+
+
+def training_loss(kind: Kind, denoiser: torch.nn.Module, clean: torch.Tensor, words: Words) -> torch.Tensor:
+    """The mean loss of a batch: draws noise and timesteps."""
+    noise = torch.randn_like(clean)
+    return losses_at(kind, denoiser, clean, words, noise, kind.draw(len(clean))).mean()
 
 
 def add_lora(kind: Kind, denoiser: Any) -> None:
@@ -297,6 +312,8 @@ def train(
 ) -> float:
     """Trains with AdamW, a warm-up over a twentieth of the steps and a cosine to zero.
 
+    The models have no dropout, so the mode of training and that of evaluation are the same.
+
     Args:
         latents: (N, CHANNELS, 8, 8).
         words_of: gives the captions of some samples; it is the one to leave some of them out.
@@ -312,21 +329,19 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (1 + math.cos(math.pi * step / total)) / 2)
     )
-    denoiser.train()
     queue = torch.empty(0, dtype=torch.int64)
     losses: list[float] = []
     for _ in steps:
         while len(queue) < batch:
             queue = torch.cat([queue, torch.randperm(len(latents))])
         chosen, queue = queue[:batch], queue[batch:]
-        loss = kind.loss(denoiser, latents[chosen], words_of(chosen))
+        loss = training_loss(kind, denoiser, latents[chosen], words_of(chosen))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    denoiser.eval()
     return float(np.mean(losses[-max(1, total // 10) :]))
 
 

@@ -1,0 +1,187 @@
+"""Whole per-sample gradients of a truth's model, kept in a file, so that many scores are computed from the same passes.
+
+    python tools/reproduce/gradient_file.py --truth digits --work WORK [--data emoji32.npz]
+
+A pass is a timestep and a draw of noise, the same noise for all samples and queries, as in a store. The file has for
+each sample, then each query, and each pass the gradient of the loss with respect to all trained parameters, divided by
+the root of its mean square, in float16. A run that was interrupted goes on with the next sample.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import ddpm
+import numpy as np
+import subsets
+import torch
+import typer
+from emoji_models import CHANNELS, SIDE, Words, losses_at
+from finetune import RECIPES, Tuning
+from finetune_truth import TRUTHS, Truth
+from numpy.typing import NDArray
+from rich.progress import track
+
+EVEN = tuple(ddpm.evenly(10))
+BETWEEN = tuple(range(100, 1000, 100))
+DRAWS = 4
+PASSES = tuple((t, draw) for t in EVEN for draw in range(DRAWS)) + tuple((t, 0) for t in BETWEEN)
+"""Ten timesteps of four draws each, and nine between them of one."""
+
+Loss = Callable[[int, int, int], torch.Tensor]
+"""Of sample or query n at a timestep with a draw."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, its N samples and its Q queries.
+
+    parameters: what is differentiated, by name.
+    loss: of one of the N + Q, the samples first.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    loss: Loss
+    samples: int
+    queries: int
+
+
+def ask_digits(work: Path) -> Asked:
+    """The model of `subsets.py`."""
+    model = ddpm.load(subsets.full_model(work), subsets.RECIPE).requires_grad_(True)
+    images = torch.cat([subsets.digits().images, subsets.queries(work)])
+    schedule = ddpm.noise_schedule()
+
+    def loss(n: int, t: int, draw: int) -> torch.Tensor:
+        noise = _noise(images[:1].shape, t, draw)
+        steps = torch.tensor([t])
+        found: torch.Tensor = model(schedule.add_noise(images[n : n + 1], noise, steps), steps).sample
+        return (found - noise).square().mean()
+
+    return Asked(dict(model.named_parameters()), loss, subsets.SAMPLES, len(images) - subsets.SAMPLES)
+
+
+def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS) -> Asked:
+    """The model of `finetune_truth.py`."""
+    tuning = Tuning(RECIPES[recipe], data, compiled=False)
+    truth = Truth.read(truths / f"{recipe}.npz")
+    tuning.full(truths / f"{recipe}.safetensors")
+    latents = torch.cat([tuning.latents, tuning.autoencoder.encode(truth.queries.images)])
+    asked = tuning.words_of(truth.queries.captions)
+    count = truth.samples
+    words = Words(
+        torch.cat([tuning.words.tokens[:count], asked.tokens]), torch.cat([tuning.words.pooled[:count], asked.pooled])
+    )
+
+    def loss(n: int, t: int, draw: int) -> torch.Tensor:
+        noise = _noise((1, CHANNELS, SIDE, SIDE), t, draw)
+        here = slice(n, n + 1)
+        return losses_at(tuning.kind, tuning.denoiser, latents[here], words.at(here), noise, torch.tensor([t])).mean()
+
+    return Asked(tuning.trained, loss, count, len(truth.queries.captions))
+
+
+def _noise(shape: tuple[int, ...] | torch.Size, t: int, draw: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * t + draw))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """An open file.
+
+    rows: (N + Q, passes, P) float16, each of mean square one.
+    norms: (N + Q, passes) float32 of what was divided by.
+    shapes: of the parameters, in order; P is their size.
+    """
+
+    rows: NDArray[np.float16]
+    norms: NDArray[np.float32]
+    shapes: dict[str, tuple[int, ...]]
+    samples: int
+
+    @property
+    def layers(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """Where each parameter is in P, and its shape."""
+        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes.values()]).tolist()
+        return [
+            (slice(end - int(np.prod(shape)), end), shape)
+            for end, shape in zip(ends, self.shapes.values(), strict=True)
+        ]
+
+
+def open_gradients(folder: Path) -> Gradients:
+    """Of a finished run."""
+    told = json.loads((folder / "gradients.json").read_text(encoding="utf-8"))
+    if told["done"] < told["shape"][0]:
+        raise typer.BadParameter(f"{folder} has {told['done']} of {told['shape'][0]}; run gradient_file.py to its end.")
+    rows = np.memmap(folder / "gradients.f16", np.float16, "r", shape=tuple(told["shape"]))
+    norms = np.memmap(folder / "norms.f32", np.float32, "r", shape=tuple(told["shape"][:2]))
+    shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
+    return Gradients(rows, norms, shapes, told["samples"])
+
+
+@dataclass
+class _Kept:
+    """What gradients.json says."""
+
+    shape: list[int]
+    shapes: dict[str, list[int]]
+    samples: int
+    passes: list[list[int]]
+    done: int
+
+    def write(self, folder: Path) -> None:
+        partial = folder / "gradients.partial"
+        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        partial.replace(folder / "gradients.json")
+
+
+def capture(asked: Asked, folder: Path) -> None:
+    """Writes the file, or what is missing of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = list(asked.parameters.values())
+    count, size = asked.samples + asked.queries, sum(p.numel() for p in parameters)
+    shapes = {name: list(p.shape) for name, p in asked.parameters.items()}
+    kept = _Kept([count, len(PASSES), size], shapes, asked.samples, [list(p) for p in PASSES], 0)
+    told = folder / "gradients.json"
+    if told.exists():
+        before = _Kept(**json.loads(told.read_text(encoding="utf-8")))
+        kept.done = before.done
+        if before != kept:
+            raise typer.BadParameter(f"{folder} is of another model or other passes; give another folder.")
+    mode = "r+" if (folder / "gradients.f16").exists() else "w+"
+    rows = np.memmap(folder / "gradients.f16", np.float16, mode, shape=tuple(kept.shape))
+    norms = np.memmap(folder / "norms.f32", np.float32, mode, shape=tuple(kept.shape[:2]))
+    for n in track(range(kept.done, count), f"gradients of {folder.name}"):
+        for k, (t, draw) in enumerate(PASSES):
+            found = torch.autograd.grad(asked.loss(n, t, draw), parameters)
+            flat = torch.cat([g.reshape(-1) for g in found])
+            root = flat.square().mean().sqrt().clamp_min(1e-30)
+            rows[n, k], norms[n, k] = (flat / root).half().numpy(), float(root)
+        kept.done = n + 1
+        if not kept.done % 50 or kept.done == count:
+            rows.flush()
+            norms.flush()
+            kept.write(folder)
+
+
+def main(
+    truth: Annotated[str, typer.Option(help=f"digits, {', '.join(RECIPES)}.")],
+    work: Annotated[Path, typer.Option(help="A folder; the file is written to WORK/TRUTH.")],
+    data: Annotated[Path, typer.Option(help="The emoji: a .npz with images, names and subcategories.")] = Path(
+        "emoji32.npz"
+    ),
+    digits: Annotated[Path | None, typer.Option(help="The folder of subsets.py; WORK if not given.")] = None,
+) -> None:
+    """Writes the gradients of a truth's model."""
+    torch.set_num_threads(1)
+    asked = ask_digits(digits or work) if truth == "digits" else ask_tuned(truth, data)
+    capture(asked, work / truth)
+
+
+if __name__ == "__main__":
+    typer.run(main)

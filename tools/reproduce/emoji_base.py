@@ -55,8 +55,8 @@ def encode(
     return kind.encode(encoder, token_ids(tokenizer, list(captions)))
 
 
-class _Base:
-    """A base in training, with its optimizer and its averaged weights."""
+class Base:
+    """A base in training, with its optimizer and its averaged weights, which are what is kept of it."""
 
     def __init__(self, name: str, vocabulary: int, steps: int) -> None:
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def main(
     tokenizer = make_tokenizer(emoji.captions)
     latents = autoencoder.encode(division.base.images)
     ids = token_ids(tokenizer, [*division.base.captions, ""])
-    base = _Base(kind, len(tokenizer), steps)
+    base = Base(kind, len(tokenizer), steps)
     work.mkdir(parents=True, exist_ok=True)
     kept = work / f"{kind}.checkpoint"
     if kept.exists():

@@ -1,4 +1,4 @@
-"""The two text-to-image models of `emoji.py`, small enough for one core: how they are made, trained and asked.
+"""The two text-to-image models of the emoji experiments, which fit one core: how they are made, trained and asked.
 
 `Sd` is of Stable Diffusion's type: a UNet2DConditionModel that attends to the tokens of a caption, with diffusers'
 v-prediction loss. `Sd3` is of Stable Diffusion 3's: a SD3Transformer2DModel that is given the tokens and a pooled
@@ -11,13 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -41,6 +38,7 @@ TOKENS = 16
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 RANK = 8
 GUIDANCE = 4.0
+"""Of pictures that are made; `emoji_base_page.py` compares it with others."""
 
 
 class Words(NamedTuple):
@@ -175,13 +173,6 @@ class Sd:
         )
         return unet, CLIPTextModel(text_config(vocabulary))
 
-    def load(self, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Those that were saved."""
-        return (
-            UNet2DConditionModel.from_pretrained(folder / "denoiser"),
-            CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        )
-
     def encode(self, encoder: torch.nn.Module, ids: torch.Tensor) -> Words:
         """The denoiser is given the tokens alone; the pooled caption is CLIP's."""
         found = encoder(ids)
@@ -230,13 +221,6 @@ class Sd3:
             pos_embed_max_size=SIDE,
         )
         return transformer, CLIPTextModelWithProjection(text_config(vocabulary))
-
-    def load(self, folder: Path) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """Those that were saved."""
-        return (
-            SD3Transformer2DModel.from_pretrained(folder / "denoiser"),
-            CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder"),
-        )
 
     def encode(self, encoder: torch.nn.Module, ids: torch.Tensor) -> Words:
         """Tokens, and the pooled caption after CLIP's projection."""
@@ -346,7 +330,15 @@ def train(
 
 
 @torch.no_grad()
-def generate(kind: Kind, denoiser: torch.nn.Module, words: Words, empty: Words, steps: int, seed: int) -> torch.Tensor:
+def generate(
+    kind: Kind,
+    denoiser: torch.nn.Module,
+    words: Words,
+    empty: Words,
+    steps: int,
+    seed: int,
+    guidance: float = GUIDANCE,
+) -> torch.Tensor:
     """Makes a picture for each caption, with classifier-free guidance.
 
     Args:
@@ -364,11 +356,5 @@ def generate(kind: Kind, denoiser: torch.nn.Module, words: Words, empty: Words, 
     for t in sampler.timesteps:
         said = kind.predict(denoiser, torch.cat([x, x]), t.expand(2 * count), both)
         told, untold = said.chunk(2)
-        x = sampler.step(untold + GUIDANCE * (told - untold), t, x, return_dict=False)[0]
+        x = sampler.step(untold + guidance * (told - untold), t, x, return_dict=False)[0]
     return x
-
-
-def quiet() -> None:
-    """No bars of the libraries' own."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

@@ -26,14 +26,13 @@ WAYS = {"lora": "LoRA", "full": "full"}
 class Rates:
     """Detection rates of one way to find samples.
 
-    way: of fine-tuning.
+    model: the recipe of fine-tuning.
     score: the transform and the score, or "pixels" for likeness of the pictures alone.
     rate: by category and k, the mean over its queries.
     error: by k, the standard error of the mean over categories, from the spread of each category's queries.
     """
 
-    kind: str
-    way: str
+    model: str
     score: str
     rate: dict[str, dict[int, float]]
     error: dict[int, float]
@@ -47,8 +46,7 @@ class Rates:
 class Swapped:
     """Of pictures asked about with the prompt of another category: how much of each is in the top ten."""
 
-    kind: str
-    way: str
+    model: str
     score: str
     picture: float
     prompt: float
@@ -67,10 +65,9 @@ class Example:
 class Report:
     """What the page says.
 
-    names: of the kinds of model.
+    kinds, ways: of each model: what it is, and how it was fine-tuned.
     sizes: of the small categories in the fine-tuning set, of `samples` in all.
-    trained: by kind and way, the number of parameters that were trained.
-    losses: by kind and stage, the mean training loss over the last tenth of the steps.
+    trained: of each model, the number of parameters that were trained.
     seconds: by group of stages, of the wall and of the processor.
     commits: at which the stages ran.
     """
@@ -79,11 +76,11 @@ class Report:
     commits: Sequence[str]
     machine: str
     setup: Sequence[str]
-    names: Mapping[str, str]
+    kinds: Mapping[str, str]
+    ways: Mapping[str, str]
     sizes: Mapping[str, int]
     samples: int
-    trained: Mapping[tuple[str, str], int]
-    losses: Mapping[tuple[str, str], float]
+    trained: Mapping[str, int]
     rates: Sequence[Rates]
     swapped: Sequence[Swapped]
     seconds: Mapping[str, tuple[float, float]]
@@ -155,17 +152,17 @@ def _lines(report: Report) -> list[str]:
         ),
         _prose(
             "`none, dmin` is the paper's score, `sign, deflated` the default. `sign` takes the sign of each element of "
-            "a gradient before it is compressed (dividing as Adam does, `adam`, was measured at an earlier commit); "
-            "`dmin` adds up inner products, `deflated` frees the query first of what all samples share.",
+            "a gradient before it is compressed; `dmin` adds up inner products, `deflated` frees the query first of "
+            "what all samples share.",
             "- ",
         ),
         "",
-        "| model | fine-tuning | parameters trained, L | training loss of the base | of fine-tuning |",
-        "| --- | --- | --- | --- | --- |",
-        *(
-            f"| {report.names[kind]} | {WAYS[way]} | {count:,} | {report.losses[kind, 'base']:.3f} | "
-            f"{report.losses[kind, way]:.3f} |"
-            for (kind, way), count in report.trained.items()
+        *_table(
+            ("model", "type", "fine-tuning", "parameters trained, L"),
+            [
+                (model, report.kinds[model], WAYS[report.ways[model]], f"{count:,}")
+                for model, count in report.trained.items()
+            ],
         ),
         "",
         "## Mean over the three categories",
@@ -173,31 +170,31 @@ def _lines(report: Report) -> list[str]:
         "With the standard error over queries; it says nothing of other trainings, of which there was one each.",
         "",
         *_table(
-            ("model", "fine-tuning", "found by", *(f"top {k}" for k in ks)),
+            ("model", "found by", *(f"top {k}" for k in ks)),
             [
                 *(
-                    (row.kind, WAYS[row.way], row.score, *(f"{row.mean(k):.3f} ± {row.error[k]:.3f}" for k in ks))
+                    (row.model, row.score, *(f"{row.mean(k):.3f} ± {row.error[k]:.3f}" for k in ks))
                     for row in report.rates
                 ),
-                ("", "", "*chance*", *[f"{fmean(_chance(report, c) for c in report.sizes):.3f}"] * len(ks)),
-                ("", "", "*most*", *(f"{fmean(_most(report, c, k) for c in report.sizes):.3f}" for k in ks)),
+                ("", "*chance*", *[f"{fmean(_chance(report, c) for c in report.sizes):.3f}"] * len(ks)),
+                ("", "*most*", *(f"{fmean(_most(report, c, k) for c in report.sizes):.3f}" for k in ks)),
             ],
         ),
         "",
         "![Detection rates by category](emoji.png)",
     ]
-    for kind, name in report.names.items():
-        lines += ["", f"## By category: {name}", ""]
+    for model in report.kinds:
+        lines += ["", f"## By category: {model}", ""]
         lines += _table(
-            ("fine-tuning", "found by", *(f"{c}, top {k}" if k == ks[0] else str(k) for c in report.sizes for k in ks)),
+            ("found by", *(f"{c}, top {k}" if k == ks[0] else str(k) for c in report.sizes for k in ks)),
             [
                 *(
-                    (WAYS[row.way], row.score, *(f"{row.rate[c][k]:.3f}" for c in report.sizes for k in ks))
+                    (row.score, *(f"{row.rate[c][k]:.3f}" for c in report.sizes for k in ks))
                     for row in report.rates
-                    if row.kind == kind
+                    if row.model == model
                 ),
-                ("", "*chance*", *(f"{_chance(report, c):.3f}" for c in report.sizes for _ in ks)),
-                ("", "*most*", *(f"{_most(report, c, k):.3f}" for c in report.sizes for k in ks)),
+                ("*chance*", *(f"{_chance(report, c):.3f}" for c in report.sizes for _ in ks)),
+                ("*most*", *(f"{_most(report, c, k):.3f}" for c in report.sizes for k in ks)),
             ],
         )
     lines += [
@@ -210,8 +207,8 @@ def _lines(report: Report) -> list[str]:
         ),
         "",
         *_table(
-            ("model", "fine-tuning", "found by", "picture's category", "prompt's category"),
-            [(r.kind, WAYS[r.way], r.score, f"{r.picture:.3f}", f"{r.prompt:.3f}") for r in report.swapped],
+            ("model", "found by", "picture's category", "prompt's category"),
+            [(r.model, r.score, f"{r.picture:.3f}", f"{r.prompt:.3f}") for r in report.swapped],
         ),
         "",
         "## What was found",
@@ -240,19 +237,19 @@ def _most(report: Report, category: str, k: int) -> float:
 
 def _plot(report: Report, path: Path) -> None:
     ks = list(report.rates[0].error)
-    models = list(dict.fromkeys((row.kind, row.way) for row in report.rates))
+    models = list(report.kinds)
     figure, grid = pyplot.subplots(
         len(models), len(report.sizes), figsize=(10, 2.3 * len(models) + 0.6), sharex=True, sharey=True, squeeze=False
     )
-    for (kind, way), line in zip(models, grid, strict=True):
+    for model, line in zip(models, grid, strict=True):
         for category, axes in zip(report.sizes, line, strict=True):
             for row in report.rates:
-                if (row.kind, row.way) == (kind, way):
+                if row.model == model:
                     style = "--" if row.score == "pixels" else "-"
                     axes.plot(range(len(ks)), [row.rate[category][k] for k in ks], f"o{style}", label=row.score, ms=4)
             axes.plot(range(len(ks)), [_most(report, category, k) for k in ks], color="silver", label="most")
             axes.axhline(_chance(report, category), color="black", ls=":", lw=1, label="chance")
-            axes.set_title(f"{kind}, {WAYS[way]}: {category}", fontsize=9)
+            axes.set_title(f"{model}: {category}", fontsize=9)
             axes.set_ylim(0, 1.05)
             axes.set_xticks(range(len(ks)), [str(k) for k in ks])
         line[0].set_ylabel("detection rate", fontsize=9)

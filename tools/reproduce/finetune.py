@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from emoji_base import BASES, DROPPED, encode, load_base
-from emoji_data import NEW, Division, divide, read_emoji
+from emoji_data import HELD_OUT, NEW, TUNED, Division, divide, read_emoji
 from emoji_models import (
     CHANNELS,
+    GUIDANCE,
     SIDE,
     STEPS,
     Autoencoder,
@@ -27,6 +28,7 @@ from emoji_models import (
     train,
 )
 from numpy.typing import NDArray
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 QUERIES = 64
@@ -52,6 +54,7 @@ RECIPES = {
     "sd-lora": Recipe("sd", "lora", 400, 16, 5e-3),
     "sd-full": Recipe("sd", "full", 300, 16, 1e-3),
     "sd3-lora": Recipe("sd3", "lora", 400, 16, 5e-3),
+    "sd3-full": Recipe("sd3", "full", 300, 16, 1e-3),
 }
 
 
@@ -61,10 +64,19 @@ class Tuning:
     latents, words: of the fine-tuning set: (N, CHANNELS, 8, 8) and its captions; the empty caption is last.
     """
 
-    def __init__(self, recipe: Recipe, data: Path, *, compiled: bool = True, bases: Path = BASES) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Path,
+        *,
+        compiled: bool = True,
+        bases: Path = BASES,
+        tuned: int = TUNED,
+        held_out: int = HELD_OUT,
+    ) -> None:
         self.recipe = recipe
         emoji, self.fingerprint = read_emoji(data)
-        self.division: Division = divide(emoji)
+        self.division: Division = divide(emoji, tuned, held_out)
         self.autoencoder = Autoencoder.fit(self.division.base.images)
         self.tokenizer = make_tokenizer(emoji.captions)
         self.kind, denoiser, self.encoder = load_base(recipe.kind, len(self.tokenizer), bases)
@@ -99,8 +111,8 @@ class Tuning:
                 if "lora_A" in name:
                     tensor.normal_(0, 1 / self.first[name].shape[0], generator=draws)
 
-    def train(self, samples: NDArray[np.int64], seed: int) -> float:
-        """Trains the base on some of the samples; the mean loss of the last steps."""
+    def train(self, samples: NDArray[np.int64], seed: int, name: str | None = None) -> float:
+        """Trains the base on some of the samples; the mean loss of the last steps. A name shows a bar."""
         self.reset(seed)
         last = len(self.words.tokens) - 1
         chosen = torch.from_numpy(samples)
@@ -115,7 +127,7 @@ class Tuning:
             self.latents[chosen],
             words,
             list(self.trained.values()),
-            range(self.recipe.steps),
+            track(range(self.recipe.steps), name) if name else range(self.recipe.steps),
             self.recipe.steps,
             learning_rate=self.recipe.rate,
             batch=self.recipe.batch,
@@ -129,16 +141,17 @@ class Tuning:
     def full(self, path: Path) -> None:
         """The model that is asked about, trained on all samples, or read from the file where that was kept."""
         if not path.exists():
-            self.train(np.arange(len(self.latents)), 0)
+            self.train(np.arange(len(self.latents)), 0, f"fine-tune {path.stem}")
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             save_file(self.weights(), partial)
             partial.replace(path)
         self.load(load_file(path))
 
-    def generate(self, captions: list[str], seed: int = 3) -> NDArray[np.uint8]:
+    def generate(self, captions: list[str], seed: int = 3, guidance: float = GUIDANCE) -> NDArray[np.uint8]:
         """A picture (n, 32, 32, 3) for each caption, each from noise of its own."""
-        made = generate(self.kind, self.called, self.words_of(captions), self.words_of([""]), SAMPLING_STEPS, seed)
+        words, empty = self.words_of(captions), self.words_of([""])
+        made = generate(self.kind, self.called, words, empty, SAMPLING_STEPS, seed, guidance)
         return np.asarray(self.autoencoder.decode(made))
 
     def losses(self, latents: torch.Tensor, words: Words) -> NDArray[np.float64]:

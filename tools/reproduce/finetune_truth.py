@@ -77,9 +77,12 @@ def main(
 ) -> None:
     """Trains the models on random halves."""
     torch.set_num_threads(1)
-    tuning = Tuning(RECIPES[recipe], data, compiled=compiled)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{recipe}.npz"
+    measure(Tuning(RECIPES[recipe], data, compiled=compiled), out / f"{recipe}.npz", models, seeds)
+
+
+def measure(tuning: Tuning, path: Path, models: int, seeds: int) -> None:
+    """Trains the models whose losses the file does not have, and writes them there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         truth = Truth.read(path)
     else:
@@ -94,7 +97,7 @@ def main(
     latents = tuning.autoencoder.encode(truth.queries.images)
     words = tuning.words_of(truth.queries.captions)
     waiting = [(s, m) for m in range(models) for s in range(seeds) if np.isnan(kept[s, m]).any()]
-    for s, m in track(waiting, f"fine-tune {recipe} on halves"):
+    for s, m in track(waiting, f"fine-tune {path.stem} on halves"):
         tuning.train(half(m, truth.samples), s)
         kept[s, m] = tuning.losses(latents, words)
         truth.write(path)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+
+def command_line(program: str) -> str:
+    """What was called, without the folders of this machine."""
+    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in sys.argv[1:]]
+    return shlex.join(["python", f"tools/reproduce/{program}", *arguments])
 
 
 class Page:

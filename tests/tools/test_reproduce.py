@@ -131,3 +131,33 @@ def test_each_model_has_a_half_of_its_own() -> None:
     halves = np.stack([subsets.subset(number) for number in range(4)])
     assert (halves.sum(axis=1) == subsets.SAMPLES // 2).all()
     assert len({half.tobytes() for half in halves}) == 4
+
+
+def test_each_half_may_be_trained_on_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subsets, "RECIPE", RECIPE)
+    queries = subsets.digits().validation[:4]
+    monkeypatch.setattr(subsets, "queries", lambda work: queries)
+    assert subsets.waiting(tmp_path, 2, 2) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for number in range(2):
+        subsets.train_one(tmp_path, number, 0)
+    assert subsets.seeds_there(tmp_path, 2) == 1 and subsets.seeds_there(tmp_path, 3) == 0
+    assert sorted(path.name for path in (tmp_path / "subsets").iterdir()) == ["0000.npy", "0001.npy"]
+    first = {path: path.read_bytes() for path in (tmp_path / "subsets").iterdir()}
+    for one in subsets.waiting(tmp_path, 2, 2):
+        subsets.train_one(tmp_path, *one)
+    assert {path: path.read_bytes() for path in (tmp_path / "subsets").iterdir()} == first
+    assert subsets.seeds_there(tmp_path, 2) == 2 and not subsets.waiting(tmp_path, 2, 2)
+
+    masks, losses = subsets.truth(tmp_path, 2, 2)
+    assert masks.shape == (2, subsets.SAMPLES) and losses.shape == (2, 2, 4)
+    np.testing.assert_array_equal(subsets.truth(tmp_path, 2)[1], losses[:1])
+    of_half = subsets.digits().images[masks[1]]
+    np.testing.assert_array_equal(losses[0, 1], ddpm.losses(ddpm.train(RECIPE, of_half), queries))
+    np.testing.assert_array_equal(losses[1, 1], ddpm.losses(ddpm.train(RECIPE, of_half, seed=2), queries))
+    assert not np.allclose(losses[0], losses[1])
+
+
+def test_a_second_training_shares_nothing_with_the_first() -> None:
+    # A training takes its seed and the next one: first weights, timesteps and noise, order.
+    taken = [{subsets.training_seed(seed), subsets.training_seed(seed) + 1} for seed in range(4)]
+    assert len(set.union(*taken)) == 8 and subsets.training_seed(0) == 0

@@ -332,7 +332,8 @@ def main(
     began = time.monotonic()
     torch.set_num_threads(1)
     digits, found = subsets.digits(), run(work)
-    of_models, losses = subsets.truth(work, models)
+    of_models, by_seed = subsets.truth(work, models)
+    losses = by_seed[0]
     count = 2 * subsets.QUERIES
     halves = np.arange(0, count, 2), np.arange(1, count, 2)
     rows = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,7 @@ def full_model(work: Path) -> Path:
     return path
 
 
+@cache
 def queries(work: Path) -> torch.Tensor:
     """(2 QUERIES, 1, 8, 8): validation, then generated."""
     model = ddpm.load(full_model(work), RECIPE)

@@ -184,12 +184,16 @@ def main(
     data: Annotated[Path, typer.Option(help="The emoji: a .npz with images, names and subcategories.")] = Path(
         "emoji32.npz"
     ),
-    digits: Annotated[Path | None, typer.Option(help="The folder of subsets.py; WORK if not given.")] = None,
     objective: Annotated[Objective, typer.Option(help="What is differentiated.")] = "loss",
 ) -> None:
     """Writes the gradients of a truth's model."""
     torch.set_num_threads(1)
-    asked = ask_digits(digits or work, objective) if truth == "digits" else ask_tuned(truth, data, objective=objective)
+    if truth == "digits":
+        (work / "model").mkdir(parents=True, exist_ok=True)
+        subsets.unpack(TRUTHS, work / "model")
+        asked = ask_digits(work / "model", objective)
+    else:
+        asked = ask_tuned(truth, data, objective=objective)
     capture(asked, work / (truth if objective == "loss" else f"{truth}-{objective}"), PASSES_OF[objective])
 
 

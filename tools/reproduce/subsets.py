@@ -10,6 +10,7 @@ are some of the rest (validation), and pictures that the full model makes (gener
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,9 @@ RECIPE = ddpm.Recipe(size=8, channels=(16, 32), attention=False, steps=1500, bat
 SAMPLES = 1000
 QUERIES = 64
 """Of each kind."""
+MOST_MODELS = 1024
+KEPT = Path(__file__).parent / "truths"
+"""The part of the checkout where truths are kept."""
 
 
 @dataclass(frozen=True)
@@ -116,19 +120,51 @@ def train_one(work: Path, number: int, seed: int) -> None:
     partial.replace(path)
 
 
+def unpack(kept: Path, work: Path) -> None:
+    """Puts what the checkout keeps of the truth into an empty WORK: the full model, and the losses of others."""
+    if (work / "full.safetensors").exists() or not (kept / "digits.npz").exists():
+        return
+    with np.load(kept / "digits.npz", allow_pickle=False) as file:
+        losses = file["losses"]
+    for seed, number in np.argwhere(~np.isnan(losses).any(2)).tolist():
+        path = _losses(work, number, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, losses[seed, number])
+    shutil.copyfile(kept / "digits.safetensors", work / "full.safetensors")
+
+
+def pack(work: Path, kept: Path) -> None:
+    """Keeps the full model and the losses (S, M, Q), NaN where a model was not trained, in the checkout."""
+    paths = {(seed, number): _losses(work, number, seed) for seed in range(2) for number in range(MOST_MODELS)}
+    found = {place: np.load(path) for place, path in paths.items() if path.exists()}
+    if not found:
+        return
+    shape = (1 + max(seed for seed, _ in found), 1 + max(number for _, number in found), 2 * QUERIES)
+    losses = np.full(shape, np.nan)
+    for place, of_queries in found.items():
+        losses[place] = of_queries
+    kept.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(kept / "digits.npz", losses=losses)
+    shutil.copyfile(work / "full.safetensors", kept / "digits.safetensors")
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Folder for what is done.")],
     models: Annotated[int, typer.Option(help="M.")] = 64,
     seeds: Annotated[int, typer.Option(help="S: trainings of each half. The second ones come after all first.")] = 1,
     processes: Annotated[int, typer.Option(help="As many trainings at a time, each on one thread.")] = 2,
+    kept: Annotated[Path, typer.Option(help="What is done goes there too, and on from there.")] = KEPT,
 ) -> None:
-    """Trains the models on random halves."""
+    """Trains the models on random halves that are not kept yet."""
     torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
+    unpack(kept, work)
     full_model(work)
     with ProcessPoolExecutor(processes) as pool:
         jobs = [pool.submit(train_one, work, *one) for one in waiting(work, models, seeds)]
         for job in track(as_completed(jobs), "models", total=len(jobs)):
             job.result()
+    pack(work, kept)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def trained() -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def by_hand(
-    model: torch.nn.Module, image: torch.Tensor, timestep: int, slot: int, draw: int, squared: bool
+    model: torch.nn.Module, image: torch.Tensor, timestep: int, slot: int, draw: int, objective: sketches.Objective
 ) -> torch.Tensor:
     """The gradient of one image at one timestep, by autograd."""
     schedule = ddpm.noise_schedule()
@@ -41,18 +41,24 @@ def by_hand(
     found = torch.func.functional_call(
         model, named, ((kept.sqrt() * image + (1 - kept).sqrt() * noise)[None], torch.tensor([timestep]))
     ).sample[0]
-    value = (found if squared else found - noise).square().mean()
+    value = {
+        "loss": (found - noise).square().mean(),
+        "squared_output": found.square().mean(),
+        "mean_output": found.mean(),
+    }[objective]
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value, parameters)])
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_gradients_are_those_of_autograd(trained: tuple[torch.nn.Module, torch.Tensor], squared: bool) -> None:
+@pytest.mark.parametrize("objective", ["loss", "squared_output", "mean_output"])
+def test_gradients_are_those_of_autograd(
+    trained: tuple[torch.nn.Module, torch.Tensor], objective: sketches.Objective
+) -> None:
     model, images = trained
-    kind = sketches.Kind((100, 700), "squared_output" if squared else "loss", draws=2)
+    kind = sketches.Kind((100, 700), objective, draws=2)
     plain = sketches.whole(model, images, kind, "none")
     assert plain.shape == (5, 2, sum(p.numel() for p in model.parameters()))
     for slot, timestep in enumerate(kind.timesteps):
-        expected = sum(by_hand(model, images[3], timestep, slot, draw, squared) for draw in range(2)) / 2
+        expected = sum(by_hand(model, images[3], timestep, slot, draw, objective) for draw in range(2)) / 2
         torch.testing.assert_close(torch.from_numpy(plain[3, slot]), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(sketches.whole(model, images, kind, "sign"), np.sign(plain))
 
@@ -116,6 +122,9 @@ def test_losses_are_means_over_timesteps(
             noisy = kept.sqrt() * image + (1 - kept).sqrt() * noise
             expected[n] += (model(noisy[None], torch.tensor([timestep])).sample[0] - noise).square().mean() / 2
     np.testing.assert_allclose(ddpm.losses(model, images, 2), expected, rtol=1e-4)
+    by_timestep = ddpm.losses_by_timestep(model, images, 2)
+    assert by_timestep.shape == (5, 2) and not np.allclose(by_timestep[:, 0], by_timestep[:, 1])
+    np.testing.assert_array_equal(by_timestep.mean(axis=1), ddpm.losses(model, images, 2))
 
 
 def test_the_width_of_strokes() -> None:
@@ -131,3 +140,33 @@ def test_each_model_has_a_half_of_its_own() -> None:
     halves = np.stack([subsets.subset(number) for number in range(4)])
     assert (halves.sum(axis=1) == subsets.SAMPLES // 2).all()
     assert len({half.tobytes() for half in halves}) == 4
+
+
+def test_each_half_may_be_trained_on_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subsets, "RECIPE", RECIPE)
+    queries = subsets.digits().validation[:4]
+    monkeypatch.setattr(subsets, "queries", lambda work: queries)
+    assert subsets.waiting(tmp_path, 2, 2) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for number in range(2):
+        subsets.train_one(tmp_path, number, 0)
+    assert subsets.seeds_there(tmp_path, 2) == 1 and subsets.seeds_there(tmp_path, 3) == 0
+    assert sorted(path.name for path in (tmp_path / "subsets").iterdir()) == ["0000.npy", "0001.npy"]
+    first = {path: path.read_bytes() for path in (tmp_path / "subsets").iterdir()}
+    for one in subsets.waiting(tmp_path, 2, 2):
+        subsets.train_one(tmp_path, *one)
+    assert {path: path.read_bytes() for path in (tmp_path / "subsets").iterdir()} == first
+    assert subsets.seeds_there(tmp_path, 2) == 2 and not subsets.waiting(tmp_path, 2, 2)
+
+    masks, losses = subsets.truth(tmp_path, 2, 2)
+    assert masks.shape == (2, subsets.SAMPLES) and losses.shape == (2, 2, 4)
+    np.testing.assert_array_equal(subsets.truth(tmp_path, 2)[1], losses[:1])
+    of_half = subsets.digits().images[masks[1]]
+    np.testing.assert_array_equal(losses[0, 1], ddpm.losses(ddpm.train(RECIPE, of_half), queries))
+    np.testing.assert_array_equal(losses[1, 1], ddpm.losses(ddpm.train(RECIPE, of_half, seed=2), queries))
+    assert not np.allclose(losses[0], losses[1])
+
+
+def test_a_second_training_shares_nothing_with_the_first() -> None:
+    # A training takes its seed and the next one: first weights, timesteps and noise, order.
+    taken = [{subsets.training_seed(seed), subsets.training_seed(seed) + 1} for seed in range(4)]
+    assert len(set.union(*taken)) == 8 and subsets.training_seed(0) == 0

@@ -144,7 +144,7 @@ def main(
 def chosen(work: Path, found: dict[str, dict[str, NDArray[np.float64]]], method: str) -> str:
     """The strength of a method that is best on the other half of the queries."""
     of_models, losses = subsets.truth(work, len(list((work / "subsets").glob("*.npy"))))
-    return lds.best_strength(found[method], of_models, losses, np.arange(0, 2 * subsets.QUERIES, 2))
+    return lds.best_strength(found[method], of_models, losses[0], np.arange(0, 2 * subsets.QUERIES, 2))
 
 
 def _moved(pictures: NDArray[np.float32], from_these: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -88,17 +88,27 @@ def train(recipe: Recipe, images: torch.Tensor, seed: int = 0, done: Callable[[]
     return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def losses(model: UNet2DModel, images: torch.Tensor, draws: int = 100, seed: int = 7) -> NDArray[np.float64]:
     """The loss of each image (n,): the mean over timesteps spread evenly, with the same noise for all images."""
+    total = np.zeros(len(images))
+    for column in losses_by_timestep(model, images, draws, seed).T:
+        total += column
+    return total / draws
+
+
+@torch.no_grad()
+def losses_by_timestep(
+    model: UNet2DModel, images: torch.Tensor, draws: int = 100, seed: int = 7
+) -> NDArray[np.float64]:
+    """(n, draws): the same, at each of the timesteps."""
     schedule, generator = noise_schedule(), torch.Generator().manual_seed(seed)
-    total = torch.zeros(len(images), dtype=torch.float64)
-    for timestep in evenly(draws):
+    found = np.empty((len(images), draws))
+    for column, timestep in enumerate(evenly(draws)):
         noise = torch.randn(images.shape[1:], generator=generator)
         timesteps = torch.full((len(images),), timestep)
         noisy = schedule.add_noise(images, noise.expand_as(images), timesteps)
-        total += (model(noisy, timesteps).sample - noise).square().mean((1, 2, 3))
-    return (total / draws).numpy()
+        found[:, column] = (model(noisy, timesteps).sample - noise).square().mean((1, 2, 3)).numpy()
+    return found
 
 
 def evenly(count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Whole per-sample gradients of a truth's model, kept in a file, so that many scores are computed from the same passes.
 
-    python tools/reproduce/gradient_file.py --truth digits --work WORK [--data emoji32.npz]
+    python tools/reproduce/gradient_file.py --truth digits --work WORK [--data emoji32.npz] [--objective squared-output]
 
 A pass is a timestep and a draw of noise, the same noise for all samples and queries, as in a store. The file has for
 each sample, then each query, and each pass the gradient of the loss with respect to all trained parameters, divided by
@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import ddpm
 import numpy as np
@@ -32,6 +32,10 @@ DRAWS = 4
 PASSES = tuple((t, draw) for t in EVEN for draw in range(DRAWS)) + tuple((t, 0) for t in BETWEEN)
 """Ten timesteps of four draws each, and nine between them of one."""
 
+Objective = Literal["loss", "squared-output"]
+"""What is differentiated: the loss of training, or D-TRAK's mean square of the denoiser's output."""
+Passes = tuple[tuple[int, int], ...]
+PASSES_OF: dict[Objective, Passes] = {"loss": PASSES, "squared-output": tuple((t, 0) for t in EVEN)}
 Loss = Callable[[int, int, int], torch.Tensor]
 """Of sample or query n at a timestep with a draw."""
 
@@ -50,7 +54,7 @@ class Asked:
     queries: int
 
 
-def ask_digits(work: Path) -> Asked:
+def ask_digits(work: Path, objective: Objective = "loss") -> Asked:
     """The model of `subsets.py`."""
     model = ddpm.load(subsets.full_model(work), subsets.RECIPE).requires_grad_(True)
     images = torch.cat([subsets.digits().images, subsets.queries(work)])
@@ -60,12 +64,12 @@ def ask_digits(work: Path) -> Asked:
         noise = _noise(images[:1].shape, t, draw)
         steps = torch.tensor([t])
         found: torch.Tensor = model(schedule.add_noise(images[n : n + 1], noise, steps), steps).sample
-        return (found - noise).square().mean()
+        return (found - noise if objective == "loss" else found).square().mean()
 
     return Asked(dict(model.named_parameters()), loss, subsets.SAMPLES, len(images) - subsets.SAMPLES)
 
 
-def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS) -> Asked:
+def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS, objective: Objective = "loss") -> Asked:
     """The model of `finetune_truth.py`."""
     tuning = Tuning(RECIPES[recipe], data, compiled=False)
     truth = Truth.read(truths / f"{recipe}.npz")
@@ -79,8 +83,11 @@ def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS) -> Asked:
 
     def loss(n: int, t: int, draw: int) -> torch.Tensor:
         noise = _noise((1, CHANNELS, SIDE, SIDE), t, draw)
-        here = slice(n, n + 1)
-        return losses_at(tuning.kind, tuning.denoiser, latents[here], words.at(here), noise, torch.tensor([t])).mean()
+        here, kind, steps = slice(n, n + 1), tuning.kind, torch.tensor([t])
+        if objective == "loss":
+            return losses_at(kind, tuning.denoiser, latents[here], words.at(here), noise, steps).mean()
+        noisy, _ = kind.noised(latents[here], noise, steps)
+        return kind.predict(tuning.denoiser, noisy, steps, words.at(here)).square().mean()
 
     return Asked(tuning.trained, loss, count, len(truth.queries.captions))
 
@@ -95,11 +102,13 @@ class Gradients:
 
     rows: (N + Q, passes, P) float16, each of mean square one.
     norms: (N + Q, passes) float32 of what was divided by.
+    passes: (timestep, draw) of each.
     shapes: of the parameters, in order; P is their size.
     """
 
     rows: NDArray[np.float16]
     norms: NDArray[np.float32]
+    passes: Passes
     shapes: dict[str, tuple[int, ...]]
     samples: int
 
@@ -121,7 +130,7 @@ def open_gradients(folder: Path) -> Gradients:
     rows = np.memmap(folder / "gradients.f16", np.float16, "r", shape=tuple(told["shape"]))
     norms = np.memmap(folder / "norms.f32", np.float32, "r", shape=tuple(told["shape"][:2]))
     shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
-    return Gradients(rows, norms, shapes, told["samples"])
+    return Gradients(rows, norms, tuple((t, draw) for t, draw in told["passes"]), shapes, told["samples"])
 
 
 @dataclass
@@ -140,13 +149,13 @@ class _Kept:
         partial.replace(folder / "gradients.json")
 
 
-def capture(asked: Asked, folder: Path) -> None:
+def capture(asked: Asked, folder: Path, passes: Passes = PASSES) -> None:
     """Writes the file, or what is missing of it."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = list(asked.parameters.values())
     count, size = asked.samples + asked.queries, sum(p.numel() for p in parameters)
     shapes = {name: list(p.shape) for name, p in asked.parameters.items()}
-    kept = _Kept([count, len(PASSES), size], shapes, asked.samples, [list(p) for p in PASSES], 0)
+    kept = _Kept([count, len(passes), size], shapes, asked.samples, [list(p) for p in passes], 0)
     told = folder / "gradients.json"
     if told.exists():
         before = _Kept(**json.loads(told.read_text(encoding="utf-8")))
@@ -157,7 +166,7 @@ def capture(asked: Asked, folder: Path) -> None:
     rows = np.memmap(folder / "gradients.f16", np.float16, mode, shape=tuple(kept.shape))
     norms = np.memmap(folder / "norms.f32", np.float32, mode, shape=tuple(kept.shape[:2]))
     for n in track(range(kept.done, count), f"gradients of {folder.name}"):
-        for k, (t, draw) in enumerate(PASSES):
+        for k, (t, draw) in enumerate(passes):
             found = torch.autograd.grad(asked.loss(n, t, draw), parameters)
             flat = torch.cat([g.reshape(-1) for g in found])
             root = flat.square().mean().sqrt().clamp_min(1e-30)
@@ -171,16 +180,21 @@ def capture(asked: Asked, folder: Path) -> None:
 
 def main(
     truth: Annotated[str, typer.Option(help=f"digits, {', '.join(RECIPES)}.")],
-    work: Annotated[Path, typer.Option(help="A folder; the file is written to WORK/TRUTH.")],
+    work: Annotated[Path, typer.Option(help="A folder; the file is written to WORK/TRUTH, or WORK/TRUTH-OBJECTIVE.")],
     data: Annotated[Path, typer.Option(help="The emoji: a .npz with images, names and subcategories.")] = Path(
         "emoji32.npz"
     ),
-    digits: Annotated[Path | None, typer.Option(help="The folder of subsets.py; WORK if not given.")] = None,
+    objective: Annotated[Objective, typer.Option(help="What is differentiated.")] = "loss",
 ) -> None:
     """Writes the gradients of a truth's model."""
     torch.set_num_threads(1)
-    asked = ask_digits(digits or work) if truth == "digits" else ask_tuned(truth, data)
-    capture(asked, work / truth)
+    if truth == "digits":
+        (work / "model").mkdir(parents=True, exist_ok=True)
+        subsets.unpack(TRUTHS, work / "model")
+        asked = ask_digits(work / "model", objective)
+    else:
+        asked = ask_tuned(truth, data, objective=objective)
+    capture(asked, work / (truth if objective == "loss" else f"{truth}-{objective}"), PASSES_OF[objective])
 
 
 if __name__ == "__main__":

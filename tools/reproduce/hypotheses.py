@@ -21,7 +21,7 @@ import row_kernels
 import subsets
 import torch
 import typer
-from ceiling import Ceiling, ceiling_of
+from ceiling import ceiling
 from finetune_truth import TRUTHS, Truth
 from gradient_file import BETWEEN, EVEN, Gradients, open_gradients
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from rich.progress import track
 from row_kernels import Doubles, Kernel, Row, deflated, kernel_of, plain
 
 from dmin_trace.audit.datamodeling import spearman
+from dmin_trace.audit.intervals import Estimate
 
 RESAMPLES = 400
 LOW = EVEN[:5]
@@ -165,12 +166,14 @@ class Judge:
     masks: (M, N) which samples each model has.
     losses: (S, M, Q), of S seeds. The truth is their mean over seeds.
     held_out: queries of this number are held out, the others generated.
+    twins: (2, M', Q) of the same halves, NaN where a training is missing, for the ceiling.
     """
 
     name: str
     masks: NDArray[np.bool_]
     losses: Doubles
     held_out: int
+    twins: Doubles
 
     @property
     def queries(self) -> int:
@@ -202,22 +205,27 @@ class Judge:
         found: Doubles = spearman(self.sums(scores), -self.losses.mean(0))
         return found
 
-    def ceiling(self, queries: NDArray[np.int64]) -> Ceiling:
-        """What a perfect score could have on these queries."""
-        return ceiling_of(self.losses[:, :, queries])
+    def ceiling(self, queries: NDArray[np.int64]) -> Estimate:
+        """What a perfect score could have on these queries: with one training, or with the mean of two."""
+        both = ~np.isnan(self.twins).any((0, 2))
+        found = ceiling(self.twins[:, both][:, :, queries])
+        return found.one if len(self.losses) == 1 else found.mean
 
 
-def judge_digits(work: Path, models: int, seeds: int) -> Judge:
-    """Of `subsets.py`."""
-    masks, losses = subsets.truth(work, models, seeds)
-    return Judge("digits", masks, losses, subsets.QUERIES)
+def judge_digits(truths: Path = TRUTHS) -> Judge:
+    """Of `subsets.py`: the models of the first seed, and for the ceiling the halves that have a second one."""
+    with np.load(truths / "digits.npz", allow_pickle=False) as file:
+        losses = file["losses"]
+    whole = ~np.isnan(losses[0]).any(1)
+    masks = np.stack([subsets.subset(number) for number in range(losses.shape[1])])
+    return Judge("digits", masks[whole], losses[:1, whole], subsets.QUERIES, losses)
 
 
 def judge_tuned(recipe: str, truths: Path = TRUTHS) -> Judge:
     """Of `finetune_truth.py`: the halves that were trained with every seed."""
     truth = Truth.read(truths / f"{recipe}.npz")
     whole = ~np.isnan(truth.losses).any((0, 2))
-    return Judge(recipe, truth.masks[whole], truth.losses[:, whole], len(truth.queries.images) // 2)
+    return Judge(recipe, truth.masks[whole], truth.losses[:, whole], len(truth.queries.images) // 2, truth.losses)
 
 
 def paired(judge: Judge, scores: Doubles, default: Doubles, queries: NDArray[np.int64]) -> tuple[float, float]:
@@ -262,16 +270,11 @@ def main(
     work: Annotated[Path, typer.Option(help="The folder of gradient_file.py.")],
     truths: Annotated[str, typer.Option(help="With commas between.")] = "digits,sd-lora",
     out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("docs/results"),
-    digits: Annotated[Path | None, typer.Option(help="The folder of subsets.py; WORK if not given.")] = None,
-    models: Annotated[int, typer.Option(help="M, of subsets.py.")] = 64,
-    seeds: Annotated[int, typer.Option(help="S, of subsets.py.")] = 2,
 ) -> None:
     """LDS of every hypothesis on every truth, and the page."""
     began = time.monotonic()
     torch.set_num_threads(1)
-    judges = [
-        judge_digits(digits or work, models, seeds) if t == "digits" else judge_tuned(t) for t in truths.split(",")
-    ]
+    judges = [judge_digits() if t == "digits" else judge_tuned(t) for t in truths.split(",")]
     found = [judge_all(j, open_gradients(work / j.name), work / j.name / "kernels") for j in judges]
     write_page(judges, found, out / "hypotheses.md", truths, time.monotonic() - began)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gradient_file import PASSES, Gradients
+from gradient_file import Gradients
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -66,7 +66,7 @@ def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
     """(N + Q, P) float32: transformed, not yet normalised."""
     total: torch.Tensor | None = None
     for _, drawn in groupby(sorted(row.passes), key=lambda p: p[0]):
-        places = [PASSES.index(p) for p in drawn]
+        places = [gradients.passes.index(p) for p in drawn]
         if len(places) == 1:
             mean = torch.from_numpy(gradients.rows[:, places[0]].astype(np.float32))
         else:

@@ -36,7 +36,7 @@ from dmin_trace.store import (
     resume,
 )
 
-Objective = Literal["loss", "squared_output"]
+Objective = Literal["loss", "squared_output", "mean_output"]
 Gradients = dict[str, torch.Tensor]
 
 
@@ -45,8 +45,8 @@ class Kind:
     """What a gradient is taken of.
 
     timesteps: T of them.
-    objective: the script's loss; or the mean square of the denoiser's output (D-TRAK, arXiv 2311.00500), which
-        dmin_trace does not capture.
+    objective: the script's loss; or the mean square of the denoiser's output (D-TRAK, arXiv 2311.00500) or its mean
+        (DAS, arXiv 2410.18639), which dmin_trace does not capture.
     schedule: of the noise, as the model was trained.
     draws: noises that are averaged over at each timestep; the same ones for all images.
     """
@@ -66,6 +66,8 @@ def batches(
 
     def objective(given: Gradients, noisy: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         found = functional_call(model, given, (noisy[None], timestep[None])).sample
+        if kind.objective == "mean_output":
+            return found.mean()
         return (found - noise[None] if kind.objective == "loss" else found).square().mean()
 
     of_images = vmap(grad(objective), in_dims=(None, 0, None, None))

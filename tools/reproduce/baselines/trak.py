@@ -7,6 +7,20 @@ with respect to the model's output function (section 3.4). Here Q is the identit
 that the derivative is 1. D-TRAK (Zheng et al., arXiv 2311.00500) and Journey-TRAK's code do so too. There is no random
 projection: features are whole gradients, or sketches, as they are given. Nor is there an ensemble of models: where
 there are several, average the scores.
+
+Compared with the published code (MadryLab/trak, trak/score_computers.py; sail-sg/D-TRAK, CIFAR2/grad_unconditional.py
+and methods/04_if):
+
+    kernel      the same: Phi' Phi + lambda I over all training samples, on features that are averages over timesteps of
+                gradients that are *not* divided by their norms. TRAK's code divides the inverse by its mean size, which
+                leaves the order of the scores as it is.
+    lambda      TRAK: 0 by default. D-TRAK: absolute, 27 values from 0.01 to 5,000,000, the best one on the truth. Here
+                relative, and given.
+    timesteps   D-TRAK: 10 or 100, the first of each part of the schedule (0, 100, ...); our experiments take the middle
+                (50, 150, ...).
+    noise       D-TRAK: drawn for a batch by a seed of the timestep, so that samples at the same place of a batch share
+                theirs. Our experiments have one noise for all samples and queries at a timestep.
+    projection  both: random, to 2,048 (TRAK) or 4,096 to 32,768 (D-TRAK). Here none: what a projection is to keep.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from dmin_trace.store import open_store
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "reproduce"))
 
 import emoji as experiment
 import emoji_base_page
 import emoji_judge
+import finetune
 from emoji_base import load_base
 from emoji_base_page import Agreement, best_guidance
 from emoji_data import NEW, SMALL, divide, read_emoji
@@ -33,12 +34,14 @@ SIZES: dict[str, Any] = {"queries": 2, "timesteps": 2, "dimension": 64, "seed": 
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the data and the bases."""
+def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Holds the data and the bases; pictures are made in few steps."""
     folder = tmp_path_factory.mktemp("emoji")
     write_data(folder / "data.npz")
     write_base(folder / "data.npz", folder / "bases", "sd3")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "SAMPLING_STEPS", 2)
+        yield folder
 
 
 def run(given: Path, **changes: Any) -> Path:

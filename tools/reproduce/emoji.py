@@ -133,7 +133,8 @@ class Experiment:
 
     def _record(self, opened: Any, images: NDArray[np.uint8], captions: Sequence[str], shown: str) -> None:
         """Goes through the training loss of pictures and captions, at each timestep."""
-        latents, words = self.tuning.autoencoder.encode(images), self.tuning.words_of(list(captions))
+        kind, latents = self.tuning.kind, self.tuning.autoencoder.encode(images)
+        words = self.tuning.words_of(list(captions))
         with opened as recording:
             for i in track(
                 recording.samples, shown, console=progress, transient=True, disable=not progress.is_terminal
@@ -141,7 +142,8 @@ class Experiment:
                 for k in recording.timesteps:
                     with recording.step(i, k):
                         here = slice(i, i + 1)
-                        training_loss(self.tuning.kind, self.tuning.denoiser, latents[here], words.at(here)).backward()
+                        loss = training_loss(kind, self.tuning.denoiser, latents[here], words.at(here))
+                        loss.backward()  # type: ignore[no-untyped-call]
 
     def found(self, *, swapped: bool = False) -> dict[str, Found]:
         """By transform and score."""

@@ -108,7 +108,7 @@ def make_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, vocabulary[START]), (END, vocabulary[END])]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=START,
         eos_token=END,
@@ -320,7 +320,7 @@ def train(
             queue = torch.cat([queue, torch.randperm(len(latents))])
         chosen, queue = queue[:batch], queue[batch:]
         loss = training_loss(kind, denoiser, latents[chosen], words_of(chosen))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

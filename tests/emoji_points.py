@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-TOOLS = Path(__file__).parents[2] / "tools" / "reproduce"
-if str(TOOLS) not in sys.path:
-    sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "reproduce"))
 
 from emoji_base import Base
 from emoji_data import NEW, SMALL, read_emoji

@@ -165,17 +165,19 @@ def test_folds_have_a_part_of_every_subcategory() -> None:
 def test_a_picture_is_judged_by_the_judge_that_did_not_see_its_real_one() -> None:
     draw = np.random.default_rng(0)
     labels = np.repeat([0, 1], 40)
+    folds = emoji_judge.folds_of(labels)
     views = draw.integers(100, size=(2, 80, 32, 32, 3), dtype=np.uint8)
     views[:, labels == 1] += 120
+    # In the last fold light and dark are exchanged, and red tells it: who saw the fold knows.
+    views[:, folds == 4] = 220 - views[:, folds == 4]
+    views[..., 0] = np.where(folds == 4, 250, 20)[:, None, None]
     known = ["dark", "light"]
     names = tuple(known[label] for label in labels)
-    # In the pictures of the last fold light and dark are exchanged: only the judges that saw them could agree.
-    folds = emoji_judge.folds_of(labels)
-    views[:, folds == 4] = 220 - views[:, folds == 4]
-    judges = emoji_judge.train_judges(views, names, known, passes=6)
+    judges = emoji_judge.train_judges(views, names, known, passes=15)
     agreed = judges.agree(views[0], names, folds)
     assert agreed[folds != 4].mean() > 0.9
-    assert agreed[folds == 4].mean() < 0.1
+    assert agreed[folds == 4].mean() < 0.5
+    assert judges.agree(views[0], names, np.zeros_like(folds))[folds == 4].mean() > 0.9
 
 
 def test_guidance_is_chosen_on_captions_of_the_bases_set() -> None:

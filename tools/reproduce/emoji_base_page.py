@@ -206,12 +206,13 @@ def reproduce(
     out.mkdir(parents=True, exist_ok=True)
     sheet(asked, drawn).save(out / "emoji_base.png", optimize=True)
     path = out / "emoji_base.md"
-    _page(tunings, asked, found, best, len(known), made, command, time.monotonic() - began).write(path)
+    _page(tunings, every, asked, found, best, len(known), made, command, time.monotonic() - began).write(path)
     return path
 
 
 def _page(
     tunings: Mapping[str, Tuning],
+    every: Asked,
     asked: Sequence[Asked],
     found: Sequence[Agreement],
     best: float,
@@ -227,7 +228,7 @@ def _page(
         "What the emoji bases can draw",
         command,
         seconds,
-        f"Two text-to-image models of about a million parameters ({names}) were trained from nothing on "
+        f"Two text-to-image models of one to two million parameters ({names}) were trained from nothing on "
         f"{len(division.base.names)} captioned emoji of 32x32 pixels (`emoji_base.py`). The experiments of attribution "
         "fine-tune them, so their pictures must be readable: a query that shows nothing has no cause to find.",
     )
@@ -251,10 +252,14 @@ def _page(
         "same captions. Many emoji are variants of each other, such as men and women of one profession, and the "
         "variants are in different folds: it is easier than new kinds of pictures would be."
     )
+    flags = float(np.mean([of == FLAG for of in every.emoji.categories]))
     page.text(
         f"{made} pictures of each caption: {len(asked[0].emoji.names)} captions of the base's set, some of each "
         f"subcategory, and all {len(asked[1].emoji.names)} held-out prompts of the subcategories known. In brackets "
-        "95 % intervals over captions; they say nothing of other trainings of the base or the judges."
+        "95 % intervals over captions; they say nothing of other trainings of the base or the judges. Chance is "
+        f"{flags:.0%} on all real pictures, if every picture is called a flag, and {1 / known:.0%} on captions of the "
+        "base's set, of which every subcategory has as many. A picture that agrees is like its subcategory; it need "
+        "not show what its name says."
     )
     for name in dict.fromkeys(row.asked for row in found):
         page.table(
@@ -266,8 +271,9 @@ def _page(
             ],
         )
     page.text(
-        f"Guidance {best:g} has the largest agreement on captions of the base's set, as a mean over the models. The "
-        "experiments use it. The held-out prompts had no part in the choice."
+        f"Guidance {best:g} has the largest agreement on captions of the base's set, as a mean over the models, but "
+        "the differences between neighbours are much smaller than their intervals. The experiments use it. The "
+        "held-out prompts had no part in the choice."
     )
     return page
 

@@ -51,9 +51,9 @@ class Recipe:
 
 
 RECIPES = {
-    "sd-lora": Recipe("sd", "lora", 400, 16, 5e-3),
+    "sd-lora": Recipe("sd", "lora", 200, 8, 5e-3),
     "sd-full": Recipe("sd", "full", 300, 16, 1e-3),
-    "sd3-lora": Recipe("sd3", "lora", 400, 16, 5e-3),
+    "sd3-lora": Recipe("sd3", "lora", 200, 8, 5e-3),
     "sd3-full": Recipe("sd3", "full", 300, 16, 1e-3),
 }
 

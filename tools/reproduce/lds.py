@@ -230,7 +230,8 @@ def _of_curvature(model: torch.nn.Module, images: torch.Tensor, queries: torch.T
 
     def drawn() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for _ in range(CURVATURE_PASSES):
-            for batch in images.split(50):
+            for start in range(0, len(images), 50):
+                batch = images[start : start + 50]
                 timesteps = torch.randint(0, ddpm.STEPS, (len(batch),), generator=generator)
                 noise = torch.randn(batch.shape, generator=generator)
                 yield schedule.add_noise(batch, noise, timesteps), timesteps

@@ -40,11 +40,11 @@ def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
     written = hits_json(top, {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
     assert all(" " <= character <= "~" or character == "\n" for character in written)
     read = strict(written)
-    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "trace", "queries"]
+    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "groups", "trace", "queries"]
     assert read["format"] == "dmin_trace.hits"
     assert read["version"] == 1
     assert read["scored_by"] == "dmin"
-    assert read["timesteps"] == [50.0, 950.0]
+    assert read["timesteps"] == [50.0, 950.0] and read["groups"] == [[50.0], [950.0]]
     assert read["trace"] == {"id": "abc", "dimension": 16384, "parts": [1, None, True]}
     found = {
         "rank": 1,

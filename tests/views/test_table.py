@@ -278,4 +278,4 @@ def test_hits_table_has_a_bar_for_each_group_of_pooled_timesteps() -> None:
     groups = (TIMESTEPS[:5], TIMESTEPS[5:])
     shown = render(hits_table(answer([[hit(1, (0.5, 0.25))]], (), groups=groups), 0), 200)
     shown = " ".join(shown.split())
-    assert "t=50 950" in shown and " █▄ " in shown and "summed over 2 groups of 10 pooled timesteps" in shown
+    assert "t=50 950" in shown and " █▅ " in shown and "summed over 2 groups of 10 pooled timesteps" in shown

@@ -49,8 +49,8 @@ class ChunkQueue:
     ) -> None:
         """Fills chunks, each given by its number and its rows, with gradients (R, v) stored in a dtype."""
         self.writer: Writer | None = None
-        self._chunks, self._shape = list(chunks), ((group_count or timesteps, dimension), timesteps, dtype)
-        self._dtype: Dtype = dtype
+        self._chunks, self._shape = list(chunks), (group_count or timesteps, dimension)
+        self._timesteps, self._dtype = timesteps, dtype
         self._chunk: _Chunk | None = None
         self._pool = ThreadPoolExecutor(1, "dmin_trace writes")
         self._writing: Future[None] | None = None
@@ -62,7 +62,7 @@ class ChunkQueue:
 
     def add(self, row: Row | None, columns: Mapping[str, str | int | float | None]) -> None:
         """Adds a row, None for a sample that failed to load. Raises TraceError if an earlier chunk was not written."""
-        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), *self._shape)
+        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._timesteps, self._dtype)
         at = slice(len(chunk.columns), len(chunk.columns) + 1)
         if row is not None:
             chunk.values[at], chunk.scale[at] = quantise(row.gradients[None], self._dtype)

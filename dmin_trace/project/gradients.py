@@ -53,7 +53,7 @@ def normalised(taken: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
     synchronised. Squares are summed in float32, so elements below 1e-23 are lost in the norm.
     """
     gradients = list(taken)
-    parts = (part for gradient in gradients for part in gradient.reshape(-1).split(_part_size(gradient)))
+    parts = (part for gradient in gradients for part in torch.split(gradient.reshape(-1), _part_size(gradient)))
     norms = [torch.linalg.vector_norm(part.float()) for part in parts]
     norm = torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))
     gradients.reverse()

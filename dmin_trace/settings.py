@@ -39,6 +39,11 @@ class Settings:
         store are those of the transformed gradient.
     draws: D, the number of noises drawn at each timestep, the same for all samples. The gradient is the mean of D, at
         the cost of D passes and of one more gradient in memory. The first draw is that of draws=1.
+    rows: R, the number of projected gradients that are kept of each sample. None keeps one for each timestep. A number
+        from 1 to T pools timesteps: those that follow each other in `timesteps` form R groups of sizes as equal as
+        possible, the larger groups first; each gradient of a group is divided by its L2 norm, and their mean is
+        transformed and projected. A capture makes as many passes, with one more gradient in memory; the store, its
+        index and a query's scan are R / T as large. A number T is the same as None.
     seed: the seed of the projection, and of the noise that all samples share at a timestep.
     codec: how chunks of gradients are compressed on disk. "none" is read by memory map; "blosc" (Zstandard after a bit
         shuffle) is a few per cent smaller and slower to read, for archives.
@@ -56,6 +61,10 @@ class Settings:
         default="sign", metadata={"help": "Applied to gradient elements. none is the paper's."}
     )
     draws: int = field(default=1, metadata={"help": "Noises drawn at each timestep; gradients are averaged."})
+    rows: int | None = field(
+        default=None,
+        metadata={"help": "Rows kept of a sample; timesteps are pooled into them. Default: one for each timestep."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the projection and of the shared noise."})
     codec: Codec = field(default="none", metadata={"help": "Compression on disk. blosc is smaller and slower."})
     columns: tuple[str, ...] | None = field(default=None, metadata={"help": "A column to keep. May be repeated."})
@@ -77,6 +86,9 @@ class Settings:
         yield "dimension", power, f"a power of two from {MIN_DIMENSION} to {MAX_DIMENSION}, such as 16384"
         yield "seed", _is_integer(self.seed, 0, 2**32 - 1), "an integer from 0 to 2**32 - 1"
         yield "draws", _is_integer(self.draws, 1, MAX_PASSES), f"a number from 1 to {MAX_PASSES}"
+        count = self.timestep_count
+        fitting = self.rows is None or _is_integer(self.rows, 1, count)
+        yield "rows", fitting, f"None, or a number from 1 to {count}, the number of timesteps"
         for name, kind in {"dtype": Dtype, "projection": Projection, "transform": Transform, "codec": Codec}.items():
             yield name, getattr(self, name) in get_args(kind), f"one of {', '.join(get_args(kind))}"
         named = isinstance(columns, tuple) and all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in columns)
@@ -88,6 +100,23 @@ class Settings:
         """T, the number of timesteps captured for each sample."""
         return self.timesteps if isinstance(self.timesteps, int) else len(self.timesteps)
 
+    @property
+    def group_count(self) -> int | None:
+        """R, the number of groups that timesteps are pooled into; None if each has a row of its own."""
+        return None if self.rows == self.timestep_count else self.rows
+
+    @property
+    def groups(self) -> tuple[range, ...]:
+        """For each of a sample's rows the numbers of its timesteps."""
+        return group_timesteps(self.timestep_count, self.group_count)
+
+
+def group_timesteps(count: int, groups: int | None) -> tuple[range, ...]:
+    """Groups of neighbours among timesteps 0 to count - 1, as equal as possible, the larger first; None: one each."""
+    size, larger = divmod(count, groups or count)
+    starts = [size * k + min(k, larger) for k in range((groups or count) + 1)]
+    return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
+
 
 class RecordingOverrides(TypedDict, total=False):
     """The settings as keyword arguments of `recording`, whose columns are values: each means what its field does."""
@@ -98,6 +127,7 @@ class RecordingOverrides(TypedDict, total=False):
     projection: Projection
     transform: Transform
     draws: int
+    rows: int | None
     seed: int
     codec: Codec
 

@@ -32,16 +32,17 @@ def answer(
     names: tuple[str, ...] = ("fox.png",),
     prompts: tuple[str | None, ...] = ("a red fox in the snow",),
     score: str = "dmin",
+    groups: tuple[tuple[float, ...], ...] | None = None,
 ) -> TopK:
     """An answer with these hits for each query."""
     return TopK(
         samples=np.empty((len(hits), 0), np.int64),
         scores=np.empty((len(hits), 0), np.float32),
-        per_timestep=np.empty((len(hits), 0, len(timesteps)), np.float32),
+        per_timestep=np.empty((len(hits), 0, len(groups or timesteps)), np.float32),
         hits=list(hits),
         names=names,
         prompts=prompts,
-        timesteps=timesteps,
+        groups=tuple((t,) for t in timesteps) if groups is None else groups,
         score=score,
         deflation="",
         answered_by=AnsweredBy(None, "scanned all samples"),

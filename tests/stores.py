@@ -54,7 +54,9 @@ class Rows(NamedTuple):
     columns: dict[str, list[Any]]
 
 
-def noise_facts(timesteps: int, calls: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> NoiseFacts:
+def noise_facts(
+    timesteps: int, calls: tuple[tuple[str, tuple[int, ...]], ...] = (), groups: int | None = None
+) -> NoiseFacts:
     """What every training step of a capture drew."""
     return NoiseFacts(
         seed=3,
@@ -62,14 +64,14 @@ def noise_facts(timesteps: int, calls: tuple[tuple[str, tuple[int, ...]], ...] =
         digests=("e" * 64,) * timesteps,
         first_sample=0,
         losses=(0.5,) * timesteps,
-        norms=(2.0,) * timesteps,
+        norms=(2.0,) * (groups or timesteps),
     )
 
 
 def make_header(
     samples: int = 10, timesteps: int = 3, dimension: int = 32, dtype: Dtype = "int8", rows: int = 4, **changes: Any
 ) -> Header:
-    """A header as a capture makes it."""
+    """A header as a capture makes it; `group_count` among the changes pools the timesteps."""
     header = Header(
         id="0123456789abcdef" * 2,
         samples=samples,
@@ -80,7 +82,7 @@ def make_header(
         projection=ProjectionFacts(kind="rotation", seed=3, length=5000, width=8192, fingerprint="a" * 64),
         parameters=ParameterFacts(names=("w", "b"), shapes=((70, 70), (100,)), fingerprint="b" * 64),
         weights="c" * 64,
-        noise=noise_facts(timesteps, (("randn", (1, 3, 8, 8)), ("randint*", (1,)))),
+        noise=noise_facts(timesteps, (("randn", (1, 3, 8, 8)), ("randint*", (1,))), changes.get("group_count")),
         transform="none",
         batch={"pixel_values": (1, 3, 8, 8)},
         columns={"caption": "string", "label": "integer", "weight": "number"},
@@ -100,7 +102,7 @@ def make_header(
 def make_rows(header: Header, seed: int = 0) -> Rows:
     """Sketches of norm one or so, and samples that are not in the order of their slots."""
     generator = np.random.default_rng(seed)
-    shape = (header.samples, len(header.timesteps))
+    shape = (header.samples, header.gradient_count)
     grad = generator.standard_normal((*shape, header.dimension)).astype(np.float32) / header.dimension**0.5
     kinds: dict[str, list[Any]] = {
         "string": [CAPTIONS[k % len(CAPTIONS)] for k in range(header.samples)],
@@ -110,7 +112,7 @@ def make_rows(header: Header, seed: int = 0) -> Rows:
     return Rows(
         grad,
         generator.uniform(0.1, 9, shape).astype(np.float32),
-        generator.uniform(0, 1, shape).astype(np.float32),
+        generator.uniform(0, 1, (header.samples, len(header.timesteps))).astype(np.float32),
         generator.permutation(header.samples).astype(np.int64) + 100,
         {name: kinds[kind] for name, kind in header.columns.items()},
     )

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dmin_trace.errors import SettingsError
@@ -34,6 +35,9 @@ from dmin_trace.settings import Settings, SettingsOverrides, given_settings, mak
         ({"draws": 0}, "number from 1 to 1000"),
         ({"draws": True}, "number from 1 to 1000"),
         ({"draws": 2.0}, "number from 1 to 1000"),
+        ({"rows": 0}, "rows is 0; expected None, or a number from 1 to 10, the number of timesteps"),
+        ({"rows": True}, "from 1 to 10"),
+        ({"rows": 3, "timesteps": [5, 900]}, "from 1 to 2"),
         ({"columns": "label"}, "names of dataset columns"),
         ({"columns": ["../label"]}, "names of dataset columns"),
         ({"size": 3}, "size is not a setting"),
@@ -42,6 +46,14 @@ from dmin_trace.settings import Settings, SettingsOverrides, given_settings, mak
 def test_invalid_values_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_settings(given)
+
+
+@pytest.mark.parametrize(("timesteps", "rows"), [(10, 1), (10, 3), (7, 4), (5, 5), (1000, 7), (6, None)])
+def test_groups_of_timesteps_are_those_of_array_split(timesteps: int, rows: int | None) -> None:
+    settings = Settings(timesteps=timesteps, rows=rows)
+    expected = np.array_split(np.arange(timesteps), rows or timesteps)
+    assert [list(group) for group in settings.groups] == [group.tolist() for group in expected]
+    assert settings.group_count == (None if rows in (None, timesteps) else rows)
 
 
 def test_settings_survive_json_and_stay_as_they_are() -> None:

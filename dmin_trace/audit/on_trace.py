@@ -195,7 +195,7 @@ def _rank_others(
 ) -> tuple[NDArray[np.int64], TopK]:
     """The positions of the k best other samples of each query, (Q, k), and the last answer."""
     header = trace.store.header
-    batch = max(1, BATCH_NUMBERS // (len(header.timesteps) * header.dimension))
+    batch = max(1, BATCH_NUMBERS // (header.gradient_count * header.dimension))
     ranking = np.empty((len(chosen), k), np.int64)
     for first in range(0, len(chosen), batch):
         positions = chosen[first : first + batch]

@@ -52,6 +52,8 @@ class RowChecks:
         self.reached = [False] * len(trainable.names)
         self.noise: NoiseFacts | None = None
         self._draws, self._seed, self._trainable, self._source = settings.draws, settings.seed, trainable, source
+        # What a row is of, for errors.
+        self._in_row = "at timestep" if settings.group_count is None else "in row"
         self._in_order = sorted(range(settings.timestep_count), key=lambda k: _order_key(settings, k))
         self._like = None if like is None else like.header
         # Generators of another type of device draw other values; whether that may be is known by now.
@@ -123,7 +125,10 @@ class RowChecks:
             )
 
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
-        """Makes a row of a sample's T x D steps. Raises CaptureError or QueryError if they saw other timesteps."""
+        """Makes a row of a sample's T x D steps, of which R have a gradient.
+
+        Raises CaptureError or QueryError if they saw other timesteps.
+        """
         if not self.calls:
             self._check_reached()
         # One transfer of each kind for a sample.
@@ -166,7 +171,7 @@ class RowChecks:
             # A gradient of zero, or one that is not finite, has no direction.
             if 0 < lengths < math.inf and (cosine := float(a.ravel() @ b.ravel()) / lengths) < MIN_COSINE:
                 raise CaptureError(
-                    f"Sample {sample} was recorded twice, and its gradients at timestep {k} have a cosine of "
+                    f"Sample {sample} was recorded twice, and its gradients {self._in_row} {k} have a cosine of "
                     f"{cosine:.3f}; expected 1. The training step draws random numbers that are not seeded, so samples "
                     "do not share their noise: from a generator of its own (numpy.random.default_rng, random.Random, "
                     "torch.Generator inside a model). Draw from torch's, numpy's or python's global generator, or from "
@@ -211,12 +216,15 @@ class RowChecks:
         if noise is None or earlier is None:
             return
         if noise.first_sample == earlier.first_sample:
-            named = ("loss", noise.losses, earlier.losses), ("norm", noise.norms, earlier.norms)
-            for what, ours, theirs in named:
+            named = (
+                ("loss", "at timestep", noise.losses, earlier.losses),
+                ("norm", self._in_row, noise.norms, earlier.norms),
+            )
+            for what, where, ours, theirs in named:
                 for k, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
                     if not _close(mine, its):
                         raise CaptureError(
-                            f"The {what} of sample {noise.first_sample} at timestep {k} is {mine}, and was {its} when "
+                            f"The {what} of sample {noise.first_sample} {where} {k} is {mine}, and was {its} when "
                             "the trace was begun: a model, the data or the precision has changed. Continue with those "
                             "of then, or give another path (out, --out)."
                         )
@@ -270,11 +278,12 @@ def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: St
             f"The weights are not those of the trace: their fingerprint is {weights[:16]}, that of the trace "
             f"{header.weights[:16]}. Give the weights that were captured, which lie beside the trace."
         )
-    if (ours := _treatment(settings)) != (theirs := _treatment(header)):
-        raise QueryError(
-            f"The query's gradients have {ours}, those of {trace.path} have {theirs}, so its header contradicts its "
-            "settings. The store was changed by hand: capture again."
-        )
+    for what, theirs in _treatment(header).items():
+        if (ours := _treatment(settings)[what]) != theirs:
+            raise QueryError(
+                f"The query's {what} {ours}, those of {trace.path} have {theirs}, so its header contradicts its "
+                "settings. The store was changed by hand: capture again."
+            )
     width, made_by = header.projection.width, header.projection.fingerprint
     plan = make_plan(trainable.length, settings.dimension, settings.seed, settings.projection, width)
     if plan.fingerprint != made_by:
@@ -295,16 +304,17 @@ def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source:
         check_script(path, header, source.script.name, source.script.sha256, advice)
     check_data(path, header, source.samples, "")
     check_files(path, header, source.files_sha256)
-    same = ("weights are", header.weights, weights), ("gradients have", _treatment(header), _treatment(settings))
-    for what, theirs, ours in same:
+    treated = [(what, theirs, _treatment(settings)[what]) for what, theirs in _treatment(header).items()]
+    for what, theirs, ours in [("weights are", header.weights, weights), *treated]:
         if theirs != ours:
             found = f"its {what} {theirs:.32}, those of this run {ours:.32}"
             raise TraceError(f"{path} belongs to another capture: {found}. {move}")
 
 
-def _treatment(facts: Settings | Header) -> str:
+def _treatment(facts: Settings | Header) -> dict[str, str]:
     """What is done to gradients before they are compressed, for a person to read."""
-    return f"draws {facts.draws} and transform {facts.transform}"
+    rows = "a row for each timestep" if facts.group_count is None else f"rows {facts.group_count}"
+    return {"gradients have": f"draws {facts.draws} and transform {facts.transform}", "samples have": rows}
 
 
 def _show_images(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -16,7 +16,7 @@ from dmin_trace.store import FAILED, Writer, quantise
 
 @dataclass(frozen=True)
 class Row:
-    """What is recorded of one sample: projected gradients (T, v), norms of gradients (T,), losses (T,); float32."""
+    """What is recorded of one sample: projected gradients (R, v), norms of gradients (R,), losses (T,); float32."""
 
     gradients: np.ndarray
     norms: np.ndarray
@@ -26,23 +26,31 @@ class Row:
 class _Chunk:
     """A chunk while its rows arrive."""
 
-    def __init__(self, number: int, rows: range, shape: tuple[int, int], dtype: Dtype) -> None:
-        of_timesteps = len(rows), shape[0]
+    def __init__(self, number: int, rows: range, shape: tuple[int, int], timesteps: int, dtype: Dtype) -> None:
+        of_groups = len(rows), shape[0]
         self.number, self.rows = number, rows
         self.values = np.zeros((len(rows), *shape), dtype)
-        self.scale = np.ones(of_timesteps, np.float32)
-        self.norm = np.full(of_timesteps, FAILED, np.float32)
-        self.loss = np.full(of_timesteps, np.nan, np.float32)
+        self.scale = np.ones(of_groups, np.float32)
+        self.norm = np.full(of_groups, FAILED, np.float32)
+        self.loss = np.full((len(rows), timesteps), np.nan, np.float32)
         self.columns: list[Mapping[str, Any]] = []
 
 
 class ChunkQueue:
     """The chunks that this process has to fill, in order."""
 
-    def __init__(self, chunks: Sequence[tuple[int, range]], timesteps: int, dimension: int, dtype: Dtype) -> None:
-        """Fills chunks, each given by its number and its rows, with gradients (T, v) stored in a dtype."""
+    def __init__(
+        self,
+        chunks: Sequence[tuple[int, range]],
+        timesteps: int,
+        dimension: int,
+        dtype: Dtype,
+        group_count: int | None = None,
+    ) -> None:
+        """Fills chunks, each given by its number and its rows, with gradients (R, v) stored in a dtype."""
         self.writer: Writer | None = None
-        self._chunks, self._shape, self._dtype = list(chunks), (timesteps, dimension), dtype
+        self._chunks, self._shape = list(chunks), (group_count or timesteps, dimension)
+        self._timesteps, self._dtype = timesteps, dtype
         self._chunk: _Chunk | None = None
         self._pool = ThreadPoolExecutor(1, "dmin_trace writes")
         self._writing: Future[None] | None = None
@@ -54,7 +62,7 @@ class ChunkQueue:
 
     def add(self, row: Row | None, columns: Mapping[str, str | int | float | None]) -> None:
         """Adds a row, None for a sample that failed to load. Raises TraceError if an earlier chunk was not written."""
-        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._dtype)
+        chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._timesteps, self._dtype)
         at = slice(len(chunk.columns), len(chunk.columns) + 1)
         if row is not None:
             chunk.values[at], chunk.scale[at] = quantise(row.gradients[None], self._dtype)

@@ -40,18 +40,21 @@ def describe_cost(
 ) -> list[tuple[str, str]]:
     """Returns the names and values of a cost. It is given in bytes (the trial's peaks of memory) and seconds."""
     size, gradient = bytes_of(header), header.projection.length * torch.float32.itemsize
-    gradients = header.samples * len(header.timesteps) * gradient
+    gradients = header.samples * header.gradient_count * gradient
     # One chunk is written while the next is recorded.
     waiting = min(2, header.chunks) * header.chunk_rows * header.sample_bytes
-    several = header.draws > 1
     peak = f"{decimal(memory + waiting)} at the peak, of which {decimal(waiting)} wait for the disk"
-    mean = f", {decimal(gradient)} are the mean of the draws" if several else ""
-    draws = f", {header.draws} draws each" if several else ""
+    mean = f", {decimal(gradient)} are the mean of the draws" if header.draws > 1 else ""
+    mean += "" if header.group_count is None else f", {decimal(gradient)} are the mean of the timesteps of a row"
+    passes = f"{header.samples:,} x {len(header.timesteps)}"
+    passes += f", {header.draws} draws each" if header.draws > 1 else ""
+    rows = header.group_count
+    passes += "" if rows is None else f", pooled into {rows} {'row' if rows == 1 else 'rows'} a sample"
     time = timedelta(seconds=max(1, round(seconds_per_sample * header.samples)))
     store = f"{decimal(size)} for the store ({decimal(size // header.samples)} a sample)"
     times = f"{gradients / size:,.0f} times as much"
-    rows = [
-        ("samples x timesteps", f"{header.samples:,} x {len(header.timesteps)}{draws}"),
+    cost = [
+        ("samples x timesteps", passes),
         ("trained parameters", f"{header.projection.length:,} in {len(header.parameters.names)} tensors"),
         ("time", f"{time} ({seconds_per_sample:.3g} s a sample, one process)"),
         ("disk", f"{store}, {decimal(weights)} for the weights"),
@@ -59,12 +62,12 @@ def describe_cost(
         ("memory", peak + mean),
     ]
     if gpu_memory:
-        rows.append(("GPU memory", f"{decimal(gpu_memory)} at the peak"))
+        cost.append(("GPU memory", f"{decimal(gpu_memory)} at the peak"))
     if free_disk < size + weights:
-        rows.append(("but", f"only {decimal(free_disk)} are free on the disk"))
+        cost.append(("but", f"only {decimal(free_disk)} are free on the disk"))
     if free_memory < waiting:
-        rows.append(("but", f"only {decimal(free_memory)} of memory are free"))
-    return rows
+        cost.append(("but", f"only {decimal(free_memory)} of memory are free"))
+    return cost
 
 
 def _peak_memory() -> int:

@@ -1,6 +1,6 @@
 """Records the gradients of training steps in a store, for every kind of loop.
 
-    loss -> Recorder.backward: gradient -> mean of the draws -> transform -> projection
+    loss -> Recorder.backward: gradient -> pooled with those of its row -> transform -> projection
          -> Recorder.take: checks -> row -> chunk -> store
 
 The drivers run the training steps: `recording` for a loop of one's own, `accelerate` for scripts.
@@ -24,13 +24,14 @@ from dmin_trace.capture.chunk_queue import ChunkQueue, Row
 from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
 from dmin_trace.capture.output import CaptureOutput
 from dmin_trace.capture.pinning import Draw, PinnedTimestep, pin_among, pinned_timesteps
+from dmin_trace.capture.pooling import GradientPool
 from dmin_trace.capture.probe import TimestepProbe
 from dmin_trace.capture.ranks import FirstSignal
 from dmin_trace.capture.run_checks import RunChecks
 from dmin_trace.capture.step import CaptureStep
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
-from dmin_trace.project import LOSS_SCALE, Mean, compress_gradient, make_plan, take_gradient
+from dmin_trace.project import LOSS_SCALE, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
 from dmin_trace.store import Header, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
 from dmin_trace.version import VERSION
@@ -87,15 +88,15 @@ class Recorder:
         self.rehearsals: list[int] = []
         self._rehearsed = 0
         self._rehearsal: tuple[int, Row] | None = None
-        shape = settings.timestep_count, settings.dimension
-        self._chunk_rows = choose_chunk_rows(self.samples, *shape, self._dtype, self._ranks.count)
+        self._shape = settings.timestep_count, settings.dimension, self._dtype
+        self._chunk_rows = choose_chunk_rows(self.samples, *self._shape, self._ranks.count, settings.group_count)
         self._row_steps = settings.timestep_count * settings.draws
         self._steps = self._rows = self._longest = self._kept = self._before_first = 0
         self._row: list[CaptureStep] = []
         # None for a sample that could not be loaded.
         self._row_columns: dict[str, Value | None] | None = {}
         self._failed = FailedSamples(self.samples)
-        self._mean: Mean | None = None
+        self._pool = GradientPool(settings)
         self._chunks: ChunkQueue | None = None
         self._signal = FirstSignal()
         self.row_ends: list[float] = []
@@ -123,7 +124,7 @@ class Recorder:
         size = self._chunk_rows
         chunks = [(c, range(c * size, min((c + 1) * size, self.samples))) for c in pending]
         ours = [chunks[rank :: ranks.count] for rank in range(ranks.count)]
-        self._chunks = ChunkQueue(ours[ranks.rank], self.settings.timestep_count, self.settings.dimension, self._dtype)
+        self._chunks = ChunkQueue(ours[ranks.rank], *self._shape, self.settings.group_count)
         samples = [row for _, rows in ours[ranks.rank] for row in rows]
         # Every process must run as many training steps: one with fewer rows repeats its last sample.
         self._longest = max(sum(len(rows) for _, rows in share) for share in ours)
@@ -200,10 +201,12 @@ class Recorder:
             noise=checks.noise,
             transform=settings.transform,
             draws=settings.draws,
+            group_count=settings.group_count,
             codec="none" if of_queries else settings.codec,
             batch=checks.batch_shapes,
             columns=source.columns.kinds,
-            settings=asdict(settings),
+            # As many rows as timesteps are the same as a row for each.
+            settings=asdict(settings) | {"rows": settings.group_count},
             writers={"dmin_trace": VERSION} | {name: version(name) for name in ("torch", *source.packages, "numpy")},
             script=source.script.name,
             script_sha256=source.script.sha256,
@@ -239,7 +242,7 @@ class Recorder:
             self._end_row(None)
 
     def backward(self, step: CaptureStep, loss: torch.Tensor, *, scaled: bool) -> None:
-        """Takes the gradient of a training step's loss, and after the last draw of a timestep compresses their mean.
+        """Takes the gradient of a training step's loss, and after the last step of a row compresses the row's gradient.
 
         `scaled`: the loop has a GradScaler. Raises CaptureError if the loss is not a scalar, or has no gradient.
         """
@@ -256,17 +259,8 @@ class Recorder:
         taken, reached = take_gradient(loss.reshape(()), self.trainable.tensors, LOSS_SCALE if scaled else 1.0)
         self._checks.note_reached(reached)
         step.loss = loss.detach().float().reshape(())
-        draws = self.settings.draws
-        if draws > 1:
-            if step.pinned.draw == 0:
-                self._mean = Mean(draws)
-            if self._mean is None:
-                raise CaptureError("A timestep's first draw is missing. This is an error of dmin_trace; report it.")
-            self._mean.add(taken)
-            if step.pinned.draw < draws - 1:
-                return
-            taken, self._mean = self._mean.hand_out(), None
-        step.gradient, step.norm = compress_gradient(taken, self._plan, signs=self.settings.transform == "sign")
+        if (whole := self._pool.add(step.pinned, taken)) is not None:
+            step.gradient, step.norm = compress_gradient(whole, self._plan, signs=self.settings.transform == "sign")
 
     def take(self, step: CaptureStep) -> None:
         """Checks the random calls of a training step, and ends the row after the sample's last step.

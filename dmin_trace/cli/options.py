@@ -96,7 +96,7 @@ def _settings_option(field: Field[Any], kind: Any) -> inspect.Parameter:
     if field.default is not None:
         text += f" Default: {field.default}."
     annotation: Any
-    if kind is int:
+    if kind in (int, int | None):
         annotation = Annotated[int | None, typer.Option(name, help=text, metavar="NUMBER")]
     elif get_origin(kind) is Literal:
         annotation = Annotated[kind | None, typer.Option(name, help=text)]

@@ -22,7 +22,10 @@ def info(*, trace: TracePath) -> None:
 
     store = open_store(trace, unfinished=True)
     console = Console()
-    facts = [*views.describe_store(store), ("index", views.summarize_index(read_facts(store)))]
+    facts = [
+        *views.describe_store(store),
+        ("index", views.summarize_index(read_facts(store), store.header.gradient_of)),
+    ]
     console.print(views.facts_table(facts, str(trace), ascii_only=console.options.ascii_only))
 
 

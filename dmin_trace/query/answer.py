@@ -27,7 +27,8 @@ class Hit:
     """One of the k training samples with the largest influence score for a query, or with the smallest.
 
     rank, sample: the place among the k, from 1; the data set index.
-    score, per_timestep: the influence score, and the T inner products that it is the sum of.
+    score, per_timestep: the influence score, and the inner products that it is the sum of: one for each timestep, or
+        one for each group of pooled timesteps.
     columns: the sample's readable columns, such as its caption or label.
     """
 
@@ -60,10 +61,11 @@ class TopK:
 
     samples: (Q, k) int64, data set indices; best first, which is smallest first for the smallest.
     scores: (Q, k) float32, their influence scores.
-    per_timestep: (Q, k, T) float32, the inner product at each timestep; they add up to the score.
+    per_timestep: (Q, k, R) float32, the inner product for each of `groups`; they add up to the score.
     hits: for each query its k samples with their readable columns.
     names, prompts: the Q names and prompts of the queries; None for a query without a prompt.
-    timesteps: T, as numbers of the training schedule.
+    groups: for each of a sample's R rows its timesteps, as numbers of the training schedule: one, or several that are
+        pooled (`Settings.rows`).
     score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
     answered_by: whether the index or a scan of all samples found them.
     """
@@ -74,10 +76,20 @@ class TopK:
     hits: list[list[Hit]]
     names: tuple[str, ...]
     prompts: tuple[str | None, ...]
-    timesteps: tuple[float, ...]
+    groups: tuple[tuple[float, ...], ...]
     score: str
     deflation: str
     answered_by: AnsweredBy
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """The T timesteps, as numbers of the training schedule."""
+        return tuple(timestep for group in self.groups for timestep in group)
+
+    @property
+    def group_names(self) -> list[str]:
+        """A heading for each of `groups`: t<timestep>, or t<first>-<last> of pooled timesteps."""
+        return [f"t{group[0]:g}" + f"-{group[-1]:g}" * (len(group) > 1) for group in self.groups]
 
     def __len__(self) -> int:
         """Q, the number of queries."""
@@ -94,8 +106,9 @@ class TopK:
     def to_pandas(self) -> "pandas.DataFrame":
         """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
 
-        Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep, and the
-        trace's readable columns, with `meta_` before a name that is taken.
+        Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep or
+        `t<first>-<last>` for each group of pooled ones, and the trace's readable columns, with `meta_` before a name
+        that is taken.
         """
         hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
         columns: dict[str, Any] = {
@@ -105,8 +118,8 @@ class TopK:
             "sample": self.samples.ravel(),
             "score": self.scores.ravel(),
         }
-        for t, timestep in enumerate(self.timesteps):
-            columns[f"t{timestep:g}"] = self.per_timestep[:, :, t].ravel()
+        for n, heading in enumerate(self.group_names):
+            columns[heading] = self.per_timestep[:, :, n].ravel()
         for name in hits[0].columns:
             free = name
             while free in columns:
@@ -139,7 +152,7 @@ class ScoreMethod(Protocol):
         """Prepares for queries of this trace. It is called once for each opened trace, before `transform`."""
 
     def transform(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The changed gradients of queries, (Q, T, v) float32; those given, of the same shape, stay as they are."""
+        """The changed gradients of queries, (Q, R, v) float32; those given, of the same shape, stay as they are."""
 
 
 def answer_queries(
@@ -154,7 +167,7 @@ def answer_queries(
     exact: bool = False,
     index: search.Index | search.Unavailable | None = None,
 ) -> TopK:
-    """The k training samples with the largest influence scores for queries (Q, T, v), or with the smallest.
+    """The k training samples with the largest influence scores for queries (Q, R, v), or with the smallest.
 
     The index answers if it is there, matches the store, and is calibrated for k and the score. Otherwise all rows are
     scanned; those that are done, in an unfinished store. A fitted score and an `index` from `open_index` save making
@@ -185,7 +198,7 @@ def answer_queries(
         hits=hits,
         names=tuple(names) or tuple(f"query {n}" for n in range(len(hits))),
         prompts=tuple(prompts) or (None,) * len(hits),
-        timesteps=store.header.timesteps,
+        groups=store.header.groups,
         score=fitted.name,
         deflation=fitted.description if isinstance(fitted, search.BuiltInScore) else "",
         answered_by=answered_by,

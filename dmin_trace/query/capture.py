@@ -63,7 +63,7 @@ def capture_queries(
     loaded = Path(weights) if weights is not None else weights_beside(store.path)
     if not loaded.exists():
         raise WeightsError(f"There are no weights at {loaded}. Give those that were traced, with --weights.")
-    gradients = np.zeros((len(images), len(store.header.timesteps), store.header.dimension), np.float32)
+    gradients = np.zeros((len(images), store.header.gradient_count, store.header.dimension), np.float32)
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as temporary:
         folder = Path(temporary)
         videos = host.takes_videos(run.arguments)

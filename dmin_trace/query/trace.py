@@ -53,6 +53,9 @@ class Columns(Mapping[str, list[Any]]):
 class Trace:
     """A trace opened for reading: the projected gradients of N training samples at T timesteps, v numbers each.
 
+    A sample has R projected gradients: one for each timestep (R = T), or one for each of `groups` where timesteps were
+    pooled (`Settings.rows`).
+
     Made by `open_trace`. Everything is by data set index: place i of an array is sample i of the data set. Use it as a
     context manager, or call `close`, to free its files.
 
@@ -86,6 +89,11 @@ class Trace:
         """The T timesteps, as numbers of the training schedule."""
         return self.store.header.timesteps
 
+    @property
+    def groups(self) -> tuple[tuple[float, ...], ...]:
+        """For each of a sample's R projected gradients its timesteps: one, or several that were pooled."""
+        return self.store.header.groups
+
     def __len__(self) -> int:
         """N, the number of training samples."""
         return self.store.header.samples
@@ -95,7 +103,8 @@ class Trace:
             return "Trace(closed)"
         header = self.store.header
         state = "complete" if self.complete else f"unfinished: {len(self.store.rows_done):,} done"
-        size = f"{header.samples:,} samples, T={len(header.timesteps)}, v={header.dimension:,}"
+        rows = "" if header.group_count is None else f", R={header.group_count}"
+        size = f"{header.samples:,} samples, T={len(header.timesteps)}{rows}, v={header.dimension:,}"
         return f"Trace({size}, {header.dtype}, {state})"
 
     def __enter__(self) -> Self:
@@ -116,7 +125,7 @@ class Trace:
 
     @property
     def norms(self) -> NDArray[np.float32]:
-        """(N, T) float32: the L2 norm by which each transformed gradient was divided. NaN for a sample that could not
+        """(N, R) float32: the L2 norm by which each transformed gradient was divided. NaN for a sample that could not
         be loaded or is not done."""
         norms = self.store.norm[self._rows]
         return np.where(norms < 0, np.float32(np.nan), norms)
@@ -127,8 +136,8 @@ class Trace:
         return self.store.loss[self._rows]
 
     def gradients(self, samples: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """The projected gradients of training samples: (n, T, v) float32, of norm about one at each timestep; NaN for a
-        sample without a usable gradient. Raises TraceError for a sample that the trace does not hold."""
+        """The projected gradients of training samples: (n, R, v) float32, of norm about one each; NaN for a sample
+        without a usable gradient. Raises TraceError for a sample that the trace does not hold."""
         rows = self.store.rows_of(np.asarray(samples).tolist())
         gradients = self.store.gradients(rows)
         gradients[~search.has_direction(self.store.numbers(rows).norm)] = np.nan
@@ -137,7 +146,7 @@ class Trace:
     def self_influence(self, score: Score | ScoreMethod = "deflated") -> NDArray[np.float32]:
         """The score of each training sample with itself as the query: (N,) float32.
 
-        The score "dmin" is about T for each sample. The deflated score is high for a sample that shares little with the
+        The score "dmin" is about R for each sample. The deflated score is high for a sample that shares little with the
         others. NaN for a sample without a usable gradient. Raises QueryError and TraceError as `scores` does.
         """
         store, fitted = self.store, self._fitted_score(score)
@@ -233,17 +242,18 @@ class Trace:
         Args:
             score: "dmin" is the paper's sum of inner products; "deflated" first takes out of the query what all
                 samples share, along their principal directions; or a score of one's own (`ScoreMethod`).
-            per_timestep: give the inner product at each timestep, not their sum.
+            per_timestep: give the inner product at each timestep, not their sum; for each of `groups`, where timesteps
+                are pooled.
             out: where the scores are written; an array of `numpy.memmap` if they do not fit into memory.
 
-        Returns (Q, N) float32, or (Q, N, T) per timestep, in `out` if given; NaN if a sample has no usable gradient.
+        Returns (Q, N) float32, or (Q, N, R) per timestep, in `out` if given; NaN if a sample has no usable gradient.
 
         Raises QueryError if the queries are of another trace, `out` is of another shape or dtype, or the trace is too
         large for deflated scores without an index; TraceError if the trace is damaged.
         """
         self._check_queries(queries)
         transformed = self._fitted_score(score).transform(queries.gradients)
-        shape = (len(queries), len(self), len(self.timesteps))[: 3 if per_timestep else 2]
+        shape = (len(queries), len(self), len(self.groups))[: 3 if per_timestep else 2]
         if out is not None and (out.shape != shape or out.dtype != np.float32):
             raise QueryError(f"out is {out.dtype} of shape {out.shape}; expected float32 of shape {shape}.")
         scores = np.empty(shape, np.float32) if out is None else out

@@ -37,7 +37,7 @@ MAX_EF = 2**12
 early; 20 candidates then need an ef of thousands, which takes milliseconds."""
 LINKED_NUMBERS = 2**22  # numbers of gradients that are converted to float32 at a time
 STORE_PART = 0.05  # of the store's size, within which an automatic fold begins
-MIN_FOLDED_NUMBERS, MAX_FOLDED_NUMBERS = 256, 5120  # T F of a vector, where an automatic fold begins and ends
+MIN_FOLDED_NUMBERS, MAX_FOLDED_NUMBERS = 256, 5120  # R F of a vector, where an automatic fold begins and ends
 
 
 def build_index(
@@ -77,7 +77,7 @@ def build_index(
     _check_graph_memory(store, folds[0], m)
 
     kept, copies, checksums = _distinct_rows(store, progress)
-    fitting = max(8, MAX_CALIBRATION_NUMBERS // (2 * len(header.timesteps) * header.dimension))
+    fitting = max(8, MAX_CALIBRATION_NUMBERS // (2 * header.gradient_count * header.dimension))
     held = kept[np.linspace(0, len(kept) - 1, min(HELD_OUT_SAMPLES, fitting, len(kept) // 4)).astype(np.int64)]
     linked = np.setdiff1d(kept, held)
     most = min(MAX_CANDIDATES, len(linked) // ROWS_PER_CANDIDATE)
@@ -118,7 +118,7 @@ def build_index(
         store=header.id,
         state=store.state,
         projection=header.projection.fingerprint,
-        timesteps=len(header.timesteps),
+        timesteps=header.gradient_count,
         dimension=header.dimension,
         samples=header.samples,
         vectors=len(kept),
@@ -139,7 +139,7 @@ def build_index(
 def possible_folds(store: Store, fold: int | None, m: int) -> list[int]:
     """The folds to try, one after another. Raises SettingsError if the given one does not divide v."""
     header = store.header
-    v, timesteps = header.dimension, len(header.timesteps)
+    v, timesteps = header.dimension, header.gradient_count
     if fold is not None:
         if fold < 1 or v % fold:
             raise SettingsError(f"fold is {fold}; expected a divisor of the store's dimension {v}, such as {v // 2}.")
@@ -205,11 +205,11 @@ def _nearest(graph: Graph, vectors: Floats, k: int, ef: int) -> Rows:
 
 
 def _graph_memory(store: Store, fold: int, m: int) -> int:
-    return graph_bytes(len(store.header.timesteps) * (fold + COMMON_DIRECTIONS), store.header.samples, m)
+    return graph_bytes(store.header.gradient_count * (fold + COMMON_DIRECTIONS), store.header.samples, m)
 
 
 def _check_graph_memory(store: Store, fold: int, m: int) -> None:
-    vectors = f"{store.header.samples:,} samples of {len(store.header.timesteps)} x {fold:,} float32 numbers"
+    vectors = f"{store.header.samples:,} samples of {store.header.gradient_count} x {fold:,} float32 numbers"
     _check_memory(_graph_memory(store, fold, m), f"The index ({vectors}, and links)", "Give a smaller --fold.")
 
 

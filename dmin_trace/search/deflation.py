@@ -36,14 +36,14 @@ SHARED_EIGENVALUE = 3.0
 diagonal and Kaiser's rule. docs/quality.md compares other values."""
 SMALLEST_EIGENVALUE = 1e-6  # below this part of the largest, eigenvalues are rounding errors
 MAX_DIRECTIONS = 4096  # that can be wanted
-MAX_CHOSEN_DIRECTIONS, MAX_DIRECTION_NUMBERS = 256, 2**28  # r and r T v, a gibibyte, where no number is given
+MAX_CHOSEN_DIRECTIONS, MAX_DIRECTION_NUMBERS = 256, 2**28  # r and r R v, a gibibyte, where no number is given
 BLOCK_NUMBERS = 2**24  # numbers of gradients that are converted to float32 at a time
 
 
 @dataclass(frozen=True)
 class Directions:
-    """The r largest principal directions of a store's samples at each timestep: vectors (T, r, v), orthonormal, or zero
-    where there are no more; and their eigenvalues of K, (T, r), the largest first, zero where the vector is."""
+    """The r largest principal directions of a store's samples at each timestep: vectors (R, r, v), orthonormal, or zero
+    where there are no more; and their eigenvalues of K, (R, r), the largest first, zero where the vector is."""
 
     vectors: Floats
     eigenvalues: Doubles
@@ -53,7 +53,7 @@ class Directions:
         return type(self)(self.vectors[:, :count], self.eigenvalues[:, :count])
 
     def deflate(self, queries: Floats) -> Floats:
-        """The queries for deflated scores, (Q, T, v) float32 as given; d_r is the last eigenvalue of a timestep."""
+        """The queries for deflated scores, (Q, R, v) float32 as given; d_r is the last eigenvalue of a timestep."""
         deflated = np.array(queries, np.float32)
         with threadpool_limits(1, "blas"):
             for t, (vectors, eigenvalues) in enumerate(zip(self.vectors, self.eigenvalues, strict=True)):
@@ -65,7 +65,7 @@ class Directions:
 
 
 def choose_directions(eigenvalues: Doubles) -> int:
-    """How many directions all samples share, by eigenvalues (T, r), at the timestep with the most; at least one."""
+    """How many directions all samples share, by eigenvalues (R, r), at the timestep with the most; at least one."""
     return max(1, int((eigenvalues > SHARED_EIGENVALUE).sum(axis=1).max()))
 
 
@@ -97,12 +97,12 @@ def directions_memory(store: Store, count: int | None = None) -> int:
     """The bytes that `principal_directions` takes at the most, but for a block of gradients."""
     header = store.header
     width = min(_basis_size(count or _most_chosen(store)), header.dimension, header.samples)
-    return 12 * len(header.timesteps) * header.dimension * width
+    return 12 * header.gradient_count * header.dimension * width
 
 
 def row_blocks(store: Store, rows: Rows, numbers: int | None = None, start: int = 0) -> list[slice]:
     """Where blocks of the rows are, from `start` on, of at most `numbers` (BLOCK_NUMBERS) in gradients, or one row."""
-    size = max(1, (numbers or BLOCK_NUMBERS) // (len(store.header.timesteps) * store.header.dimension))
+    size = max(1, (numbers or BLOCK_NUMBERS) // (store.header.gradient_count * store.header.dimension))
     return [slice(first, min(first + size, len(rows))) for first in range(start, len(rows), size)]
 
 
@@ -118,8 +118,8 @@ def _exact_directions(store: Store, rows: Rows, count: int, pool: ThreadPoolExec
 
 
 def _gram_matrices(store: Store, rows: Rows, pool: ThreadPoolExecutor, progress: Progress) -> Doubles:
-    """(T, n, n) the inner products of these rows with each other."""
-    products = np.empty((len(store.header.timesteps), len(rows), len(rows)))
+    """(R, n, n) the inner products of these rows with each other."""
+    products = np.empty((store.header.gradient_count, len(rows), len(rows)))
     for some in row_blocks(store, rows, 4 * BLOCK_NUMBERS):
         columns = store.gradients(rows[some]).transpose(1, 0, 2)
         for here in row_blocks(store, rows, start=some.start):
@@ -134,7 +134,7 @@ def _approximate_directions(
     store: Store, rows: Rows, count: int, pool: ThreadPoolExecutor, progress: Progress
 ) -> Directions:
     header, width = store.header, min(_basis_size(count), len(rows), store.header.dimension)
-    basis = np.random.default_rng(0).standard_normal((len(header.timesteps), width, header.dimension), np.float32)
+    basis = np.random.default_rng(0).standard_normal((header.gradient_count, width, header.dimension), np.float32)
     for n in range(PASSES):
         image = np.zeros_like(basis)  # G' G of the basis
         for _, block in _blocks(store, rows, progress, n, PASSES):
@@ -161,7 +161,7 @@ def _nystroem(basis: Floats, image: Floats, count: int) -> tuple[Floats, Doubles
 
 
 def _along(block: Floats, basis: Floats, pool: ThreadPoolExecutor) -> Doubles:
-    """(T, n, width) the inner products of rows (n, T, v) with vectors (T, width, v)."""
+    """(R, n, width) the inner products of rows (n, R, v) with vectors (R, width, v)."""
     products = np.stack(list(pool.map(np.matmul, block.transpose(1, 0, 2), basis.transpose(0, 2, 1))))
     if not np.isfinite(products).all():
         raise TraceError("The trace is damaged: it holds numbers that are not finite.")
@@ -169,7 +169,7 @@ def _along(block: Floats, basis: Floats, pool: ThreadPoolExecutor) -> Doubles:
 
 
 def _add(sums: Floats, weights: Floats, block: Floats, pool: ThreadPoolExecutor) -> None:
-    """Adds to sums (T, width, v) the rows (n, T, v), weighted by (T, n, width)."""
+    """Adds to sums (R, width, v) the rows (n, R, v), weighted by (R, n, width)."""
 
     def add(t: int) -> None:
         sums[t] += weights[t].T @ block[:, t]
@@ -202,7 +202,7 @@ def _over_root(vectors: Doubles, values: Doubles) -> Doubles:
 
 
 def _most_chosen(store: Store) -> int:
-    numbers = len(store.header.timesteps) * store.header.dimension
+    numbers = store.header.gradient_count * store.header.dimension
     return min(MAX_CHOSEN_DIRECTIONS, max(1, MAX_DIRECTION_NUMBERS // numbers))
 
 
@@ -214,7 +214,7 @@ def _basis_size(count: int) -> int:
 def _blocks(
     store: Store, rows: Rows, progress: Progress, turn: int = 0, turns: int = 1
 ) -> Iterator[tuple[slice, Floats]]:
-    """Where blocks of the rows are, and their gradients (n, T, v)."""
+    """Where blocks of the rows are, and their gradients (n, R, v)."""
     for here in row_blocks(store, rows):
         yield here, store.gradients(rows[here])
         progress("looking for what samples share", turn * len(rows) + here.stop, turns * len(rows))

@@ -40,7 +40,7 @@ HALF_BITS = np.int32(-0x70002000)  # of a float16, its sign repeated in front: w
 @dataclass(frozen=True)
 class Ranking:
     """The k rows (Q, k) with the largest influence scores (Q, k) for each of Q queries, largest first, or the smallest;
-    and their inner products at each timestep (Q, k, T), which add up to the score."""
+    and their inner products at each timestep (Q, k, R), which add up to the score."""
 
     rows: Rows
     scores: Floats
@@ -58,8 +58,8 @@ def usable_k(store: Store, k: int) -> int:
 
 
 def check_queries(store: Store, queries: Floats) -> None:
-    """Raises QueryError if the queries are not finite or not of shape (Q, T, v)."""
-    expected = (len(store.header.timesteps), store.header.dimension)
+    """Raises QueryError if the queries are not finite or not of shape (Q, R, v)."""
+    expected = (store.header.gradient_count, store.header.dimension)
     if queries.ndim != 3 or queries.shape[1:] != expected or not len(queries):
         raise QueryError(f"The queries have shape {queries.shape}; expected (queries, {expected[0]}, {expected[1]}).")
     if not np.isfinite(queries).all():
@@ -67,7 +67,7 @@ def check_queries(store: Store, queries: Floats) -> None:
 
 
 def has_direction(norm: NDArray[Any]) -> Bools:
-    """(n,) whether rows with these gradient norms (n, T) can be ranked: all norms are finite and above zero."""
+    """(n,) whether rows with these gradient norms (n, R) can be ranked: all norms are finite and above zero."""
     return np.asarray((np.isfinite(norm) & (norm > 0)).all(axis=1))
 
 
@@ -80,7 +80,7 @@ def exact_top_k(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Ranking:
-    """Scores every row of the store and keeps the k best for each of the queries (Q, T, v); ties by the lowest row.
+    """Scores every row of the store and keeps the k best for each of the queries (Q, R, v); ties by the lowest row.
 
     The best are the largest, or with `largest` False the smallest, smallest first. Rows that are not done, or have no
     gradient to rank, are left out. A first pass in float32 keeps every row that rounding could hide among the k best;
@@ -104,7 +104,7 @@ def exact_top_k(
 def scores_by_chunk(
     store: Store, queries: Floats, *, per_timestep: bool = False, threads: int | None = None
 ) -> Generator[tuple[range, Floats], None, None]:
-    """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, T) per timestep; NaN for
+    """Yields the rows of each chunk that is done, and their scores: (Q, n) float32, or (Q, n, R) per timestep; NaN for
     a row that has no gradient to rank. Sums are in float32, so the scores of equal rows may differ in the last digit.
     Raises what `exact_top_k` does."""
     check_queries(store, queries)
@@ -128,7 +128,7 @@ def rerank(
 ) -> Ranking:
     """Computes the scores of candidates, each timestep in float64, and keeps the k best; ties by the lowest row.
 
-    Candidates are k rows or more for each of the queries (Q, T, v), none twice. `checksums` (N,) are the crc32c of the
+    Candidates are k rows or more for each of the queries (Q, R, v), none twice. `checksums` (N,) are the crc32c of the
     stored numbers of each row, from an index. Without them the whole chunk of a candidate is read, to compare its own.
 
     Raises TraceError if a candidate's row is missing, damaged, not finite, or has no gradient that can be ranked.
@@ -214,11 +214,11 @@ class _FirstPass:
 
 
 def chunk_products(store: Store, queries: Floats, per_timestep: bool = False) -> Products:
-    """A function of a chunk and the scales (n, T) of its rows, which gives their products (S, n, Q) with contiguous
-    queries (Q, T, v); S is T per timestep, or 1. Threads may share it: each has memory of its own."""
+    """A function of a chunk and the scales (n, R) of its rows, which gives their products (S, n, Q) with contiguous
+    queries (Q, R, v); S is R per timestep, or 1. Threads may share it: each has memory of its own."""
     header, count = store.header, len(queries)
     # Without scales the timesteps are one long vector; memory is fastest at products of whole rows.
-    steps = len(header.timesteps) if header.dtype == "int8" or per_timestep else 1
+    steps = header.gradient_count if header.dtype == "int8" or per_timestep else 1
     queries = queries.reshape(count, steps, -1)
     length = queries.shape[2]
     few = min(PART_NUMBERS // (steps * length), TILE_NUMBERS // min(length, MIN_TILE_WIDTH))

@@ -32,7 +32,7 @@ class Reduction:
 
     Folding, which adds bins j, j + F, j + 2 F and so on, leaves F numbers, whose inner products err by about the
     product of the norms over sqrt(F). An error in what all gradients share would hide what tells them apart. So each
-    timestep is first split into its parts along r common directions (T, r, v), orthonormal or zero, and the rest, which
+    timestep is first split into its parts along r common directions (R, r, v), orthonormal or zero, and the rest, which
     is folded. A vector holds both for all timesteps; its inner product with that of a query estimates the score.
     """
 
@@ -45,8 +45,8 @@ class Reduction:
         return len(self.common) * (self.fold + len(self.common[0]))
 
     def vectors(self, gradients: Floats) -> Floats:
-        """(n, T, v) to (n, T (F + r)) float32: for each timestep the parts along the directions and the folded rest."""
-        along = np.matmul(gradients.transpose(1, 0, 2), self.common.transpose(0, 2, 1))  # (T, n, r)
+        """(n, R, v) to (n, R (F + r)) float32: for each timestep the parts along the directions and the folded rest."""
+        along = np.matmul(gradients.transpose(1, 0, 2), self.common.transpose(0, 2, 1))  # (R, n, r)
         rest = self._folded(gradients) - np.matmul(along, self._folded_common).transpose(1, 0, 2)
         return np.concatenate([along.transpose(1, 0, 2), rest], axis=2).reshape(len(gradients), -1)
 
@@ -59,8 +59,8 @@ class Reduction:
 
 
 def common_directions(store: Store, rows: Rows) -> Floats:
-    """(T, r, v) float32, principal directions of some of these rows, not centred; zero where there are fewer."""
-    timesteps, dimension = len(store.header.timesteps), store.header.dimension
+    """(R, r, v) float32, principal directions of some of these rows, not centred; zero where there are fewer."""
+    timesteps, dimension = store.header.gradient_count, store.header.dimension
     count = min(DIRECTIONS_SAMPLES, len(rows), max(2 * COMMON_DIRECTIONS, 2**26 // dimension))
     rows = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
     scale = store.numbers(rows).scale
@@ -91,7 +91,7 @@ class Index:
     checksums: NDArray[np.uint32]
 
     def candidates(self, queries: Floats, depth: Depth) -> list[Rows]:
-        """For each of the queries (Q, T, v) the rows that may be among its best, and their copies."""
+        """For each of the queries (Q, R, v) the rows that may be among its best, and their copies."""
         self.graph.set_ef(depth.ef)
         try:
             labels, _ = self.graph.knn_query(self.reduction.vectors(queries), k=depth.candidates)
@@ -108,7 +108,7 @@ class Index:
 def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
     """The k best of the rows that the graph proposes for each query, by exact scores; ties by the lowest row.
 
-    The queries (Q, T, v) are transformed for the score `kind`. Raises QueryError if k is below 1 or not served
+    The queries (Q, R, v) are transformed for the score `kind`. Raises QueryError if k is below 1 or not served
     (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if something is damaged.
     """
     k = usable_k(index.store, k)

@@ -3,11 +3,11 @@
     trace.index/      beside trace.zarr
       index.json      what was built, of which state of which store, and the recall that was measured
       graph.hnsw      the graph of hnswlib: a vector for each row that can be ranked and is no copy of another
-      common.f32      (T, r, v) the directions that vectors keep apart (`index.Reduction`)
+      common.f32      (R, r, v) the directions that vectors keep apart (`index.Reduction`)
       copies.i64      (n, 2) rows whose stored numbers are those of another row, and that row; sorted by the latter
       rows.u32        (N,) the crc32c of each row's stored numbers, which checks a candidate without its whole chunk
-      principal.f32   (T, r, v) the principal directions of deflated scores (`deflation`)
-      eigenvalues.f64 (T, r) their eigenvalues
+      principal.f32   (R, r, v) the principal directions of deflated scores (`deflation`)
+      eigenvalues.f64 (R, r) their eigenvalues
 
 An index from anybody is used only if everything in it fits the store as it is now. Checksums find damage, not a
 forgery: `hnsw` says what is checked against those.
@@ -74,6 +74,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     fold, directions: F and r of the vectors.
     target, queries: the recall that is wanted for the first 10 hits, and how many held-out samples measured it.
     depths, short: the numbers of hits that the graph serves, and why it serves less than it should; "" if it does not.
+    timesteps: R, how many projected gradients a sample has: T, or fewer where timesteps are pooled.
     principal: how many principal directions of each timestep are kept for deflated scores.
     """
 
@@ -281,7 +282,7 @@ def _misfit(facts: Facts, store: Store) -> str:
     if (facts.store, facts.projection) != (header.id, header.projection.fingerprint):
         return "it is of another store"
     shape = (facts.samples, facts.timesteps, facts.dimension)
-    if shape != (header.samples, len(header.timesteps), header.dimension) or facts.state != store.state:
+    if shape != (header.samples, header.gradient_count, header.dimension) or facts.state != store.state:
         return "the store has changed since"
     return ""
 

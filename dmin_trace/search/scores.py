@@ -11,7 +11,7 @@ from dmin_trace.search.index_files import Unavailable, read_facts
 from dmin_trace.store import Store
 
 MAX_QUERY_NUMBERS = 2**31
-"""Numbers of gradients, N T v, up to which a query finds the principal directions itself: in about a minute."""
+"""Numbers of gradients, N R v, up to which a query finds the principal directions itself: in about a minute."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def fit_score(store: Store, name: str) -> BuiltInScore:
         source = "found for this query" + (f" ({found.reason})" if found.reason else "")
         found = principal_directions(store)
     count = found.eigenvalues.shape[1]
-    return BuiltInScore("deflated", found, f"{count} principal directions of each timestep, {source}")
+    return BuiltInScore("deflated", found, f"{count} principal directions of each {store.header.gradient_of}, {source}")
 
 
 def _check_small(store: Store, why: str) -> None:
     """Raises QueryError if the store is too large to find directions for a query; `why` says why none are kept."""
-    numbers = store.valid_count * len(store.header.timesteps) * store.header.dimension
+    numbers = store.valid_count * store.header.gradient_count * store.header.dimension
     if numbers <= MAX_QUERY_NUMBERS:
         return
     make = "Make them" if store.complete else "Finish the capture, then make them"

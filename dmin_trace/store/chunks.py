@@ -70,7 +70,7 @@ class ChunkFiles:
         return np.frombuffer(self.content(name, chunk), dtype).reshape(shape)[: len(self.header.rows(chunk))]
 
     def numbers(self, chunk: int) -> NDArray[np.float64]:
-        """(n, 1 + 3 T) the numbers of a chunk's rows; `layout.number_columns` says what is where."""
+        """(n, 1 + 2 R + T) the numbers of a chunk's rows; `layout.number_columns` says what is where."""
         table: NDArray[np.float64] = self.values("numbers", chunk)
         samples = table[:, 0]
         if not (np.isfinite(samples) & (np.abs(samples) <= MAX_SAMPLE_INDEX) & (samples == np.rint(samples))).all():
@@ -129,14 +129,14 @@ class GradientChunks:
     def __init__(self, files: ChunkFiles) -> None:
         self._files, self._header = files, files.header
         self._dtype = np.dtype(files.header.dtype).newbyteorder("<")
-        self._row_shape = (len(files.header.timesteps), files.header.dimension)
+        self._row_shape = (files.header.gradient_count, files.header.dimension)
         self._compared: set[int] = set()
         self._found: dict[int, Path] = {}
         self._maps: dict[int, Array] = {}
         self._last_unpacked: tuple[int, Array] | None = None
 
     def chunk(self, chunk: int) -> Array:
-        """The stored numbers of a done chunk, (n, T, v): mapped from its file, or unpacked.
+        """The stored numbers of a done chunk, (n, R, v): mapped from its file, or unpacked.
 
         Raises TraceError if the file is missing, of another size, not what was written, or cannot be unpacked.
         """
@@ -150,7 +150,7 @@ class GradientChunks:
         return np.memmap(file, self._dtype, "r", shape=shape)[: len(header.rows(chunk))]
 
     def parts(self, chunk: int, rows: int, memory: NDArray[np.uint8]) -> Iterator[Array]:
-        """The stored numbers of a done chunk, in order, in parts (n, T, v) of at most `rows` rows.
+        """The stored numbers of a done chunk, in order, in parts (n, R, v) of at most `rows` rows.
 
         A part is valid until the next one. The first time, a chunk is read into `memory`, which holds so many rows:
         from a disk that is faster than a map. The next time it is mapped, and the map kept: that is three times as
@@ -181,7 +181,7 @@ class GradientChunks:
         self._compared.add(chunk)
 
     def row(self, row: int, checksum: int | None = None) -> Array:
-        """The stored numbers of one row, (T, v), read from its file: for scattered rows cheaper than many maps.
+        """The stored numbers of one row, (R, v), read from its file: for scattered rows cheaper than many maps.
 
         Of a packed store the whole chunk is unpacked, and kept until a row of another chunk is read. `checksum` is the
         row's own (`row_checksum`); without it the whole chunk is read once and its checksum compared.

@@ -15,7 +15,16 @@ import numpy as np
 from msgspec import Meta
 
 from dmin_trace.errors import TraceError, brief
-from dmin_trace.settings import COLUMN_NAME, MAX_DIMENSION, MAX_PASSES, Codec, Dtype, Projection, Transform
+from dmin_trace.settings import (
+    COLUMN_NAME,
+    MAX_DIMENSION,
+    MAX_PASSES,
+    Codec,
+    Dtype,
+    Projection,
+    Transform,
+    group_timesteps,
+)
 
 MAX_CHUNKS = 2**22
 """A flag is kept in memory for each chunk."""
@@ -67,7 +76,7 @@ class NoiseFacts:
     draws: for each timestep its random calls, name and shape, in order; a star marks the draw of the timestep.
     digests: for each timestep SHA-256 of the values that were drawn, where they do not depend on the sample.
     first_sample: the first sample's index.
-    losses, norms: for each timestep its loss and the norm of its gradient; None if not finite.
+    losses, norms: for each timestep its loss, and for each row the norm of its gradient; None if not finite.
     """
 
     seed: Seed
@@ -107,7 +116,7 @@ class Header:
     """What a store holds. `Settings` says what dimension, dtype, codec, transform and draws are.
 
     id: 32 hexadecimal digits, the store's name in the user's own records.
-    samples, timesteps, chunk_rows: N, the T timesteps as the denoiser saw them, and R.
+    samples, timesteps, chunk_rows: N, the T timesteps as the denoiser saw them, and C, the samples of a chunk.
     weights: fingerprint of the trained parameters.
     batch: shapes of what is made of images or words in a batch of one sample.
     columns, settings: the readable columns and their kinds; the capture's settings, as JSON.
@@ -116,6 +125,7 @@ class Header:
     files_sha256: fingerprint of the names of the data set's files, in order; "" if not known.
     unreached: the trained parameters on which the loss does not depend.
     run: the precision, device and frozen models by which the rows were computed.
+    group_count: R, the number of groups that timesteps are pooled into; None if each has a projected gradient.
     weights_of: which of the run's weights were captured, and which averages of them were not, for a person to read.
     """
 
@@ -143,11 +153,28 @@ class Header:
     run: RunFacts
     files_sha256: MaybeDigest = ""
     weights_of: Annotated[str, Meta(max_length=1000)] = ""
+    group_count: Annotated[int, Meta(ge=1, le=MAX_PASSES)] | None = None
+
+    @property
+    def groups(self) -> tuple[tuple[float, ...], ...]:
+        """For each of a sample's R projected gradients its timesteps: one, or several that were pooled."""
+        numbers = group_timesteps(len(self.timesteps), self.group_count)
+        return tuple(tuple(self.timesteps[k] for k in group) for group in numbers)
+
+    @property
+    def gradient_count(self) -> int:
+        """R, the number of projected gradients of a sample: T, or fewer where timesteps are pooled."""
+        return self.group_count or len(self.timesteps)
+
+    @property
+    def gradient_of(self) -> str:
+        """What a projected gradient is of, in words."""
+        return "timestep" if self.group_count is None else "group of timesteps"
 
     @property
     def sample_bytes(self) -> int:
         """The bytes of a sample's projected gradients, before the codec."""
-        return len(self.timesteps) * self.dimension * np.dtype(self.dtype).itemsize
+        return self.gradient_count * self.dimension * np.dtype(self.dtype).itemsize
 
     @property
     def chunks(self) -> int:
@@ -155,19 +182,20 @@ class Header:
         return -(-self.samples // self.chunk_rows)
 
     def rows(self, chunk: int) -> range:
-        """The rows of a chunk. The last chunk may hold fewer than R."""
+        """The rows of a chunk. The last chunk may hold fewer than C."""
         return range(chunk * self.chunk_rows, min((chunk + 1) * self.chunk_rows, self.samples))
 
     def to_attributes(self) -> dict[str, Any]:
-        """The header as JSON keeps it: tuples are lists."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        """The header as JSON keeps it: tuples are lists, and what is None is left out, as older versions wrote it."""
+        kept = {name: value for name, value in asdict(self).items() if value is not None}
+        return dict(json.loads(json.dumps(kept)))
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any], path: Path) -> Self:
         """The header in the attributes of a store. Raises TraceError that names the first attribute that is wrong."""
         header = decode(attributes, cls, path)
         rows, names, steps = header.chunk_rows, len(header.parameters.names), len(header.timesteps)
-        sample = max(header.sample_bytes, number_bytes(steps))
+        sample, groups = max(header.sample_bytes, number_bytes(steps, header.group_count)), header.gradient_count
         packable = header.codec == "none" or rows > 1 or header.sample_bytes <= MAX_PACKED_BYTES
         small = rows == 1 or rows * sample <= MAX_CHUNK_BYTES
         named = all(map(COLUMN_NAME.fullmatch, header.columns))  # a column's name is the name of a folder in meta/
@@ -182,16 +210,17 @@ class Header:
             (len(header.noise.draws) == steps, "noise.draws", f"one list for each of the {steps} timesteps"),
             (len(header.noise.digests) == steps, "noise.digests", f"one for each of the {steps} timesteps"),
             (len(header.noise.losses) == steps, "noise.losses", f"one for each of the {steps} timesteps"),
-            (len(header.noise.norms) == steps, "noise.norms", f"one for each of the {steps} timesteps"),
+            (groups <= steps, "group_count", f"at most {steps}, the number of timesteps"),
+            (len(header.noise.norms) == groups, "noise.norms", f"one for each of the {groups} rows of a sample"),
         ):
             if not right:
                 raise _wrong(attributes, name, expected, path)
         return header
 
 
-def number_bytes(timesteps: int) -> int:
+def number_bytes(timesteps: int, group_count: int | None = None) -> int:
     """The bytes of a sample's index, norms, losses and scales."""
-    return 8 * (1 + 3 * timesteps)
+    return 8 * (1 + 2 * (group_count or timesteps) + timesteps)
 
 
 def decode(attributes: Mapping[str, Any], kind: type[Decoded], path: Path) -> Decoded:

@@ -53,7 +53,8 @@ def check_capture(path: Path, existing: Header, header: Header) -> None:
     check_data(path, existing, header.samples, header.data_sha256)
     found, expected = (_flat(facts.to_attributes()) for facts in (existing, header))
     for name in sorted(found | expected):
-        theirs, ours = (facts.get(name, "missing") for facts in (found, expected))
+        # A setting that is not given is None, or missing where an older version wrote the store.
+        theirs, ours = (facts.get(name) for facts in (found, expected))
         if {name, name.split(".")[0]}.isdisjoint(MAY_DIFFER) and theirs != ours:
             raise TraceError(
                 f"{path} belongs to another capture: its {name} is {brief(theirs)}, that of this run is {brief(ours)}. "

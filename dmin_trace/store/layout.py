@@ -1,10 +1,12 @@
 """What lies where in a store, and how large it is.
 
     trace.zarr/   a Zarr v3 group; its attributes are the Header, and what `metadata` adds to it
-      grad     (N, T, v) int8 | float16 | float32   projected gradients; chunks (R, T, v)
-      numbers  (N, 1 + 3 T) float64                 sample, norms, losses, scales; chunks (R, 1 + 3 T)
-      meta/    one array (N,) for each readable column: string, int64 or float64; chunks (R,)
-      done     (ceil(N / R),) uint8                 a mark for each chunk of rows; chunks (1,)
+      grad     (N, R, v) int8 | float16 | float32   projected gradients; chunks (C, R, v)
+      numbers  (N, 1 + 2 R + T) float64             sample, R norms, T losses, R scales; chunks (C, 1 + 2 R + T)
+      meta/    one array (N,) for each readable column: string, int64 or float64; chunks (C,)
+      done     (ceil(N / C),) uint8                 a mark for each chunk of rows; chunks (1,)
+
+A sample has T timesteps and R projected gradients. R is T, or less where the gradients of timesteps are pooled.
 
 Rows are numbered in order of arrival. Random projections do not compress, so the file of a chunk is the array in C
 order with a crc32c behind it: ordinary Zarr, and readable by memory map.
@@ -60,13 +62,14 @@ class ArrayLayout:
 
 def array_layouts(header: Header) -> dict[str, ArrayLayout]:
     """The arrays of a store by name, in the order in which a chunk of them is written."""
-    count, rows, steps, v = header.samples, header.chunk_rows, len(header.timesteps), header.dimension
-    width, axes, fill = 1 + 3 * steps, ("row", "timestep", "dimension"), 0 if header.dtype == "int8" else math.nan
-    packed = header.codec != "none"
-    values = {"values": "stored number times the scale of its row and timestep in the array numbers"}
-    columns = {"columns": {name: [place.start, place.stop] for name, place in number_columns(steps).items()}}
+    count, rows, groups, v = header.samples, header.chunk_rows, header.gradient_count, header.dimension
+    places, fill = number_columns(len(header.timesteps), header.group_count), 0 if header.dtype == "int8" else math.nan
+    width, packed, pooled = places["scale"].stop, header.codec != "none", header.group_count is not None
+    axes = ("row", "timesteps" if pooled else "timestep", "dimension")
+    values = {"values": f"stored number times the scale of its row and {header.gradient_of} in the array numbers"}
+    columns = {"columns": {name: [place.start, place.stop] for name, place in places.items()}}
     layouts = {
-        "grad": ArrayLayout((count, steps, v), header.dtype, (rows, steps, v), fill, axes, packed, values),
+        "grad": ArrayLayout((count, groups, v), header.dtype, (rows, groups, v), fill, axes, packed, values),
         "numbers": ArrayLayout((count, width), "float64", (rows, width), math.nan, ("row", "column"), False, columns),
     }
     for name, kind in header.columns.items():
@@ -75,15 +78,19 @@ def array_layouts(header: Header) -> dict[str, ArrayLayout]:
     return layouts
 
 
-def number_columns(timesteps: int) -> dict[str, slice]:
-    """Which columns of the array `numbers` hold what, for T timesteps."""
-    first = {"norm": 1, "loss": 1 + timesteps, "scale": 1 + 2 * timesteps}
-    return {"sample": slice(0, 1)} | {name: slice(start, start + timesteps) for name, start in first.items()}
+def number_columns(timesteps: int, group_count: int | None = None) -> dict[str, slice]:
+    """Which columns of the array `numbers` hold what, for T timesteps, pooled into groups or not."""
+    groups = group_count or timesteps
+    losses, scales, end = 1 + groups, 1 + groups + timesteps, 1 + 2 * groups + timesteps
+    return {"sample": slice(0, 1), "norm": slice(1, losses), "loss": slice(losses, scales), "scale": slice(scales, end)}
 
 
-def choose_chunk_rows(samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1) -> int:
-    """R, the rows of a chunk: a power of two, for about CHUNK_BYTES, more in large stores, and one chunk a writer."""
-    row = max(timesteps * dimension * np.dtype(dtype).itemsize, number_bytes(timesteps))
+def choose_chunk_rows(
+    samples: int, timesteps: int, dimension: int, dtype: Dtype, writers: int = 1, group_count: int | None = None
+) -> int:
+    """C, the rows of a chunk: a power of two, for about CHUNK_BYTES, more in large stores, and one chunk a writer."""
+    gradients = (group_count or timesteps) * dimension * np.dtype(dtype).itemsize
+    row = max(gradients, number_bytes(timesteps, group_count))
     size = min(max(CHUNK_BYTES, samples * row // CHUNKS_OF_LARGE_STORE), MAX_CHUNK_BYTES)
     return 1 << max(1, min(size // row, samples // writers)).bit_length() - 1
 

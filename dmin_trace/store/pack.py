@@ -88,7 +88,7 @@ def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimen
             "another --codec, --dtype or --dimension."
         )
     projection = _folded_projection(old, new.dimension)
-    rows = choose_chunk_rows(old.samples, len(old.timesteps), new.dimension, new.dtype)
+    rows = choose_chunk_rows(old.samples, len(old.timesteps), new.dimension, new.dtype, group_count=old.group_count)
     header = replace(old, codec=new.codec, dtype=new.dtype, dimension=new.dimension, projection=projection)
     return replace(header, id=uuid.uuid4().hex, chunk_rows=rows, settings={**old.settings, **changed})
 
@@ -124,9 +124,9 @@ def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
 def _write(store: Store, writer: Writer, chunk: int) -> None:
     old, new = store.header, writer.header
     rows = new.rows(chunk)
-    values = np.empty((len(rows), len(new.timesteps), new.dimension), new.dtype)
+    values = np.empty((len(rows), new.gradient_count, new.dimension), new.dtype)
     kept = store.numbers(rows)
-    step = max(1, FOLDED_NUMBERS // (len(new.timesteps) * old.dimension))
+    step = max(1, FOLDED_NUMBERS // (new.gradient_count * old.dimension))
     for number in range(rows.start // old.chunk_rows, (rows.stop - 1) // old.chunk_rows + 1):
         held = old.rows(number)
         grad = store.grad_chunk(number)

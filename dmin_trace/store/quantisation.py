@@ -10,7 +10,7 @@ from dmin_trace.settings import Dtype
 
 
 def quantise(grad: NDArray[np.float32], dtype: Dtype) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Turns projected gradients (n, T, v) into the stored numbers (n, T, v) of a dtype, and their scales (n, T).
+    """Turns projected gradients (n, R, v) into the stored numbers (n, R, v) of a dtype, and their scales (n, R).
 
     A stored int8 is the number divided by a step and rounded; the step is the largest magnitude of its row and
     timestep, divided by 127. The scale is the step times the ratio of the norms before and after rounding, so that the

@@ -31,7 +31,8 @@ class _Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Queries:
     """The projected gradients of Q queries of one trace.
 
-    gradients: (Q, T, v) float32, in the order of the trace's timesteps; of norm about one at each timestep.
+    gradients: (Q, R, v) float32, of norm about one; R is T, in the order of the trace's timesteps, or the number of
+        groups that they are pooled into.
     names, prompts: Q names to show, such as file names; the Q prompts, None for a query without one.
     trace_id: the id of the trace that they can be compared with.
 
@@ -48,7 +49,7 @@ class Queries:
         if len(shape) != 3 or not len(self.names) == len(self.prompts) == shape[0]:
             raise QueryError(
                 f"Queries were given gradients of shape {shape}, {len(self.names)} names and {len(self.prompts)} "
-                "prompts; expected gradients (Q, T, v), and Q of both."
+                "prompts; expected gradients (Q, R, v), and Q of both."
             )
         if self.gradients.dtype != np.float32:
             raise QueryError(f"The gradients of the queries are {self.gradients.dtype}; expected float32.")
@@ -60,8 +61,8 @@ class Queries:
         return len(self.gradients)
 
     def __repr__(self) -> str:
-        count, timesteps, dimension = self.gradients.shape
-        return f"Queries({count:,} {'query' if count == 1 else 'queries'}, T={timesteps}, v={dimension:,})"
+        count, rows, dimension = self.gradients.shape
+        return f"Queries({count:,} {'query' if count == 1 else 'queries'}, R={rows}, v={dimension:,})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the queries to one .npz file, and replaces a file that is there. Raises QueryError if it cannot."""

@@ -32,9 +32,9 @@ class RowNumbers:
     """What is stored of n rows besides their gradients.
 
     sample: (n,) int64, data set indices.
-    norm: (n, T) float32, the L2 norm of each transformed gradient; FAILED for samples that could not be loaded.
+    norm: (n, R) float32, the L2 norm of each transformed gradient; FAILED for samples that could not be loaded.
     loss: (n, T) float32, the script's loss; NaN for samples that could not be loaded.
-    scale: (n, T) float32, by which stored numbers are multiplied; ones unless the dtype is int8.
+    scale: (n, R) float32, by which stored numbers are multiplied; ones unless the dtype is int8.
     """
 
     sample: NDArray[np.int64]
@@ -48,7 +48,8 @@ class UnrankedSamples:
     """Samples that are stored and never ranked, each counted once.
 
     failed: the data set indices of those that could not be loaded.
-    infinite, zero: how many have a gradient that is not finite, or zero, at some timestep.
+    infinite, zero: how many have a gradient that is not finite, or zero, at some timestep. A zero gradient among
+        those that are pooled counts as not finite: it has no direction, and a mean without it is of other timesteps.
     """
 
     failed: tuple[int, ...]
@@ -110,7 +111,7 @@ class Store:
 
     @cached_property
     def norm(self) -> NDArray[np.float32]:
-        """(N, T) as in `RowNumbers`; NaN in chunks that are not done."""
+        """(N, R) as in `RowNumbers`; NaN in chunks that are not done."""
         return self._whole("norm")
 
     @cached_property
@@ -141,14 +142,14 @@ class Store:
         Raises TraceError for a row that the store does not have or that is not done, and for a damaged chunk.
         """
         rows = self._rows(rows)
-        table = np.empty((len(rows), 1 + 3 * len(self.header.timesteps)))
+        table = np.empty((len(rows), self._places["scale"].stop))
         for chunk, here, places in self._by_chunk(rows):
             table[here] = self._files.numbers(chunk)[places]
-        return _row_numbers(table)
+        return self._row_numbers(table)
 
     def numbers_of(self, chunk: int) -> RowNumbers:
         """What is stored of a chunk's rows. Raises TraceError if it is not done, or damaged."""
-        return _row_numbers(self._files.numbers(chunk))
+        return self._row_numbers(self._files.numbers(chunk))
 
     def column(self, name: str) -> list[Any]:
         """The N values of a readable column; MISSING in chunks that are not done. Errors are as of `column_at`."""
@@ -194,7 +195,7 @@ class Store:
         return rows
 
     def gradients(self, rows: ArrayLike) -> NDArray[np.float32]:
-        """(n, T, v) the projected gradients of these rows. Errors are as of `numbers`."""
+        """(n, R, v) the projected gradients of these rows. Errors are as of `numbers`."""
         rows, scale = self._rows(rows), self.numbers(rows).scale
         found = np.empty((*scale.shape, self.header.dimension), np.float32)
         for chunk, here, places in self._by_chunk(rows):
@@ -223,13 +224,23 @@ class Store:
     def _whole(self, name: str, fill: float = np.nan, dtype: type[Any] = np.float32) -> Array:
         """(N, columns) one kind of numbers of all rows; `fill` in chunks that are not done."""
         count = len(self._row_done)
-        place = number_columns(len(self.header.timesteps))[name]
+        place = self._places[name]
         values = np.full((count, place.stop - place.start), fill, dtype)
         with np.errstate(over="ignore"):
             for chunk in self.chunks_done:
                 rows = self.header.rows(chunk)
                 values[rows.start : rows.stop] = self._files.numbers(chunk)[:, place]
         return values
+
+    @property
+    def _places(self) -> dict[str, slice]:
+        return number_columns(len(self.header.timesteps), self.header.group_count)
+
+    def _row_numbers(self, table: NDArray[np.float64]) -> RowNumbers:
+        place = self._places
+        with np.errstate(over="ignore"):
+            norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
+        return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)
 
     def _rows(self, rows: ArrayLike) -> NDArray[np.int64]:
         given = np.asarray(rows)
@@ -262,10 +273,3 @@ def open_store(path: str | os.PathLike[str], *, unfinished: bool = False) -> Sto
             "open_trace(path, unfinished=True)."
         )
     return Store(path, header, done, finished)
-
-
-def _row_numbers(table: NDArray[np.float64]) -> RowNumbers:
-    place = number_columns(table.shape[1] // 3)
-    with np.errstate(over="ignore"):
-        norm, loss, scale = (table[:, place[name]].astype(np.float32) for name in ("norm", "loss", "scale"))
-    return RowNumbers(table[:, 0].astype(np.int64), norm, loss, scale)

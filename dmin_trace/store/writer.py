@@ -49,18 +49,18 @@ class Writer:
         """Writes one chunk, of n rows, and marks it done.
 
         Args:
-            values, scale: (n, T, v) of the header's dtype and (n, T) float32, from `quantise`.
-            norm, loss: (n, T) float32.
+            values, scale: (n, R, v) of the header's dtype and (n, R) float32, from `quantise`.
+            norm, loss: (n, R) and (n, T) float32.
             sample: (n,) int64, data set indices of at most MAX_SAMPLE_INDEX.
             columns: n values for each of the header's columns; None where a sample has none.
 
         Raises TraceError if a shape, dtype or index is wrong, the chunk is done, or the disk refuses.
         """
         header, layouts = self.header, self._layouts
-        right = (len(header.rows(chunk)), len(header.timesteps), header.dimension)
+        right = (len(header.rows(chunk)), header.gradient_count, header.dimension)
         given = [("gradients", values.shape, right), ("sample", np.shape(sample), right[:1])]
-        numbers = {"norms": norm, "losses": loss, "scales": scale}
-        given += [(name, found.shape, right[:2]) for name, found in numbers.items()]
+        given += [(name, found.shape, right[:2]) for name, found in (("norms", norm), ("scales", scale))]
+        given += [("losses", loss.shape, (right[0], len(header.timesteps)))]
         given += [(f"column {name}", (len(columns.get(name, ())),), right[:1]) for name in header.columns]
         for name, shape, expected in given:
             if shape != expected:
@@ -156,7 +156,7 @@ def resume(path: Path, header: Header) -> Writer:
 
 
 def _encoded(values: Array, layout: ArrayLayout) -> Data:
-    """A chunk's numbers as Zarr stores them: padded to R rows, little-endian, in C order, and packed if need be."""
+    """A chunk's numbers as Zarr stores them: padded to C rows, little-endian, in C order, and packed if need be."""
     if len(values) < layout.chunks[0]:
         padded = np.full(layout.chunks, layout.fill, layout.dtype)
         padded[: len(values)] = values

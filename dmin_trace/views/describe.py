@@ -10,11 +10,17 @@ if TYPE_CHECKING:
     from dmin_trace.store import Store
 
 
-def describe_score(score: str, timesteps: int) -> str:
-    """What a score with this name is, summed over this number of timesteps."""
-    summed = f"summed over {timesteps} {'timestep' if timesteps == 1 else 'timesteps'}"
+def describe_score(score: str, groups: Sequence[Sequence[float]]) -> str:
+    """What a score with this name is, of gradients of these groups of timesteps."""
+    rows, timesteps = len(groups), sum(map(len, groups))
+    if rows == timesteps:
+        summed = f"summed over {timesteps} {'timestep' if timesteps == 1 else 'timesteps'}"
+    elif rows == 1:
+        summed = f"of {timesteps} pooled timesteps"
+    else:
+        summed = f"summed over {rows} groups of {timesteps} pooled timesteps"
     if score == "dmin":
-        meaning = f"{timesteps} would be a perfect match"
+        meaning = f"{rows} would be a perfect match"
         return f"score: inner product of normalised compressed gradients, {summed}; {meaning}"
     if score != "deflated":
         return f"{score} score, {summed}; compare within a query only"
@@ -34,7 +40,7 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
     if header.codec != "none" and rows:
         files = [chunk_file(store.path, "grad", chunk) for chunk in store.chunks_done]
         stored = sum(file.stat().st_size for file in files if file.is_file()) / rows or stored
-    whole = len(header.timesteps) * header.projection.length * 4
+    whole = header.gradient_count * header.projection.length * 4
     state = "complete" if store.complete else f"unfinished: {int(store.done.sum())} of {header.chunks} chunks are done"
     chunk_bytes = header.chunk_rows * header.sample_bytes
     unreached = f"{len(header.unreached):,} tensors, among them {_first_values(header.unreached, 3)}"
@@ -44,6 +50,7 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
         # A capture that has only begun has no rows yet.
         *(_describe_unranked(store) if rows else ()),
         ("timesteps", f"{len(header.timesteps)}: {', '.join(f'{t:g}' for t in header.timesteps)}"),
+        ("rows", _describe_rows(header.groups) if header.group_count is not None else ""),
         ("gradient", f"{header.projection.length:,} numbers in {len(header.parameters.names):,} tensors"),
         ("never reached", f"{unreached}; their gradients are zero" if header.unreached else ""),
         ("compressed", f"to {header.dimension:,} numbers of {header.dtype}, projection {header.projection.kind}"),
@@ -70,38 +77,46 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
 def describe_index(facts: Facts, store: Store) -> list[tuple[str, str]]:
     """Names and values that `dmin-trace index` shows of the index it built."""
     max_hits = {depth.score: depth.k for depth in facts.depths}
+    own = store.header.gradient_of
     served = "; ".join(f"{kind} queries for up to {k} hits" for kind, k in max_hits.items())
-    parts = f"{facts.fold:,} bins and {facts.directions} directions for each timestep"
+    parts = f"{facts.fold:,} bins and {facts.directions} directions for each {own}"
     described = [
         ("vectors", f"{facts.vectors:,} of {facts.length:,} numbers: {parts}"),
         *((of.name, f"{of.recall:.3f}, from {of.candidates} candidates (ef {of.ef})") for of in facts.depths),
         ("measured with", f"{facts.queries} samples that were not in the graph, and mixtures of them"),
         ("size", f"{facts.bytes:,} bytes, {facts.bytes / store.bytes:.1%} of the store's"),
         ("serves", served or "nothing: queries scan"),
-        ("deflated scores", f"by {facts.principal} principal directions of each timestep" if facts.principal else ""),
+        ("deflated scores", f"by {facts.principal} principal directions of each {own}" if facts.principal else ""),
         ("short of", facts.short),
     ]
     return [(name, value) for name, value in described if value]
 
 
-def summarize_index(facts: Facts | Unavailable) -> str:
-    """What `dmin-trace info` says of an index on one line, from `read_facts`."""
+def summarize_index(facts: Facts | Unavailable, own: str = "timestep") -> str:
+    """What `dmin-trace info` says of an index on one line, from `read_facts`; `own` is the store's `gradient_of`."""
     from dmin_trace.search import Unavailable
 
     if isinstance(facts, Unavailable):
         return facts.reason or "none; dmin-trace index makes one"
-    directions = f"; {facts.principal} principal directions of each timestep" if facts.principal else ""
+    directions = f"; {facts.principal} principal directions of each {own}" if facts.principal else ""
     if not facts.depths:
         return f"serves nothing, queries scan: {facts.short}{directions}"
     recalls = ", ".join(f"{depth.name} {depth.recall:.3f}" for depth in facts.depths)
     return f"{facts.vectors:,} vectors of {facts.length:,} numbers; {recalls} when calibrated{directions}"
 
 
+def _describe_rows(groups: Sequence[Sequence[float]]) -> str:
+    """How many gradients of a sample are kept, and of which timesteps each is the mean."""
+    shown = "; ".join(", ".join(f"{t:g}" for t in group) for group in groups)
+    return f"{len(groups)} of a sample, the mean of normalised gradients at the timesteps {shown}"
+
+
 def _describe_unranked(store: Store) -> list[tuple[str, str]]:
     unranked = store.unranked
+    pooled = "" if store.header.group_count is None else ", or one of zero among those that are pooled"
     reasons = (
         ("failed to load", len(unranked.failed), f": {_first_values(unranked.failed, 20)}"),
-        ("not finite", unranked.infinite, " have a gradient with NaN or infinity"),
+        ("not finite", unranked.infinite, f" have a gradient with NaN or infinity{pooled}"),
         ("zero", unranked.zero, " have a gradient that is zero"),
     )
     return [(name, f"{count:,} samples{more}; never ranked") for name, count, more in reasons if count]

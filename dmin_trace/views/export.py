@@ -30,29 +30,32 @@ def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
         scored_by   the name of the score, such as "deflated"
         score       what such a score is, in words
         timesteps   [t, ...]
+        groups      [[t, ...], ...]
         trace       the facts of the trace, as given
         queries     [{name, prompt, hits: [{rank, sample, score, per_timestep, columns}, ...]}, ...]
 
-    `per_timestep` has one number for each of `timesteps`; `columns` are those of the store, in its order.
+    `per_timestep` has one number for each of `groups`: of one timestep, or of several that are pooled. `columns` are
+    those of the store, in its order.
     """
     queries = [
         {"name": name, "prompt": prompt, "hits": [asdict(hit) for hit in hits]}
         for name, prompt, hits in zip(top.names, top.prompts, top.hits, strict=True)
     ]
-    meaning = {"scored_by": top.score, "score": describe_score(top.score, len(top.timesteps))}
-    return _json("hits", {**meaning, "timesteps": top.timesteps, "trace": trace_facts, "queries": queries})
+    meaning = {"scored_by": top.score, "score": describe_score(top.score, top.groups)}
+    times = {"timesteps": top.timesteps, "groups": top.groups}
+    return _json("hits", {**meaning, **times, "trace": trace_facts, "queries": queries})
 
 
 def hits_csv(top: "TopK") -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
     Columns: query, prompt, rank, sample, score, scored_by (the name of the score), the columns of the store, then
-    t<timestep> for each timestep. A store column whose name is taken gets "meta_" before its name. Control characters
-    in text are escaped, and text that a spreadsheet would take for a formula gets a leading "'". A missing value, NaN
-    or infinity is an empty cell. Lines end in a newline alone.
+    t<timestep> for each timestep, or t<first>-<last> for each group of pooled ones. A store column whose name is taken
+    gets "meta_" before its name. Control characters in text are escaped, and text that a spreadsheet would take for a
+    formula gets a leading "'". A missing value, NaN or infinity is an empty cell. Lines end in a newline alone.
     """
     fixed = ["query", "prompt", "rank", "sample", "score", "scored_by"]
-    per_timestep = [f"t{t:g}" for t in top.timesteps]
+    per_timestep = top.group_names
     # A dict keeps the order in which the names first appear.
     names = dict.fromkeys(name for hits in top.hits for hit in hits for name in hit.columns)
     taken = {*fixed, *per_timestep}

@@ -33,18 +33,21 @@ BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "12345678"
 def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
     """The most influential training samples for query number `query` of an answer, and what their score means.
 
-    The scores at the timesteps are drawn as one bar each, all of a table on one scale; a negative score is a dot. Above
-    20 timesteps, neighbours are averaged into 20 bars. In ASCII bars are the digits 1 to 8, and a negative score "-".
+    The scores at the timesteps, or of groups of pooled ones, are drawn as one bar each, all of a table on one scale; a
+    negative score is a dot. Above 20, neighbours are averaged into 20 bars. A single one would be the score itself, and
+    is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-".
     """
     hits, prompt = top.hits[query], top.prompts[query]
     title = Text("Most influential training samples for ")
     title.append(harmless(top.names[query], ascii_only=ascii_only), style="bold")
     if prompt is not None:
         title.append("\n").append(harmless(prompt, ascii_only=ascii_only), style="italic")
-    table = _table("", caption=describe_score(top.score, len(top.timesteps)), ascii_only=ascii_only)
+    table = _table("", caption=describe_score(top.score, top.groups), ascii_only=ascii_only)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
-    table.add_column(_timestep_heading(top.timesteps), no_wrap=True)
+    with_bars = len(top.groups) > 1
+    if with_bars:
+        table.add_column(_timestep_heading(top.timesteps, len(top.groups)), no_wrap=True)
     table.add_column("sample", justify="right", no_wrap=True)
     text_column = _choose_column(hits, TEXT_COLUMNS, FILE_COLUMNS)
     file_column = _choose_column(hits, FILE_COLUMNS, None)
@@ -56,7 +59,8 @@ def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
     averaged = [_average_neighbours(hit.per_timestep) for hit in hits]
     peak = max((score for row in averaged for score in row if math.isfinite(score)), default=0.0)
     for hit, value, scores in zip(hits, _align_decimals([hit.score for hit in hits]), averaged, strict=True):
-        row = [Text(str(hit.rank)), Text(value), _draw_bars(scores, peak, ascii_only), Text(str(hit.sample))]
+        bars = [_draw_bars(scores, peak, ascii_only)] if with_bars else []
+        row = [Text(str(hit.rank)), Text(value), *bars, Text(str(hit.sample))]
         if text_column is not None:
             row.append(Text(harmless(_cell(hit, text_column), MAX_TEXT_LENGTH, ascii_only=ascii_only)))
         if file_column is not None:
@@ -145,11 +149,10 @@ def _is_kind(name: str, word: str) -> bool:
     return word in ("caption", "prompt") and word in name
 
 
-def _timestep_heading(timesteps: tuple[float, ...]) -> str:
+def _timestep_heading(timesteps: tuple[float, ...], bars: int) -> str:
     """The first timestep above the first bar and the last above the last."""
     first, last = f"t={timesteps[0]:g}", f"{timesteps[-1]:g}"
-    gap = max(1, min(len(timesteps), MAX_BARS) - len(first) - len(last))
-    return first + " " * gap + last if len(timesteps) > 1 else first
+    return first + " " * max(1, min(bars, MAX_BARS) - len(first) - len(last)) + last
 
 
 def _average_neighbours(scores: Sequence[float]) -> list[float]:

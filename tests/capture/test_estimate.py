@@ -33,3 +33,12 @@ def test_describe_cost_tells_what_does_not_fit() -> None:
         "only 100.0 MB are free on the disk",
         "only 10.0 MB of memory are free",
     ]
+
+
+def test_describe_cost_tells_passes_from_rows() -> None:
+    noise = replace(HEADER.noise, norms=(2.0,))
+    rows = dict(describe_cost(replace(HEADER, group_count=1, noise=noise, draws=2), **COST, **ROOM))
+    assert rows["samples x timesteps"] == "1,000 x 10, 2 draws each, pooled into 1 row a sample"
+    assert rows["disk"].startswith("16.5 MB for the store (16.5 kB a sample)")
+    assert rows["uncompressed"].startswith("8.0 GB")
+    assert rows["memory"].endswith("8.0 MB are the mean of the draws, 8.0 MB are the mean of the timesteps of a row")

@@ -35,6 +35,7 @@ def test_with_settings_gives_what_was_given_and_no_more() -> None:
     assert received() == {}
     assert received("--dtype", "float16", "--seed", "7", "--verbose") == {"dtype": "float16", "seed": 7}
     assert received("--column", "a", "--column", "b c") == {"columns": ["a", "b c"]}
+    assert received("--rows", "2") == {"rows": 2}
     assert received("--timesteps", "5") == {"timesteps": 5}
     assert received("--timesteps", "100,500,900") == {"timesteps": [100, 500, 900]}
 
@@ -60,6 +61,7 @@ def test_with_settings_makes_an_option_of_each_field_with_its_help_and_default()
     [
         (("--dimension", "1000"), "dimension is 1000"),
         (("--timesteps", "0"), "timesteps is 0"),
+        (("--timesteps", "3", "--rows", "4"), "rows is 4; expected None, or a number from 1 to 3"),
         (("--timesteps", "many"), "--timesteps is 'many'; expected a number, or a list such as 100,500,900"),
         (("--column", "../up"), "columns is"),
     ],

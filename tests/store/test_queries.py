@@ -34,7 +34,7 @@ def test_save_and_load_give_the_same_queries(tmp_path: Path) -> None:
     assert np.array_equal(loaded.gradients, queries.gradients) and loaded.gradients.dtype == np.float32
     assert (loaded.names, loaded.prompts, loaded.trace_id) == (queries.names, queries.prompts, queries.trace_id)
     assert len(loaded) == 3
-    assert repr(loaded) == "Queries(3 queries, T=2, v=16)"
+    assert repr(loaded) == "Queries(3 queries, R=2, v=16)"
 
 
 def test_load_runs_no_pickle(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dmin_trace.store.metadata import set_finished
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "reproduce"))
 
 import ddpm
+import lds
 import removal
 import sketches
 import subsets
@@ -170,3 +171,18 @@ def test_a_second_training_shares_nothing_with_the_first() -> None:
     # A training takes its seed and the next one: first weights, timesteps and noise, order.
     taken = [{subsets.training_seed(seed), subsets.training_seed(seed) + 1} for seed in range(4)]
     assert len(set.union(*taken)) == 8 and subsets.training_seed(0) == 0
+
+
+def test_the_anchors_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    images = subsets.digits().images[:6]
+    monkeypatch.setattr(subsets, "RECIPE", RECIPE)
+    monkeypatch.setattr(subsets, "queries", lambda work: images[:3])
+    monkeypatch.setattr(subsets, "digits", lambda: subsets.Digits(images, np.arange(6), images, np.arange(6)))
+    monkeypatch.setattr(lds, "EVEN", (100, 700))
+    monkeypatch.setitem(lds.KINDS, "loss", sketches.Kind((100, 700)))
+    monkeypatch.setattr(lds, "CURVATURE_PASSES", 1)
+    found = {(way.method, way.strength): way.scores() for way in lds.of_anchors(tmp_path)}
+    assert {method for method, _ in found} <= {name.removeprefix("whole: ") for name in lds.IN_SHORT}
+    assert len(found) == 2 * len(lds.RIDGES) + len(lds.CURVATURE_DAMPINGS)
+    for scores in found.values():
+        assert scores.shape == (3, 6) and np.isfinite(scores).all() and scores.any(axis=1).all()

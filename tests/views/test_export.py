@@ -40,11 +40,11 @@ def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
     written = hits_json(top, {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
     assert all(" " <= character <= "~" or character == "\n" for character in written)
     read = strict(written)
-    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "trace", "queries"]
+    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "groups", "trace", "queries"]
     assert read["format"] == "dmin_trace.hits"
     assert read["version"] == 1
     assert read["scored_by"] == "dmin"
-    assert read["timesteps"] == [50.0, 950.0]
+    assert read["timesteps"] == [50.0, 950.0] and read["groups"] == [[50.0], [950.0]]
     assert read["trace"] == {"id": "abc", "dimension": 16384, "parts": [1, None, True]}
     found = {
         "rank": 1,
@@ -176,3 +176,14 @@ def test_exports_name_the_score() -> None:
     assert read["scored_by"] == "deflated" and read["score"].startswith("deflated score")
     heading, row = read_csv(hits_csv(top))
     assert dict(zip(heading, row, strict=True))["scored_by"] == "deflated"
+
+
+def test_pooled_timesteps_have_one_score_a_group() -> None:
+    groups = ((50.0, 150.0, 250.0), (350.0, 450.0), (550.0,))
+    top = answer([[hit(1, (0.5, 0.25, 0.125))]], (), groups=groups)
+    read = strict(hits_json(top, {}))
+    assert read["groups"] == [[50.0, 150.0, 250.0], [350.0, 450.0], [550.0]]
+    assert read["timesteps"] == [50.0, 150.0, 250.0, 350.0, 450.0, 550.0]
+    assert read["score"].endswith("summed over 3 groups of 6 pooled timesteps; 3 would be a perfect match")
+    heading, row = read_csv(hits_csv(top))
+    assert heading[-3:] == ["t50-250", "t350-450", "t550"] and row[-3:] == ["0.5", "0.25", "0.125"]

@@ -258,3 +258,24 @@ def test_measure_table_shows_what_a_measure_means() -> None:
     # Wide enough to read, however few the figures.
     assert sum("What it says [/]" in line for line in lines) >= 2
     assert render(measure_table(*words, "…", ascii_only=True)).replace("─", "").isascii()
+
+
+def test_hits_table_has_no_bars_where_there_is_one_row() -> None:
+    hits = [hit(1, (0.5,), caption="one"), hit(2, (0.25,), caption="two")]
+    table = hits_table(answer([hits], (), groups=(TIMESTEPS,)), 0)
+    shown = render(table, 200)
+    words = [line.split() for line in shown.splitlines()]
+    assert ["1", "0.5000", "50001", "one"] in words and ["2", "0.2500", "50002", "two"] in words
+    assert (
+        "t=" not in shown
+        and "of 10 pooled timesteps" in " ".join(shown.split())
+        and not any(bar in shown for bar in BARS)
+    )
+    assert "t=" not in render(table_of(hits, (500.0,)), 200)
+
+
+def test_hits_table_has_a_bar_for_each_group_of_pooled_timesteps() -> None:
+    groups = (TIMESTEPS[:5], TIMESTEPS[5:])
+    shown = render(hits_table(answer([[hit(1, (0.5, 0.25))]], (), groups=groups), 0), 200)
+    shown = " ".join(shown.split())
+    assert "t=50 950" in shown and " █▅ " in shown and "summed over 2 groups of 10 pooled timesteps" in shown

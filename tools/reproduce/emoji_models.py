@@ -37,7 +37,7 @@ WIDTH = 64
 TOKENS = 16
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 RANK = 8
-GUIDANCE = 4.0
+GUIDANCE = 2.0
 """Of pictures that are made; `emoji_base_page.py` compares it with others."""
 
 
@@ -148,7 +148,10 @@ class Sd:
     """Stable Diffusion's type."""
 
     name = "SD type (UNet2DConditionModel, v-prediction)"
-    lora = ("to_k", "to_q", "to_v", "to_out.0")
+    lora = (
+        *("to_k", "to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+        *("conv1", "conv2", "proj_in", "proj_out"),
+    )
 
     def __init__(self) -> None:
         # Latents reach beyond -1 and 1, where the schedule would clip pixels.
@@ -271,7 +274,7 @@ def training_loss(kind: Kind, denoiser: torch.nn.Module, clean: torch.Tensor, wo
 
 
 def add_lora(kind: Kind, denoiser: Any) -> None:
-    """Freezes the model, and gives its attention LoRA layers to train."""
+    """Freezes the model, and gives the layers of `kind.lora` LoRA layers to train."""
     denoiser.requires_grad_(False)
     denoiser.add_adapter(
         LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(kind.lora))

@@ -6,6 +6,7 @@ trains the model that is asked about and those that tell the truth about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,16 @@ class Recipe:
 
 
 RECIPES = {
-    "sd-lora": Recipe("sd", "lora", 400, 16, 5e-3),
+    "sd-lora": Recipe("sd", "lora", 200, 8, 5e-3),
     "sd-full": Recipe("sd", "full", 300, 16, 1e-3),
-    "sd3-lora": Recipe("sd3", "lora", 400, 16, 5e-3),
+    "sd3-lora": Recipe("sd3", "lora", 200, 8, 5e-3),
     "sd3-full": Recipe("sd3", "full", 300, 16, 1e-3),
 }
+
+
+def evenly(count: int) -> tuple[int, ...]:
+    """So many timesteps, each in the middle of its part of the schedule."""
+    return tuple(int((k + 0.5) / count * STEPS) for k in range(count))
 
 
 class Tuning:
@@ -154,15 +160,17 @@ class Tuning:
         made = generate(self.kind, self.called, words, empty, SAMPLING_STEPS, seed, guidance)
         return np.asarray(self.autoencoder.decode(made))
 
-    def losses(self, latents: torch.Tensor, words: Words) -> NDArray[np.float64]:
-        """(n,) the mean loss over MEASURED timesteps spread evenly, with the same noise for all."""
+    def losses(
+        self, latents: torch.Tensor, words: Words, timesteps: Sequence[int] = evenly(MEASURED)
+    ) -> NDArray[np.float64]:
+        """(n,) the mean loss over timesteps, by default MEASURED ones spread evenly, with the same noise for all."""
         draws, total = torch.Generator().manual_seed(7), torch.zeros(len(latents), dtype=torch.float64)
         with torch.no_grad():
-            for t in evenly(MEASURED):
+            for t in timesteps:
                 noise = torch.randn((1, CHANNELS, SIDE, SIDE), generator=draws).expand_as(latents)
                 steps = torch.full((len(latents),), t)
                 total += losses_at(self.kind, self.called, latents, words, noise, steps)
-        return (total / MEASURED).numpy()
+        return (total / len(timesteps)).numpy()
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,3 @@ def all_queries(tuning: Tuning) -> Queries:
     captions, categories = prompts(tuning.division)
     made = tuning.generate(captions)
     return Queries(np.concatenate([held.images, made]), [*held.captions, *captions], [*held.categories, *categories])
-
-
-def evenly(count: int) -> list[int]:
-    """So many timesteps, each in the middle of its part of the schedule."""
-    return [int((k + 0.5) / count * STEPS) for k in range(count)]

@@ -32,10 +32,11 @@ DRAWS = 4
 PASSES = tuple((t, draw) for t in EVEN for draw in range(DRAWS)) + tuple((t, 0) for t in BETWEEN)
 """Ten timesteps of four draws each, and nine between them of one."""
 
-Objective = Literal["loss", "squared-output"]
-"""What is differentiated: the loss of training, or D-TRAK's mean square of the denoiser's output."""
+Objective = Literal["loss", "squared-output", "mean-output"]
+"""What is differentiated: the loss of training, D-TRAK's mean square of the denoiser's output, or DAS's mean of it."""
 Passes = tuple[tuple[int, int], ...]
-PASSES_OF: dict[Objective, Passes] = {"loss": PASSES, "squared-output": tuple((t, 0) for t in EVEN)}
+ONCE: Passes = tuple((t, 0) for t in EVEN)
+PASSES_OF: dict[Objective, Passes] = {"loss": PASSES, "squared-output": ONCE, "mean-output": ONCE}
 Loss = Callable[[int, int, int], torch.Tensor]
 """Of sample or query n at a timestep with a draw."""
 
@@ -64,7 +65,11 @@ def ask_digits(work: Path, objective: Objective = "loss") -> Asked:
         noise = _noise(images[:1].shape, t, draw)
         steps = torch.tensor([t])
         found: torch.Tensor = model(schedule.add_noise(images[n : n + 1], noise, steps), steps).sample
-        return (found - noise if objective == "loss" else found).square().mean()
+        return (
+            found.mean()
+            if objective == "mean-output"
+            else (found - noise if objective == "loss" else found).square().mean()
+        )
 
     return Asked(dict(model.named_parameters()), loss, subsets.SAMPLES, len(images) - subsets.SAMPLES)
 
@@ -87,7 +92,8 @@ def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS, objective: Objecti
         if objective == "loss":
             return losses_at(kind, tuning.denoiser, latents[here], words.at(here), noise, steps).mean()
         noisy, _ = kind.noised(latents[here], noise, steps)
-        return kind.predict(tuning.denoiser, noisy, steps, words.at(here)).square().mean()
+        found = kind.predict(tuning.denoiser, noisy, steps, words.at(here))
+        return found.mean() if objective == "mean-output" else found.square().mean()
 
     return Asked(tuning.trained, loss, count, len(truth.queries.captions))
 

@@ -50,6 +50,10 @@ RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 DEFAULT_RIDGE = 0.3
 """The strength of ridge scores that is chosen without the truth."""
 DAMPINGS = (0.1, 10.0, 1000.0, 100_000.0)
+CURVATURE_DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
+"""Of EK-FAC, relative to the mean eigenvalue."""
+CURVATURE_PASSES = 16
+"""Draws of timestep and noise of each sample, for the factors and again for the eigenvalues."""
 DIRECTIONS = (8, 16, 32, 64, 128, 256)
 
 
@@ -58,6 +62,8 @@ IN_SHORT = {
     *("store: loss, none: deflated", "store: squared output, sign: deflated"),
     *("whole: loss, none: TRAK, best", "whole: loss, none: Journey-TRAK, best"),
     "whole: squared output, none: D-TRAK, best",
+    *("whole: mean output, none: DAS, best", "whole: mean output, none: DAS, not squared, best"),
+    "whole: loss, none: EK-FAC, best",
     *("whole: loss, none: LiSSA, best", "whole: loss, none: DataInf, best", "whole: loss, none: DataInf, identity"),
     *("whole: loss, none: inner products, normalised", "whole: loss, none: inner products"),
     *("other: DMin's published code, v = 2^14", "other: SSIM", "other: cosine of pixels, less the mean"),
@@ -193,6 +199,56 @@ def of_whole_gradients(work: Path) -> Iterator[Way]:
     yield from _of_ridges("squared output, none: D-TRAK, best", baselines.d_trak, train, query)
 
 
+def of_anchors(work: Path) -> Iterator[Way]:
+    """DAS and EK-FAC influence, in their published forms but for timesteps, which are those of all others here."""
+    model = ddpm.load(subsets.full_model(work), subsets.RECIPE)
+    images, queries = subsets.digits().images, subsets.queries(work)
+    yield from _of_das(model, images, queries)
+    yield from _of_curvature(model, images, queries)
+
+
+def _of_das(model: torch.nn.Module, images: torch.Tensor, queries: torch.Tensor) -> Iterator[Way]:
+    kind = sketches.Kind(EVEN, "mean_output")
+    train, query = (
+        np.concatenate(
+            [
+                baselines.das_features(torch.stack([sketches.flat(of_t) for of_t in batch], 1))
+                for batch in sketches.batches(model, of, kind)
+            ]
+        )
+        for of in (images, queries)
+    )
+    errors = baselines.das_errors(ddpm.losses_by_timestep(model, images))
+    for ridge in RIDGES:
+        for squared, method in ((True, "DAS, best"), (False, "DAS, not squared, best")):
+            scores = partial(baselines.das, train, query, errors, ridge, squared=squared)
+            yield Way("whole", f"mean output, none: {method}", f"{ridge:g}", scores)
+
+
+def _of_curvature(model: torch.nn.Module, images: torch.Tensor, queries: torch.Tensor) -> Iterator[Way]:
+    generator, schedule = torch.Generator().manual_seed(11), ddpm.noise_schedule()
+
+    def drawn() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for _ in range(CURVATURE_PASSES):
+            for start in range(0, len(images), 50):
+                batch = images[start : start + 50]
+                timesteps = torch.randint(0, ddpm.STEPS, (len(batch),), generator=generator)
+                noise = torch.randn(batch.shape, generator=generator)
+                yield schedule.add_noise(batch, noise, timesteps), timesteps
+
+    curvature = baselines.fit_ekfac(model, lambda noisy, timesteps: model(noisy, timesteps).sample, drawn)
+    train, query = (_by_parameter(sketches.batches(model, of, KINDS["loss"])) for of in (images, queries))
+    for damping in CURVATURE_DAMPINGS:
+        scores = partial(baselines.ekfac, train, query, curvature, damping * curvature.mean_eigenvalue)
+        yield Way("whole", "loss, none: EK-FAC, best", f"{damping:g}", scores)
+
+
+def _by_parameter(batches: Iterator[list[sketches.Gradients]]) -> sketches.Gradients:
+    """By parameter (n, *shape): means over timesteps."""
+    found = [{name: torch.stack([of_t[name] for of_t in batch]).mean(0) for name in batch[0]} for batch in batches]
+    return {name: torch.cat([of_batch[name] for of_batch in found]) for name in found[0]}
+
+
 def _of_losses(model: torch.nn.Module, images: torch.Tensor, queries: torch.Tensor) -> Iterator[Way]:
     asked = sketches.whole(model, queries, KINDS["loss"], "none")
     lengths = np.linalg.norm(asked, axis=2, keepdims=True)
@@ -308,7 +364,7 @@ def run(work: Path) -> dict[str, dict[str, Scores]]:
     kept = work / "scores"
     kept.mkdir(exist_ok=True)
     found: dict[str, dict[str, Scores]] = {}
-    for part in (of_pictures, of_stores, of_smaller_stores, of_whole_gradients, published):
+    for part in (of_pictures, of_stores, of_smaller_stores, of_whole_gradients, of_anchors, published):
         listed = kept / f"{part.__name__}.txt"
         if not listed.exists():
             lines = []

@@ -66,9 +66,9 @@ def batches(
 
     def objective(given: Gradients, noisy: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         found = functional_call(model, given, (noisy[None], timestep[None])).sample
-        if kind.objective == "mean_output":
-            return found.mean()
-        return (found - noise[None] if kind.objective == "loss" else found).square().mean()
+        error = found - noise[None] if kind.objective == "loss" else found
+        value: torch.Tensor = error.mean() if kind.objective == "mean_output" else error.square().mean()
+        return value
 
     of_images = vmap(grad(objective), in_dims=(None, 0, None, None))
     for start in track(range(0, len(images), size), what):

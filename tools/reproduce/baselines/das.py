@@ -57,7 +57,8 @@ def das_features(gradients: Array, normalised: bool = True) -> NDArray[np.float6
     for t in range(rows.shape[1]):
         of_t = rows[:, t].astype(np.float64)
         total += of_t / (np.linalg.norm(of_t, axis=1, keepdims=True) + EPSILON) if normalised else of_t
-    return total / rows.shape[1]
+    features: NDArray[np.float64] = total / rows.shape[1]
+    return features
 
 
 def das_errors(losses: Array) -> NDArray[np.float64]:

@@ -79,4 +79,5 @@ def weighted(contributions: Array, weights: NDArray[np.float64]) -> Scores:
 def _loss(parts: torch.Tensor, weights: torch.Tensor, k: int, penalty: float) -> torch.Tensor:
     scores = parts @ weights
     lifted = scores.topk(k, dim=1).values.mean(1) / scores.norm(dim=1).clamp_min(1e-300)
-    return -lifted.mean() + penalty * weights.square().sum()
+    loss: torch.Tensor = -lifted.mean() + penalty * weights.square().sum()
+    return loss

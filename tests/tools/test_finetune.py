@@ -49,10 +49,9 @@ def tuning(given: Path) -> Tuning:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few queries, quickly made and measured."""
+    """Few queries, quickly made."""
     monkeypatch.setattr(finetune, "QUERIES", QUERIES)
     monkeypatch.setattr(finetune, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(finetune, "MEASURED", 2)
 
 
 # -- trainings and their truth -----------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def losses(tuning: Tuning) -> np.ndarray:
     return tuning.losses(tuning.latents, tuning.words.at(slice(0, TUNED)))
 
 
-def test_a_training_is_a_function_of_its_samples_and_seed(tuning: Tuning, few: None) -> None:
+def test_a_training_is_a_function_of_its_samples_and_seed(tuning: Tuning) -> None:
     found = []
     for samples, seed in ((ALL, 1), (ALL[:8], 1), (ALL, 2), (ALL, 1)):
         tuning.train(samples, seed)
@@ -71,7 +70,7 @@ def test_a_training_is_a_function_of_its_samples_and_seed(tuning: Tuning, few: N
     assert not np.allclose(found[0], found[1], rtol=1e-6) and not np.allclose(found[0], found[2], rtol=1e-6)
 
 
-def test_the_base_is_where_every_training_begins(given: Path, tuning: Tuning, few: None) -> None:
+def test_the_base_is_where_every_training_begins(given: Path, tuning: Tuning) -> None:
     tuning.train(ALL, 1)
     tuning.reset(5)
     for name, tensor in tuning.trained.items():
@@ -83,7 +82,7 @@ def test_the_base_is_where_every_training_begins(given: Path, tuning: Tuning, fe
     np.testing.assert_allclose(losses(tuning), losses(untrained), rtol=1e-6)
 
 
-def test_the_model_that_is_asked_about_is_trained_once(given: Path, tuning: Tuning, few: None, tmp_path: Path) -> None:
+def test_the_model_that_is_asked_about_is_trained_once(given: Path, tuning: Tuning, tmp_path: Path) -> None:
     path = tmp_path / "truths" / "tiny.safetensors"
     tuning.full(path)
     first, content = losses(tuning), path.read_bytes()
@@ -93,7 +92,7 @@ def test_the_model_that_is_asked_about_is_trained_once(given: Path, tuning: Tuni
     assert path.read_bytes() == content
 
 
-def test_losses_are_means_over_timesteps_of_one_noise(tuning: Tuning, few: None) -> None:
+def test_losses_are_means_over_timesteps_of_one_noise(tuning: Tuning) -> None:
     draws, expected = torch.Generator().manual_seed(7), np.zeros(TUNED)
     for t in (250, 750):
         noise = torch.randn((1, *tuning.latents.shape[1:]), generator=draws)
@@ -103,7 +102,8 @@ def test_losses_are_means_over_timesteps_of_one_noise(tuning: Tuning, few: None)
             with torch.no_grad():
                 said = tuning.kind.predict(tuning.denoiser, noisy, torch.tensor([t]), tuning.words.at(here))
             expected[n] += float((said - target).square().mean()) / 2
-    np.testing.assert_allclose(losses(tuning), expected, rtol=1e-5)
+    found = tuning.losses(tuning.latents, tuning.words.at(slice(0, TUNED)), (250, 750))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_halves_are_halves(tuning: Tuning) -> None:

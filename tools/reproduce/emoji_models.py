@@ -37,7 +37,7 @@ WIDTH = 64
 TOKENS = 16
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 RANK = 8
-GUIDANCE = 2.0
+GUIDANCE = 4.0
 """Of pictures that are made; `emoji_base_page.py` compares it with others."""
 
 

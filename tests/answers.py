@@ -31,6 +31,7 @@ def answer(
     *,
     names: tuple[str, ...] = ("fox.png",),
     prompts: tuple[str | None, ...] = ("a red fox in the snow",),
+    without: tuple[str | None, ...] = (),
     score: str = "dmin",
 ) -> TopK:
     """An answer with these hits for each query."""
@@ -41,6 +42,7 @@ def answer(
         hits=list(hits),
         names=names,
         prompts=prompts,
+        without=without or (None,) * len(prompts),
         timesteps=timesteps,
         score=score,
         deflation="",

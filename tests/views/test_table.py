@@ -258,3 +258,14 @@ def test_measure_table_shows_what_a_measure_means() -> None:
     # Wide enough to read, however few the figures.
     assert sum("What it says [/]" in line for line in lines) >= 2
     assert render(measure_table(*words, "…", ascii_only=True)).replace("─", "").isascii()
+
+
+def test_a_table_says_that_it_is_for_a_concept() -> None:
+    def shown(without: str) -> str:
+        top = answer([[hit(1)]], TIMESTEPS, without=(without,))
+        return render(hits_table(top, 0, ascii_only=True), 200)
+
+    assert "a red fox in the snow\nfor what the prompt has beyond 'a fox'\n" in shown("a fox")
+    assert "for what the prompt has beyond an empty prompt\n" in shown("")
+    hostile = shown("\x1b[31m[bold]\nfox")
+    assert "for what the prompt has beyond '\\x1b[31m[bold]\\nfox'" in hostile

@@ -49,7 +49,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         "estimate" does so with two samples and writes nothing.
     command, settings: the script's command line; the settings given explicitly, which override those of its line.
     out, weights: the store, or None for the script's own choice; the weights to load before a capture "now".
-    like, samples: a finished store, for a query, whose capture must be of the same kind; the number of queries.
+    like, samples: a finished store, for a query, whose capture must be of the same kind; the number of its samples.
+    differences: each query is the difference of two samples, which follow each other.
     max_train_steps, num_epochs: when training ends, for scripts whose arguments do not tell.
     strict: an error in the capture ends the training.
     edited_script: continue a store that was begun with another state of the script.
@@ -63,6 +64,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     weights: str | None = None
     like: str | None = None
     samples: int | None = None
+    differences: bool = False
     max_train_steps: int | None = None
     num_epochs: int | None = None
     strict: bool = False

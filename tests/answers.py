@@ -31,6 +31,7 @@ def answer(
     *,
     names: tuple[str, ...] = ("fox.png",),
     prompts: tuple[str | None, ...] = ("a red fox in the snow",),
+    without: tuple[str | None, ...] = (),
     score: str = "dmin",
     groups: tuple[tuple[float, ...], ...] | None = None,
 ) -> TopK:
@@ -42,6 +43,7 @@ def answer(
         hits=list(hits),
         names=names,
         prompts=prompts,
+        without=without or (None,) * len(prompts),
         groups=tuple((t,) for t in timesteps) if groups is None else groups,
         score=score,
         deflation="",

@@ -300,7 +300,7 @@ def _write_all(data: bytes) -> None:
     hits = [Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5, -0.5), columns=columns)]
     none = np.empty((1, 0))
     by = AnsweredBy(None, text)
-    top = TopK(none, none, none, [hits], (text,), (text,), ((1.0,), (2.0,)), "dmin", "", by)
+    top = TopK(none, none, none, [hits], (text,), (text,), (text,), ((1.0,), (2.0,)), "dmin", "", by)
     written = report.hits_json(top, {text: text})
     assert written.isascii()
     assert json.loads(written)["queries"][0]["prompt"] == text

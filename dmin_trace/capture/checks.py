@@ -124,6 +124,30 @@ class RowChecks:
                 f"it: {calls}. A random branch cannot be captured."
             )
 
+    def check_difference(self, step: CaptureStep, subtracted: CaptureStep | None, row: Sequence[CaptureStep]) -> None:
+        """Raises QueryError if a step and the one that was subtracted from it differ in more than their prompts, or in
+        nothing; CaptureError if another step of the row is no difference, or if this one is and they are not."""
+        if step.sign < 0:
+            return
+        if row and row[0].sign != step.sign:
+            raise CaptureError(
+                f"A gradient was subtracted at some timesteps of sample {step.sample}, and not in {step.name} or those "
+                "before it. Subtract one at every timestep, or at none."
+            )
+        if subtracted is None:
+            return
+        ours, theirs = (tuple([] if one.seen is None else one.seen.tolist()) for one in (step, subtracted))
+        if ours != theirs or step.draws.digest.digest() != subtracted.draws.digest.digest():
+            raise QueryError(
+                f"With the prompt and without the concept, {step.name} drew other noise, or another timestep: {ours} "
+                f"and {theirs}. Both must be of one picture, computed in the same way."
+            )
+        if step.inputs and step.inputs == subtracted.inputs:
+            raise QueryError(
+                f"The two prompts make no difference: in {step.name} the model was called with the same values for "
+                "both. They may be one text to it, if it ignores case or reads the first words of a long prompt alone."
+            )
+
     def check_row(self, steps: Sequence[CaptureStep]) -> Row:
         """Makes a row of a sample's T x D steps, of which R have a gradient.
 
@@ -292,6 +316,16 @@ def query_plan(settings: Settings, trainable: Trainable, weights: str, trace: St
             "trace was made by a version of dmin_trace that projects in another way; query it with that version."
         )
     return plan
+
+
+def check_place(sample: int, file: object) -> None:
+    """Raises QueryError if the file of a query says that it is another: of two, it would be the wrong one."""
+    stem = Path(str(file)).stem
+    if file is not None and stem.isdecimal() and int(stem) != sample:
+        raise QueryError(
+            f"The script takes its samples in an order of its own: number {sample} is the file {Path(str(file)).name}. "
+            "So it is not known which two make a difference. Query the whole image, or have the script keep the order."
+        )
 
 
 def refuse_other_capture(path: Path, earlier: Store, settings: Settings, source: CaptureSource, weights: str) -> None:

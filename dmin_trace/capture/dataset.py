@@ -119,6 +119,7 @@ class CaptureSource:
     any_device: queries may run on another type of device than the trace's.
     weights_of: as in the header.
     rows: how many samples the denoiser is called with in a training step: 2 if a class picture comes with each.
+    differences: query k is a difference: the gradient of sample 2k of the data set less that of sample 2k + 1.
     """
 
     samples: int
@@ -134,6 +135,7 @@ class CaptureSource:
     any_device: bool = False
     weights_of: str = ""
     rows: int = 1
+    differences: bool = False
 
 
 class FailedSamples:

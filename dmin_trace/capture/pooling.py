@@ -2,6 +2,8 @@
 
 gradient -> mean of the draws of a timestep -> one row
 gradient -> mean of the draws of a timestep -> divided by its norm -> mean of a group of timesteps -> one row
+
+In a query for a concept, two gradients are taken at each draw, and one is subtracted from the other.
 """
 
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from dmin_trace.settings import Settings
 class GradientPool:
     """Pools gradients, one training step after another in the order of `pinned_timesteps`.
 
-    It holds one gradient in float32 where there are several draws, and one more where timesteps are pooled.
+    It holds one gradient in float32 where there are several draws or differences, and one more where timesteps are
+    pooled.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -26,14 +29,19 @@ class GradientPool:
         self._of_draws: Mean | None = None
         self._of_group: Mean | None = None
 
-    def add(self, pinned: PinnedTimestep, taken: Iterator[torch.Tensor]) -> Iterator[torch.Tensor] | None:
-        """Takes the gradient of a training step. Returns that of a row after the row's last step, None before."""
-        if self._draws > 1:
-            if pinned.draw == 0:
+    def add(
+        self, pinned: PinnedTimestep, taken: Iterator[torch.Tensor], sign: int = 0
+    ) -> Iterator[torch.Tensor] | None:
+        """Takes the gradient of a training step. Returns that of a row after the row's last step, None before.
+
+        sign: as in `CaptureStep`; of a difference, the gradient that is subtracted comes first.
+        """
+        if self._draws > 1 or sign:
+            if pinned.draw == 0 and sign < 1:
                 self._of_draws = Mean(self._draws)
             mean = _begun(self._of_draws)
-            mean.add(taken)
-            if pinned.draw < self._draws - 1:
+            mean.add(taken, sign or 1)
+            if pinned.draw < self._draws - 1 or sign < 0:
                 return None
             taken, self._of_draws = mean.hand_out(), None
         if (group := self._groups.get(pinned.number)) is None:

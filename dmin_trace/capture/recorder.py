@@ -1,6 +1,6 @@
 """Records the gradients of training steps in a store, for every kind of loop.
 
-    loss -> Recorder.backward: gradient -> pooled with those of its row -> transform -> projection
+    loss -> Recorder.backward: gradient, or difference -> pooled with those of its row -> transform -> projection
          -> Recorder.take: checks -> row -> chunk -> store
 
 The drivers run the training steps: `recording` for a loop of one's own, `accelerate` for scripts.
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dmin_trace.capture.checks import RowChecks, query_plan, refuse_other_capture
+from dmin_trace.capture.checks import RowChecks, check_place, query_plan, refuse_other_capture
 from dmin_trace.capture.chunk_queue import ChunkQueue, Row
 from dmin_trace.capture.dataset import CaptureSource, FailedSamples, Value, data_fingerprint
 from dmin_trace.capture.output import CaptureOutput
@@ -33,7 +33,7 @@ from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import LOSS_SCALE, compress_gradient, make_plan, take_gradient
 from dmin_trace.settings import Dtype, Settings
-from dmin_trace.store import Header, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
+from dmin_trace.store import FILE_COLUMN, Header, ParameterFacts, ProjectionFacts, Store, choose_chunk_rows
 from dmin_trace.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class Turn:
     """One training step of a capture, before it is opened by `StepGuard.open`.
 
     stored: whether its gradient goes to the store.
-    begins, last: whether it is the first of its sample's steps, and the last of the capture.
+    begins, last: whether its sample's batch is made for it, and whether it is the last of the capture.
+    sign: as in `CaptureStep`.
     """
 
     sample: int
@@ -55,12 +56,14 @@ class Turn:
     stored: bool = False
     begins: bool = False
     last: bool = False
+    sign: int = 0
 
 
 class Recorder:
     """Takes the gradients of one capture, of training samples or of queries, to the store.
 
     probe: finds the draw of the timestep.
+    subtracted: of a difference, the step that was taken last, while the one that it is subtracted from comes next.
     rehearsals: the samples that are recorded before the rows, to be compared; their rows go nowhere.
     weights_saved: whether this process has saved the trained weights beside the store.
     finished: whether the store is complete.
@@ -93,6 +96,7 @@ class Recorder:
         self._row_steps = settings.timestep_count * settings.draws
         self._steps = self._rows = self._longest = self._kept = self._before_first = 0
         self._row: list[CaptureStep] = []
+        self.subtracted: CaptureStep | None = None
         # None for a sample that could not be loaded.
         self._row_columns: dict[str, Value | None] | None = {}
         self._failed = FailedSamples(self.samples)
@@ -158,7 +162,8 @@ class Recorder:
     @property
     def steps_needed(self) -> int:
         """How many training steps the capture takes, once the probe is done."""
-        return self.probe.steps + (len(self.rehearsals) + self._longest) * self._row_steps
+        passes = 2 if self._source.differences else 1
+        return self.probe.steps + (len(self.rehearsals) + self._longest) * self._row_steps * passes
 
     @property
     def observes(self) -> bool:
@@ -176,7 +181,11 @@ class Recorder:
             yield Turn(sample, timestep, pin, observed=observed, begins=timestep is timesteps[0])
         for n, (sample, timestep) in enumerate(product(samples, timesteps), 1):
             begins, last = timestep is timesteps[0], n == len(samples) * len(timesteps)
-            yield Turn(sample, timestep, pin, observed=self.observes, stored=True, begins=begins, last=last)
+            turn = Turn(sample, timestep, pin, observed=self.observes, stored=True, begins=begins, last=last)
+            if self._source.differences:
+                turn = replace(turn, sample=2 * sample, begins=True, sign=1)
+                yield replace(turn, sample=2 * sample + 1, last=False, sign=-1)
+            yield turn
 
     def header(self) -> Header:
         """Returns the store's header, after the first sample. Queries are not compressed, and have no fingerprint."""
@@ -220,11 +229,14 @@ class Recorder:
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
         """Begins a sample: keeps the columns of its item, and checks the shapes in its batch, if that is known.
 
-        Raises QueryError for other shapes than those of the trace, CaptureError if a named column is missing.
+        Raises QueryError for other shapes than those of the trace, or if the two samples of a difference cannot be
+        told; CaptureError if a named column is missing.
         """
         if batch is not None:
             self._checks.check_batch(number, batch)
         self._row_columns = self._source.columns.of(number, item)
+        if self._source.differences:
+            check_place(number, self._row_columns.get(FILE_COLUMN))
 
     def missing(self, number: int, error: Exception) -> None:
         """Begins a sample that failed to load; its row stays empty. Raises an error for a query, or if most fail."""
@@ -244,7 +256,8 @@ class Recorder:
     def backward(self, step: CaptureStep, loss: torch.Tensor, *, scaled: bool) -> None:
         """Takes the gradient of a training step's loss, and after the last step of a row compresses the row's gradient.
 
-        `scaled`: the loop has a GradScaler. Raises CaptureError if the loss is not a scalar, or has no gradient.
+        Of a difference, the gradient that is subtracted comes first. `scaled`: the loop has a GradScaler. Raises
+        CaptureError if the loss is not a scalar, or has no gradient.
         """
         if self._ranks.error is not None or not step.kept:
             return
@@ -259,7 +272,7 @@ class Recorder:
         taken, reached = take_gradient(loss.reshape(()), self.trainable.tensors, LOSS_SCALE if scaled else 1.0)
         self._checks.note_reached(reached)
         step.loss = loss.detach().float().reshape(())
-        if (whole := self._pool.add(step.pinned, taken)) is not None:
+        if (whole := self._pool.add(step.pinned, taken, step.sign)) is not None:
             step.gradient, step.norm = compress_gradient(whole, self._plan, signs=self.settings.transform == "sign")
 
     def take(self, step: CaptureStep) -> None:
@@ -269,8 +282,12 @@ class Recorder:
         """
         self._announce_signal()
         row = None
+        subtracted, self.subtracted = self.subtracted, step if step.sign < 0 else None
         with self._ranks.holding():
             self._checks.check_step(step, self._row)
+            self._checks.check_difference(step, subtracted, self._row)
+            if step.sign < 0:
+                return
             self._row.append(step)
             if len(self._row) == self._row_steps:
                 steps, self._row = self._row, []

@@ -25,7 +25,7 @@ from dmin_trace.capture.used_models import UsedModels
 from dmin_trace.capture.weights import Trainable, find_named, find_trainable
 from dmin_trace.errors import CaptureError, QueryError, SettingsError
 from dmin_trace.settings import RecordingOverrides, Settings, given_settings, make_settings
-from dmin_trace.store import Queries, Store, open_store
+from dmin_trace.store import Queries, Store, open_store, query_gradients
 
 Values = Sequence[str | int | float] | np.ndarray | torch.Tensor
 
@@ -160,6 +160,7 @@ class Recording:
         self._pending: list[int] = []
         # Training steps: those of rows, those of the pass that is under way before the rows, and all of them.
         self._done = self._done_ahead = self._taken = 0
+        self._differences = set[int]()
         self._scaled = self._failed = False
         self._queries: Queries | None = None
 
@@ -183,20 +184,27 @@ class Recording:
             yield following[0]
 
     @contextmanager
-    def step(self, sample: int, timestep: int) -> Iterator[CaptureStep]:
+    def step(self, sample: int, timestep: int, *, subtract: bool = False) -> Iterator[CaptureStep]:
         """The training step of one sample at one timestep: compute the loss in it, and call `loss.backward()` once.
 
         Gives a `CaptureStep`, for loops that take their timestep from it. `sample` is the next of `samples`, and
         `timestep` the next of `timesteps`.
 
+        A query can be the difference that two prompts make on one picture: compute the loss without the concept in a
+        step with `subtract`, and right after it the loss with the whole prompt in a step of the same sample and
+        timestep. Their noise is the same, and the first gradient is subtracted from the second before it is
+        compressed. Do so at every timestep.
+
         Raises CaptureError if another step is next, or this one gave no gradient, or one that cannot be compared with
-        those of other samples, or changed the model; QueryError if a query's step drew other noise than the trace's.
+        those of other samples, or changed the model; QueryError if a query's step drew other noise than the trace's, or
+        if two prompts make no difference.
         """
         recorder = self._check_turn(sample, timestep)
+        sign = self._sign(recorder, subtract)
         if timestep == 0 and self._item is not None:
             recorder.sample(sample, self._item(sample))
         self._scaled = False
-        step = self._open(recorder, sample, timestep)
+        step = self._open(recorder, sample, timestep, sign)
         try:
             yield step
         finally:
@@ -210,7 +218,10 @@ class Recording:
             recorder.take(step)
         elif not recorder.probe.done:
             recorder.probe.take(step)
-        self._advance(recorder, 1)
+        if sign:
+            self._differences.add(sample)
+        if not subtract:
+            self._advance(recorder, 1)
         self._failed = False
 
     def describe(self, sample: int, item: Any, batch: Any) -> None:
@@ -325,11 +336,22 @@ class Recording:
         row, number = divmod(self._done, len(self._timesteps))
         return (self._pending[row], number) if row < len(self._pending) else None
 
-    def _open(self, recorder: Recorder, sample: int, number: int) -> CaptureStep:
+    def _sign(self, recorder: Recorder, subtract: bool) -> int:
+        """Of which sign the next gradient is in a difference, 0 if it is in none."""
+        if subtract and self._like is None:
+            raise CaptureError("subtract=True was given for a sample of a trace. Only a query can be a difference.")
+        if subtract and recorder.subtracted is not None:
+            raise CaptureError(
+                "subtract=True was given twice. The step that it is subtracted from is next, without it."
+            )
+        return -1 if subtract else 0 if recorder.subtracted is None else 1
+
+    def _open(self, recorder: Recorder, sample: int, number: int, sign: int) -> CaptureStep:
         timestep, pin, probe = self._timesteps[number], recorder.probe.pin, recorder.probe
         if self._probing and not probe.done:
             timestep, pin = probe.next(self._timesteps[0])
-        return self._guard.open(sample, timestep, pin, observed=recorder.observes, kept=not self._probing)
+        kept = not self._probing
+        return self._guard.open(sample, timestep, pin, observed=recorder.observes, kept=kept, sign=sign)
 
     def _backward(self, loss: torch.Tensor, *args: Any, **options: Any) -> None:
         step, recorder = self._guard.step, self._recorder
@@ -372,11 +394,10 @@ class Recording:
         recorder.finish()
         if self._like is not None:
             captured = open_store(recorder.output.out)
-            names = tuple(f"query {k}" for k in range(captured.header.samples))
-            if (bad := np.flatnonzero(~captured.valid)).size:
-                raise QueryError(f"The gradient of {names[bad[0]]} is zero or not finite, so it has no direction.")
-            gradients = captured.gradients(np.arange(len(names)))
-            self._queries = Queries(gradients, names, (None,) * len(names), self._like.header.id)
+            count = captured.header.samples
+            names = tuple(f"{'difference' if k in self._differences else 'query'} {k}" for k in range(count))
+            gradients = query_gradients(captured, names, self._differences)
+            self._queries = Queries(gradients, names, (None,) * count, self._like.header.id)
 
 
 def _denoisers(models: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:

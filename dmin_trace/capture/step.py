@@ -33,9 +33,10 @@ class CaptureStep:
 
     sample, pinned, draws: the dataset index, the timestep with its seed, and the random calls of the step.
     kept: whether its gradient is recorded; that of a step that only looks for the timestep's draw is not.
+    sign: 1 and -1 for the two steps whose gradients' difference is recorded, 0 for a step that is recorded by itself.
     seen: the timestep that the denoiser was called with, a tensor on its device; None before that.
     rows: how many samples the denoiser was called with, by its timestep and its first tensor; 0 before that.
-    inputs: in a step that is not kept, a digest of what the denoiser was called with.
+    inputs: in a step that is not kept, or is one of two, a digest of what the denoiser was called with.
     given: the timestep that `timestep` or `fraction` gave first; None before that.
     backwards: how often the step called backward.
     gradient, norm, loss: the projected gradient (v,), the norm of the gradient, and the loss; None before backward.
@@ -45,6 +46,7 @@ class CaptureStep:
     pinned: PinnedTimestep
     draws: PinnedDraws
     kept: bool = True
+    sign: int = 0
     seen: torch.Tensor | None = None
     rows: int = 0
     inputs: str = ""
@@ -80,7 +82,7 @@ class CaptureStep:
         """Keeps the timestep that a denoiser is called with, if this is its first call with one."""
         if self.seen is not None:
             return
-        if not self.kept and not self.inputs:
+        if (self.sign or not self.kept) and not self.inputs:
             digest = sha256()
             hash_value(digest.update, (args, kwargs))
             self.inputs = digest.hexdigest()
@@ -178,13 +180,14 @@ class StepGuard:
         *,
         observed: bool = False,
         kept: bool = True,
+        sign: int = 0,
     ) -> CaptureStep:
         """Begins the training step of a sample at a timestep. Between here and `close` stands the loop's own code.
 
-        `pin` is the draw of the timestep; `observed` and `kept` are as in `PinnedDraws` and `CaptureStep`.
+        `pin` is the draw of the timestep; `observed`, `kept` and `sign` are as in `PinnedDraws` and `CaptureStep`.
         """
         draws = PinnedDraws(timestep, pin, observed=observed, backward=self._backward)
-        step = CaptureStep(sample, timestep, draws, kept=kept)
+        step = CaptureStep(sample, timestep, draws, kept=kept, sign=sign)
         self._versions = [parameter._version for parameter in self._parameters]
         seed_everything(timestep.seed)
         step.draws.start()

@@ -1,6 +1,7 @@
 """The command query: which training samples influenced an image most."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +27,14 @@ def query(
         list[str] | None,
         typer.Option(help="The prompt of each image, or one for all. Without images: what to make images from."),
     ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(help="Words of the prompt: show what taught the model these. One for each image, or for all."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="The same by the whole prompt without the concept, such as --without 'a heart'."),
+    ] = None,
     conditioning: options.Conditioning = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
@@ -46,15 +55,22 @@ def query(
 
     dmin-trace query TRACE --prompt "a cat" --num 4
 
+    dmin-trace query TRACE heart.png --prompt "a red heart" --concept red
+
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
-    from dmin_trace.query import generate_images, open_trace, read_inputs
+    from dmin_trace.query import QueryInput, generate_images, open_trace, read_inputs, with_concepts
     from dmin_trace.search import check_score, usable_k
 
     if bool(images or prompt) == bool(sample):
         raise QueryError("Give images or prompts as queries, or training samples with --sample, and not both.")
     if conditioning and not images:
         raise QueryError("--conditioning says what images were made from. Give the images too.")
+    if sample and (concept or without):
+        raise QueryError(
+            "--concept and --without are for images: what a trace keeps of a training sample is of its own caption. "
+            "Give the sample's image, and its caption with --prompt."
+        )
     for_prompts = {"--seed": seed, "--num": num, "--made": made}
     if (unused := [name for name, value in for_prompts.items() if value is not None]) and (images or sample):
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
@@ -64,12 +80,18 @@ def query(
     k = usable_k(opened.store, k)
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
+            # A concept that is not in its prompt is found before the images are made.
+            pairs = with_concepts([QueryInput(trace, text) for text in prompt], concept or [], without or [])
             status.update("Making images")
             folder = made or trace.absolute().parent / "generated"
             count = 1 if num is None else num
-            inputs = generate_images(opened.store, prompt, folder, num=count, seed=seed or 0, command=context.obj)
+            made_images = generate_images(opened.store, prompt, folder, num=count, seed=seed or 0, command=context.obj)
+            of_prompts = [pair.without for pair in pairs for _ in range(count)]
+            inputs = [replace(one, without=rest) for one, rest in zip(made_images, of_prompts, strict=True)]
         else:
-            inputs = read_inputs(images or [], prompt or [], conditioning or [])
+            inputs = with_concepts(
+                read_inputs(images or [], prompt or [], conditioning or []), concept or [], without or []
+            )
         status.update("Capturing the gradients of the queries")
         queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script, any_device)
         status.update("Scoring")
@@ -112,6 +134,7 @@ def read_queries(
     return trace.query_images(
         images,
         prompts,
+        without=[given.without for given in inputs],
         conditioning=sources,
         weights=weights,
         command=command,

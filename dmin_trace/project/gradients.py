@@ -68,22 +68,26 @@ def _part_size(gradient: torch.Tensor) -> int:
 
 
 class Mean:
-    """The mean of several gradients, which are added one tensor at a time. It holds one gradient in float32."""
+    """The mean of several gradients, which are added one tensor at a time. It holds one gradient in float32.
+
+    Gradients may be subtracted too: then it is the mean of the differences.
+    """
 
     def __init__(self, count: int) -> None:
-        """Begins the mean of `count` gradients."""
+        """Begins the mean of `count` gradients, or of `count` differences of two."""
         self._count = count
         self._sums: list[torch.Tensor] = []
 
-    def add(self, taken: Iterator[torch.Tensor]) -> None:
-        """Adds a gradient. Its tensors come in the order of those before."""
+    def add(self, taken: Iterator[torch.Tensor], sign: int = 1) -> None:
+        """Adds a gradient, or subtracts it if `sign` is -1. Its tensors come in the order of those before."""
         if self._sums:
             for total, gradient in zip(self._sums, taken, strict=True):
-                total.add_(gradient)
+                total.add_(gradient, alpha=sign)
         else:
             # Copies: autograd may give one tensor for two parameters, or an expanded number.
             layout = torch.contiguous_format
-            self._sums = [gradient.to(torch.float32, copy=True, memory_format=layout) for gradient in taken]
+            copies = (gradient.to(torch.float32, copy=True, memory_format=layout) for gradient in taken)
+            self._sums = [copy if sign == 1 else copy.neg_() for copy in copies]
 
     def hand_out(self) -> Iterator[torch.Tensor]:
         """Yields the mean, one tensor after another, and keeps none."""

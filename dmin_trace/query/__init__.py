@@ -1,10 +1,12 @@
 """Images and prompts in, query gradients out, and the most influential training samples for them.
 
-`trace` is the face for programs. Behind it, `inputs` reads query images, `capture` runs the traced script on them,
-`answer` finds the training samples, by the index or by a scan, and says what is known of them.
+`trace` is the face for programs. Behind it, `inputs` reads query images, `concept` takes a concept out of their
+prompts, `capture` runs the traced script on them, `answer` finds the training samples, by the index or by a scan, and
+says what is known of them.
 """
 
 from dmin_trace.query.answer import AnsweredBy, Hit, ScoreMethod, TopK, answer_queries
 from dmin_trace.query.capture import generate_images
+from dmin_trace.query.concept import with_concepts
 from dmin_trace.query.inputs import QueryInput, read_inputs
 from dmin_trace.query.trace import Trace, attribute, open_trace

@@ -64,6 +64,7 @@ class TopK:
     per_timestep: (Q, k, R) float32, the inner product for each of `groups`; they add up to the score.
     hits: for each query its k samples with their readable columns.
     names, prompts: the Q names and prompts of the queries; None for a query without a prompt.
+    without: of each query for a concept, the prompt without that concept; None for a query for a whole image.
     groups: for each of a sample's R rows its timesteps, as numbers of the training schedule: one, or several that are
         pooled (`Settings.rows`).
     score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
@@ -76,6 +77,7 @@ class TopK:
     hits: list[list[Hit]]
     names: tuple[str, ...]
     prompts: tuple[str | None, ...]
+    without: tuple[str | None, ...]
     groups: tuple[tuple[float, ...], ...]
     score: str
     deflation: str
@@ -98,22 +100,24 @@ class TopK:
     def __repr__(self) -> str:
         count = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
         lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {brief(self.answered_by.description)[1:-1]})"]
-        for name, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.hits, strict=False):
-            lines += [f"  {name!r}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
+        for name, without, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.without, self.hits, strict=False):
+            concept = "" if without is None else f", without {brief(without)}"
+            lines += [f"  {name!r}{concept}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
             lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
         return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
 
-        Its columns: `query` (the name), `prompt`, `rank`, `sample`, `score`, `t<timestep>` for each timestep or
-        `t<first>-<last>` for each group of pooled ones, and the trace's readable columns, with `meta_` before a name
+        Its columns: `query` (the name), `prompt`, `without`, `rank`, `sample`, `score`, `t<timestep>` for each timestep
+        or `t<first>-<last>` for each group of pooled ones, and the trace's readable columns, with `meta_` before a name
         that is taken.
         """
         hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
         columns: dict[str, Any] = {
             "query": [name for name in self.names for _ in range(count)],
             "prompt": [prompt for prompt in self.prompts for _ in range(count)],
+            "without": [without for without in self.without for _ in range(count)],
             "rank": [hit.rank for hit in hits],
             "sample": self.samples.ravel(),
             "score": self.scores.ravel(),
@@ -163,6 +167,7 @@ def answer_queries(
     score: str | search.BuiltInScore | ScoreMethod = "deflated",
     names: Sequence[str] = (),
     prompts: Sequence[str | None] = (),
+    without: Sequence[str | None] = (),
     largest: bool = True,
     exact: bool = False,
     index: search.Index | search.Unavailable | None = None,
@@ -198,6 +203,7 @@ def answer_queries(
         hits=hits,
         names=tuple(names) or tuple(f"query {n}" for n in range(len(hits))),
         prompts=tuple(prompts) or (None,) * len(hits),
+        without=tuple(without) or (None,) * len(hits),
         groups=store.header.groups,
         score=fitted.name,
         deflation=fitted.description if isinstance(fitted, search.BuiltInScore) else "",

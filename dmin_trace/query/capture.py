@@ -14,10 +14,10 @@ from PIL import Image
 
 from dmin_trace.capture.host import Host, script_host
 from dmin_trace.command import Command, Job, recall, script_of
-from dmin_trace.errors import QueryError, ScriptError, WeightsError
+from dmin_trace.errors import QueryError, ScriptError, WeightsError, brief
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
 from dmin_trace.start import given_command, start_job, with_full_names
-from dmin_trace.store import FILE_COLUMN, Queries, Store, check_script, open_store, weights_beside
+from dmin_trace.store import FILE_COLUMN, Queries, Store, check_script, open_store, query_gradients, weights_beside
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,16 @@ def capture_queries(
     command: Sequence[str] | None = None,
     edited_script: bool = False,
     any_device: bool = False,
+    without: Sequence[str | None] | None = None,
 ) -> Queries:
     """The projected gradients of images. Arguments and errors are those of `Trace.query_images`."""
     if not images:
         raise QueryError("No image was given. Give at least one.")
     prompts = [None] * len(images) if prompts is None else list(prompts)
     sources = [None] * len(images) if conditioning is None else list(conditioning)
-    for given, what in ((prompts, "prompts"), (sources, "conditioning images")):
+    lacking = [None] * len(images) if without is None else list(without)
+    every = (prompts, "prompts"), (sources, "conditioning images"), (lacking, "prompts without a concept")
+    for given, what in every:
         if len(given) != len(images):
             raise QueryError(f"{len(images)} images were given and {len(given)} {what}. Give one for each image.")
     names = tuple(f"image {n}" if isinstance(one, Image.Image) else Path(one).name for n, one in enumerate(images))
@@ -57,8 +60,9 @@ def capture_queries(
     with_captions = any(len(shape) < 3 or "prompt" in name for name, shape in batch.items())
     own_prompts = host.words_its_own_prompts(run.arguments)
     with_prompts = not own_prompts and (with_captions or host.takes_prompts(run.arguments))
-    for name, prompt, source in zip(names, prompts, sources, strict=True):
+    for name, prompt, source, lack in zip(names, prompts, sources, lacking, strict=True):
         _check_prompt(name, prompt, with_prompts, own_prompts)
+        _check_concept(name, prompt, lack, with_prompts)
         _check_conditioning(name, source, columns.conditioning)
     loaded = Path(weights) if weights is not None else weights_beside(store.path)
     if not loaded.exists():
@@ -69,29 +73,39 @@ def capture_queries(
         videos = host.takes_videos(run.arguments)
         files = [image_file(image, folder / f"given{k}.png", video=videos) for k, image in enumerate(images)]
         source_files = [None if s is None else image_file(s, folder / f"source{k}.png") for k, s in enumerate(sources)]
-        runs = host.prepare_queries(run.arguments, columns, files, prompts, source_files, folder)
-        for n, query_run in enumerate(runs):
-            part = folder / f"part{n}"
-            part.mkdir()
-            group = list(query_run.queries)
-            job = Job(
-                mode="now",
-                command=msgspec.structs.replace(run, arguments=query_run.arguments),
-                settings={},
-                out=str(part / "queries.zarr"),
-                weights=str(loaded.absolute()),
-                like=str(store.path.absolute()),
-                any_device=any_device,
-                samples=len(group),
-            )
-            _run(job, part)
-            captured = open_store(part / "queries.zarr")
-            group = [group[k] for k in _order(captured)]
-            if not captured.valid.all():
-                name = names[group[int(np.argmin(captured.valid))]]
-                raise QueryError(f"The gradient of {name} is zero or not finite, so it has no scores.")
-            gradients[group] = captured.gradients(np.arange(len(group)))
-    return Queries(gradients, names, tuple(prompts), store.header.id)
+        wholes = [(k, prompts[k]) for k, lack in enumerate(lacking) if lack is None]
+        # Of a query for a concept, one sample has the prompt, and the next one the prompt without the concept.
+        pairs = [(k, text) for k, lack in enumerate(lacking) if lack is not None for text in (prompts[k], lack)]
+        for samples, differences in ((wholes, False), (pairs, True)):
+            if not samples:
+                continue
+            place = folder / ("pairs" if differences else "wholes")
+            place.mkdir()
+            queries, texts = [k for k, _ in samples], [text for _, text in samples]
+            of_samples = [files[k] for k in queries], texts, [source_files[k] for k in queries]
+            for n, query_run in enumerate(host.prepare_queries(run.arguments, columns, *of_samples, place)):
+                part = place / f"part{n}"
+                part.mkdir()
+                job = Job(
+                    mode="now",
+                    command=msgspec.structs.replace(run, arguments=query_run.arguments),
+                    settings={},
+                    out=str(part / "queries.zarr"),
+                    weights=str(loaded.absolute()),
+                    like=str(store.path.absolute()),
+                    any_device=any_device,
+                    samples=len(query_run.queries),
+                    differences=differences,
+                )
+                if differences:
+                    _check_pairs(query_run.queries)
+                _run(job, part)
+                captured = open_store(part / "queries.zarr")
+                group = [queries[sample] for sample in query_run.queries[:: 2 if differences else 1]]
+                group = [group[k] for k in _order(captured)]
+                concepts = range(len(group)) if differences else ()
+                gradients[group] = query_gradients(captured, [names[k] for k in group], concepts)
+    return Queries(gradients, names, tuple(prompts), store.header.id, tuple(lacking))
 
 
 def generate_images(
@@ -164,6 +178,29 @@ def _check_prompt(name: str, prompt: str | None, with_prompts: bool, own_prompts
     if own_prompts and prompt is not None:
         found = f"A prompt was given for {name}, but the script makes its prompts itself, with --placeholder_token"
         raise QueryError(f"{found}. Leave --prompt out.")
+
+
+def _check_concept(name: str, prompt: str | None, without: str | None, with_prompts: bool) -> None:
+    """Raises QueryError for a prompt without a concept where there is no prompt to compare it with."""
+    if without is None:
+        return
+    given = f"A prompt without a concept was given for {name}"
+    if not with_prompts:
+        advice = "Query the whole image: leave out what is without the concept (--concept, --without)."
+        raise QueryError(f"{given}, but the model was trained without captions. {advice}")
+    if prompt is None:
+        raise QueryError(f"{given}, but not its prompt. Give both (--prompt).")
+    if prompt.split() == without.split():
+        raise QueryError(f"The two prompts of {name} are the same, {brief(prompt)}, so they make no difference.")
+
+
+def _check_pairs(samples: Sequence[int]) -> None:
+    """Raises QueryError unless a run of the script has both samples of each difference, one after the other."""
+    if any(n != first + at for at in (0, 1) for n, first in zip(samples[at::2], samples[::2], strict=True)):
+        raise QueryError(
+            "The script takes one prompt for all its images (--instance_prompt), so it cannot run two prompts on one "
+            "picture. Query the whole image: leave out what is without the concept (--concept, --without)."
+        )
 
 
 def _check_conditioning(name: str, source: ImageInput | None, column: str | None) -> None:

@@ -51,12 +51,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QueryInput:
-    """The file of an image that is used as a query; the prompt that it was made from; and the image that it was made
-    from, such as a ControlNet's or the one that was edited. None for what is not given."""
+    """The file of an image that is used as a query; the prompt that it was made from; the image that it was made from,
+    such as a ControlNet's or the one that was edited; and the prompt without the concept that the query is for. None
+    for what is not given."""
 
     image: Path
     prompt: str | None
     conditioning: Path | None = None
+    without: str | None = None
 
 
 def read_inputs(
@@ -74,13 +76,13 @@ def read_inputs(
     """
     inputs = [one for path in given for one in _expand(path)]
     if conditioning:
-        files = _each(conditioning, len(inputs), "conditioning images")
+        files = each_of(conditioning, len(inputs), "conditioning images")
         inputs = [replace(one, conditioning=file) for one, file in zip(inputs, files, strict=True)]
     if prompts:
         if known := next((one for one in inputs if one.prompt is not None), None):
             taken = f"A prompt was given, but the list that names {known.image} has one for it already"
             raise QueryError(f"{taken}. Leave --prompt out.")
-        every = _each(prompts, len(inputs), "prompts")
+        every = each_of(prompts, len(inputs), "prompts")
         inputs = [replace(one, prompt=prompt) for one, prompt in zip(inputs, every, strict=True)]
     return inputs
 
@@ -137,7 +139,7 @@ def _write_image(image: Image.Image, path: Path) -> Path:
     )
 
 
-def _each(given: Sequence[T], count: int, what: str) -> Sequence[T]:
+def each_of(given: Sequence[T], count: int, what: str) -> Sequence[T]:
     """One for each image; a single one is for all."""
     if len(given) not in (1, count):
         differ = f"{count} images were given and {len(given)} {what}"

@@ -162,6 +162,7 @@ class Trace:
         images: Sequence[ImageInput],
         prompts: Sequence[str | None] | None = None,
         *,
+        without: Sequence[str | None] | None = None,
         conditioning: Sequence[ImageInput | None] | None = None,
         weights: str | os.PathLike[str] | None = None,
         command: Sequence[str] | None = None,
@@ -173,6 +174,9 @@ class Trace:
         Args:
             images: files or PIL images, of the size that the model was trained on; or video files.
             prompts: the prompt of each image, for models that were trained with captions.
+            without: the prompt of each image without a concept, for queries for that concept: which training samples
+                taught the model what the prompt has beyond this one. Such a query is the difference between the
+                gradients with both prompts. None for a query for the whole image.
             conditioning: what each image was made from, for a ControlNet or a model that edits images.
             weights: the traced weights; those beside the trace if not given.
             command: the script and its arguments, as the traced run was started; what this user's machine remembers of
@@ -180,12 +184,15 @@ class Trace:
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
             any_device: accept another type of device than the trace's, whose generators draw other noise.
 
-        Raises QueryError if an image is missing, of another size, or lacks its prompt, or the command is not known;
+        Raises QueryError if an image is missing, of another size, or lacks its prompt, if the two prompts of a query
+        for a concept make no difference or the script takes one prompt for all images, or the command is not known;
         WeightsError if the weights are missing or not those of the trace, nor the frozen models; ScriptError if the
         script failed on the queries; TraceError if it is not the script that made the trace. A precision or a device
         that is not the trace's is a QueryError.
         """
-        return capture_queries(self.store, images, prompts, conditioning, weights, command, edited_script, any_device)
+        return capture_queries(
+            self.store, images, prompts, conditioning, weights, command, edited_script, any_device, without
+        )
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
         """The stored gradients of training samples, as queries. Raises TraceError for a sample that the trace does not
@@ -206,6 +213,8 @@ class Trace:
         model: "torch.nn.Module | Sequence[torch.nn.Module]",
         items: Sequence[Any],
         loss: Callable[[Any, Any], Any],
+        *,
+        without: Sequence[Any] | None = None,
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 
@@ -214,17 +223,25 @@ class Trace:
             items: Q items, as the loop of the recording took them from its data set.
             loss: `loss(model, item)` is the loss that the recording called `backward` on. It draws its noise and its
                 timestep in the same way; both are pinned to those of the trace.
+            without: for queries for a concept, each item again with a prompt without that concept, and otherwise the
+                same; None for a query for the whole item. Such a query is the difference between both gradients.
 
-        Raises QueryError if there are no items or their gradients cannot be compared with those of the trace,
+        Raises QueryError if there are no items, the two prompts of a query for a concept make no difference, or the
+        gradients cannot be compared with those of the trace,
         CaptureError if the loss cannot be recorded, WeightsError if the model's weights are not those of the trace.
         """
         from dmin_trace.capture.recording import recording  # only here does a query run a model in this process
 
         if not len(items):
             raise QueryError("No item was given. Give at least one.")
+        if without is not None and len(without) != len(items):
+            raise QueryError(f"{len(items)} items were given and {len(without)} without a concept. Give one for each.")
         with recording(model, samples=len(items), like=self.store) as record:
             for i in record.samples:
                 for k in record.timesteps:
+                    if without is not None and without[i] is not None:
+                        with record.step(i, k, subtract=True):
+                            loss(model, without[i]).backward()
                     with record.step(i, k):
                         loss(model, items[i]).backward()
         return record.queries
@@ -288,6 +305,7 @@ class Trace:
             score=self._fitted_score(score),
             names=queries.names,
             prompts=queries.prompts,
+            without=queries.without,
             largest=largest,
             exact=exact,
             index=self._index if largest and not exact and self.complete else None,
@@ -358,6 +376,7 @@ def attribute(
     images: Sequence[ImageInput],
     prompts: Sequence[str | None] | None = None,
     *,
+    without: Sequence[str | None] | None = None,
     conditioning: Sequence[ImageInput | None] | None = None,
     k: int = 10,
     weights: str | os.PathLike[str] | None = None,
@@ -376,5 +395,14 @@ def attribute(
     k = search.usable_k(opened.store, k)
     if isinstance(score, str):
         search.check_score(opened.store, score)
-    queries = capture_queries(opened.store, images, prompts, conditioning, weights, command, edited_script, any_device)
+    queries = opened.query_images(
+        images,
+        prompts,
+        without=without,
+        conditioning=conditioning,
+        weights=weights,
+        command=command,
+        edited_script=edited_script,
+        any_device=any_device,
+    )
     return opened.top_k(queries, k, score, exact=exact).hits

@@ -1,7 +1,7 @@
 """The projected gradients of queries, in memory and in a file. Any score can be computed from them without a model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -11,20 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError
+from dmin_trace.store.reader import Store
 from dmin_trace.store.untrusted import ArrayHeader, read_arrays
 
 MAX_TEXT_BYTES = 2**26
 """Bytes of the names and prompts in a file of queries, at most."""
 
 
-class _Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the file holds besides numbers, as JSON."""
+class _Texts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the file holds besides numbers, as JSON. `without` is left out if no query is for a concept."""
 
     format: Literal["dmin_trace queries"]
     version: Literal[1]
     trace_id: str
     names: tuple[str, ...]
     prompts: tuple[str | None, ...]
+    without: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,6 +37,7 @@ class Queries:
         groups that they are pooled into.
     names, prompts: Q names to show, such as file names; the Q prompts, None for a query without one.
     trace_id: the id of the trace that they can be compared with.
+    without: of each query for a concept, the prompt without that concept; None for a query for a whole image.
 
     Raises QueryError if the lengths differ, or a gradient is not finite.
     """
@@ -43,14 +46,23 @@ class Queries:
     names: tuple[str, ...]
     prompts: tuple[str | None, ...]
     trace_id: str
+    without: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         shape = self.gradients.shape
+        if not self.without:
+            object.__setattr__(self, "without", (None,) * len(self.prompts))
         if len(shape) != 3 or not len(self.names) == len(self.prompts) == shape[0]:
             raise QueryError(
                 f"Queries were given gradients of shape {shape}, {len(self.names)} names and {len(self.prompts)} "
                 "prompts; expected gradients (Q, R, v), and Q of both."
             )
+        if len(self.without) != len(self.prompts):
+            raise QueryError(
+                f"Queries were given {len(self.prompts)} prompts and {len(self.without)} without a concept."
+            )
+        if any(one is None and less is not None for one, less in zip(self.prompts, self.without, strict=True)):
+            raise QueryError("A query has no prompt, but a prompt without a concept. Give both.")
         if self.gradients.dtype != np.float32:
             raise QueryError(f"The gradients of the queries are {self.gradients.dtype}; expected float32.")
         if not np.isfinite(self.gradients).all():
@@ -66,7 +78,8 @@ class Queries:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the queries to one .npz file, and replaces a file that is there. Raises QueryError if it cannot."""
-        texts = _Texts("dmin_trace queries", 1, self.trace_id, self.names, self.prompts)
+        without = () if all(one is None for one in self.without) else self.without
+        texts = _Texts("dmin_trace queries", 1, self.trace_id, self.names, self.prompts, without)
         try:
             encoded = np.frombuffer(msgspec.json.encode(texts), np.uint8)
             with Path(path).open("wb") as file:
@@ -94,4 +107,19 @@ class Queries:
             texts = msgspec.json.decode(arrays["texts"].tobytes(), type=_Texts)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise QueryError(f"{path} cannot be read as queries: {error}; expected a file of Queries.save.") from None
-        return cls(arrays["gradients"], texts.names, texts.prompts, texts.trace_id)
+        return cls(arrays["gradients"], texts.names, texts.prompts, texts.trace_id, texts.without)
+
+
+def query_gradients(captured: Store, names: Sequence[str], differences: Container[int] = ()) -> NDArray[np.float32]:
+    """The gradients of the queries in a store that was captured for them, (Q, T, v); `differences` has the numbers of
+    those that are the difference of two. Raises QueryError for one that is zero or not finite."""
+    if (bad := np.flatnonzero(~captured.valid)).size:
+        query, norms = int(bad[0]), captured.norm[bad[0]]
+        if query in differences and (norms == 0).any():
+            timestep = captured.header.timesteps[int(np.argmax(norms == 0))]
+            raise QueryError(
+                f"The two prompts of {names[query]} make no difference: at timestep {timestep:g} the gradients are "
+                "equal. Is the concept in words that the model reads, and is what was trained guided by the prompt?"
+            )
+        raise QueryError(f"The gradient of {names[query]} is zero or not finite, so it has no scores.")
+    return captured.gradients(np.arange(len(names)))

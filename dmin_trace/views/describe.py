@@ -30,6 +30,12 @@ def describe_score(score: str, groups: Sequence[Sequence[float]]) -> str:
     )
 
 
+def describe_concept(without: str) -> str:
+    """What a query for a concept is for, by the prompt without it."""
+    rest = f"'{without}'" if without else "an empty prompt"
+    return f"for what the prompt has beyond {rest}"
+
+
 def describe_store(store: Store) -> list[tuple[str, str]]:
     """Names and values that `dmin-trace info` shows of a store."""
     from dmin_trace.store import chunk_file

@@ -32,14 +32,15 @@ def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
         timesteps   [t, ...]
         groups      [[t, ...], ...]
         trace       the facts of the trace, as given
-        queries     [{name, prompt, hits: [{rank, sample, score, per_timestep, columns}, ...]}, ...]
+        queries     [{name, prompt, without, hits: [{rank, sample, score, per_timestep, columns}, ...]}, ...]
 
+    `without` is the prompt without the concept that the query is for, null if it is for the whole image.
     `per_timestep` has one number for each of `groups`: of one timestep, or of several that are pooled. `columns` are
     those of the store, in its order.
     """
     queries = [
-        {"name": name, "prompt": prompt, "hits": [asdict(hit) for hit in hits]}
-        for name, prompt, hits in zip(top.names, top.prompts, top.hits, strict=True)
+        {"name": name, "prompt": prompt, "without": without, "hits": [asdict(hit) for hit in hits]}
+        for name, prompt, without, hits in zip(top.names, top.prompts, top.without, top.hits, strict=True)
     ]
     meaning = {"scored_by": top.score, "score": describe_score(top.score, top.groups)}
     times = {"timesteps": top.timesteps, "groups": top.groups}
@@ -49,12 +50,13 @@ def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
 def hits_csv(top: "TopK") -> str:
     """The hits of all queries as CSV, one row for each (query, hit).
 
-    Columns: query, prompt, rank, sample, score, scored_by (the name of the score), the columns of the store, then
-    t<timestep> for each timestep, or t<first>-<last> for each group of pooled ones. A store column whose name is taken
-    gets "meta_" before its name. Control characters in text are escaped, and text that a spreadsheet would take for a
-    formula gets a leading "'". A missing value, NaN or infinity is an empty cell. Lines end in a newline alone.
+    Columns: query, prompt, without (as in JSON), rank, sample, score, scored_by (the name of the score), the columns of
+    the store, then t<timestep> for each timestep, or t<first>-<last> for each group of pooled ones. A store column
+    whose name is taken gets "meta_" before its name. Control characters in text are escaped, and text that a
+    spreadsheet would take for a formula gets a leading "'". A missing value, NaN or infinity is an empty cell. Lines
+    end in a newline alone.
     """
-    fixed = ["query", "prompt", "rank", "sample", "score", "scored_by"]
+    fixed = ["query", "prompt", "without", "rank", "sample", "score", "scored_by"]
     per_timestep = top.group_names
     # A dict keeps the order in which the names first appear.
     names = dict.fromkeys(name for hits in top.hits for hit in hits for name in hit.columns)
@@ -69,9 +71,10 @@ def hits_csv(top: "TopK") -> str:
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*fixed, *headings, *per_timestep])
-    for query, prompt, hits in zip(top.names, top.prompts, top.hits, strict=True):
+    for query, prompt, without, hits in zip(top.names, top.prompts, top.without, top.hits, strict=True):
         for hit in hits:
-            values = [query, prompt, hit.rank, hit.sample, hit.score, top.score, *map(hit.columns.get, names)]
+            values = [query, prompt, without, hit.rank, hit.sample, hit.score, top.score]
+            values += map(hit.columns.get, names)
             writer.writerow([_cell(value) for value in [*values, *hit.per_timestep]])
     return out.getvalue()
 

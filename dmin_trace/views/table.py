@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dmin_trace.views.describe import describe_score
+from dmin_trace.views.describe import describe_concept, describe_score
 from dmin_trace.views.text import harmless
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
     negative score is a dot. Above 20, neighbours are averaged into 20 bars. A single one would be the score itself, and
     is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-".
     """
-    hits, prompt = top.hits[query], top.prompts[query]
+    hits, prompt, without = top.hits[query], top.prompts[query], top.without[query]
     title = Text("Most influential training samples for ")
     title.append(harmless(top.names[query], ascii_only=ascii_only), style="bold")
     if prompt is not None:
         title.append("\n").append(harmless(prompt, ascii_only=ascii_only), style="italic")
+    if without is not None:
+        title.append("\n").append(harmless(describe_concept(without), ascii_only=ascii_only))
     table = _table("", caption=describe_score(top.score, top.groups), ascii_only=ascii_only)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)

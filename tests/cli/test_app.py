@@ -113,6 +113,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ..
         ("query", "out.trace/trace.zarr", "digits/0001.png", "--seed", "3"),
         ("--seed is for images made from a prompt alone",),
     ),
+    "a concept of a model without captions": (
+        nothing,
+        ("query", "out.trace/trace.zarr", "digits/0001.png", "--prompt", "a red digit", "--concept", "red"),
+        ("trained without captions", "0001.png"),
+    ),
+    "a concept of a sample": (
+        nothing,
+        ("query", "out.trace/trace.zarr", "--sample", "1", "--without", "a digit"),
+        ("--concept and --without are for images",),
+    ),
     "a folder that is not there": (
         nothing,
         ("query", "out.trace/trace.zarr", "--sample", "1", "--json", "gone/hits.json"),

@@ -95,6 +95,9 @@ def test_several_prompts_are_captured_one_after_another(tmp_path: Path, monkeypa
     hits = dmin_trace.attribute(path, [images[2]], ["a sks digit"], k=10, score="dmin")[0]
     assert len(hits) == 4 and hits[0].score > 2.999
     assert [hit.columns["file_name"] for hit in hits] == [f"digits/{images[hit.sample].name}" for hit in hits]
+    # The prompt stands on the command line, so one run has one prompt.
+    with pytest.raises(QueryError, match="takes one prompt for all its images .* two prompts on one picture"):
+        dmin_trace.attribute(path, [images[2]], ["a digit"], without=["a"])
     # A script that does not read the queries ends before it is captured on its own data.
     own = (
         (tmp_path / "train.py")

@@ -24,6 +24,7 @@ from transformers import CLIPTextModel
 import dmin_trace
 from dmin_trace import store
 from dmin_trace.capture import encoder_cache as frozen
+from dmin_trace.project import compress_gradient, make_plan
 from dmin_trace.store import open_store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_text_to_image_lora.py"
@@ -65,15 +66,18 @@ def ask(made: Path, *arguments: object, code: int = 0) -> tuple[list[list[int]],
     return [[hit["sample"] for hit in query["hits"]] for query in found], said
 
 
-def reference(made: Path, sample: int, timesteps: list[int]) -> list[dict[str, torch.Tensor]]:
-    """The slow, obvious way: the saved LoRA loaded by diffusers, and plain autograd."""
+def reference(
+    made: Path, sample: int, timesteps: list[int], prompt: str | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """The slow, obvious way: the saved LoRA loaded by diffusers, and plain autograd; with the caption or a prompt."""
     pipeline = StableDiffusionPipeline.from_pretrained(made / "sd", safety_checker=None)
     pipeline.load_lora_weights(made / "with" / "out", adapter_name="default")
     unet = pipeline.unet.eval()
     parameters = {name: p.requires_grad_("lora" in name) for name, p in unet.named_parameters()}
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     pixels = torch.from_numpy(np.asarray(picture(sample)) / np.float32(127.5) - 1).permute(2, 0, 1)[None]
-    tokens = pipeline.tokenizer(caption(sample), padding="max_length", return_tensors="pt").input_ids
+    prompt = caption(sample) if prompt is None else prompt
+    tokens = pipeline.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
     scheduler = DDPMScheduler.from_pretrained(made / "sd", subfolder="scheduler")
     found = []
     with torch.no_grad():
@@ -206,6 +210,51 @@ def test_the_examples_of_the_face_for_programs(made: Path, monkeypatch: pytest.M
     assert trace.columns["text"] == [caption(k) for k in range(COUNT)]
     hits = dmin_trace.attribute(trace, [picture(5)], [caption(5)], k=3)
     assert [hit.sample for hit in hits[0]] == top.samples[0, :3].tolist()
+
+
+def test_a_query_for_a_concept_is_the_difference_of_two_gradients(
+    made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, hits = made / "with" / "out.trace" / "trace.zarr", tmp_path / "hits.json"
+    images = [made / "images" / f"{k:04d}.png" for k in (5, 2)]
+    command = ["query", "--score", "dmin", path, *images, "--prompt", caption(5), "--prompt", caption(2)]
+    said, _ = command_line([*command, "--concept", "square", "--concept", "2", "--json", hits], made / "with")
+    assert "for what the prompt has beyond '5'" in said and "for what the prompt has beyond 'cross'" in said
+    found = json.loads(hits.read_text())["queries"]
+    assert [(query["prompt"], query["without"]) for query in found] == [("square 5", "5"), ("cross 2", "cross")]
+    monkeypatch.setenv("XDG_STATE_HOME", str(made / "with" / "state"))
+    trace = dmin_trace.open_trace(path)
+    prompts, without = [caption(5), caption(2), caption(2)], ["5", None, "cross"]
+    queries = trace.query_images([picture(5), picture(2), picture(2)], prompts, without=without)
+    assert queries.without == ("5", None, "cross")
+    header = trace.store.header
+    plan = make_plan(header.projection.length, header.dimension, header.projection.seed, "uniform")
+    for row, sample, rest in ((0, 5, "5"), (2, 2, "cross")):
+        pairs = zip(
+            reference(made, sample, [100, 500, 900]), reference(made, sample, [100, 500, 900], rest), strict=True
+        )
+        for slot, (with_it, less) in enumerate(pairs):
+            expected, _ = compress_gradient([with_it[name] - less[name] for name in with_it], plan)
+            assert torch.linalg.norm(torch.from_numpy(queries.gradients[row, slot]) - expected) < 1e-2
+    top = trace.top_k(queries, COUNT, "dmin")
+    for of_command, row in zip(found, (0, 2), strict=True):
+        assert [hit["sample"] for hit in of_command["hits"]] == top.samples[row].tolist()
+    whole = trace.query_images([picture(2)], [caption(2)]).gradients[0]
+    assert np.linalg.norm(queries.gradients[1] - whole) <= 1e-6 * np.linalg.norm(whole)
+
+
+def test_a_concept_that_makes_no_difference_is_refused(made: Path) -> None:
+    image = made / "images" / "0001.png"
+    for options, message in (
+        (("--prompt", "square 1", "--without", "SQUARE 1"), "The two prompts make no difference"),
+        (("--prompt", "square 1", "--without", "square  1"), "The two prompts of 0001.png are the same"),
+        (("--prompt", "square 1", "--concept", "disc"), "does not have the concept 'disc'"),
+        (("--concept", "disc"), "0001.png has no prompt"),
+    ):
+        _, said = ask(made, image, *options, code=1)
+        assert message in " ".join(said.split())
+    _, said = ask(made, "--prompt", "square 1", "--concept", "disc", code=1)
+    assert "does not have the concept 'disc'" in said
 
 
 def test_a_prompt_is_asked_for(made: Path) -> None:

@@ -192,7 +192,7 @@ def test_top_k_as_hits_and_as_a_table(trace: dmin_trace.Trace, tmp_path: Path) -
     assert lines[0] == "TopK(2 queries, k=2, dmin, scanned all 12 samples)"
     assert lines[1] == "  'sample 3':" and lines[5].strip() == repr(hit)
     table = top.to_pandas()
-    assert table.columns[:5].tolist() == ["query", "prompt", "rank", "sample", "score"]
+    assert table.columns[:5].tolist() == ["query", "prompt", "without", "rank", "sample"]
     assert table.columns[-2:].tolist() == ["name", "meta_score"]
     assert table["query"].tolist() == ["sample 3", "sample 3", "sample 7", "sample 7"]
     assert table["sample"].tolist() == top.samples.ravel().tolist()

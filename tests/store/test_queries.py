@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,23 @@ def test_save_and_load_give_the_same_queries(tmp_path: Path) -> None:
     assert (loaded.names, loaded.prompts, loaded.trace_id) == (queries.names, queries.prompts, queries.trace_id)
     assert len(loaded) == 3
     assert repr(loaded) == "Queries(3 queries, R=2, v=16)"
+
+
+def test_the_prompt_without_a_concept_is_kept(tmp_path: Path) -> None:
+    old = some_queries()
+    assert old.without == (None, None, None)
+    queries = replace(old, without=("a", None, None))
+    queries.save(tmp_path / "queries")
+    assert Queries.load(tmp_path / "queries").without == ("a", None, None)
+    # A file without concepts is as it was before there were any.
+    old.save(tmp_path / "old")
+    with np.load(tmp_path / "old") as arrays:
+        assert b"without" not in arrays["texts"].tobytes()
+    assert Queries.load(tmp_path / "old").without == (None, None, None)
+    with pytest.raises(QueryError, match="3 prompts and 2 without a concept"):
+        replace(old, without=("a", None))
+    with pytest.raises(QueryError, match="has no prompt, but a prompt without a concept"):
+        replace(old, without=(None, "a", None))
 
 
 def test_load_runs_no_pickle(tmp_path: Path) -> None:

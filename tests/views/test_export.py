@@ -36,7 +36,7 @@ def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
     text = 'a "fox"\n\x1b[31m\x7f\x9b\u202e狐\ud800'
     hits = [[hit(1, (0.5, 0.25), caption=text, label=3)], []]
     names, prompts = ("fox.png", "sample 17"), ("a red fox in the snow", None)
-    top = answer(hits, (50.0, 950.0), names=names, prompts=prompts)
+    top = answer(hits, (50.0, 950.0), names=names, prompts=prompts, without=(text, None))
     written = hits_json(top, {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
     assert all(" " <= character <= "~" or character == "\n" for character in written)
     read = strict(written)
@@ -54,8 +54,8 @@ def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
         "columns": {"caption": text, "label": 3},
     }
     assert read["queries"] == [
-        {"name": "fox.png", "prompt": "a red fox in the snow", "hits": [found]},
-        {"name": "sample 17", "prompt": None, "hits": []},
+        {"name": "fox.png", "prompt": "a red fox in the snow", "without": text, "hits": [found]},
+        {"name": "sample 17", "prompt": None, "without": None, "hits": []},
     ]
     assert list(read["queries"][0]["hits"][0]) == ["rank", "sample", "score", "per_timestep", "columns"]
 
@@ -92,12 +92,13 @@ def test_hits_csv_has_one_row_for_each_hit() -> None:
         [hit(1, (1e-9, 1.0), caption=None)],
     ]
     names, prompts = ("fox.png", "sample 17"), ("a red fox in the snow", None)
-    written = hits_csv(answer(hits, (50.0, 950.5), names=names, prompts=prompts))
+    written = hits_csv(answer(hits, (50.0, 950.5), names=names, prompts=prompts, without=("a fox", None)))
     assert "\r" not in written
     assert read_csv(written) == [
         [
             "query",
             "prompt",
+            "without",
             "rank",
             "sample",
             "score",
@@ -107,23 +108,26 @@ def test_hits_csv_has_one_row_for_each_hit() -> None:
             "t50",
             "t950.5",
         ],
-        ["fox.png", "a red fox in the snow", "1", "50001", "0.25", "dmin", 'red, "fox"; quick', "", "0.5", "-0.25"],
-        ["fox.png", "a red fox in the snow", "2", "50002", "", "dmin", "", "7", "0.25", ""],
-        ["sample 17", "", "1", "50001", "1.000000001", "dmin", "", "", "1e-09", "1.0"],
+        [
+            *("fox.png", "a red fox in the snow", "a fox", "1", "50001", "0.25", "dmin"),
+            *('red, "fox"; quick', "", "0.5", "-0.25"),
+        ],
+        ["fox.png", "a red fox in the snow", "a fox", "2", "50002", "", "dmin", "", "7", "0.25", ""],
+        ["sample 17", "", "", "1", "50001", "1.000000001", "dmin", "", "", "1e-09", "1.0"],
     ]
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", " =1", "＝1"])
 def test_hits_csv_has_no_formula(text: str) -> None:
     one = hit(1, (-0.5,), caption=text, **{text: "x"}, number=-3)
-    heading, row = read_csv(hits_csv(answer([[one]], (1.0,), names=(text,), prompts=(text,))))
+    heading, row = read_csv(hits_csv(answer([[one]], (1.0,), names=(text,), prompts=(text,), without=(text,))))
     guarded = "'" + text.replace("\t", "\\t").replace("\r", "\\r").replace("\n", "\\n")
-    assert row[:2] == [guarded, guarded]
-    assert row[6] == guarded
-    assert heading[7] == guarded
+    assert row[:3] == [guarded] * 3
+    assert row[7] == guarded
+    assert heading[8] == guarded
     # Numbers are no text: a minus sign stays.
-    assert row[4] == row[-1] == "-0.5"
-    assert row[8] == "-3"
+    assert row[5] == row[-1] == "-0.5"
+    assert row[9] == "-3"
 
 
 def test_hits_csv_columns_have_different_names() -> None:
@@ -133,6 +137,7 @@ def test_hits_csv_columns_have_different_names() -> None:
     assert dict(zip(heading, row, strict=True)) == {
         "query": "fox.png",
         "prompt": "a red fox in the snow",
+        "without": "",
         "rank": "1",
         "sample": "50001",
         "score": "0.5",

@@ -279,3 +279,14 @@ def test_hits_table_has_a_bar_for_each_group_of_pooled_timesteps() -> None:
     shown = render(hits_table(answer([[hit(1, (0.5, 0.25))]], (), groups=groups), 0), 200)
     shown = " ".join(shown.split())
     assert "t=50 950" in shown and " █▅ " in shown and "summed over 2 groups of 10 pooled timesteps" in shown
+
+
+def test_a_table_says_that_it_is_for_a_concept() -> None:
+    def shown(without: str) -> str:
+        top = answer([[hit(1)]], TIMESTEPS, without=(without,))
+        return render(hits_table(top, 0, ascii_only=True), 200)
+
+    assert "a red fox in the snow\nfor what the prompt has beyond 'a fox'\n" in shown("a fox")
+    assert "for what the prompt has beyond an empty prompt\n" in shown("")
+    hostile = shown("\x1b[31m[bold]\nfox")
+    assert "for what the prompt has beyond '\\x1b[31m[bold]\\nfox'" in hostile

@@ -278,7 +278,7 @@ class ScriptCapture:
             )
         self.driver.models.variables = variables.named()
         source = CaptureSource(
-            samples=len(pictures),
+            samples=len(pictures) // (2 if self.job.differences else 1),
             columns=Columns(
                 run.loader.dataset,
                 # Queries have no labels: columns that the settings name need not be there.
@@ -300,6 +300,7 @@ class ScriptCapture:
             any_device=self.job.any_device,
             weights_of=weights_of,
             rows=rows,
+            differences=self.job.differences,
         )
         size_of_models = (p.numel() * p.element_size() for model in models for p in model.parameters())
         output = CaptureOutput(

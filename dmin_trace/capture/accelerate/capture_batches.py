@@ -88,7 +88,8 @@ class CaptureBatches:
 
     def open_step(self, turn: Turn) -> None:
         self._run.set_sync(False)
-        self._guard.open(turn.sample, turn.timestep, turn.pin, observed=turn.observed, kept=turn.kept)
+        observed, kept, sign = turn.observed, turn.kept, turn.sign
+        self._guard.open(turn.sample, turn.timestep, turn.pin, observed=observed, kept=kept, sign=sign)
 
     def open_empty_step(self) -> None:
         """Begins a training step that is not captured: the capture has failed, and the script's loop must go on."""

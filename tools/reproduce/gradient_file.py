@@ -20,7 +20,7 @@ import numpy as np
 import subsets
 import torch
 import typer
-from emoji_models import CHANNELS, SIDE, Words, losses_at
+from emoji_models import CHANNELS, SIDE, losses_at
 from finetune import RECIPES, Tuning
 from finetune_truth import TRUTHS, Truth
 from numpy.typing import NDArray
@@ -79,12 +79,16 @@ def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS, objective: Objecti
     tuning = Tuning(RECIPES[recipe], data, compiled=False)
     truth = Truth.read(truths / f"{recipe}.npz")
     tuning.full(truths / f"{recipe}.safetensors")
-    latents = torch.cat([tuning.latents, tuning.autoencoder.encode(truth.queries.images)])
-    asked = tuning.words_of(truth.queries.captions)
-    count = truth.samples
-    words = Words(
-        torch.cat([tuning.words.tokens[:count], asked.tokens]), torch.cat([tuning.words.pooled[:count], asked.pooled])
-    )
+    samples, queries = tuning.division.tuning, truth.queries
+    images = np.concatenate([samples.images, queries.images])
+    return ask_pictures(tuning, images, [*samples.captions, *queries.captions], truth.samples, objective)
+
+
+def ask_pictures(
+    tuning: Tuning, images: NDArray[np.uint8], captions: list[str], samples: int, objective: Objective = "loss"
+) -> Asked:
+    """The model that is in place, about any pictures, of which the first `samples` are samples."""
+    latents, words = tuning.autoencoder.encode(images), tuning.words_of(captions)
 
     def loss(n: int, t: int, draw: int) -> torch.Tensor:
         noise = _noise((1, CHANNELS, SIDE, SIDE), t, draw)
@@ -95,7 +99,7 @@ def ask_tuned(recipe: str, data: Path, truths: Path = TRUTHS, objective: Objecti
         found = kind.predict(tuning.denoiser, noisy, steps, words.at(here))
         return found.mean() if objective == "mean-output" else found.square().mean()
 
-    return Asked(tuning.trained, loss, count, len(truth.queries.captions))
+    return Asked(tuning.trained, loss, samples, len(images) - samples)
 
 
 def _noise(shape: tuple[int, ...] | torch.Size, t: int, draw: int) -> torch.Tensor:

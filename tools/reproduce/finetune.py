@@ -197,9 +197,12 @@ def prompts(division: Division) -> tuple[list[str], list[str]]:
     poor; those of the subcategories that the base knows can be read.
     """
     tuning, draw = division.tuning, np.random.default_rng(19)
-    new = draw.permutation([k for k, of in enumerate(tuning.categories) if of in NEW])[: QUERIES // 4]
-    known = draw.permutation([k for k, of in enumerate(tuning.categories) if of not in NEW])[: QUERIES - len(new)]
-    chosen = [*new.tolist(), *known.tolist()]
+    order = [
+        draw.permutation([k for k, of in enumerate(tuning.categories) if (of in NEW) == new]).tolist()
+        for new in (True, False)
+    ]
+    known = order[1][: QUERIES - QUERIES // 4]
+    chosen = [*order[0][: QUERIES - len(known)], *known]
     return [tuning.captions[k] for k in chosen], [tuning.categories[k] for k in chosen]
 
 

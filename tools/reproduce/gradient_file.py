@@ -13,18 +13,21 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import ddpm
 import numpy as np
 import subsets
 import torch
 import typer
-from emoji_models import CHANNELS, SIDE, losses_at
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from emoji_models import CHANNELS, SIDE, Words
 from finetune import RECIPES, Tuning
 from finetune_truth import TRUTHS, Truth
 from numpy.typing import NDArray
 from rich.progress import track
+from torch.func import functional_call, grad, vmap
 
 EVEN = tuple(ddpm.evenly(10))
 BETWEEN = tuple(range(100, 1000, 100))
@@ -37,8 +40,11 @@ Objective = Literal["loss", "squared-output", "mean-output"]
 Passes = tuple[tuple[int, int], ...]
 ONCE: Passes = tuple((t, 0) for t in EVEN)
 PASSES_OF: dict[Objective, Passes] = {"loss": PASSES, "squared-output": ONCE, "mean-output": ONCE}
-Loss = Callable[[int, int, int], torch.Tensor]
-"""Of sample or query n at a timestep with a draw."""
+Parameters = dict[str, torch.Tensor]
+Loss = Callable[[Parameters, torch.Tensor, int, int], torch.Tensor]
+"""With these parameters, of sample or query n (a tensor of one number) at a timestep with a draw."""
+BATCH = 32
+"""Samples whose gradients are taken at a time."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +55,28 @@ class Asked:
     loss: of one of the N + Q, the samples first.
     """
 
-    parameters: dict[str, torch.Tensor]
+    parameters: Parameters
     loss: Loss
     samples: int
     queries: int
+
+    def gradients(self, places: torch.Tensor, t: int, draw: int) -> torch.Tensor:
+        """(n, P) of some of the N + Q, at a timestep with a draw."""
+        fixed = {name: tensor.detach() for name, tensor in self.parameters.items()}
+        found = vmap(grad(self.loss), in_dims=(None, 0, None, None))(fixed, places, t, draw)
+        return torch.cat([found[name].flatten(1) for name in self.parameters], 1)
 
 
 def ask_digits(work: Path, objective: Objective = "loss") -> Asked:
     """The model of `subsets.py`."""
     model = ddpm.load(subsets.full_model(work), subsets.RECIPE).requires_grad_(True)
     images = torch.cat([subsets.digits().images, subsets.queries(work)])
-    schedule = ddpm.noise_schedule()
+    schedule, noises = ddpm.noise_schedule(), _noises(images[:1].shape)
 
-    def loss(n: int, t: int, draw: int) -> torch.Tensor:
-        noise = _noise(images[:1].shape, t, draw)
-        steps = torch.tensor([t])
-        found: torch.Tensor = model(schedule.add_noise(images[n : n + 1], noise, steps), steps).sample
-        return (
-            found.mean()
-            if objective == "mean-output"
-            else (found - noise if objective == "loss" else found).square().mean()
-        )
+    def loss(parameters: Parameters, n: torch.Tensor, t: int, draw: int) -> torch.Tensor:
+        noise, steps = noises[t, draw], torch.tensor([t])
+        found = functional_call(model, parameters, (schedule.add_noise(images[n][None], noise, steps), steps)).sample
+        return _objective(found, noise, objective)
 
     return Asked(dict(model.named_parameters()), loss, subsets.SAMPLES, len(images) - subsets.SAMPLES)
 
@@ -88,22 +95,35 @@ def ask_pictures(
     tuning: Tuning, images: NDArray[np.uint8], captions: list[str], samples: int, objective: Objective = "loss"
 ) -> Asked:
     """The model that is in place, about any pictures, of which the first `samples` are samples."""
-    latents, words = tuning.autoencoder.encode(images), tuning.words_of(captions)
+    latents, words, kind = tuning.autoencoder.encode(images), tuning.words_of(captions), tuning.kind
+    noises = _noises((1, CHANNELS, SIDE, SIDE))
+    if isinstance(tuning.denoiser, UNet2DConditionModel):
+        # The default's fused attention cannot be batched by vmap.
+        tuning.denoiser.set_attn_processor(AttnProcessor())
 
-    def loss(n: int, t: int, draw: int) -> torch.Tensor:
-        noise = _noise((1, CHANNELS, SIDE, SIDE), t, draw)
-        here, kind, steps = slice(n, n + 1), tuning.kind, torch.tensor([t])
-        if objective == "loss":
-            return losses_at(kind, tuning.denoiser, latents[here], words.at(here), noise, steps).mean()
-        noisy, _ = kind.noised(latents[here], noise, steps)
-        found = kind.predict(tuning.denoiser, noisy, steps, words.at(here))
-        return found.mean() if objective == "mean-output" else found.square().mean()
+    def loss(parameters: Parameters, n: torch.Tensor, t: int, draw: int) -> torch.Tensor:
+        def called(*given: Any, **named: Any) -> Any:
+            return functional_call(tuning.denoiser, parameters, given, named)
+
+        noise, steps = noises[t, draw], torch.tensor([t])
+        noisy, target = kind.noised(latents[n][None], noise, steps)
+        found = kind.predict(called, noisy, steps, Words(words.tokens[n][None], words.pooled[n][None]))
+        return _objective(found, target, objective)
 
     return Asked(tuning.trained, loss, samples, len(images) - samples)
 
 
-def _noise(shape: tuple[int, ...] | torch.Size, t: int, draw: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * t + draw))
+def _objective(found: torch.Tensor, target: torch.Tensor, objective: Objective) -> torch.Tensor:
+    if objective == "mean-output":
+        return found.mean()
+    return (found - target if objective == "loss" else found).square().mean()
+
+
+def _noises(shape: tuple[int, ...] | torch.Size) -> dict[tuple[int, int], torch.Tensor]:
+    """Of every pass. They are drawn here because nothing may be drawn inside vmap."""
+    return {
+        (t, draw): torch.randn(shape, generator=torch.Generator().manual_seed(1000 * t + draw)) for t, draw in PASSES
+    }
 
 
 @dataclass(frozen=True)
@@ -162,8 +182,7 @@ class _Kept:
 def capture(asked: Asked, folder: Path, passes: Passes = PASSES) -> None:
     """Writes the file, or what is missing of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = list(asked.parameters.values())
-    count, size = asked.samples + asked.queries, sum(p.numel() for p in parameters)
+    count, size = asked.samples + asked.queries, sum(p.numel() for p in asked.parameters.values())
     shapes = {name: list(p.shape) for name, p in asked.parameters.items()}
     kept = _Kept([count, len(passes), size], shapes, asked.samples, [list(p) for p in passes], 0)
     told = folder / "gradients.json"
@@ -175,17 +194,17 @@ def capture(asked: Asked, folder: Path, passes: Passes = PASSES) -> None:
     mode = "r+" if (folder / "gradients.f16").exists() else "w+"
     rows = np.memmap(folder / "gradients.f16", np.float16, mode, shape=tuple(kept.shape))
     norms = np.memmap(folder / "norms.f32", np.float32, mode, shape=tuple(kept.shape[:2]))
-    for n in track(range(kept.done, count), f"gradients of {folder.name}"):
+    for start in track(range(kept.done, count, BATCH), f"gradients of {folder.name}"):
+        places = torch.arange(start, min(start + BATCH, count))
         for k, (t, draw) in enumerate(passes):
-            found = torch.autograd.grad(asked.loss(n, t, draw), parameters)
-            flat = torch.cat([g.reshape(-1) for g in found])
-            root = flat.square().mean().sqrt().clamp_min(1e-30)
-            rows[n, k], norms[n, k] = (flat / root).half().numpy(), float(root)
-        kept.done = n + 1
-        if not kept.done % 50 or kept.done == count:
-            rows.flush()
-            norms.flush()
-            kept.write(folder)
+            flat = asked.gradients(places, t, draw)
+            root = flat.square().mean(1).sqrt().clamp_min(1e-30)
+            rows[start : start + BATCH, k] = (flat / root[:, None]).half().numpy()
+            norms[start : start + BATCH, k] = root.numpy()
+        kept.done = int(places[-1]) + 1
+        rows.flush()
+        norms.flush()
+        kept.write(folder)
 
 
 def main(

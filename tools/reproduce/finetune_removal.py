@@ -169,7 +169,8 @@ def measure(trainings: Trainings, plan: Plan, percent: int) -> tuple[Places, int
             models |= {trainings.path(removed, seed) for removed in of[n]}
             each[n] += [_change(full, trainings.read(removed, seed), int(plan.queries[n]), half) for removed in of[n]]
         means = np.array([np.mean(each[n], axis=0) for n in counted]).reshape(len(counted), 3)
-        changes[name] = Changes(*means.T, len(models))
+        growth, moved, unlike = means.T
+        changes[name] = Changes(growth, moved, unlike, len(models))
     return plan.queries[counted], len(pairs), changes
 
 
@@ -184,7 +185,7 @@ def _change(full: Trained, trained: Trained, query: int, half: int) -> list[floa
 
 def _picture(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(1, 3, 32, 32) from 0 to 1, as `baselines.ssim` takes it."""
-    return pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255
+    return np.asarray(pixels.transpose(2, 0, 1)[None] / 255, np.float32)
 
 
 def ratio(one: Doubles, other: Doubles) -> Estimate:

@@ -103,6 +103,20 @@ def make_plan(scores: dict[str, Doubles], queries: Places, percents: list[int], 
     return Plan(queries, top, random, seeds)
 
 
+def kept_scores(folder: Path, names: list[str], shape: tuple[int, int]) -> dict[str, Doubles]:
+    """Scores (Q, N) that finetune_lds.py keeps, by their files' names: a method and its strength."""
+    found = {}
+    for name in names:
+        path = folder / f"{name}.npy"
+        if not path.exists():
+            known = ", ".join(sorted(f"'{of.stem}'" for of in folder.glob("*.npy"))) or "none; run finetune_lds.py"
+            raise typer.BadParameter(f"{path} is missing; there are {known}.", param_hint="--scores")
+        found[name] = np.load(path)
+        if found[name].shape != shape:
+            raise typer.BadParameter(f"{path} is {found[name].shape}; {shape} is expected.", param_hint="--scores")
+    return found
+
+
 def train_all(trainings: Trainings, plan: Plan, minutes: float, part: tuple[int, int]) -> int:
     """Trains what is missing, or as much of it as there is time for; how many were trained."""
     jobs = {trainings.path(removed, seed): (removed, seed) for removed, seed in plan.jobs()}
@@ -169,7 +183,8 @@ def measure(trainings: Trainings, plan: Plan, percent: int) -> tuple[Places, int
             models |= {trainings.path(removed, seed) for removed in of[n]}
             each[n] += [_change(full, trainings.read(removed, seed), int(plan.queries[n]), half) for removed in of[n]]
         means = np.array([np.mean(each[n], axis=0) for n in counted]).reshape(len(counted), 3)
-        changes[name] = Changes(*means.T, len(models))
+        growth, moved, unlike = means.T
+        changes[name] = Changes(growth, moved, unlike, len(models))
     return plan.queries[counted], len(pairs), changes
 
 
@@ -184,7 +199,7 @@ def _change(full: Trained, trained: Trained, query: int, half: int) -> list[floa
 
 def _picture(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(1, 3, 32, 32) from 0 to 1, as `baselines.ssim` takes it."""
-    return pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255
+    return np.asarray(pixels.transpose(2, 0, 1)[None] / 255, np.float32)
 
 
 def ratio(one: Doubles, other: Doubles) -> Estimate:
@@ -285,6 +300,10 @@ def main(
     percents: Annotated[str, typer.Option(help="Of the samples, in the order of work.")] = PERCENTS,
     seeds: Annotated[str, typer.Option(help="Of the trainings, in the order of work.")] = SEEDS,
     only: Annotated[str, typer.Option("--methods", help="Names of methods.py; all if not given.")] = "",
+    scored: Annotated[
+        list[str] | None,
+        typer.Option("--scores", help="Besides, scores of finetune_lds.py, as 'EK-FAC 0.1'; may be given again."),
+    ] = None,
     ridge: Annotated[float, typer.Option(help="The strength of TRAK and D-TRAK.")] = RIDGE,
     minutes: Annotated[float, typer.Option(help="No training begins later than this.")] = float("inf"),
     part: Annotated[int, typer.Option(help="Which part of the trainings, from 0.", min=0)] = 0,
@@ -302,6 +321,7 @@ def main(
     tuning = Tuning(RECIPES[recipe], data, compiled=compiled, bases=bases)
     truth = Truth.read(truths / f"{recipe}.npz")
     scores = scores_of(given_of(tuning, truth, truths, work, recipe), methods(ridge), only)
+    scores |= kept_scores(work / recipe / "scores", scored or [], (len(truth.queries.images), truth.samples))
     queries = chosen_queries(truth.queries, held_out, generated)
     plan = make_plan(scores, queries, _numbers(percents, "--percents"), _numbers(seeds, "--seeds"))
     trainings = Trainings(tuning, truth.queries, bases, work / "removal" / recipe)
@@ -309,7 +329,8 @@ def main(
     page = Page(
         f"Does a fine-tuned model lose what a method says it got? {recipe}",
         f"python tools/reproduce/finetune_removal.py --data emoji32.npz --work WORK --recipe {recipe} --percents "
-        f"{percents} --seeds {seeds} --methods {','.join(scores)}",
+        f"{percents} --seeds {seeds} --methods {','.join(name for name in scores if name not in (scored or []))}"
+        + "".join(f" --scores '{name}'" for name in scored or []),
         time.monotonic() - began,
         f"For each of {len(queries)} queries and each method (tools/reproduce/methods.py) the samples with the largest "
         "score are left out, and the recipe is trained again with the same seeds as models that have all samples. "

@@ -292,7 +292,10 @@ def test_gradients_of_more_queries_lie_beside_those_of_the_samples(place: Place,
         ):
             asked = ask_pictures(place.tuning, images, list(captions), 0)
             found = [
-                torch.autograd.grad(asked.loss(n, t, 0), list(asked.parameters.values())) for n in range(len(images))
+                torch.autograd.grad(
+                    asked.loss(asked.parameters, torch.tensor(n), t, 0), list(asked.parameters.values())
+                )
+                for n in range(len(images))
             ]
             rows.append(np.stack([torch.cat([g.reshape(-1) for g in of]).double().numpy() for of in found]))
         samples, asked_rows = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows)

@@ -75,7 +75,9 @@ def ask_digits(work: Path, objective: Objective = "loss") -> Asked:
 
     def loss(parameters: Parameters, n: torch.Tensor, t: int, draw: int) -> torch.Tensor:
         noise, steps = noises[t, draw], torch.tensor([t])
-        found = functional_call(model, parameters, (schedule.add_noise(images[n][None], noise, steps), steps)).sample
+        found = functional_call(
+            model, parameters, (schedule.add_noise(images.index_select(0, n[None]), noise, steps), steps)
+        ).sample
         return _objective(found, noise, objective)
 
     return Asked(dict(model.named_parameters()), loss, subsets.SAMPLES, len(images) - subsets.SAMPLES)
@@ -106,8 +108,8 @@ def ask_pictures(
             return functional_call(tuning.denoiser, parameters, given, named)
 
         noise, steps = noises[t, draw], torch.tensor([t])
-        noisy, target = kind.noised(latents[n][None], noise, steps)
-        found = kind.predict(called, noisy, steps, Words(words.tokens[n][None], words.pooled[n][None]))
+        noisy, target = kind.noised(latents.index_select(0, n[None]), noise, steps)
+        found = kind.predict(called, noisy, steps, Words(*(part.index_select(0, n[None]) for part in words)))
         return _objective(found, target, objective)
 
     return Asked(tuning.trained, loss, samples, len(images) - samples)

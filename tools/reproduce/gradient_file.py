@@ -20,14 +20,13 @@ import numpy as np
 import subsets
 import torch
 import typer
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from emoji_models import CHANNELS, SIDE, Words
 from finetune import RECIPES, Tuning
 from finetune_truth import TRUTHS, Truth
 from numpy.typing import NDArray
 from rich.progress import track
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EVEN = tuple(ddpm.evenly(10))
 BETWEEN = tuple(range(100, 1000, 100))
@@ -63,7 +62,9 @@ class Asked:
     def gradients(self, places: torch.Tensor, t: int, draw: int) -> torch.Tensor:
         """(n, P) of some of the N + Q, at a timestep with a draw."""
         fixed = {name: tensor.detach() for name, tensor in self.parameters.items()}
-        found = vmap(grad(self.loss), in_dims=(None, 0, None, None))(fixed, places, t, draw)
+        # vmap batches the attention that is made of matrix products, not the fused ones.
+        with sdpa_kernel(SDPBackend.MATH):
+            found = vmap(grad(self.loss), in_dims=(None, 0, None, None))(fixed, places, t, draw)
         return torch.cat([found[name].flatten(1) for name in self.parameters], 1)
 
 
@@ -99,9 +100,6 @@ def ask_pictures(
     """The model that is in place, about any pictures, of which the first `samples` are samples."""
     latents, words, kind = tuning.autoencoder.encode(images), tuning.words_of(captions), tuning.kind
     noises = _noises((1, CHANNELS, SIDE, SIDE))
-    if isinstance(tuning.denoiser, UNet2DConditionModel):
-        # The default's fused attention cannot be batched by vmap.
-        tuning.denoiser.set_attn_processor(AttnProcessor())
 
     def loss(parameters: Parameters, n: torch.Tensor, t: int, draw: int) -> torch.Tensor:
         def called(*given: Any, **named: Any) -> Any:

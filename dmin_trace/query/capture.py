@@ -98,7 +98,7 @@ def capture_queries(
                     differences=differences,
                 )
                 if differences:
-                    _check_pairs(query_run.queries)
+                    check_pairs(query_run.queries)
                 _run(job, part)
                 captured = open_store(part / "queries.zarr")
                 group = [queries[sample] for sample in query_run.queries[:: 2 if differences else 1]]
@@ -194,9 +194,10 @@ def _check_concept(name: str, prompt: str | None, without: str | None, with_prom
         raise QueryError(f"The two prompts of {name} are the same, {brief(prompt)}, so they make no difference.")
 
 
-def _check_pairs(samples: Sequence[int]) -> None:
+def check_pairs(samples: Sequence[int]) -> None:
     """Raises QueryError unless a run of the script has both samples of each difference, one after the other."""
-    if any(n != first + at for at in (0, 1) for n, first in zip(samples[at::2], samples[::2], strict=True)):
+    firsts = samples[::2]
+    if list(samples) != [n for first in firsts for n in (first, first + 1)] or any(first % 2 for first in firsts):
         raise QueryError(
             "The script takes one prompt for all its images (--instance_prompt), so it cannot run two prompts on one "
             "picture. Query the whole image: leave out what is without the concept (--concept, --without)."

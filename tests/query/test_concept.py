@@ -15,6 +15,7 @@ import dmin_trace
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError
 from dmin_trace.project import compress_gradient, make_plan
+from dmin_trace.query.capture import check_pairs
 from dmin_trace.query.concept import prompt_without, with_concepts
 from dmin_trace.query.inputs import QueryInput
 from dmin_trace.settings import make_settings
@@ -324,3 +325,10 @@ def test_the_concept_of_a_colour_finds_that_colour(model: Painter, tmp_path: Pat
     concept, whole = np.mean(found, axis=0)
     # By chance it is a third.
     assert concept > 0.6 and concept > whole + 0.1
+
+
+@pytest.mark.parametrize("samples", [(0,), (1,), (0, 2), (1, 2), (1, 0), (0, 1, 2)])
+def test_a_run_without_both_samples_of_a_difference_is_refused(samples: tuple[int, ...]) -> None:
+    with pytest.raises(QueryError, match="takes one prompt for all its images"):
+        check_pairs(samples)
+    check_pairs((2, 3, 0, 1))

@@ -37,7 +37,7 @@ DAMPINGS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 """Of EK-FAC, relative to the mean eigenvalue."""
 CURVATURE_PASSES = 8
 DIRECTIONS = (16, 32, 64, 128)
-OURS = ("default: sign, deflated",)
+DEFAULT_NAME = "default: sign, deflated"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Method:
 def methods(recipe: str, work: Path, data: Path) -> Iterator[Method]:
     """All of them. Whole gradients are read when the first of a kind is scored."""
     gradients, kept = open_gradients(work / recipe), work / recipe / "kernels"
-    yield Method(OURS[0], "", lambda: deflated([kernel_of(gradients, row, kept) for row in DEFAULT.rows]))
+    yield Method(DEFAULT_NAME, "", lambda: deflated([kernel_of(gradients, row, kept) for row in DEFAULT.rows]))
     for count in DIRECTIONS:
         yield Method("sign, deflated, best r", f"{count}", partial(_deflated, gradients, kept, "sign", count))
         yield Method("none, deflated, best r", f"{count}", partial(_deflated, gradients, kept, "none", count))
@@ -210,7 +210,7 @@ def main(
     began = time.monotonic()
     torch.set_num_threads(1)
     found, judge = scored(recipe, work, data), judge_tuned(recipe)
-    default = found[OURS[0]][""]
+    default = found[DEFAULT_NAME][""]
     ceilings = {kind: judge.ceiling(of) for kind, of in judge.kinds.items()}
     page = Page(
         f"Which scores find causes in a fine-tuned model? {recipe}",

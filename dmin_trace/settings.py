@@ -41,7 +41,7 @@ class Settings:
         the cost of D passes and of one more gradient in memory. The first draw is that of draws=1.
     rows: R, the number of projected gradients that are kept of each sample. None keeps one for each timestep. A number
         from 1 to T pools timesteps: those that follow each other in `timesteps` form R groups of sizes as equal as
-        possible, the larger groups first; each gradient of a group is divided by its L2 norm, and their mean is
+        possible, the larger groups first; the mean of a group's gradients, which is the gradient of its mean loss, is
         transformed and projected. A capture makes as many passes, with one more gradient in memory; the store, its
         index and a query's scan are R / T as large. A number T is the same as None.
     seed: the seed of the projection, and of the noise that all samples share at a timestep.

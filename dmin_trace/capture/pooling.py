@@ -1,7 +1,6 @@
 """The gradients of a sample's training steps become those of its rows: `GradientPool`.
 
-gradient -> mean of the draws of a timestep -> one row
-gradient -> mean of the draws of a timestep -> divided by its norm -> mean of a group of timesteps -> one row
+gradients at the draws and timesteps of a row -> their mean, which is the gradient of the row's mean loss
 
 In a query for a concept, two gradients are taken at each draw, and one is subtracted from the other.
 """
@@ -12,22 +11,20 @@ import torch
 
 from dmin_trace.capture.pinning import PinnedTimestep
 from dmin_trace.errors import CaptureError
-from dmin_trace.project import Mean, normalised
+from dmin_trace.project import Mean
 from dmin_trace.settings import Settings
 
 
 class GradientPool:
     """Pools gradients, one training step after another in the order of `pinned_timesteps`.
 
-    It holds one gradient in float32 where there are several draws or differences, and one more where timesteps are
-    pooled.
+    It holds one gradient in float32 where a row has several draws, timesteps or differences.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._draws = settings.draws
-        self._groups = {k: group for group in settings.groups for k in group} if settings.group_count else {}
-        self._of_draws: Mean | None = None
-        self._of_group: Mean | None = None
+        self._groups = {k: group for group in settings.groups for k in group}
+        self._mean: Mean | None = None
 
     def add(
         self, pinned: PinnedTimestep, taken: Iterator[torch.Tensor], sign: int = 0
@@ -36,23 +33,16 @@ class GradientPool:
 
         sign: as in `CaptureStep`; of a difference, the gradient that is subtracted comes first.
         """
-        if self._draws > 1 or sign:
-            if pinned.draw == 0 and sign < 1:
-                self._of_draws = Mean(self._draws)
-            mean = _begun(self._of_draws)
-            mean.add(taken, sign or 1)
-            if pinned.draw < self._draws - 1 or sign < 0:
-                return None
-            taken, self._of_draws = mean.hand_out(), None
-        if (group := self._groups.get(pinned.number)) is None:
+        group = self._groups[pinned.number]
+        count = self._draws * len(group)
+        if count == 1 and not sign:
             return taken
-        if pinned.number == group[0]:
-            self._of_group = Mean(len(group))
-        mean = _begun(self._of_group)
-        mean.add(normalised(taken))
-        if pinned.number < group[-1]:
+        if (pinned.number, pinned.draw) == (group[0], 0) and sign < 1:
+            self._mean = Mean(count)
+        _begun(self._mean).add(taken, sign or 1)
+        if (pinned.number, pinned.draw) != (group[-1], self._draws - 1) or sign < 0:
             return None
-        taken, self._of_group = mean.hand_out(), None
+        taken, self._mean = _begun(self._mean).hand_out(), None
         return taken
 
 

@@ -14,9 +14,9 @@ from dmin_trace.project.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from dmin_trace.project.compress import compress_gradient, project
-    from dmin_trace.project.gradients import LOSS_SCALE, Mean, normalised, take_gradient
+    from dmin_trace.project.gradients import LOSS_SCALE, Mean, take_gradient
 
-__all__ = ["LOSS_SCALE", "Mean", "Plan", "compress_gradient", "make_plan", "normalised", "project", "take_gradient"]
+__all__ = ["LOSS_SCALE", "Mean", "Plan", "compress_gradient", "make_plan", "project", "take_gradient"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,6 @@ LOSS_SCALE = 1024.0
 """Under float16 autocast the loss is multiplied by this constant, so that small gradients do not vanish. A GradScaler's
 own scale changes during training, so a query's gradients would be rounded differently from those of the trace."""
 
-NORM_PART_SIZE = 2**18
-
 
 def take_gradient(
     loss: torch.Tensor, parameters: Sequence[torch.Tensor], scale: float = 1.0
@@ -44,27 +42,6 @@ def take_gradient(
             del gradient
 
     return hand_out(), reached
-
-
-def normalised(taken: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yields a gradient in float32, divided by its L2 norm over all its tensors, which are all in memory.
-
-    A gradient that is zero or not finite has no direction: what is yielded then holds NaN. The device is not
-    synchronised. Squares are summed in float32, so elements below 1e-23 are lost in the norm.
-    """
-    gradients = list(taken)
-    parts = (part for gradient in gradients for part in torch.split(gradient.reshape(-1), _part_size(gradient)))
-    norms = [torch.linalg.vector_norm(part.float()) for part in parts]
-    norm = torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))
-    gradients.reverse()
-    while gradients:
-        here = norm.to(gradients[-1].device)
-        yield gradients.pop().float() / here
-
-
-def _part_size(gradient: torch.Tensor) -> int:
-    """How many elements are squared and summed at a time: torch's sums of 2**26 on a CPU are wrong by 0.5 %."""
-    return NORM_PART_SIZE if gradient.device.type == "cpu" else max(1, gradient.numel())
 
 
 class Mean:

@@ -114,7 +114,7 @@ def summarize_index(facts: Facts | Unavailable, own: str = "timestep") -> str:
 def _describe_rows(groups: Sequence[Sequence[float]]) -> str:
     """How many gradients of a sample are kept, and of which timesteps each is the mean."""
     shown = "; ".join(", ".join(f"{t:g}" for t in group) for group in groups)
-    return f"{len(groups)} of a sample, the mean of normalised gradients at the timesteps {shown}"
+    return f"{len(groups)} of a sample, of the mean gradient at the timesteps {shown}"
 
 
 def _describe_unranked(store: Store) -> list[tuple[str, str]]:

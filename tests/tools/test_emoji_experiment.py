@@ -70,9 +70,10 @@ def test_the_emoji_are_divided_and_none_is_in_two_parts(given: Path) -> None:
     assert sorted(names) == sorted(emoji.names)
     assert (len(division.tuning.names), len(division.held_out.names)) == (TUNED, HELD_OUT)
     assert not set(division.base.categories) & set(NEW)
-    assert {category: division.tuning.categories.count(category) for category in SMALL} == dict.fromkeys(SMALL, 4)
+    assert {category: division.tuning.categories.count(category) for category in NEW} == {c: COUNTS[c] for c in NEW}
+    assert all(category in part.categories for category in SMALL for part in (division.base, division.tuning))
     with pytest.raises(typer.BadParameter, match="leave none for the base"):
-        divide(emoji, 30, 10)
+        divide(emoji, 41, 10)
 
 
 def test_the_weights_of_a_base_are_its_averaged_ones(given: Path, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def encoder_size(average: Mapping[str, Any]) -> int:
 def test_the_page_shows_the_detection_rates_of_what_was_found(folder: Path) -> None:
     stage = folder / "work" / "sd3-lora"
     category = open_store(stage / "sign" / "trace.zarr").column("category")
-    assert sorted(category) == sorted([*(c for c in NEW for _ in range(COUNTS[c])), *category_of_others(category)])
+    assert sorted(category) == sorted(divide(read_emoji(folder / "data.npz")[0], TUNED, HELD_OUT).tuning.categories)
     page = (folder / "out" / "emoji.md").read_text(encoding="utf-8")
     for transform, score in (("none", "dmin"), ("sign", "dmin"), ("sign", "deflated")):
         found = np.load(stage / f"{transform}-hits" / f"{score}.npy").tolist()
@@ -106,16 +107,10 @@ def test_the_page_shows_the_detection_rates_of_what_was_found(folder: Path) -> N
             for k in (5, 10)
         ]
         assert f"| {transform}, {score} | " + " | ".join(shares) + " |" in page
-    assert "| *chance* | " + " | ".join(["0.235"] * 6) + " |" in page
-    assert "| *most* | " + " | ".join(["0.800", "0.400"] * 3) + " |" in page
+    sizes = [category.count(asked) for asked in SMALL]
+    assert "| *chance* | " + " | ".join(f"{size / TUNED:.3f}" for size in sizes for _ in range(2)) + " |" in page
+    assert "| *most* | " + " | ".join(f"{min(size, k) / k:.3f}" for size in sizes for k in (5, 10)) + " |" in page
     assert all((folder / "out" / name).stat().st_size > 1000 for name in ("emoji.png", "emoji_found.png"))
-
-
-def category_of_others(categories: list[str]) -> list[str]:
-    """Of the two samples that are not new."""
-    others = [category for category in categories if category not in NEW]
-    assert len(others) == 2
-    return others
 
 
 def test_what_is_done_is_kept(folder: Path) -> None:
@@ -198,7 +193,7 @@ def test_the_page_of_the_bases(given: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     held = divide(read_emoji(given / "data.npz")[0], TUNED, HELD_OUT).held_out
     known = sum(category not in NEW for category in held.categories)
-    assert f"4 captions of the base's set, some of each subcategory, and all {known} held-out prompts" in " ".join(
+    assert f"6 captions of the base's set, some of each subcategory, and all {known} held-out prompts" in " ".join(
         text.split()
     )
     assert text.count("| sd3 | 1.5 |") == text.count("| sd3 | 4 |") == 2

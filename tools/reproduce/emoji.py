@@ -1,7 +1,7 @@
 """The paper's Table 2 at the size of one core: `python tools/reproduce/emoji.py --data emoji32.npz --work WORK`.
 
 Two small text-to-image models, of Stable Diffusion's type and of Stable Diffusion 3's, whose pictures can be read
-(`emoji_base.py`), are fine-tuned, with LoRA and in full, on emoji that they have not seen, among them three small
+(`emoji_base.py`), are fine-tuned, with LoRA and in full, on emoji that they have not seen, some of them of three small
 categories. The fine-tuned models are those of `finetune_truth.py`; one that is not there is trained. Then pictures are
 made from prompts of each category, and dmin_trace is asked which samples of the fine-tuning set made them. The
 detection rate at k is the share of the k samples found that are of the query's category.
@@ -259,9 +259,9 @@ def report_of(experiments: Sequence[Experiment], command: str) -> emoji_page.Rep
         f"Data: {count} Noto emoji of 32x32 pixels (Google, Apache 2.0; by way of the npm package "
         "`emoji-datasource-google` 16.0.0), by their Unicode subcategories; the file's SHA-256 begins with "
         f"{plan.data[:12]}.",
-        f"The bases ([emoji_base.md](emoji_base.md)) were trained on {len(division.base.names)} emoji, none of them of "
-        f"the small categories. Fine-tuning learns {len(samples.names)} others, {small} of them of the small "
-        f"categories: {steps}. The models are those whose truth is known (`finetune_truth.py`).",
+        f"The bases ([emoji_base.md](emoji_base.md)) were trained on {len(division.base.names)} emoji. Fine-tuning "
+        f"learns {len(samples.names)} others, {small} of them of the small categories, of which the bases know other "
+        f"pictures: {steps}. The models are those whose truth is known (`finetune_truth.py`).",
         f"The autoencoder is linear: the first {CHANNELS} principal components of patches of {PATCH}x{PATCH} pixels of "
         f"the base's emoji, which hold {first.tuning.autoencoder.kept:.0%} of their variance. The text encoder is a "
         "CLIP text model of two layers with a token for each word; fine-tuning leaves it as it is.",

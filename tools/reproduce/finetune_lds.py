@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,8 @@ from emoji_models import CHANNELS, SIDE
 from finetune import RECIPES, Tuning, evenly
 from finetune_truth import TRUTHS, Truth
 from gradient_file import EVEN, Gradients, Objective, open_gradients
-from hypotheses import DEFAULT, Judge, judge_tuned, paired
+from hypotheses import DEFAULT, Judge, judge_tuned, paired, summed
+from methods import pixels
 from page import Page
 from rich.progress import track
 from row_kernels import Doubles, Row, deflated, kernel_of, plain, signed_squares
@@ -56,11 +57,20 @@ def methods(recipe: str, work: Path, data: Path) -> Iterator[Method]:
     for count in DIRECTIONS:
         yield Method("sign, deflated, best r", f"{count}", partial(_deflated, gradients, kept, "sign", count))
         yield Method("none, deflated, best r", f"{count}", partial(_deflated, gradients, kept, "none", count))
+    for count in (1, 2):
+        yield Method(f"rows = {count}", "", partial(_summed, gradients, kept, count, 1))
+        yield Method(f"rows = {count}, four noises", "", partial(_summed, gradients, kept, count, 4))
     yield Method("sign, inner products", "", partial(_plain, gradients, kept, "sign"))
     yield Method("DMin (the paper): none, inner products", "", partial(_plain, gradients, kept, "none"))
     train, query = _means(gradients, normalised=False)
     for ridge in RIDGES:
         yield Method("TRAK", f"{ridge:g}", partial(baselines.trak, train, query, ridge))
+    four = [_means(gradients, normalised=False, draw=draw) for draw in range(4)]
+    of_four = [np.mean(parts, axis=0) for parts in zip(*four, strict=True)]
+    del four
+    for ridge in RIDGES:
+        yield Method("TRAK, four noises", f"{ridge:g}", partial(baselines.trak, of_four[0], of_four[1], ridge))
+    del of_four
     yield from _curvature(recipe, data, gradients, train, query)
     del train, query
     squared = _open(work, recipe, "squared-output")
@@ -90,11 +100,15 @@ def _plain(gradients: Gradients, kept: Path, transform: str) -> Doubles:
     return plain([kernel_of(gradients, Row(((t, 0),), transform), kept) for t in EVEN])
 
 
-def _means(gradients: Gradients, *, normalised: bool) -> tuple[np.ndarray, np.ndarray]:
+def _summed(gradients: Gradients, kept: Path, count: int, draws: int) -> Doubles:
+    return deflated([kernel_of(gradients, row, kept) for row in summed(count, draws)])
+
+
+def _means(gradients: Gradients, *, normalised: bool, draw: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(N, P) and (Q, P) float32, means over the ten even timesteps of one draw."""
     total = np.zeros((gradients.rows.shape[0], gradients.rows.shape[2]), np.float32)
     for t in EVEN:
-        k = gradients.passes.index((t, 0))
+        k = gradients.passes.index((t, draw))
         rows = gradients.rows[:, k].astype(np.float32)
         scale = np.linalg.norm(rows, axis=1, keepdims=True) if normalised else 1 / gradients.norms[:, k : k + 1]
         total += rows / scale
@@ -117,6 +131,24 @@ def _tuned(recipe: str, data: Path) -> Tuning:
 
 def _curvature(recipe: str, data: Path, gradients: Gradients, train: np.ndarray, query: np.ndarray) -> Iterator[Method]:
     """EK-FAC influence, from the mean gradients of the ten timesteps."""
+    named = zip(gradients.shapes, gradients.layers, strict=True)
+    parts = [(name, place, shape) for name, (place, shape) in named]
+    of_train, of_query = (
+        {name: torch.from_numpy(rows[:, place].reshape(-1, *shape)) for name, place, shape in parts}
+        for rows in (train, query)
+    )
+    fitted = cache(lambda: _fit_curvature(recipe, data, set(gradients.shapes)))
+
+    def scores(damping: float) -> Doubles:
+        curvature = fitted()
+        return baselines.ekfac(of_train, of_query, curvature, damping * curvature.mean_eigenvalue)
+
+    for damping in DAMPINGS:
+        yield Method("EK-FAC", f"{damping:g}", partial(scores, damping))
+
+
+def _fit_curvature(recipe: str, data: Path, names: set[str]) -> baselines.Ekfac:
+    """Of the model in place, from CURVATURE_PASSES passes over the samples."""
     tuning = _tuned(recipe, data)
     draws, current = torch.Generator().manual_seed(11), [tuning.words]
 
@@ -128,35 +160,17 @@ def _curvature(recipe: str, data: Path, gradients: Gradients, train: np.ndarray,
                 current[0] = tuning.words.at(places)
                 yield tuning.kind.noised(tuning.latents[places], noise, t)[0], t
 
-    curvature = baselines.fit_ekfac(
+    return baselines.fit_ekfac(
         tuning.denoiser,
         lambda noisy, t: tuning.kind.predict(tuning.denoiser, noisy, t, current[0]),
         drawn,
-        names=set(gradients.shapes),
+        names=names,
     )
-    named = zip(gradients.shapes, gradients.layers, strict=True)
-    parts = [(name, place, shape) for name, (place, shape) in named]
-    of_train, of_query = (
-        {name: torch.from_numpy(rows[:, place].reshape(-1, *shape)) for name, place, shape in parts}
-        for rows in (train, query)
-    )
-    for damping in DAMPINGS:
-        yield Method(
-            "EK-FAC",
-            f"{damping:g}",
-            partial(baselines.ekfac, of_train, of_query, curvature, damping * curvature.mean_eigenvalue),
-        )
 
 
 def _pixels(recipe: str, data: Path) -> Doubles:
-    """Cosines of pixels, each less the mean picture."""
-    tuning, truth = Tuning(RECIPES[recipe], data, compiled=False), Truth.read(TRUTHS / f"{recipe}.npz")
-    kept = tuning.division.tuning.images.reshape(truth.samples, -1).astype(np.float64)
-    asked = truth.queries.images.reshape(len(truth.queries.images), -1).astype(np.float64)
-    rows = [x - kept.mean(0) for x in (asked, kept)]
-    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) for x in rows]
-    found: Doubles = unit[0] @ unit[1].T
-    return found
+    tuning = Tuning(RECIPES[recipe], data, compiled=False)
+    return pixels(tuning.division.tuning.images, Truth.read(TRUTHS / f"{recipe}.npz").queries.images)
 
 
 def scored(recipe: str, work: Path, data: Path) -> dict[str, dict[str, Doubles]]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 from emoji_base import BASES
-from emoji_data import NEW, SMALL, Division, caption
+from emoji_data import NEW, Division, caption
 from finetune import RECIPES, Tuning
 from finetune_truth import TRUTHS, Truth
 from gradient_file import Gradients, Objective, ask_pictures, capture, open_gradients
@@ -41,7 +41,7 @@ ASKED = 6
 OTHER = "JPEG, another caption"
 """The way of near-copies whose caption is that of another sample of the same subcategory."""
 HELD_OUT, GENERATED = "held out", "generated"
-GROUPS = {"2 to 3 % of the set": NEW[3:], "5 to 10 % of the set": SMALL}
+GROUPS = {"2 to 3 % of the set": NEW[3:], "5 to 10 % of the set": NEW[:3]}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +43,17 @@ def once(timesteps: Iterable[int]) -> tuple[Row, ...]:
     return tuple(Row(((t, 0),)) for t in timesteps)
 
 
-def pooled(timesteps: Iterable[int], draws: int = 1, transform: str = "sign") -> tuple[Row, ...]:
+def pooled(
+    timesteps: Iterable[int], draws: int = 1, transform: str = "sign", *, divided: bool = True
+) -> tuple[Row, ...]:
     """One row of all timesteps."""
-    return (Row(tuple((t, draw) for t in timesteps for draw in range(draws)), transform),)
+    return (Row(tuple((t, draw) for t in timesteps for draw in range(draws)), transform, divided),)
+
+
+def summed(count: int, draws: int = 1, transform: str = "sign") -> tuple[Row, ...]:
+    """So many rows of the ten timesteps' gradients as they are: of the gradient of a group's mean loss."""
+    groups = np.array_split(np.array(EVEN), count)
+    return tuple(row for group in groups for row in pooled(group.tolist(), draws, transform, divided=False))
 
 
 def drawn(timesteps: Iterable[int], draws: int) -> tuple[Row, ...]:
@@ -122,6 +131,18 @@ def hypotheses() -> list[Hypothesis]:
         Hypothesis(rows, "five even in one row", pooled((100, 300, 500, 700, 900))),
         Hypothesis(rows, "T = 19 in one row", pooled(every)),
     ]
+    sums = "gradients as they are, summed into few rows"
+    listed += [Hypothesis(sums, f"rows = {count}", summed(count)) for count in (1, 2, 3, 5)]
+    listed += [
+        Hypothesis(sums, "rows = 1, none", summed(1, transform="none")),
+        Hypothesis(sums, "rows = 1, ridge 1", summed(1), partial(row_kernels.ridge, strength=1.0)),
+        Hypothesis(sums, "rows = 1, ridge 3", summed(1), partial(row_kernels.ridge, strength=3.0)),
+        *(Hypothesis(sums, f"rows = 1, {draws} draws", summed(1, draws)) for draws in (2, 4)),
+        *(Hypothesis(sums, f"rows = 2, {draws} draws", summed(2, draws)) for draws in (2, 4)),
+        Hypothesis(sums, "rows = 1, five of much noise", pooled(EVEN[5:], divided=False)),
+        Hypothesis(sums, "rows = 1, five of little noise", pooled(LOW, divided=False)),
+        Hypothesis(sums, "rows = 1, T = 19", pooled(every, divided=False)),
+    ]
     what = "what is summed"
     squares = row_kernels.signed_squares
     listed += [
@@ -132,9 +153,14 @@ def hypotheses() -> list[Hypothesis]:
         ),
         *(Hypothesis(what, f"shrunk by {by:g} scales", DEFAULT.rows, _with(_shrunk(by))) for by in (0.5, 1.0, 2.0)),
     ]
+    directions = "directions"
     listed += [
-        Hypothesis("directions", f"r = {count}", DEFAULT.rows, _directions(count))
+        Hypothesis(directions, f"r = {count}", DEFAULT.rows, _directions(count))
         for count in (4, 8, 16, 32, 64, 96, 128, 192)
+    ]
+    listed += [
+        Hypothesis(directions, f"ridge {strength:g}", DEFAULT.rows, partial(row_kernels.ridge, strength=strength))
+        for strength in (0.5, 1.0, 2.0, 3.0, 10.0)
     ]
     transforms = "transform"
     for transform in row_kernels.TRANSFORMS:

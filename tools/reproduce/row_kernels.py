@@ -1,8 +1,8 @@
 """Inner products of rows made in many ways from one file of whole gradients (`gradient_file.py`).
 
-A row is made from passes: the draws of a timestep are averaged as they are, the timesteps of a row are averaged after
-each is normalised, and the sum is transformed and normalised. Scores need only the products of samples with each other
-and with the queries, so whole gradients are read once for each kind of row, and the products are kept.
+A row is made from passes: the draws of a timestep are averaged as they are, the timesteps of a row are averaged as they
+are or after each is normalised, and the sum is transformed and normalised. Scores need only the products of samples
+with each other and with the queries, so whole gradients are read once for each kind of row, and the products are kept.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ BLOCK = 2**16
 
 @dataclass(frozen=True)
 class Row:
-    """How a row is made: the passes (timestep, draw) that are averaged, and the transform."""
+    """How a row is made: the passes (timestep, draw) that are averaged, and the transform.
+
+    divided: each timestep's gradient is divided by its norm before the mean. Otherwise the row is of the gradient of
+        the mean loss.
+    """
 
     passes: tuple[tuple[int, int], ...]
     transform: str = "sign"
+    divided: bool = True
 
     @property
     def name(self) -> str:
         """Of the file of its products."""
-        told = f"{self.transform} {sorted(self.passes)}"
+        told = f"{self.transform} {sorted(self.passes)} {self.divided}"
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -67,14 +72,15 @@ def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
     total: torch.Tensor | None = None
     for _, drawn in groupby(sorted(row.passes), key=lambda p: p[0]):
         places = [gradients.passes.index(p) for p in drawn]
-        if len(places) == 1:
+        if len(places) == 1 and row.divided:
             mean = torch.from_numpy(gradients.rows[:, places[0]].astype(np.float32))
         else:
             mean = torch.zeros(gradients.rows.shape[0], gradients.rows.shape[2])
             for k in places:
-                weight = torch.from_numpy(np.array(gradients.norms[:, k : k + 1]))
+                weight = torch.from_numpy(np.array(gradients.norms[:, k : k + 1])) / len(places)
                 mean += torch.from_numpy(gradients.rows[:, k].astype(np.float32)) * weight
-        mean /= mean.norm(dim=1, keepdim=True)
+        if row.divided:
+            mean /= mean.norm(dim=1, keepdim=True)
         total = mean if total is None else total.add_(mean)
     if total is None:
         raise ValueError("A row needs a pass.")
@@ -133,7 +139,7 @@ def _whitened(part: torch.Tensor, shape: tuple[int, ...], samples: int) -> torch
 
 def _power(square: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(square.double())
-    values = values.clamp_min(1e-4 * float(values[-1]))
+    values = values.clamp_min(1e-2 * float(values[-1]))  # below, there is the rounding to float16
     return (vectors * values**-0.25 @ vectors.T).float()
 
 
@@ -161,6 +167,14 @@ def deflated(kernels: list[Kernel], count: int | None = None) -> Doubles:
     for kernel, (values, vectors) in zip(kernels, found, strict=True):
         d, v = values[: -1 - count : -1], vectors[:, : -1 - count : -1]
         total += kernel.queries - kernel.queries @ v * (d / (d + d[-1])) @ v.T
+    return total
+
+
+def ridge(kernels: list[Kernel], strength: float) -> Doubles:
+    """(Q, N) the scores of kernel ridge regression summed over rows; 1 is the mean of a kernel's diagonal."""
+    total = np.zeros_like(kernels[0].queries)
+    for kernel in kernels:
+        total += np.linalg.solve(kernel.samples + strength * np.eye(len(kernel.samples)), kernel.queries.T).T
     return total
 
 

@@ -122,7 +122,12 @@ def pack(
     ] = None,
     no_thumbnails: Annotated[bool, typer.Option("--no-thumbnails", help="Leave the samples' pictures out.")] = False,
 ) -> None:
-    """Copy a finished store in another form. The copy answers the same queries."""
+    """Copy a finished store in another form. The copy answers the same queries.
+
+    dmin-trace pack TRACE --out small.zarr --dimension 4096
+
+    dmin-trace pack TRACE --out archive.zarr --codec blosc --no-thumbnails
+    """
     from dmin_trace.store import open_store, pack_store
 
     make_settings({"codec": codec, "dtype": dtype, "dimension": dimension})

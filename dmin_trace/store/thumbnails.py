@@ -7,8 +7,7 @@ or with one that is refused, has None, and the log says which.
 
 import io
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -69,12 +68,15 @@ class Thumbnails:
         return None if self.image(row) is None else self.stored([row])[0]
 
 
-@dataclass(frozen=True)
 class StoredThumbnail:
-    """The thumbnail of one row of a store, read when it is looked at."""
+    """The thumbnail of one row of a store, read when it is looked at. A copy is the same object."""
 
-    thumbnails: Thumbnails
-    row: int
+    def __init__(self, thumbnails: Thumbnails, row: int) -> None:
+        self.thumbnails, self.row = thumbnails, row
+
+    def __deepcopy__(self, memory: object) -> Self:
+        # `dataclasses.asdict` of a hit copies all that it holds, and this holds the store.
+        return self
 
     def image(self) -> "Image | None":
         """As `Thumbnails.image`."""

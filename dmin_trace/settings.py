@@ -1,7 +1,8 @@
 """What a capture takes from each training sample: the settings, checked when they are made.
 
-Every setting changes the numbers in a store, so all of them are kept in its header, and a query uses them again. The
-settings are listed here and nowhere else. The command line makes an option of each field that has a `help` text.
+Every setting but `columns` and `thumbnails` changes the numbers in a store. All are kept in its header, and a query
+uses them again. The settings are listed here and nowhere else. The command line makes an option of each field that has
+a `help` text.
 """
 
 import math
@@ -20,6 +21,8 @@ Codec = Literal["none", "blosc"]
 MIN_DIMENSION, MAX_DIMENSION = 2**4, 2**24
 MAX_PASSES = 1000
 """Timesteps of a sample, and draws at a timestep, at most."""
+MIN_THUMBNAIL, MAX_THUMBNAIL = 16, 512
+"""Pixels of the longer side of a thumbnail."""
 COLUMN_NAME = re.compile(r"\w[\w .-]{0,99}")
 """A column is kept in a folder of its name."""
 
@@ -49,6 +52,8 @@ class Settings:
         shuffle) is a few per cent smaller and slower to read, for archives.
     columns: the dataset columns kept for people to read. None keeps the script's column of captions and usual ones:
         text, label and the like. The file of each sample, file_name, is always kept if it is known.
+    thumbnails: the pixels of the longer side of the small picture that is kept of each sample, as the model saw it or
+        else of its file, for people to look at. A smaller picture is kept as it is. 0 keeps none.
 
     Raises SettingsError for a value that is out of range or of the wrong type.
     """
@@ -68,6 +73,7 @@ class Settings:
     seed: int = field(default=0, metadata={"help": "Seed of the projection and of the shared noise."})
     codec: Codec = field(default="none", metadata={"help": "Compression on disk. blosc is smaller and slower."})
     columns: tuple[str, ...] | None = field(default=None, metadata={"help": "A column to keep. May be repeated."})
+    thumbnails: int = field(default=128, metadata={"help": "Pixels of the picture kept of a sample; 0 keeps none."})
 
     def __post_init__(self) -> None:
         for name, right, expected in self._checks():
@@ -94,6 +100,9 @@ class Settings:
         named = isinstance(columns, tuple) and all(isinstance(n, str) and COLUMN_NAME.fullmatch(n) for n in columns)
         expected = "names of dataset columns, made of letters, digits, '_', '-', '.' and spaces"
         yield "columns", columns is None or named, expected
+        side = self.thumbnails
+        fitting = _is_integer(side, 0, 0) or _is_integer(side, MIN_THUMBNAIL, MAX_THUMBNAIL)
+        yield "thumbnails", fitting, f"0 for none, or a number of pixels from {MIN_THUMBNAIL} to {MAX_THUMBNAIL}"
 
     @property
     def timestep_count(self) -> int:
@@ -130,6 +139,7 @@ class RecordingOverrides(TypedDict, total=False):
     rows: int | None
     seed: int
     codec: Codec
+    thumbnails: int
 
 
 class SettingsOverrides(RecordingOverrides, total=False):

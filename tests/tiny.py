@@ -42,7 +42,8 @@ class Points(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.points)
     def __getitem__(self, index):
-        return {{"point": self.points[index], "index": index}}
+        point = self.points[index]
+        return {{"point": point, "index": index, "image": point.reshape(1, 4, 4)}}
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", default="out")

@@ -51,6 +51,7 @@ from dmin_trace.search.index import open_directions
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
 from dmin_trace.store.metadata import DIGEST, digest_of
+from dmin_trace.store.thumbnails import decode_webp
 from dmin_trace.views import describe_store, summarize_index
 
 console = Console(width=120)
@@ -142,6 +143,7 @@ def targets(folder: Path) -> dict[str, Target]:
     safetensors = weights_beside(trace.path).read_bytes()
     lines = [json.dumps({"file_name": f"{n}.png", "text": text}) for n, text in enumerate(CAPTIONS)]
     images = list(_images())
+    small = [one for one in trace.thumbnails.stored([0, 40]) if one] + [images[2]]
     facts_of = index.read_facts(trace)
     if isinstance(facts_of, index.Unavailable):
         raise ValueError(facts_of.reason)
@@ -235,6 +237,8 @@ def targets(folder: Path) -> dict[str, Target]:
             edits,
             lambda data: read_chunk(data, "meta/caption", trace, lambda t: t.column_at("caption", t.header.rows(1))),
         ),
+        "thumbnails": Target(3, edits, lambda data: read_chunk(data, "thumbnails", trace, _look_at_all)),
+        "thumbnail": Target(3, small, _decode),
         "packed chunk": Target(3, edits, lambda data: read_chunk(data, "grad", packed, lambda t: t.grad_chunk(1))),
         "list": Target(4, ["\n".join(lines).encode(), *(line.encode() for line in lines)], read_list),
         "weights": Target(4, [safetensors], read_weights),
@@ -292,6 +296,21 @@ def _read_all(trace: Store) -> None:
     describe_store(trace)
     rows = trace.gradients(np.array([0, len(trace.sample) - 1]))
     query.answer_queries(trace, rows, k=3, score="dmin", exact=True)
+
+
+def _look_at_all(trace: Store) -> None:
+    rows = trace.header.rows(1)
+    if not any(trace.thumbnails.image(row) is not None for row in rows):
+        raise RefusedError
+
+
+def _decode(data: bytes) -> None:
+    try:
+        image = decode_webp(data, 16)
+    except ValueError:
+        raise RefusedError from None
+    if max(image.size) > 16:
+        raise AssertionError("a thumbnail is larger than the store allows")
 
 
 def _write_all(data: bytes) -> None:

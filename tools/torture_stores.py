@@ -8,11 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from dmin_trace.capture.thumbnails import encode
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.search import build_index
 from dmin_trace.settings import Codec, Dtype
-from dmin_trace.store import ParameterFacts, ProjectionFacts, Store, create, open_store, quantise, weights_beside
+from dmin_trace.store import (
+    ParameterFacts,
+    ProjectionFacts,
+    Store,
+    ThumbnailFacts,
+    create,
+    open_store,
+    quantise,
+    weights_beside,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from stores import make_header
@@ -31,7 +42,8 @@ def make_store(
     codec: Codec = "none",
     index: bool = True,
 ) -> Store:
-    """A finished store at `folder`/trace.zarr of samples that form clusters, its weights, and an index that serves."""
+    """A finished store at `folder`/trace.zarr of samples that form clusters, with pictures; its weights; and an index
+    that serves."""
     torch.manual_seed(0)
     model = torch.nn.Linear(7, 5)
     trainable = find_trainable([model], None)
@@ -40,6 +52,7 @@ def make_store(
         projection=ProjectionFacts(kind="rotation", seed=3, length=trainable.length, width=2**15, fingerprint="a" * 64),
         parameters=ParameterFacts(names=trainable.names, shapes=trainable.shapes, fingerprint=trainable.fingerprint),
         weights=trainable.weights_fingerprint(),
+        thumbnails=ThumbnailFacts(side=16, entry="pixel_values", low=-1.0, high=1.0),
     )
     generator = np.random.default_rng(0)
     centres = generator.standard_normal((20, timesteps, dimension))
@@ -64,6 +77,7 @@ def make_store(
                 "label": [int(slot) % 20 for slot in here],
                 "weight": [float(slot) / 3 for slot in here],
             },
+            [encode(Image.new("RGB", (4, 4), (int(slot), 0, 255)), 16) for slot in here],
         )
     writer.finish()
     trace = open_store(path)

@@ -34,6 +34,7 @@ class _Chunk:
         self.norm = np.full(of_groups, FAILED, np.float32)
         self.loss = np.full((len(rows), timesteps), np.nan, np.float32)
         self.columns: list[Mapping[str, Any]] = []
+        self.thumbnails: list[bytes] = []
 
 
 class ChunkQueue:
@@ -60,7 +61,7 @@ class ChunkQueue:
         """How many rows the current chunk still lacks; None if there is no current chunk."""
         return None if self._chunk is None else len(self._chunk.rows) - len(self._chunk.columns)
 
-    def add(self, row: Row | None, columns: Mapping[str, str | int | float | None]) -> None:
+    def add(self, row: Row | None, columns: Mapping[str, str | int | float | None], thumbnail: bytes = b"") -> None:
         """Adds a row, None for a sample that failed to load. Raises TraceError if an earlier chunk was not written."""
         chunk = self._chunk = self._chunk or _Chunk(*self._chunks.pop(0), self._shape, self._timesteps, self._dtype)
         at = slice(len(chunk.columns), len(chunk.columns) + 1)
@@ -68,12 +69,15 @@ class ChunkQueue:
             chunk.values[at], chunk.scale[at] = quantise(row.gradients[None], self._dtype)
             chunk.norm[at], chunk.loss[at] = row.norms, row.losses
         chunk.columns.append(columns)
+        chunk.thumbnails.append(thumbnail)
         if len(chunk.columns) == len(chunk.rows) and self.writer is not None:
             self.wait()
             # Row i of a capture is sample i. The array of samples serves stores that are made in another order.
             sample = np.arange(chunk.rows.start, chunk.rows.stop, dtype=np.int64)
-            by_name = {name: [row[name] for row in chunk.columns] for name in self.writer.header.columns}
-            stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, by_name
+            header = self.writer.header
+            by_name = {name: [row[name] for row in chunk.columns] for name in header.columns}
+            thumbnails = chunk.thumbnails if header.thumbnails is not None else []
+            stored = chunk.values, chunk.scale, chunk.norm, chunk.loss, sample, by_name, thumbnails
             self._writing = self._pool.submit(self.writer.write, chunk.number, *stored)
             self._chunk = None
 

@@ -10,7 +10,7 @@ import torch
 from rich.filesize import decimal
 
 from dmin_trace.capture.recorder import Recorder
-from dmin_trace.store import Header, bytes_of
+from dmin_trace.store import Header, bytes_of, max_thumbnails_bytes
 
 
 def estimate_cost(recorder: Recorder, folder: Path) -> list[tuple[str, str]]:
@@ -40,6 +40,7 @@ def describe_cost(
 ) -> list[tuple[str, str]]:
     """Returns the names and values of a cost. It is given in bytes (the trial's peaks of memory) and seconds."""
     size, gradient = bytes_of(header), header.projection.length * torch.float32.itemsize
+    thumbnails = max_thumbnails_bytes(header)
     gradients = header.samples * header.gradient_count * gradient
     # One chunk is written while the next is recorded.
     waiting = min(2, header.chunks) * header.chunk_rows * header.sample_bytes
@@ -52,18 +53,19 @@ def describe_cost(
     passes += "" if rows is None else f", pooled into {rows} {'row' if rows == 1 else 'rows'} a sample"
     time = timedelta(seconds=max(1, round(seconds_per_sample * header.samples)))
     store = f"{decimal(size)} for the store ({decimal(size // header.samples)} a sample)"
+    pictures = f", {decimal(thumbnails)} at most for the thumbnails" if thumbnails else ""
     times = f"{gradients / size:,.0f} times as much"
     cost = [
         ("samples x timesteps", passes),
         ("trained parameters", f"{header.projection.length:,} in {len(header.parameters.names)} tensors"),
         ("time", f"{time} ({seconds_per_sample:.3g} s a sample, one process)"),
-        ("disk", f"{store}, {decimal(weights)} for the weights"),
+        ("disk", f"{store}, {decimal(weights)} for the weights{pictures}"),
         ("uncompressed", f"{decimal(gradients)} would be the gradients as float32, {times}"),
         ("memory", peak + mean),
     ]
     if gpu_memory:
         cost.append(("GPU memory", f"{decimal(gpu_memory)} at the peak"))
-    if free_disk < size + weights:
+    if free_disk < size + weights + thumbnails:
         cost.append(("but", f"only {decimal(free_disk)} are free on the disk"))
     if free_memory < waiting:
         cost.append(("but", f"only {decimal(free_memory)} of memory are free"))

@@ -88,7 +88,8 @@ class CaptureOutput:
 
     def _check_room(self, header: Header) -> None:
         """Raises CaptureError if the store would take the room that the script needs to save what it trained."""
-        needed, free = store.bytes_of(header), shutil.disk_usage(self.out.absolute().parent).free
+        needed = store.bytes_of(header) + store.max_thumbnails_bytes(header)
+        free = shutil.disk_usage(self.out.absolute().parent).free
         if self.reserve is not None and free < needed + self.reserve:
             raise CaptureError(
                 f"The trace would take {needed:,} bytes, and its disk has {free:,} free, of which the script may need "

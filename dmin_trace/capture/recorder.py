@@ -29,6 +29,7 @@ from dmin_trace.capture.probe import TimestepProbe
 from dmin_trace.capture.ranks import FirstSignal
 from dmin_trace.capture.run_checks import RunChecks
 from dmin_trace.capture.step import CaptureStep
+from dmin_trace.capture.thumbnails import SampleThumbnails
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.errors import CaptureError, StoppedError
 from dmin_trace.project import LOSS_SCALE, compress_gradient, make_plan, take_gradient
@@ -99,6 +100,7 @@ class Recorder:
         self.subtracted: CaptureStep | None = None
         # None for a sample that could not be loaded.
         self._row_columns: dict[str, Value | None] | None = {}
+        self._thumbnails = SampleThumbnails(settings.thumbnails if like is None else 0)
         self._failed = FailedSamples(self.samples)
         self._pool = GradientPool(settings)
         self._chunks: ChunkQueue | None = None
@@ -195,6 +197,8 @@ class Recorder:
         if checks.noise is None:
             raise CaptureError("No sample was recorded before its header. This is an error of dmin_trace; report it.")
         reached = zip(trained.names, checks.reached, strict=True)
+        data_sha256 = "" if fetch is None else data_fingerprint(source.samples, self._thumbnails.watch(fetch))
+        self._thumbnails.decide()
         return Header(
             id=uuid.uuid4().hex,
             samples=self.samples,
@@ -219,11 +223,12 @@ class Recorder:
             writers={"dmin_trace": VERSION} | {name: version(name) for name in ("torch", *source.packages, "numpy")},
             script=source.script.name,
             script_sha256=source.script.sha256,
-            data_sha256="" if fetch is None else data_fingerprint(source.samples, fetch),
+            data_sha256=data_sha256,
             weights_of=source.weights_of[:1000],
             unreached=tuple(name for name, was_reached in reached if not was_reached),
             files_sha256=source.files_sha256,
             run=self._run.facts,
+            thumbnails=self._thumbnails.facts,
         )
 
     def sample(self, number: int, item: Any, batch: Any = None) -> None:
@@ -235,6 +240,7 @@ class Recorder:
         if batch is not None:
             self._checks.check_batch(number, batch)
         self._row_columns = self._source.columns.of(number, item)
+        self._thumbnails.begin(batch, self._row_columns.get(FILE_COLUMN))
         if self._source.differences:
             check_place(number, self._row_columns.get(FILE_COLUMN))
 
@@ -243,6 +249,7 @@ class Recorder:
         if self.output.like is not None or self.output.trial:
             raise error
         self._row_columns = None
+        self._thumbnails.begin(None)
         self._failed.add(number, error, self._rows)
 
     def skip(self) -> None:
@@ -311,6 +318,8 @@ class Recorder:
         if self._steps == self._row_steps and self._chunks is not None:
             self._ranks.meet()
             self._chunks.writer = self.output.open(self.header)
+            # Those of the store, which another process or an earlier capture may have begun.
+            self._thumbnails.facts = self._chunks.writer.header.thumbnails
             self._checks.check_continued()
             for _ in range(self._before_first):
                 self._end_row(None)
@@ -330,7 +339,8 @@ class Recorder:
         if self._rows <= self._kept and ranks.error is None:
             with ranks.holding():
                 columns = None if row is None else self._row_columns
-                chunks.add(row, columns or dict.fromkeys(self._source.columns.kinds))
+                thumbnail = b"" if row is None else self._thumbnails.make()
+                chunks.add(row, columns or dict.fromkeys(self._source.columns.kinds), thumbnail)
         with ranks.holding():
             chunks.check(wait=last)
         if last or self._rows % self._chunk_rows == 0:

@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Which training samples made the diffusion model make this image?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 for command in (capture.run, capture.capture, capture.estimate, query.query):
     app.command()(command)

@@ -27,7 +27,12 @@ def run(
     strict: Annotated[bool, typer.Option(help="An error in the capture ends the training.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change."""
+    """Train with SCRIPT ARGS (after --), and capture at the end of the training. The script needs no change.
+
+    dmin-trace run -- train.py --output_dir out
+
+    dmin-trace run --timesteps 5 -- accelerate launch --mixed_precision bf16 train.py --output_dir out
+    """
     if out is not None:
         from dmin_trace.store import check_writable
 
@@ -55,7 +60,10 @@ def capture(
     edited_script: EditedScript = False,
     verbose: Verbose = False,
 ) -> None:
-    """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store."""
+    """Capture a trained model: SCRIPT ARGS (after --) with the saved weights. Resumes an unfinished store.
+
+    dmin-trace capture --weights out/unet -- train.py --output_dir out
+    """
     command = script_command(context)
     job = Job(mode="now", command=command, settings=settings, out=out, weights=weights, edited_script=edited_script)
     _run(job)
@@ -63,7 +71,10 @@ def capture(
 
 @with_settings
 def estimate(*, context: typer.Context, settings: dict[str, Any], verbose: Verbose = False) -> None:
-    """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take."""
+    """Capture two samples of SCRIPT ARGS (after --), keep nothing of them, and show what a whole capture would take.
+
+    dmin-trace estimate -- train.py --output_dir out
+    """
     job = Job(mode="estimate", command=script_command(context), settings=settings)
     cost = _run(job)
     console = Console()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dmin_trace.audit import Measurement
     from dmin_trace.query import Trace
 
-app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Measure how good the scores of a trace are.", no_args_is_help=True, rich_markup_mode="rich")
 
 MODELS_HELP = "Retrained models, by numpy.savez: subsets, bool (models, samples); losses (models, queries)."
 Ks = Annotated[list[int] | None, typer.Option("-k", help="How many best samples; repeatable. Default: 5, 10, 50, 100.")]

@@ -31,34 +31,76 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+ASKING, OUTPUT, INDEX, EXPERT, SETTINGS = "Asking", "Output", "Scores and index", "Expert", "Settings"
+"""The panels of a command's help."""
+EXPERT_SETTINGS = ("projection", "transform", "draws", "rows", "seed", "codec")
+
 TracePath = Annotated[Path, typer.Argument(help="The store.")]
 ImagePaths = Annotated[
     list[Path] | None,
     typer.Argument(help="Images, folders (with prompts in metadata.jsonl, .csv or .parquet), or such a list."),
 ]
-Samples = Annotated[list[int] | None, typer.Option("--sample", help="A training sample as query. May be repeated.")]
-Conditioning = Annotated[
-    list[Path] | None, typer.Option(help="What each image was made from (ControlNet, InstructPix2Pix), or one for all.")
+Samples = Annotated[
+    list[int] | None,
+    typer.Option("--sample", help="A training sample as query. May be repeated.", rich_help_panel=ASKING),
 ]
-TracedWeights = Annotated[Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.")]
+Conditioning = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="What each image was made from (ControlNet, InstructPix2Pix), or one for all.", rich_help_panel=ASKING
+    ),
+]
+TracedWeights = Annotated[
+    Path | None, typer.Option(help="The traced weights. Default: the weights beside the store.", rich_help_panel=EXPERT)
+]
 Out = Annotated[
     str | None,
     typer.Option(parser=absolute, metavar="PATH", help="The store. Default: OUTPUT_DIR.trace/trace.zarr."),
 ]
-JsonPath = Annotated[Path | None, typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.")]
-CsvPath = Annotated[Path | None, typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.")]
+JsonPath = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.", rich_help_panel=OUTPUT),
+]
+CsvPath = Annotated[
+    Path | None,
+    typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.", rich_help_panel=OUTPUT),
+]
 ScoreName = Annotated[
     Literal["deflated", "dmin"],
-    typer.Option("--score", help="deflated: without what all samples share. dmin: the paper's; finds likeness more."),
+    typer.Option(
+        "--score",
+        help="deflated: without what all samples share. dmin: the paper's; finds likeness more.",
+        rich_help_panel=INDEX,
+    ),
 ]
-Exact = Annotated[bool, typer.Option("--exact", help="Scan every sample, even if there is an index.")]
+ShownImages = Annotated[
+    Literal["auto", "always", "never"],
+    typer.Option(
+        "--images",
+        help="Pictures in the table: where the terminal can show them, or in any. Not in a pipe.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Scan every sample, even if there is an index.", rich_help_panel=INDEX)
+]
 EditedScript = Annotated[
-    bool, typer.Option("--edited-script", help="The script was edited, but its loss and its data are the same.")
+    bool,
+    typer.Option(
+        "--edited-script", help="The script was edited, but its loss and its data are the same.", rich_help_panel=EXPERT
+    ),
 ]
 AnyDevice = Annotated[
-    bool, typer.Option("--any-device", help="Accept another type of device than the trace's: scores are much lower.")
+    bool,
+    typer.Option(
+        "--any-device",
+        help="Accept another type of device than the trace's: scores are much lower.",
+        rich_help_panel=EXPERT,
+    ),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=show_log, help="Show the whole log.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=show_log, help="Show the whole log.", rich_help_panel=EXPERT)
+]
 
 
 def script_command(context: typer.Context) -> Command:
@@ -95,17 +137,20 @@ def _settings_option(field: Field[Any], kind: Any) -> inspect.Parameter:
     name, text = f"--{field.name}", field.metadata["help"]
     if field.default is not None:
         text += f" Default: {field.default}."
+    panel = EXPERT if field.name in EXPERT_SETTINGS else SETTINGS
     annotation: Any
     if kind in (int, int | None):
-        annotation = Annotated[int | None, typer.Option(name, help=text, metavar="NUMBER")]
+        annotation = Annotated[int | None, typer.Option(name, help=text, metavar="NUMBER", rich_help_panel=panel)]
     elif get_origin(kind) is Literal:
-        annotation = Annotated[kind | None, typer.Option(name, help=text)]
+        annotation = Annotated[kind | None, typer.Option(name, help=text, rich_help_panel=panel)]
     elif field.name == "timesteps":
-        option = typer.Option(name, help=text, parser=parse_timesteps, metavar="NUMBER|LIST")
+        option = typer.Option(name, help=text, parser=parse_timesteps, metavar="NUMBER|LIST", rich_help_panel=panel)
         annotation = Annotated[str | None, option]
     else:
         # One of several values: --column label --column caption.
-        annotation = Annotated[list[str] | None, typer.Option(name.removesuffix("s"), help=text, metavar="NAME")]
+        annotation = Annotated[
+            list[str] | None, typer.Option(name.removesuffix("s"), help=text, metavar="NAME", rich_help_panel=panel)
+        ]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.console import print_note
 from dmin_trace.errors import QueryError
-from dmin_trace.views import hits_csv, hits_json, hits_table
+from dmin_trace.views import find_draw, hits_csv, hits_json, hits_table, shows_pictures
 
 if TYPE_CHECKING:
     from dmin_trace.query import QueryInput, Trace
@@ -25,27 +25,48 @@ def query(
     images: options.ImagePaths = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="The prompt of each image, or one for all. Without images: what to make images from."),
+        typer.Option(
+            help="The prompt of each image, or one for all. Without images: what to make images from.",
+            rich_help_panel=options.ASKING,
+        ),
     ] = None,
     concept: Annotated[
         list[str] | None,
-        typer.Option(help="Words of the prompt: show what taught the model these. One for each image, or for all."),
+        typer.Option(
+            help="Words of the prompt: show what taught the model these. One for each image, or for all.",
+            rich_help_panel=options.ASKING,
+        ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help="The same by the whole prompt without the concept, such as --without 'a heart'."),
+        typer.Option(
+            help="The same by the whole prompt without the concept, such as --without 'a heart'.",
+            rich_help_panel=options.ASKING,
+        ),
     ] = None,
     conditioning: options.Conditioning = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
-    num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
-    made: Annotated[Path | None, typer.Option(help="Folder for the images made. Default: generated.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the first image made from a prompt. Default: 0.", rich_help_panel=options.ASKING),
+    ] = None,
+    num: Annotated[
+        int | None,
+        typer.Option(help="Number of images made from each prompt. Default: 1.", rich_help_panel=options.ASKING),
+    ] = None,
+    made: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the images made. Default: generated.", rich_help_panel=options.ASKING),
+    ] = None,
     sample: options.Samples = None,
-    k: Annotated[int, typer.Option("-k", help="Number of training samples to show.")] = 10,
-    weights: options.TracedWeights = None,
+    k: Annotated[
+        int, typer.Option("-k", help="Number of training samples to show.", rich_help_panel=options.OUTPUT)
+    ] = 10,
     json_path: options.JsonPath = None,
     csv_path: options.CsvPath = None,
     score: options.ScoreName = "deflated",
     exact: options.Exact = False,
+    shown_images: options.ShownImages = "auto",
+    weights: options.TracedWeights = None,
     edited_script: options.EditedScript = False,
     any_device: options.AnyDevice = False,
 ) -> None:
@@ -59,7 +80,14 @@ def query(
 
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
-    from dmin_trace.query import QueryInput, generate_images, open_trace, read_inputs, with_concepts
+    from dmin_trace.query import (
+        QueryInput,
+        generate_images,
+        open_trace,
+        read_inputs,
+        small_picture,
+        with_concepts,
+    )
     from dmin_trace.search import check_score, usable_k
 
     if bool(images or prompt) == bool(sample):
@@ -97,8 +125,12 @@ def query(
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
     console = Console()
+    draw = find_draw(console) if shows_pictures(console, shown_images) else None
     for number in range(len(top)):
-        console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
+        picture = None
+        if draw is not None:
+            picture = opened.thumbnails[sample[number]] if sample else small_picture(inputs[number].image)
+        console.print(hits_table(top, number, ascii_only=console.options.ascii_only, draw=draw, picture=picture))
         console.print()
     print_note(console, top.answered_by.description)
     if top.deflation:

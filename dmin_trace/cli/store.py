@@ -120,8 +120,14 @@ def pack(
     dimension: Annotated[
         int | None, typer.Option(help="v, v/2, v/4 and so on: gradients are folded. Default: as it is.")
     ] = None,
+    no_thumbnails: Annotated[bool, typer.Option("--no-thumbnails", help="Leave the samples' pictures out.")] = False,
 ) -> None:
-    """Copy a finished store with another codec or dtype, or fewer dimensions. The copy answers the same queries."""
+    """Copy a finished store in another form. The copy answers the same queries.
+
+    dmin-trace pack TRACE --out small.zarr --dimension 4096
+
+    dmin-trace pack TRACE --out archive.zarr --codec blosc --no-thumbnails
+    """
     from dmin_trace.store import open_store, pack_store
 
     make_settings({"codec": codec, "dtype": dtype, "dimension": dimension})
@@ -129,6 +135,14 @@ def pack(
     with progress_bar() as bar:
         task = bar.add_task("pack", total=store.header.samples)
         advance = partial(bar.advance, task)
-        packed = pack_store(store, out, codec=codec, dtype=dtype, dimension=dimension, progress=advance)
+        packed = pack_store(
+            store,
+            out,
+            codec=codec,
+            dtype=dtype,
+            dimension=dimension,
+            thumbnails=not no_thumbnails,
+            progress=advance,
+        )
     size = f"{packed.bytes:,} bytes, {packed.bytes / store.bytes:.1%} of {store.bytes:,}"
     print_note(Console(stderr=True), f"{out}: {size}.", style="")

@@ -8,5 +8,5 @@ says what is known of them.
 from dmin_trace.query.answer import AnsweredBy, Hit, ScoreMethod, TopK, answer_queries
 from dmin_trace.query.capture import generate_images
 from dmin_trace.query.concept import with_concepts
-from dmin_trace.query.inputs import QueryInput, read_inputs
+from dmin_trace.query.inputs import QueryInput, read_inputs, small_picture
 from dmin_trace.query.trace import Trace, attribute, open_trace

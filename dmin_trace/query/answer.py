@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from dmin_trace import search
 from dmin_trace.errors import QueryError, brief
-from dmin_trace.store import Store
+from dmin_trace.store import Store, StoredThumbnail
 
 if TYPE_CHECKING:
     import pandas
+    from PIL.Image import Image
 
     from dmin_trace.query.trace import Trace
 
@@ -30,6 +31,7 @@ class Hit:
     score, per_timestep: the influence score, and the inner products that it is the sum of: one for each timestep, or
         one for each group of pooled timesteps.
     columns: the sample's readable columns, such as its caption or label.
+    stored: where its picture is in the store; None for a hit without one. `thumbnail` reads it.
     """
 
     rank: int
@@ -37,6 +39,15 @@ class Hit:
     score: float
     per_timestep: tuple[float, ...]
     columns: dict[str, str | int | float | None]
+    stored: StoredThumbnail | None = field(default=None, compare=False)
+
+    @property
+    def thumbnail(self) -> "Image | None":
+        """A small picture of the sample, in RGB, as the model saw it; read from the store at each call.
+
+        None if the trace has none of the sample, or if it is damaged, which is logged.
+        """
+        return None if self.stored is None else self.stored.image()
 
     def __repr__(self) -> str:
         columns = "".join(f", {brief(name)[1:-1]}={brief(value)}" for name, value in self.columns.items())
@@ -231,6 +242,7 @@ def hits_of(store: Store, ranking: search.Ranking) -> list[list[Hit]]:
             score=float(ranking.scores[n // k, n % k]),
             per_timestep=tuple(ranking.per_timestep[n // k, n % k].tolist()),
             columns={name: values[n] for name, values in columns.items()},
+            stored=StoredThumbnail(store.thumbnails, int(rows[n])) if store.header.thumbnails is not None else None,
         )
         for n in range(len(rows))
     ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dmin_trace.errors import QueryError
 from dmin_trace.query.answer import import_extra
@@ -119,6 +119,23 @@ def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
         return file
     # A script that finds images by the endings of their names would pass it over.
     return Path(shutil.copyfile(file, path.with_suffix(suffix)))
+
+
+def small_picture(image: ImageInput, side: int = 128) -> Image.Image | None:
+    """A query image for people to look at, in RGB, of at most `side` pixels; None for what is no image, such as a
+    video."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(image, Image.Image):
+                shown = ImageOps.exif_transpose(image).convert("RGB")
+            else:
+                with Image.open(image, formats=IMAGE_FORMATS) as opened:
+                    shown = ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception:  # on bytes from anybody, a decoder may raise anything
+        return None
+    shown.thumbnail((side, side))
+    return shown
 
 
 def _write_image(image: Image.Image, path: Path) -> Path:

@@ -14,6 +14,7 @@ from dmin_trace.errors import QueryError, TraceError, brief
 from dmin_trace.query.answer import Hit, ScoreMethod, TopK, answer_queries, import_extra
 from dmin_trace.query.capture import capture_queries
 from dmin_trace.query.inputs import ImageInput
+from dmin_trace.query.sample_pictures import SamplePictures
 from dmin_trace.search import BuiltInScore, Score
 from dmin_trace.store import Queries, Store, open_store
 
@@ -122,6 +123,11 @@ class Trace:
     def columns(self) -> Columns:
         """The readable columns, such as captions: from each name to the N values, or as a table by `to_pandas()`."""
         return Columns(self.store, self._rows)
+
+    @property
+    def thumbnails(self) -> SamplePictures:
+        """The pictures of the samples, small: `trace.thumbnails[17]` is a PIL image, or None without one."""
+        return SamplePictures(self.store, self._rows)
 
     @property
     def norms(self) -> NDArray[np.float32]:

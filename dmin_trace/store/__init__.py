@@ -7,16 +7,27 @@
 """
 
 from dmin_trace.store.files import check_free, check_writable, make_folder, set_aside, sweep, sync, sync_tree
-from dmin_trace.store.header import Header, ModelFacts, NoiseFacts, ParameterFacts, ProjectionFacts, RunFacts
+from dmin_trace.store.header import (
+    Header,
+    ModelFacts,
+    NoiseFacts,
+    ParameterFacts,
+    ProjectionFacts,
+    RunFacts,
+    ThumbnailFacts,
+)
 from dmin_trace.store.identity import check_data, check_files, check_script
 from dmin_trace.store.integrity import Damage, Progress, Verified, drop_damaged, drop_failed, verify_chunks
 from dmin_trace.store.layout import (
     FAILED,
     FILE_COLUMN,
+    THUMBNAILS,
     bytes_of,
     choose_chunk_rows,
     chunk_file,
     index_beside,
+    max_thumbnail_bytes,
+    max_thumbnails_bytes,
     weights_beside,
 )
 from dmin_trace.store.lock import StoreLock
@@ -26,5 +37,6 @@ from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.quantisation import quantise, row_checksum
 from dmin_trace.store.queries import Queries, query_gradients
 from dmin_trace.store.reader import RowNumbers, Store, UnrankedSamples, open_store
+from dmin_trace.store.thumbnails import StoredThumbnail, Thumbnails
 from dmin_trace.store.untrusted import ArrayHeader, digest, parse, read_arrays, size_of, size_within
 from dmin_trace.store.writer import Writer, create, resume

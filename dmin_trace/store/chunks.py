@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from dmin_trace.errors import TraceError
 from dmin_trace.store.files import sync
 from dmin_trace.store.header import FRAME_HEADER_BYTES, MAX_SAMPLE_INDEX, Header
-from dmin_trace.store.layout import CHECKSUM_BYTES, array_layouts, chunk_file, chunk_names
+from dmin_trace.store.layout import (
+    CHECKSUM_BYTES,
+    THUMBNAILS,
+    array_layouts,
+    chunk_file,
+    chunk_names,
+    max_thumbnail_bytes,
+)
 from dmin_trace.store.untrusted import size_of, size_within
 
 DONE = b"\x01" + google_crc32c.value(b"\x01").to_bytes(CHECKSUM_BYTES, "little")
@@ -78,23 +85,46 @@ class ChunkFiles:
         return table
 
     def texts(self, name: str, chunk: int) -> list[str]:
-        """The texts of a chunk: their count, then of each its length and its UTF-8; counts have 4 bytes each."""
-        data = self.content(name, chunk)
-        texts: list[str] = []
-        at = 4
+        """The texts of a chunk, without padding."""
         try:
-            if int.from_bytes(data[:4], "little") != self.header.chunk_rows:
-                raise ValueError
-            # Each text needs 4 bytes at least, so the file's size bounds the list.
-            while len(texts) < self.header.chunk_rows:
-                start = at + 4
-                at = start + int.from_bytes(data[at:start], "little")
-                if max(start, at) > len(data):
-                    raise ValueError
-                texts.append(data[start:at].decode("utf-8"))
+            return [text.decode("utf-8") for text in self._of_any_length(name, chunk)]
         except ValueError:
             raise self.damaged(name, chunk, f"does not hold {self.header.chunk_rows} texts") from None
-        return texts[: len(self.header.rows(chunk))]
+
+    def thumbnails(self, chunk: int) -> list[bytes]:
+        """The thumbnails of a chunk, without padding, as they are stored: nothing is known of these bytes."""
+        if (facts := self.header.thumbnails) is None:
+            raise TraceError(f"{self.path} has no thumbnails.")
+        size, rows, each = self.find(THUMBNAILS, chunk)[1], self.header.chunk_rows, max_thumbnail_bytes(facts.side)
+        if size > (most := 4 + rows * (4 + each) + CHECKSUM_BYTES):
+            raise self.damaged(THUMBNAILS, chunk, f"has {size} bytes, expected at most {most}")
+        try:
+            found = self._of_any_length(THUMBNAILS, chunk)
+            if any(len(thumbnail) > each for thumbnail in found):
+                raise ValueError
+        except ValueError:
+            what = f"does not hold {rows} thumbnails of {each} bytes at most"
+            raise self.damaged(THUMBNAILS, chunk, what) from None
+        return found
+
+    def _of_any_length(self, name: str, chunk: int) -> list[bytes]:
+        """The values of a chunk: their count, then of each its length and its bytes; counts have 4 bytes each.
+
+        Raises ValueError if it does not hold so many.
+        """
+        data, count = self.content(name, chunk), self.header.chunk_rows
+        values: list[bytes] = []
+        at = 4
+        if int.from_bytes(data[:4], "little") != count:
+            raise ValueError
+        # Each value needs 4 bytes at least, so the file's size bounds the list.
+        while len(values) < count:
+            start = at + 4
+            at = start + int.from_bytes(data[at:start], "little")
+            if max(start, at) > len(data):
+                raise ValueError
+            values.append(data[start:at])
+        return values[: len(self.header.rows(chunk))]
 
     def checksum(self, name: str, chunk: int) -> bytes:
         """The checksum behind a chunk's numbers, as it is written; nothing is compared with it."""

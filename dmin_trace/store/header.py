@@ -19,6 +19,8 @@ from dmin_trace.settings import (
     COLUMN_NAME,
     MAX_DIMENSION,
     MAX_PASSES,
+    MAX_THUMBNAIL,
+    MIN_THUMBNAIL,
     Codec,
     Dtype,
     Projection,
@@ -112,6 +114,21 @@ class RunFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThumbnailFacts:
+    """The small pictures of the samples.
+
+    side: pixels of the longer side, at most.
+    entry: the entry of the script's batch that they were made from; "" if they are of the samples' files.
+    low, high: the values of that entry that are black and white, the same for all samples.
+    """
+
+    side: Annotated[int, Meta(ge=MIN_THUMBNAIL, le=MAX_THUMBNAIL)]
+    entry: Annotated[str, Meta(max_length=200)]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
     """What a store holds. `Settings` says what dimension, dtype, codec, transform and draws are.
 
@@ -127,6 +144,7 @@ class Header:
     run: the precision, device and frozen models by which the rows were computed.
     group_count: R, the number of groups that timesteps are pooled into; None if each has a projected gradient.
     weights_of: which of the run's weights were captured, and which averages of them were not, for a person to read.
+    thumbnails: how the small pictures of the samples were made; None if there are none.
     """
 
     id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
@@ -154,6 +172,7 @@ class Header:
     files_sha256: MaybeDigest = ""
     weights_of: Annotated[str, Meta(max_length=1000)] = ""
     group_count: Annotated[int, Meta(ge=1, le=MAX_PASSES)] | None = None
+    thumbnails: ThumbnailFacts | None = None
 
     @property
     def groups(self) -> tuple[tuple[float, ...], ...]:

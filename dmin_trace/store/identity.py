@@ -9,6 +9,8 @@ from dmin_trace.store.header import Header
 
 MAY_DIFFER = (
     *("id", "writers", "script", "script_sha256", "data_sha256", "files_sha256", "unreached", "run", "weights_of"),
+    # The settings say whether there are any; which entry of the batch they are of is the store's word.
+    "thumbnails",
     *("noise.first_sample", "noise.losses", "noise.norms"),
 )
 """Attributes in which two runs of one capture, or two of its processes, may differ, or that are compared elsewhere,

@@ -4,12 +4,13 @@
       grad     (N, R, v) int8 | float16 | float32   projected gradients; chunks (C, R, v)
       numbers  (N, 1 + 2 R + T) float64             sample, R norms, T losses, R scales; chunks (C, 1 + 2 R + T)
       meta/    one array (N,) for each readable column: string, int64 or float64; chunks (C,)
+      thumbnails (N,) bytes                         a WebP file for each sample, empty if it has none; chunks (C,)
       done     (ceil(N / C),) uint8                 a mark for each chunk of rows; chunks (1,)
 
 A sample has T timesteps and R projected gradients. R is T, or less where the gradients of timesteps are pooled.
 
-Rows are numbered in order of arrival. Random projections do not compress, so the file of a chunk is the array in C
-order with a crc32c behind it: ordinary Zarr, and readable by memory map.
+Thumbnails may be missing. Rows are numbered in order of arrival. Random projections do not compress, so the file of a
+chunk is the array in C order with a crc32c behind it: ordinary Zarr, and readable by memory map.
 """
 
 import math
@@ -30,6 +31,10 @@ CHECKSUM_BYTES = 4
 """Bytes of crc32c behind each chunk."""
 FAILED = -1.0
 """The norm of a sample that could not be loaded. No gradient has this norm, and a row with it is never ranked."""
+BYTES = "variable_length_bytes"
+"""Zarr's name for values that are bytes of any length."""
+THUMBNAILS = "thumbnails"
+"""The array with the small pictures of the samples."""
 FILE_COLUMN = "file_name"
 """The readable column with the file of a sample."""
 UNSPLIT_AXES = {"grad": 2, "numbers": 1}
@@ -55,7 +60,7 @@ class ArrayLayout:
     @property
     def file_bytes(self) -> int | None:
         """The size of a chunk's file; None where it differs from chunk to chunk. The last chunk is padded."""
-        if self.packed or self.dtype == "string":
+        if self.packed or self.dtype in ("string", BYTES):
             return None
         return math.prod(self.chunks) * np.dtype(self.dtype).itemsize + CHECKSUM_BYTES
 
@@ -74,6 +79,9 @@ def array_layouts(header: Header) -> dict[str, ArrayLayout]:
     }
     for name, kind in header.columns.items():
         layouts[f"meta/{name}"] = ArrayLayout((count,), STORED[kind], (rows,), MISSING[kind], ("row",))
+    if header.thumbnails is not None:
+        pictures = {"values": "WebP files"}
+        layouts[THUMBNAILS] = ArrayLayout((count,), BYTES, (rows,), "", ("row",), attributes=pictures)
     layouts["done"] = ArrayLayout((header.chunks,), "uint8", (1,), 0, ("chunk",))
     return layouts
 
@@ -99,6 +107,17 @@ def bytes_of(header: Header) -> int:
     """The bytes of a store's numbers on disk. Texts and metadata are not counted, and little beside them."""
     layouts = (replace(layout, packed=False) for layout in array_layouts(header).values())
     return header.chunks * sum(layout.file_bytes or 0 for layout in layouts)
+
+
+def max_thumbnail_bytes(side: int) -> int:
+    """The bytes of a thumbnail with this longer side, at most: 6,000 with 128 pixels."""
+    return max(1024, 6000 * side**2 // 128**2)
+
+
+def max_thumbnails_bytes(header: Header) -> int:
+    """The bytes that all thumbnails of a store take on disk, at most."""
+    facts = header.thumbnails
+    return 0 if facts is None else header.samples * (4 + max_thumbnail_bytes(facts.side))
 
 
 def chunk_names(name: str, chunk: int) -> list[str]:

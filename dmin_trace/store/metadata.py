@@ -19,7 +19,7 @@ from dmin_trace.errors import TraceError, brief
 from dmin_trace.store import untrusted
 from dmin_trace.store.files import replace_text
 from dmin_trace.store.header import Digest, Header, decode
-from dmin_trace.store.layout import ArrayLayout, array_layouts
+from dmin_trace.store.layout import BYTES, ArrayLayout, array_layouts
 
 FORMAT = "dmin_trace"
 VERSION = 1
@@ -122,12 +122,12 @@ def check_with_zarr(path: Path, header: Header) -> None:
 
     group = zarr.open_group(path, mode="r", zarr_format=3)
     with warnings.catch_warnings():
-        # Zarr warns that strings have no final specification yet; zarr-python reads them.
+        # Zarr warns that strings and bytes have no final specification yet; zarr-python reads them.
         warnings.simplefilter("ignore")
         for name, layout in array_layouts(header).items():
             array = group[name]
             found = (array.shape, array.chunks, str(array.dtype)) if isinstance(array, zarr.Array) else ()
-            dtype = str(np.dtypes.StringDType()) if layout.dtype == "string" else layout.dtype
+            dtype = {"string": str(np.dtypes.StringDType()), BYTES: "object"}.get(layout.dtype, layout.dtype)
             if found != (expected := (layout.shape, layout.chunks, dtype)):
                 raise TraceError(
                     f"zarr {zarr.__version__} reads the array {name} as {brief(found)}; expected {brief(expected)}. "
@@ -164,7 +164,8 @@ def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _array(layout: ArrayLayout) -> dict[str, Any]:
     numbers = {"name": "bytes", "configuration": {"endian": "little"}}
-    codecs: list[dict[str, Any]] = [{"name": "vlen-utf8"} if layout.dtype == "string" else numbers]
+    of_any_length = {"string": {"name": "vlen-utf8"}, BYTES: {"name": "vlen-bytes"}}
+    codecs: list[dict[str, Any]] = [of_any_length.get(layout.dtype, numbers)]
     if layout.packed:
         codecs.append({"name": "blosc", "configuration": {"typesize": np.dtype(layout.dtype).itemsize, **BLOSC}})
     return {

@@ -1,8 +1,8 @@
 """Rewrites a finished store with another codec, another dtype, or fewer dimensions.
 
 A projection folds: adding bins j and j + v/2 gives the projected gradient of the plan of v/2 dimensions. Folded
-gradients are normalised again, as those of a capture are. The new store has the same samples, norms, losses and
-columns, an id of its own, and the same weights and command for queries.
+gradients are normalised again, as those of a capture are. The new store has the same samples, norms, losses,
+columns and thumbnails, an id of its own, and the same weights and command for queries.
 """
 
 import os
@@ -35,19 +35,21 @@ def pack_store(
     codec: Codec | None = None,
     dtype: Dtype | None = None,
     dimension: int | None = None,
+    thumbnails: bool = True,
     progress: Callable[[int], object] = lambda samples: None,
 ) -> Store:
     """Writes a finished store anew at `out`, whole or not at all, and returns the new store.
 
     codec, dtype, dimension: of the new store, where they differ; the dimension is v, v/2, v/4 and so on.
+    thumbnails: whether the new store has the thumbnails of the samples.
     progress: called with the number of samples of each chunk that is written.
 
-    Raises SettingsError if a codec, dtype or dimension is invalid, the store does not fold to it, or none differs;
+    Raises SettingsError if a codec, dtype or dimension is invalid, the store does not fold to it, or nothing differs;
     TraceError if the store is unfinished or damaged, something is at `out`, or the disk refuses.
     """
     if not store.complete:
         raise TraceError(f"{store.path} is unfinished. Finish the capture before it is packed.")
-    header = _packed_header(store, codec, dtype, dimension)
+    header = _packed_header(store, codec, dtype, dimension, thumbnails)
     check_free(out)
     # Queries need the weights.
     weights, beside = weights_beside(store.path), weights_beside(out)
@@ -77,20 +79,25 @@ def pack_store(
     return open_store(out)
 
 
-def _packed_header(store: Store, codec: Codec | None, dtype: Dtype | None, dimension: int | None) -> Header:
+def _packed_header(
+    store: Store, codec: Codec | None, dtype: Dtype | None, dimension: int | None, thumbnails: bool
+) -> Header:
     old = store.header
     changed = {"codec": codec or old.codec, "dtype": dtype or old.dtype, "dimension": dimension or old.dimension}
     # Queries read the settings, and a store may come from anybody: they are checked.
     new = make_settings({**old.settings, **changed})
-    if (new.codec, new.dtype, new.dimension) == (old.codec, old.dtype, old.dimension):
+    dropped = not thumbnails and old.thumbnails is not None
+    if (new.codec, new.dtype, new.dimension) == (old.codec, old.dtype, old.dimension) and not dropped:
         raise SettingsError(
             f"{store.path} has codec {old.codec}, dtype {old.dtype} and dimension {old.dimension} already. Give "
-            "another --codec, --dtype or --dimension."
+            "another --codec, --dtype or --dimension, or --no-thumbnails for a store that has some."
         )
     projection = _folded_projection(old, new.dimension)
     rows = choose_chunk_rows(old.samples, len(old.timesteps), new.dimension, new.dtype, group_count=old.group_count)
     header = replace(old, codec=new.codec, dtype=new.dtype, dimension=new.dimension, projection=projection)
-    return replace(header, id=uuid.uuid4().hex, chunk_rows=rows, settings={**old.settings, **changed})
+    settings = {**old.settings, **changed} | ({"thumbnails": 0} if dropped else {})
+    facts = None if dropped else old.thumbnails
+    return replace(header, id=uuid.uuid4().hex, chunk_rows=rows, settings=settings, thumbnails=facts)
 
 
 def _folded_projection(old: Header, dimension: int) -> ProjectionFacts:
@@ -147,7 +154,8 @@ def _write(store: Store, writer: Writer, chunk: int) -> None:
                 raise TraceError(f"{store.path} is damaged: chunk {number} holds numbers that are not finite.")
             values[here], kept.scale[here] = quantise(folded, new.dtype)
     columns = {name: store.column_at(name, rows) for name in new.columns}
-    writer.write(chunk, values, kept.scale, kept.norm, kept.loss, kept.sample, columns)
+    thumbnails = store.thumbnails.stored(rows) if new.thumbnails is not None else []
+    writer.write(chunk, values, kept.scale, kept.norm, kept.loss, kept.sample, columns, thumbnails)
 
 
 def _link(file: Path, beside: Path) -> None:

@@ -22,6 +22,7 @@ from dmin_trace.store.chunks import Array, ChunkFiles, GradientChunks, done_chun
 from dmin_trace.store.header import ColumnKind, Header
 from dmin_trace.store.layout import FAILED, MISSING, number_columns
 from dmin_trace.store.metadata import Finished, read_header
+from dmin_trace.store.thumbnails import Thumbnails
 
 BELIEVED_NUMBERS, MAX_BELIEVED_NUMBERS = 2**20, 2**28
 """Numbers that are allocated because the header says so, for rows of which no files, or few, say anything."""
@@ -64,6 +65,7 @@ class Store:
     done, complete: (chunks,) which chunks are done; whether all are, and the store says so.
     final: whether the training ended with the weights that were captured, as far as is known.
     grad_chunk, grad_parts, stored_row: projected gradients as they are stored; see `GradientChunks`.
+    thumbnails: the small pictures of the samples, by row; see `Thumbnails`.
     """
 
     def __init__(self, path: Path, header: Header, done: NDArray[np.bool_], finished: Finished | None) -> None:
@@ -74,6 +76,7 @@ class Store:
         self._files = ChunkFiles(path, header, done)
         gradients = GradientChunks(self._files)
         self.grad_chunk, self.grad_parts, self.stored_row = gradients.chunk, gradients.parts, gradients.row
+        self.thumbnails = Thumbnails(self._files)
 
     @cached_property
     def state(self) -> str:

@@ -19,7 +19,16 @@ from dmin_trace.store.chunks import DONE, Array, done_chunks, is_done
 from dmin_trace.store.files import check_free, make_folder, sync, sync_tree, writing
 from dmin_trace.store.header import MAX_SAMPLE_INDEX, ColumnKind, Header
 from dmin_trace.store.identity import check_capture
-from dmin_trace.store.layout import CHECKSUM_BYTES, MISSING, STORED, ArrayLayout, array_layouts, chunk_file, chunk_names
+from dmin_trace.store.layout import (
+    CHECKSUM_BYTES,
+    MISSING,
+    STORED,
+    THUMBNAILS,
+    ArrayLayout,
+    array_layouts,
+    chunk_file,
+    chunk_names,
+)
 from dmin_trace.store.metadata import BLOSC, Finished, check_with_zarr, create_arrays, read_header, set_finished
 from dmin_trace.store.reader import open_store
 from dmin_trace.store.untrusted import size_within
@@ -44,7 +53,15 @@ class Writer:
         return [chunk for chunk, done in enumerate(done_chunks(self.path, self.header)) if not done]
 
     def write(
-        self, chunk: int, values: Array, scale: Array, norm: Array, loss: Array, sample: Array, columns: Columns
+        self,
+        chunk: int,
+        values: Array,
+        scale: Array,
+        norm: Array,
+        loss: Array,
+        sample: Array,
+        columns: Columns,
+        thumbnails: Sequence[bytes] = (),
     ) -> None:
         """Writes one chunk, of n rows, and marks it done.
 
@@ -53,6 +70,7 @@ class Writer:
             norm, loss: (n, R) and (n, T) float32.
             sample: (n,) int64, data set indices of at most MAX_SAMPLE_INDEX.
             columns: n values for each of the header's columns; None where a sample has none.
+            thumbnails: n WebP files, empty for a sample without one; none if the header has no thumbnails.
 
         Raises TraceError if a shape, dtype or index is wrong, the chunk is done, or the disk refuses.
         """
@@ -62,6 +80,8 @@ class Writer:
         given += [(name, found.shape, right[:2]) for name, found in (("norms", norm), ("scales", scale))]
         given += [("losses", loss.shape, (right[0], len(header.timesteps)))]
         given += [(f"column {name}", (len(columns.get(name, ())),), right[:1]) for name in header.columns]
+        pictures = 0 if header.thumbnails is None else right[0]
+        given += [("thumbnails", (len(thumbnails),), (pictures,))]
         for name, shape, expected in given:
             if shape != expected:
                 raise TraceError(f"Chunk {chunk} was given {name} of shape {shape}; expected {expected}.")
@@ -83,6 +103,8 @@ class Writer:
             files = {"grad": _encoded(values, layouts["grad"]), "numbers": _encoded(table, layouts["numbers"])}
             for name, kind in header.columns.items():
                 files[f"meta/{name}"] = _encoded_column(columns[name], kind, layouts[f"meta/{name}"])
+            if pictures:
+                files[THUMBNAILS] = _of_any_length(thumbnails, layouts[THUMBNAILS])
             self._write_files(chunk, files)
             self._write_files(chunk, {"done": DONE[:-CHECKSUM_BYTES]})
         except OSError as error:
@@ -171,12 +193,17 @@ def _encoded(values: Array, layout: ArrayLayout) -> Data:
 
 
 def _encoded_column(values: Sequence[str | int | float | None], kind: ColumnKind, layout: ArrayLayout) -> Data:
-    """A chunk of a readable column as Zarr stores it; texts as `ChunkFiles.texts` says."""
+    """A chunk of a readable column as Zarr stores it."""
     known = [MISSING[kind] if value is None else value for value in values]
     if kind == "string":
         # UTF-8 has no lone surrogates.
-        texts = [str(value).encode("utf-8", "replace") for value in known] + [b""] * (layout.chunks[0] - len(known))
-        return b"".join([len(texts).to_bytes(4, "little"), *(len(text).to_bytes(4, "little") + text for text in texts)])
+        return _of_any_length([str(value).encode("utf-8", "replace") for value in known], layout)
     if kind == "integer":
         known = [value if abs(value) < 2**63 else -1 for value in map(int, known)]
     return _encoded(np.array(known, dtype=STORED[kind]), layout)
+
+
+def _of_any_length(values: Sequence[bytes], layout: ArrayLayout) -> bytes:
+    """A chunk of texts or bytes as Zarr stores it, padded to C of them: `ChunkFiles` says how."""
+    padded = [*values, *[b""] * (layout.chunks[0] - len(values))]
+    return b"".join([len(padded).to_bytes(4, "little"), *(len(one).to_bytes(4, "little") + one for one in padded)])

@@ -70,6 +70,7 @@ def describe_store(store: Store) -> list[tuple[str, str]]:
         ("frozen models", ", ".join(f"{model.name} ({model.numbers:,} numbers)" for model in header.run.models)),
         ("computed with", "; ".join(f"{name}: {value}" for name, value in header.run.conditions.items())),
         ("columns", ", ".join(header.columns) or "none"),
+        ("thumbnails", _describe_thumbnails(store, rows)),
         ("weights", f"{header.weights[:16]}{'' if store.final else '; the training ended with others'}"),
         ("weights are", header.weights_of),
         ("script", f"{header.script} {header.script_sha256[:16]}".strip() or "not known"),
@@ -115,6 +116,19 @@ def _describe_rows(groups: Sequence[Sequence[float]]) -> str:
     """How many gradients of a sample are kept, and of which timesteps each is the mean."""
     shown = "; ".join(", ".join(f"{t:g}" for t in group) for group in groups)
     return f"{len(groups)} of a sample, of the mean gradient at the timesteps {shown}"
+
+
+def _describe_thumbnails(store: Store, rows: int) -> str:
+    """How large the samples' pictures are, of what they were made, and what they take on disk."""
+    from dmin_trace.store import THUMBNAILS, chunk_file
+
+    if (facts := store.header.thumbnails) is None:
+        return "none"
+    files = [chunk_file(store.path, THUMBNAILS, chunk) for chunk in store.chunks_done]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    made = f"{facts.entry} in the batch, from {facts.low:g} to {facts.high:g}" if facts.entry else "the samples' files"
+    each = f", {size / rows:,.0f} a sample" if rows else ""
+    return f"of at most {facts.side} pixels, of {made}; {size:,} bytes{each}"
 
 
 def _describe_unranked(store: Store) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from dmin_trace.views.describe import describe_score
 from dmin_trace.views.text import spreadsheet_safe
 
 if TYPE_CHECKING:
-    from dmin_trace.query import TopK
+    from dmin_trace.query import Hit, TopK
     from dmin_trace.store import Verified
 
 VERSION = 1  # of each JSON format
@@ -39,7 +38,7 @@ def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
     those of the store, in its order.
     """
     queries = [
-        {"name": name, "prompt": prompt, "without": without, "hits": [asdict(hit) for hit in hits]}
+        {"name": name, "prompt": prompt, "without": without, "hits": list(map(_hit, hits))}
         for name, prompt, without, hits in zip(top.names, top.prompts, top.without, top.hits, strict=True)
     ]
     meaning = {"scored_by": top.score, "score": describe_score(top.score, top.groups)}
@@ -99,6 +98,10 @@ def verified_json(found: "Verified") -> str:
     damages = [{key: getattr(of, key) for key in keys} | {"array": of.array or None} for of in found.damages]
     counts = {name: getattr(found, name) for name in ("complete", "chunks", "done", "files", "bytes")}
     return _json("verified", {"whole": not damages, **counts, "damages": damages, "notes": found.notes})
+
+
+def _hit(hit: "Hit") -> dict[str, object]:
+    return {key: getattr(hit, key) for key in ("rank", "sample", "score", "per_timestep", "columns")}
 
 
 def _json(kind: str, content: Mapping[str, object]) -> str:

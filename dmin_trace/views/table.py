@@ -11,14 +11,17 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from dmin_trace.views.describe import describe_concept, describe_score
+from dmin_trace.views.terminal_pictures import Draw
 from dmin_trace.views.text import harmless
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dmin_trace.query import Hit, TopK
     from dmin_trace.store import Verified
 
@@ -30,12 +33,15 @@ MAX_TEXT_LENGTH, MAX_FILE_LENGTH, MAX_BARS = 72, 24, 20
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "12345678"
 
 
-def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
+def hits_table(
+    top: "TopK", query: int, *, ascii_only: bool = False, draw: Draw | None = None, picture: "Image | None" = None
+) -> Group:
     """The most influential training samples for query number `query` of an answer, and what their score means.
 
     The scores at the timesteps, or of groups of pooled ones, are drawn as one bar each, all of a table on one scale; a
     negative score is a dot. Above 20, neighbours are averaged into 20 bars. A single one would be the score itself, and
-    is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-".
+    is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-". With `draw`, the table has the picture
+    of each sample, and `picture`, the query's own, stands above it.
     """
     hits, prompt, without = top.hits[query], top.prompts[query], top.without[query]
     title = Text("Most influential training samples for ")
@@ -45,6 +51,11 @@ def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
     if without is not None:
         title.append("\n").append(harmless(describe_concept(without), ascii_only=ascii_only))
     table = _table("", caption=describe_score(top.score, top.groups), ascii_only=ascii_only)
+    shown = [None if draw is None else hit.thumbnail for hit in hits]
+    with_pictures = any(image is not None for image in shown)
+    if with_pictures:
+        table.padding = (0, 1, 1, 0)  # an empty line between two pictures
+        table.add_column("", no_wrap=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     with_bars = len(top.groups) > 1
@@ -60,9 +71,12 @@ def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
 
     averaged = [_average_neighbours(hit.per_timestep) for hit in hits]
     peak = max((score for row in averaged for score in row if math.isfinite(score)), default=0.0)
-    for hit, value, scores in zip(hits, _align_decimals([hit.score for hit in hits]), averaged, strict=True):
+    values = _align_decimals([hit.score for hit in hits])
+    for hit, image, value, scores in zip(hits, shown, values, averaged, strict=True):
         bars = [_draw_bars(scores, peak, ascii_only)] if with_bars else []
-        row = [Text(str(hit.rank)), Text(value), *bars, Text(str(hit.sample))]
+        row: list[RenderableType] = [Text(str(hit.rank)), Text(value), *bars, Text(str(hit.sample))]
+        if with_pictures:
+            row.insert(0, Text() if draw is None or image is None else draw(image))
         if text_column is not None:
             row.append(Text(harmless(_cell(hit, text_column), MAX_TEXT_LENGTH, ascii_only=ascii_only)))
         if file_column is not None:
@@ -72,7 +86,7 @@ def hits_table(top: "TopK", query: int, *, ascii_only: bool = False) -> Group:
             row.append(Text(harmless(path, MAX_FILE_LENGTH, ascii_only=ascii_only)))
         table.add_row(*row)
     # A title of the table itself would fold at its width.
-    return Group(title, table)
+    return Group(title, *([] if draw is None or picture is None else [draw(picture)]), table)
 
 
 def facts_table(facts: Sequence[tuple[str, str]], title: str, *, ascii_only: bool = False) -> Table:

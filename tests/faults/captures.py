@@ -115,6 +115,7 @@ def check_same(out: Path, whole: Path) -> None:
     differ = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     assert not differ, f"not as in the uninterrupted capture: {differ[:5]}"
     assert names(out) == names(whole), sorted(names(out) ^ names(whole))
+    assert any(name.startswith("thumbnails/c/") for name in found)
     weights = "trace.weights.safetensors"
     assert (out / weights).read_bytes() == (whole / weights).read_bytes()
 

@@ -159,7 +159,7 @@ def test_verify_names_all_damage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["verify", "trace.zarr"]) == 0
-    assert "all is whole; 33 files," in capsys.readouterr().out.replace("\n", " ")
+    assert "all is whole; 38 files," in capsys.readouterr().out.replace("\n", " ")
     for file in (
         chunk_file(trace.path, "grad", 1),
         chunk_file(trace.path, "meta/caption", 4),
@@ -229,7 +229,7 @@ def test_drop_damaged_and_the_capture_again_make_the_damaged_chunks_anew_and_no_
     assert set(after) == set(before)
     assert not verify_store(path).damages
     new = {file for file, stamp in touched.items() if (file.stat().st_ino, file.stat().st_mtime_ns) != stamp}
-    arrays = ("grad", "numbers", "done", "meta/caption")
+    arrays = ("grad", "numbers", "done", "meta/caption", "thumbnails")
     assert new == {chunk_file(path, name, 1) for name in arrays} | {path / "zarr.json"}
 
 

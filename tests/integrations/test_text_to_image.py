@@ -120,6 +120,15 @@ def test_gradients_are_those_of_an_independent_reference(made: Path) -> None:
             assert np.linalg.norm(captured[slot] - expected) <= 1e-5 * np.linalg.norm(expected), (sample, slot)
 
 
+def test_each_sample_has_its_picture(made: Path) -> None:
+    trace = open_store(made / "with" / "out.trace" / "trace.zarr")
+    assert trace.header.thumbnails == store.ThumbnailFacts(side=128, entry="pixel_values", low=-1, high=1)
+    for row, sample in enumerate(trace.sample.tolist()):
+        image = trace.thumbnails.image(row)
+        assert image is not None
+        assert np.array_equal(np.asarray(image), np.asarray(picture(sample))), sample
+
+
 def test_on_demand_from_the_saved_lora_is_the_same(made: Path) -> None:
     (made / "saved").mkdir()
     shutil.copy(made / "with" / "out" / "pytorch_lora_weights.safetensors", made / "saved")

@@ -22,7 +22,7 @@ from dmin_trace.version import VERSION as __version__
 if TYPE_CHECKING:
     from dmin_trace.capture.accelerate.attach import attach
     from dmin_trace.capture.recording import recording
-    from dmin_trace.query import Hit, TopK, Trace, attribute, open_trace
+    from dmin_trace.query import Hit, TopK, Totals, Trace, attribute, open_trace
     from dmin_trace.store import Queries
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Queries",
     "Settings",
     "TopK",
+    "Totals",
     "Trace",
     "__version__",
     "attach",

@@ -12,6 +12,7 @@ FACE = [
     "Queries",
     "Settings",
     "TopK",
+    "Totals",
     "Trace",
     "__version__",
     "attach",

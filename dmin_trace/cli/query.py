@@ -11,7 +11,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.console import print_note
 from dmin_trace.errors import QueryError
-from dmin_trace.views import hits_csv, hits_json, hits_table
+from dmin_trace.views import hits_json, hits_table, table_csv, totals_table
 
 if TYPE_CHECKING:
     from dmin_trace.query import QueryInput, Trace
@@ -27,14 +27,8 @@ def query(
         list[str] | None,
         typer.Option(help="The prompt of each image, or one for all. Without images: what to make images from."),
     ] = None,
-    concept: Annotated[
-        list[str] | None,
-        typer.Option(help="Words of the prompt: show what taught the model these. One for each image, or for all."),
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(help="The same by the whole prompt without the concept, such as --without 'a heart'."),
-    ] = None,
+    concept: options.Concepts = None,
+    without: options.WithoutConcepts = None,
     conditioning: options.Conditioning = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image made from a prompt. Default: 0.")] = None,
     num: Annotated[int | None, typer.Option(help="Number of images made from each prompt. Default: 1.")] = None,
@@ -44,8 +38,18 @@ def query(
     weights: options.TracedWeights = None,
     json_path: options.JsonPath = None,
     csv_path: options.CsvPath = None,
+    parquet_path: options.ParquetPath = None,
     score: options.ScoreName = "deflated",
     exact: options.Exact = False,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Show what groups have of the influence: a column, or folder. In --groups, a heading."),
+    ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(help="The group of each file, as CSV (file_name,artist) or JSON, instead of a column."),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="In groups, count near-copies once.")] = False,
     edited_script: options.EditedScript = False,
     any_device: options.AnyDevice = False,
 ) -> None:
@@ -57,9 +61,11 @@ def query(
 
     dmin-trace query TRACE heart.png --prompt "a red heart" --concept red
 
+    dmin-trace query TRACE a.png --by artist
+
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
-    from dmin_trace.query import QueryInput, generate_images, open_trace, read_inputs, with_concepts
+    from dmin_trace.query import QueryInput, generate_images, group_samples, open_trace, read_inputs, with_concepts
     from dmin_trace.search import check_score, usable_k
 
     if bool(images or prompt) == bool(sample):
@@ -71,6 +77,8 @@ def query(
             "--concept and --without are for images: what a trace keeps of a training sample is of its own caption. "
             "Give the sample's image, and its caption with --prompt."
         )
+    if merge and by is None and groups is None:
+        raise QueryError("--merge is for groups. Name them with --by or --groups, or leave it out.")
     for_prompts = {"--seed": seed, "--num": num, "--made": made}
     if (unused := [name for name, value in for_prompts.items() if value is not None]) and (images or sample):
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
@@ -78,6 +86,10 @@ def query(
     opened = open_trace(trace, unfinished=True)
     check_score(opened.store, score)
     k = usable_k(opened.store, k)
+    grouped = by is not None or groups is not None
+    if grouped:
+        # A mistake in the groups is found before the queries are captured.
+        group_samples(opened, by, groups)
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
             # A concept that is not in its prompt is found before the images are made.
@@ -96,10 +108,14 @@ def query(
         queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script, any_device)
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
+        totals = opened.totals(queries, by, groups, merge=merge, score=score) if grouped else None
     console = Console()
     for number in range(len(top)):
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
         console.print()
+        if totals is not None:
+            console.print(totals_table(totals, number, ascii_only=console.options.ascii_only))
+            console.print()
     print_note(console, top.answered_by.description)
     if top.deflation:
         print_note(console, f"{top.score} scores: took out {top.deflation}")
@@ -112,9 +128,15 @@ def query(
             "complete": opened.complete,
             "samples_searched": len(opened.store.rows_done),
         }
-        json_path.write_text(hits_json(top, facts), encoding="utf-8")
+        json_path.write_text(hits_json(top, facts, totals), encoding="utf-8")
     if csv_path is not None:
-        csv_path.write_text(hits_csv(top), encoding="utf-8", newline="")
+        csv_path.write_text(table_csv(top.table), encoding="utf-8", newline="")
+    if parquet_path is not None:
+        top.to_parquet(parquet_path)
+    if totals is not None and csv_path is not None:
+        options.beside(csv_path, "groups").write_text(table_csv(totals.table), encoding="utf-8", newline="")
+    if totals is not None and parquet_path is not None:
+        totals.to_parquet(options.beside(parquet_path, "groups"))
 
 
 def read_queries(

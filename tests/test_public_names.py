@@ -7,6 +7,7 @@ from pathlib import Path
 import dmin_trace
 
 FACE = [
+    "Audit",
     "DminTraceError",
     "Hit",
     "Queries",
@@ -17,6 +18,7 @@ FACE = [
     "__version__",
     "attach",
     "attribute",
+    "audit_trace",
     "open_trace",
     "recording",
 ]

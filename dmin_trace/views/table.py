@@ -19,6 +19,7 @@ from dmin_trace.views.describe import describe_concept, describe_score
 from dmin_trace.views.text import harmless
 
 if TYPE_CHECKING:
+    from dmin_trace.audit import Finding
     from dmin_trace.query import Hit, TopK
     from dmin_trace.store import Verified
 
@@ -149,7 +150,9 @@ def _cell(hit: "Hit", column: str) -> str:
     return "" if value is None else str(value)
 
 
-def choose_column(hits: "Sequence[Hit]", wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
+def choose_column(
+    hits: "Sequence[Hit] | Sequence[Finding]", wanted: Sequence[str], others: Sequence[str] | None
+) -> str | None:
     """The first wanted column that has a value in some hit; else the first column that is not among the others."""
     present = dict.fromkeys(name for hit in hits for name, value in hit.columns.items() if value is not None)
     chosen = [name for want in wanted for name in present if name.lower() == want or _is_kind(name.lower(), want)]

@@ -6,6 +6,7 @@
                                                     in a plain PyTorch loop, without accelerate
     dmin_trace.attribute(trace, images, prompts)    the most influential training samples for an image
     dmin_trace.open_trace(path)                     a Trace: gradients, influence scores, and rankings as tables
+    dmin_trace.audit_trace(trace)                   training samples that a person should look at
 
 `dmin-trace --help` lists the same for the command line. The method is DMin, arXiv 2412.08637.
 
@@ -20,26 +21,36 @@ from dmin_trace.settings import Settings
 from dmin_trace.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from dmin_trace.audit import Audit, audit_trace
     from dmin_trace.capture.accelerate.attach import attach
     from dmin_trace.capture.recording import recording
-    from dmin_trace.query import Hit, TopK, Trace, attribute, open_trace
+    from dmin_trace.query import Hit, TopK, Totals, Trace, attribute, open_trace
     from dmin_trace.store import Queries
 
 __all__ = [
+    "Audit",
     "DminTraceError",
     "Hit",
     "Queries",
     "Settings",
     "TopK",
+    "Totals",
     "Trace",
     "__version__",
     "attach",
     "attribute",
+    "audit_trace",
     "open_trace",
     "recording",
 ]
 
-_HOMES = {"attach": "capture.accelerate.attach", "recording": "capture.recording", "Queries": "store"}
+_HOMES = {
+    "attach": "capture.accelerate.attach",
+    "recording": "capture.recording",
+    "Queries": "store",
+    "Audit": "audit",
+    "audit_trace": "audit",
+}
 
 
 def __getattr__(name: str) -> Any:

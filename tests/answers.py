@@ -8,6 +8,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dmin_trace.query import AnsweredBy, Hit, TopK
+from dmin_trace.search import Background
+
+KNOWN = Background(samples=1797, scored=1797, median=0.0, scale=0.5, limit=4.0, standing_out=7)
+UNKNOWN = Background(samples=12, scored=12, unknown="it takes 30 samples or more to tell influence from noise")
 
 # All of Unicode with surrogates, and the characters that matter much more often than chance would have it.
 ANY_TEXT = st.text(
@@ -34,6 +38,7 @@ def answer(
     without: tuple[str | None, ...] = (),
     score: str = "dmin",
     groups: tuple[tuple[float, ...], ...] | None = None,
+    background: Background = UNKNOWN,
 ) -> TopK:
     """An answer with these hits for each query."""
     return TopK(
@@ -48,4 +53,5 @@ def answer(
         score=score,
         deflation="",
         answered_by=AnsweredBy(None, "scanned all samples"),
+        backgrounds=(background,) * len(hits),
     )

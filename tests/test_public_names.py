@@ -7,15 +7,18 @@ from pathlib import Path
 import dmin_trace
 
 FACE = [
+    "Audit",
     "DminTraceError",
     "Hit",
     "Queries",
     "Settings",
     "TopK",
+    "Totals",
     "Trace",
     "__version__",
     "attach",
     "attribute",
+    "audit_trace",
     "open_trace",
     "recording",
 ]

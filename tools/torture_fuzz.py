@@ -46,7 +46,7 @@ from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import AnsweredBy, Hit, TopK
 from dmin_trace.query.inputs import image_file
-from dmin_trace.search import Facts, hnsw
+from dmin_trace.search import Background, Facts, hnsw
 from dmin_trace.search.index import open_directions
 from dmin_trace.settings import make_settings
 from dmin_trace.store import Header, Store, chunk_file, open_store, weights_beside
@@ -319,11 +319,12 @@ def _write_all(data: bytes) -> None:
     hits = [Hit(rank=1, sample=3, score=0.5, per_timestep=(0.5, -0.5), columns=columns)]
     none = np.empty((1, 0))
     by = AnsweredBy(None, text)
-    top = TopK(none, none, none, [hits], (text,), (text,), (text,), ((1.0,), (2.0,)), "dmin", "", by)
+    background = Background(samples=2, scored=2, unknown=text)
+    top = TopK(none, none, none, [hits], (text,), (text,), (text,), ((1.0,), (2.0,)), "dmin", "", by, (background,))
     written = report.hits_json(top, {text: text})
     assert written.isascii()
     assert json.loads(written)["queries"][0]["prompt"] == text
-    report.hits_csv(top).encode("utf-8")
+    report.table_csv(top.table).encode("utf-8")
     shown = report.harmless(text, 80)
     assert len(shown) <= 80 and shown.isprintable()
     paper = Console(file=io.StringIO(), width=90, force_terminal=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dmin_trace.cli import capture, evaluate, query, store
+from dmin_trace.cli import audit, capture, evaluate, query, scores, store
 from dmin_trace.cli.console import print_error
 from dmin_trace.errors import DminTraceError, StoppedError
 from dmin_trace.version import VERSION
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (capture.run, capture.capture, capture.estimate, query.query):
+for command in (capture.run, capture.capture, capture.estimate, query.query, scores.scores, audit.audit):
     app.command()(command)
 for command in (store.index, store.info, store.verify, store.pack):
     app.command()(command)

@@ -19,11 +19,25 @@ if TYPE_CHECKING:
     from dmin_trace.query import Trace
 
 
-def _check_folder(path: Path | None) -> Path | None:
+def check_folder(path: Path | None) -> Path | None:
     """Refuses a file in a folder that does not exist, before anything runs."""
     if path is not None and not path.parent.is_dir():
         raise QueryError(f"There is no folder {path.parent} to write {path.name} to.")
     return path
+
+
+def _check_parquet(path: Path | None) -> Path | None:
+    """Refuses a Parquet file that cannot be written, before anything runs."""
+    if check_folder(path) is not None:
+        from dmin_trace.query.tables import import_extra
+
+        import_extra("pyarrow", "parquet")
+    return path
+
+
+def beside(path: Path, what: str) -> Path:
+    """The file for another part of a result: out.csv has out.groups.csv beside it."""
+    return path.with_name(f"{path.stem}.{what}{path.suffix}")
 
 
 def absolute(path: str) -> str:
@@ -59,11 +73,33 @@ Out = Annotated[
 ]
 JsonPath = Annotated[
     Path | None,
-    typer.Option("--json", callback=_check_folder, help="Also write the result as JSON.", rich_help_panel=OUTPUT),
+    typer.Option("--json", callback=check_folder, help="Also write the result as JSON.", rich_help_panel=OUTPUT),
 ]
 CsvPath = Annotated[
     Path | None,
-    typer.Option("--csv", callback=_check_folder, help="Also write the result as CSV.", rich_help_panel=OUTPUT),
+    typer.Option("--csv", callback=check_folder, help="Also write the result as CSV.", rich_help_panel=OUTPUT),
+]
+Concepts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--concept",
+        help="Words of the prompt: show what taught the model these. One for each image, or for all.",
+        rich_help_panel=ASKING,
+    ),
+]
+WithoutConcepts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--without",
+        help="The same by the whole prompt without the concept, such as --without 'a heart'.",
+        rich_help_panel=ASKING,
+    ),
+]
+ParquetPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--parquet", callback=_check_parquet, help="Also write the result as Parquet.", rich_help_panel=OUTPUT
+    ),
 ]
 ScoreName = Annotated[
     Literal["deflated", "dmin"],

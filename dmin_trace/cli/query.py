@@ -11,7 +11,7 @@ from rich.console import Console
 from dmin_trace.cli import options
 from dmin_trace.cli.console import print_note
 from dmin_trace.errors import QueryError
-from dmin_trace.views import find_draw, hits_csv, hits_json, hits_table, shows_pictures
+from dmin_trace.views import find_draw, hits_json, hits_table, shows_pictures, table_csv, totals_table
 
 if TYPE_CHECKING:
     from dmin_trace.query import QueryInput, Trace
@@ -30,20 +30,8 @@ def query(
             rich_help_panel=options.ASKING,
         ),
     ] = None,
-    concept: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Words of the prompt: show what taught the model these. One for each image, or for all.",
-            rich_help_panel=options.ASKING,
-        ),
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="The same by the whole prompt without the concept, such as --without 'a heart'.",
-            rich_help_panel=options.ASKING,
-        ),
-    ] = None,
+    concept: options.Concepts = None,
+    without: options.WithoutConcepts = None,
     conditioning: options.Conditioning = None,
     seed: Annotated[
         int | None,
@@ -63,10 +51,28 @@ def query(
     ] = 10,
     json_path: options.JsonPath = None,
     csv_path: options.CsvPath = None,
+    parquet_path: options.ParquetPath = None,
     score: options.ScoreName = "deflated",
     exact: options.Exact = False,
     shown_images: options.ShownImages = "auto",
     weights: options.TracedWeights = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Show what groups have of the influence: a column, or folder. In --groups, a heading.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            help="The group of each file, as CSV (file_name,artist) or JSON, instead of a column.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="In groups, count near-copies once.", rich_help_panel=options.OUTPUT)
+    ] = False,
     edited_script: options.EditedScript = False,
     any_device: options.AnyDevice = False,
 ) -> None:
@@ -78,11 +84,14 @@ def query(
 
     dmin-trace query TRACE heart.png --prompt "a red heart" --concept red
 
+    dmin-trace query TRACE a.png --by artist
+
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
     from dmin_trace.query import (
         QueryInput,
         generate_images,
+        group_samples,
         open_trace,
         read_inputs,
         small_picture,
@@ -99,6 +108,8 @@ def query(
             "--concept and --without are for images: what a trace keeps of a training sample is of its own caption. "
             "Give the sample's image, and its caption with --prompt."
         )
+    if merge and by is None and groups is None:
+        raise QueryError("--merge is for groups. Name them with --by or --groups, or leave it out.")
     for_prompts = {"--seed": seed, "--num": num, "--made": made}
     if (unused := [name for name, value in for_prompts.items() if value is not None]) and (images or sample):
         raise QueryError(f"{', '.join(unused)} is for images made from a prompt alone. Leave it out here.")
@@ -106,6 +117,10 @@ def query(
     opened = open_trace(trace, unfinished=True)
     check_score(opened.store, score)
     k = usable_k(opened.store, k)
+    grouped = by is not None or groups is not None
+    if grouped:
+        # A mistake in the groups is found before the queries are captured.
+        group_samples(opened, by, groups)
     with Console(stderr=True).status("Reading the queries") as status:
         if prompt and not images:
             # A concept that is not in its prompt is found before the images are made.
@@ -124,6 +139,7 @@ def query(
         queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script, any_device)
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
+        totals = opened.totals(queries, by, groups, merge=merge, score=score) if grouped else None
     console = Console()
     draw = find_draw(console) if shows_pictures(console, shown_images) else None
     for number in range(len(top)):
@@ -132,6 +148,9 @@ def query(
             picture = opened.thumbnails[sample[number]] if sample else small_picture(inputs[number].image)
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only, draw=draw, picture=picture))
         console.print()
+        if totals is not None:
+            console.print(totals_table(totals, number, ascii_only=console.options.ascii_only))
+            console.print()
     print_note(console, top.answered_by.description)
     if top.deflation:
         print_note(console, f"{top.score} scores: took out {top.deflation}")
@@ -144,9 +163,15 @@ def query(
             "complete": opened.complete,
             "samples_searched": len(opened.store.rows_done),
         }
-        json_path.write_text(hits_json(top, facts), encoding="utf-8")
+        json_path.write_text(hits_json(top, facts, totals), encoding="utf-8")
     if csv_path is not None:
-        csv_path.write_text(hits_csv(top), encoding="utf-8", newline="")
+        csv_path.write_text(table_csv(top.table), encoding="utf-8", newline="")
+    if parquet_path is not None:
+        top.to_parquet(parquet_path)
+    if totals is not None and csv_path is not None:
+        options.beside(csv_path, "groups").write_text(table_csv(totals.table), encoding="utf-8", newline="")
+    if totals is not None and parquet_path is not None:
+        totals.to_parquet(options.beside(parquet_path, "groups"))
 
 
 def read_queries(

@@ -1,17 +1,16 @@
 """The most influential training samples for each query, found by the index or by a scan of all rows: `TopK`."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace import search
-from dmin_trace.errors import QueryError, brief
+from dmin_trace.errors import brief
+from dmin_trace.query.tables import Column, Table, column_of, to_pandas, with_columns, write_parquet
 from dmin_trace.store import Store, StoredThumbnail
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ class Hit:
     rank, sample: the place among the k, from 1; the data set index.
     score, per_timestep: the influence score, and the inner products that it is the sum of: one for each timestep, or
         one for each group of pooled timesteps.
+    z, stands_out: how far the score is from the median of all samples' scores, in units of their robust scale; whether
+        it is beyond what chance explains. Both are None if that is not known (`TopK.backgrounds`).
     columns: the sample's readable columns, such as its caption or label.
     stored: where its picture is in the store; None for a hit without one. `thumbnail` reads it.
     """
@@ -38,6 +39,8 @@ class Hit:
     sample: int
     score: float
     per_timestep: tuple[float, ...]
+    z: float | None = None
+    stands_out: bool | None = None
     columns: dict[str, str | int | float | None]
     stored: StoredThumbnail | None = field(default=None, compare=False)
 
@@ -51,7 +54,8 @@ class Hit:
 
     def __repr__(self) -> str:
         columns = "".join(f", {brief(name)[1:-1]}={brief(value)}" for name, value in self.columns.items())
-        return f"Hit(rank={self.rank}, sample={self.sample}, score={self.score:.4f}{columns})"
+        z = "" if self.z is None else f", z={self.z:.1f}"
+        return f"Hit(rank={self.rank}, sample={self.sample}, score={self.score:.4f}{z}{columns})"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class TopK:
         pooled (`Settings.rows`).
     score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
     answered_by: whether the index or a scan of all samples found them.
+    backgrounds: of each query the noise that its scores are compared with, and how many of all samples stand out.
     """
 
     samples: NDArray[np.int64]
@@ -93,6 +98,17 @@ class TopK:
     score: str
     deflation: str
     answered_by: AnsweredBy
+    backgrounds: tuple[search.Background, ...]
+
+    @property
+    def z(self) -> NDArray[np.float64]:
+        """(Q, k) how far each score is from the median of the query's scores; NaN if that is not known."""
+        return np.array([[hit.z for hit in hits] for hits in self.hits], np.float64)
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each query, how many samples stand out, as a sentence."""
+        return [background.verdict for background in self.backgrounds]
 
     @property
     def timesteps(self) -> tuple[float, ...]:
@@ -102,7 +118,7 @@ class TopK:
     @property
     def group_names(self) -> list[str]:
         """A heading for each of `groups`: t<timestep>, or t<first>-<last> of pooled timesteps."""
-        return [f"t{group[0]:g}" + f"-{group[-1]:g}" * (len(group) > 1) for group in self.groups]
+        return group_names(self.groups)
 
     def __len__(self) -> int:
         """Q, the number of queries."""
@@ -111,45 +127,70 @@ class TopK:
     def __repr__(self) -> str:
         count = f"{len(self)} {'query' if len(self) == 1 else 'queries'}"
         lines = [f"TopK({count}, k={self.samples.shape[1]}, {self.score}, {brief(self.answered_by.description)[1:-1]})"]
-        for name, without, hits in zip(self.names[:MAX_SHOWN_QUERIES], self.without, self.hits, strict=False):
+        for name, without, hits, verdict in zip(
+            self.names[:MAX_SHOWN_QUERIES], self.without, self.hits, self.verdicts, strict=False
+        ):
             concept = "" if without is None else f", without {brief(without)}"
-            lines += [f"  {name!r}{concept}:", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
+            lines += [f"  {name!r}{concept}: {verdict}", *(f"    {hit!r}" for hit in hits[:MAX_SHOWN_HITS])]
             lines += ["    ..."] * (len(hits) > MAX_SHOWN_HITS)
         return "\n".join(lines + ["  ..."] * (len(self) > MAX_SHOWN_QUERIES))
+
+    @property
+    def table(self) -> Table:
+        """One row for each query and hit; its columns are those of `to_pandas`."""
+        hits = [hit for of_query in self.hits for hit in of_query]
+        each = [len(of_query) for of_query in self.hits]
+        names = dict.fromkeys(name for hit in hits for name in hit.columns)
+        return hits_table(
+            ((self.names[n], self.prompts[n], self.without[n]) for n, count in enumerate(each) for _ in range(count)),
+            {
+                "rank": Column("integer", [hit.rank for hit in hits]),
+                "sample": Column("integer", [hit.sample for hit in hits]),
+                "score": Column("number", [hit.score for hit in hits]),
+                "z": Column("number", [hit.z for hit in hits]),
+                "stands_out": Column("boolean", [hit.stands_out for hit in hits]),
+            },
+            self.score,
+            {heading: [hit.per_timestep[n] for hit in hits] for n, heading in enumerate(self.group_names)},
+            {name: column_of([hit.columns.get(name) for hit in hits]) for name in names},
+        )
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A data frame with one row for each query and hit. Raises QueryError if pandas is not installed.
 
-        Its columns: `query` (the name), `prompt`, `without`, `rank`, `sample`, `score`, `t<timestep>` for each timestep
-        or `t<first>-<last>` for each group of pooled ones, and the trace's readable columns, with `meta_` before a name
-        that is taken.
+        Its columns: `query` (the name), `prompt`, `without`, `rank`, `sample`, `score`, `z`, `stands_out`, `scored_by`
+        (the name of the score), `t<timestep>` for each timestep or `t<first>-<last>` for each group of pooled ones, and
+        the trace's readable columns, with `meta_` before a name that is taken.
         """
-        hits, count = [hit for of_query in self.hits for hit in of_query], self.samples.shape[1]
-        columns: dict[str, Any] = {
-            "query": [name for name in self.names for _ in range(count)],
-            "prompt": [prompt for prompt in self.prompts for _ in range(count)],
-            "without": [without for without in self.without for _ in range(count)],
-            "rank": [hit.rank for hit in hits],
-            "sample": self.samples.ravel(),
-            "score": self.scores.ravel(),
-        }
-        for n, heading in enumerate(self.group_names):
-            columns[heading] = self.per_timestep[:, :, n].ravel()
-        for name in hits[0].columns:
-            free = name
-            while free in columns:
-                free = f"meta_{free}"
-            columns[free] = [hit.columns[name] for hit in hits]
-        return import_extra("pandas", "pandas").DataFrame(columns)
+        return to_pandas(self.table)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pandas or pyarrow is not installed or
-        the file cannot be written."""
-        import_extra("pyarrow", "parquet")
-        try:
-            self.to_pandas().to_parquet(Path(path), engine="pyarrow", index=False)
-        except (OSError, ValueError) as error:  # ValueError: a text that is not valid Unicode
-            raise QueryError(f"{path} cannot be written: {error}.") from None
+        """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pyarrow is not installed or the file
+        cannot be written."""
+        write_parquet(path, "hits", [self.table])
+
+
+def group_names(groups: Iterable[Sequence[float]]) -> list[str]:
+    """A heading for each group of timesteps."""
+    return [f"t{group[0]:g}" + f"-{group[-1]:g}" * (len(group) > 1) for group in groups]
+
+
+def hits_table(
+    queries: Iterable[tuple[str, str | None, str | None]],
+    numbers: Table,
+    score: str,
+    per_timestep: Mapping[str, Sequence[float]],
+    columns: Mapping[str, Column],
+) -> Table:
+    """The table of scored samples: the name, the prompt and the prompt without a concept of each row's query, the
+    numbers of the row, the name of the score, the score of each timestep, and the trace's columns."""
+    asked = list(queries)
+    table = {
+        name: Column("string", [one[n] for one in asked]) for n, name in enumerate(("query", "prompt", "without"))
+    } | numbers
+    table["scored_by"] = Column("string", [score] * len(asked))
+    timesteps = {name: Column("number", values) for name, values in per_timestep.items()}
+    return with_columns(with_columns(table, timesteps), columns)
 
 
 class ScoreMethod(Protocol):
@@ -199,11 +240,11 @@ def answer_queries(
         index = search.open_index(store)
     # Of a score of the user's own, no depth is calibrated.
     if isinstance(index, search.Unavailable) or (depth := index.facts.depth(k, fitted.name)) is None:
-        ranking = search.exact_top_k(store, queries, k, largest=largest)
+        ranking = search.exact_top_k(store, queries, k, largest=largest, background=True)
         reason = index.reason if isinstance(index, search.Unavailable) else index.facts.unserved(fitted.name)
         answered_by = AnsweredBy(None, _scanned(store, reason))
     else:
-        ranking = search.search(index, queries, k, kind=fitted.name)
+        ranking = search.search(index, queries, k, kind=fitted.name, background=True)
         words = f"answered by the index (recall@{depth.k} {depth.recall:.3f} when calibrated); --exact scans all"
         answered_by = AnsweredBy((depth.k, depth.recall), words)
     hits = hits_of(store, ranking)
@@ -219,6 +260,7 @@ def answer_queries(
         score=fitted.name,
         deflation=fitted.description if isinstance(fitted, search.BuiltInScore) else "",
         answered_by=answered_by,
+        backgrounds=ranking.backgrounds,
     )
 
 
@@ -241,18 +283,11 @@ def hits_of(store: Store, ranking: search.Ranking) -> list[list[Hit]]:
             sample=samples[n],
             score=float(ranking.scores[n // k, n % k]),
             per_timestep=tuple(ranking.per_timestep[n // k, n % k].tolist()),
+            z=ranking.backgrounds[n // k].z(float(ranking.scores[n // k, n % k])),
+            stands_out=ranking.backgrounds[n // k].stands_out(float(ranking.scores[n // k, n % k])),
             columns={name: values[n] for name, values in columns.items()},
             stored=StoredThumbnail(store.thumbnails, int(rows[n])) if store.header.thumbnails is not None else None,
         )
         for n in range(len(rows))
     ]
     return [hits[query * k : (query + 1) * k] for query in range(queries)]
-
-
-def import_extra(module: str, extra: str) -> Any:
-    """Imports an optional dependency. Raises QueryError with the command that installs it."""
-    try:
-        return import_module(module)
-    except ImportError:
-        found = f"{module} is not installed, and this table needs it"
-        raise QueryError(f"{found}. Install it: pip install dmin_trace[{extra}].") from None

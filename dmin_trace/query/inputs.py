@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from PIL import Image, ImageOps
 
 from dmin_trace.errors import QueryError
-from dmin_trace.query.answer import import_extra
+from dmin_trace.query.tables import import_extra
 from dmin_trace.store import parse
 
 T = TypeVar("T")

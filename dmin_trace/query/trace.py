@@ -1,7 +1,7 @@
 """The face for programs: `Trace`, an opened trace with everything by data set index, and `open_trace`."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -11,44 +11,19 @@ from numpy.typing import NDArray
 
 from dmin_trace import search
 from dmin_trace.errors import QueryError, TraceError, brief
-from dmin_trace.query.answer import Hit, ScoreMethod, TopK, answer_queries, import_extra
+from dmin_trace.query.answer import Hit, ScoreMethod, TopK, answer_queries
 from dmin_trace.query.capture import capture_queries
+from dmin_trace.query.columns import Columns
+from dmin_trace.query.groups import Groups, group_samples
 from dmin_trace.query.inputs import ImageInput
 from dmin_trace.query.sample_pictures import SamplePictures
+from dmin_trace.query.scores_file import write_scores
+from dmin_trace.query.totals import Totals, total_groups
 from dmin_trace.search import BuiltInScore, Score
 from dmin_trace.store import Queries, Store, open_store
 
 if TYPE_CHECKING:
-    import pandas
     import torch
-
-
-class Columns(Mapping[str, list[Any]]):
-    """The readable columns of a trace: a mapping from each name to the N values, by data set index, which are read when
-    they are looked up. A sample without a value has "", -1 or NaN, by the kind of the column."""
-
-    def __init__(self, store: Store, rows: NDArray[np.int64]) -> None:
-        self._store, self._rows = store, rows
-
-    def __getitem__(self, name: str) -> list[Any]:
-        if name not in self._store.header.columns:
-            raise KeyError(name)
-        values = self._store.column(name)
-        return [values[row] for row in self._rows]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._store.header.columns)
-
-    def __len__(self) -> int:
-        return len(self._store.header.columns)
-
-    def __repr__(self) -> str:
-        return f"Columns({', '.join(self)})"
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """A data frame with one row for each data set index. Raises QueryError if pandas is not installed."""
-        pd = import_extra("pandas", "pandas")
-        return pd.DataFrame(dict(self), index=pd.RangeIndex(len(self._rows), name="sample"))
 
 
 class Trace:
@@ -286,6 +261,57 @@ class Trace:
         for rows, of_chunk in search.scores_by_chunk(self.store, transformed, per_timestep=per_timestep):
             scores[:, samples[rows.start : rows.stop]] = of_chunk
         return scores
+
+    def totals(
+        self,
+        queries: Queries,
+        by: str | None = None,
+        groups: Groups | str | os.PathLike[str] | None = None,
+        *,
+        merge: bool = False,
+        score: Score | ScoreMethod = "deflated",
+    ) -> Totals:
+        """What groups of training samples, such as an artist's or a folder's, have of the influence on each query.
+
+        Args:
+            by: the name of a column; "folder" for the folder of each file, if no column has that name. A value may name
+                several groups, with a ";" between them: the sample counts in each.
+            groups: in place of a column, the group of each file, or several; or a CSV or JSON file with them. In CSV
+                `by` is the heading of the groups.
+            merge: count near-copies once, with the mean of their scores.
+            score: as for `scores`.
+
+        Raises QueryError if there is no such column, the file cannot be read, no sample is in a group, and otherwise
+        what `scores` raises.
+        """
+        search.usable_k(self.store, 1)
+        self._check_queries(queries)
+        grouping = group_samples(self, by, groups)
+        copies = search.near_copies(self.store) if merge else None
+        return total_groups(self, queries, grouping, score, copies=copies)
+
+    def write_scores(
+        self,
+        queries: Queries,
+        path: str | os.PathLike[str],
+        score: Score | ScoreMethod = "deflated",
+        *,
+        per_timestep: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Writes the influence score of every training sample for each query to a file, whole or not at all.
+
+        Args:
+            path: a .npy file has what `scores` gives. A .parquet file has a row for each query and sample, with the
+                columns of `TopK.to_pandas`; rank, score, z and stands_out are missing where a sample has no usable
+                gradient, and equal scores are ranked by the data set index.
+            score, per_timestep: as of `scores`.
+            progress: called with how many queries are written.
+
+        Raises QueryError if the file has another ending or cannot be written, or pyarrow is not installed for Parquet,
+        and what `scores` raises.
+        """
+        write_scores(self, queries, path, score, per_timestep, progress)
 
     def top_k(
         self,

@@ -1,9 +1,12 @@
 """Rows in, ranked samples out.
 
 `exact` scores every row; `deflation` takes out of queries what all samples share; `scores` names what samples are
-ranked by. `build` makes an index beside a store, whose graph proposes candidates, and `index` searches it.
+ranked by; `background` says which of them stand out. `build` makes an index beside a store, whose graph proposes
+candidates, and `index` searches it. `alike` compares the samples with each other.
 """
 
+from dmin_trace.search.alike import NEAR_COPY, clusters, find_alike, near_copies, own_parts
+from dmin_trace.search.background import Background, fit_background
 from dmin_trace.search.build import build_index
 from dmin_trace.search.deflation import Score, row_blocks
 from dmin_trace.search.exact import Ranking, check_queries, exact_top_k, has_direction, scores_by_chunk, usable_k

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from dmin_trace.errors import QueryError, TraceError
+from dmin_trace.search.background import Background, KeptScores
 from dmin_trace.store import Store, core_count
 
 Floats = NDArray[np.float32]
@@ -40,11 +41,13 @@ HALF_BITS = np.int32(-0x70002000)  # of a float16, its sign repeated in front: w
 @dataclass(frozen=True)
 class Ranking:
     """The k rows (Q, k) with the largest influence scores (Q, k) for each of Q queries, largest first, or the smallest;
-    and their inner products at each timestep (Q, k, R), which add up to the score."""
+    and their inner products at each timestep (Q, k, R), which add up to the score. `backgrounds` are of the Q queries'
+    scores over all samples, empty where they were not wanted."""
 
     rows: Rows
     scores: Floats
     per_timestep: Floats
+    backgrounds: tuple[Background, ...] = ()
 
 
 def usable_k(store: Store, k: int) -> int:
@@ -77,6 +80,7 @@ def exact_top_k(
     k: int,
     *,
     largest: bool = True,
+    background: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Ranking:
@@ -84,7 +88,8 @@ def exact_top_k(
 
     The best are the largest, or with `largest` False the smallest, smallest first. Rows that are not done, or have no
     gradient to rank, are left out. A first pass in float32 keeps every row that rounding could hide among the k best;
-    their scores are then computed in float64. `progress` is called with the row at which each scored chunk ends.
+    their scores are then computed in float64. With `background`, the ranking has the background of each query too.
+    `progress` is called with the row at which each scored chunk ends.
 
     Raises QueryError if k is below 1, or the queries are not finite or not of the store's shape; TraceError if a
     chunk is damaged.
@@ -93,12 +98,21 @@ def exact_top_k(
     check_queries(store, queries)
     queries = np.ascontiguousarray(queries, np.float32)
     first_pass = _FirstPass(queries, k, largest)
-    with closing(_each_chunk(store, chunk_products(store, queries), first_pass.near, threads)) as chunks:
-        for rows, found in chunks:
+    kept = KeptScores(len(queries), store.valid_count) if background else None
+
+    def of_chunk(rows: range, valid: Bools, scores: Floats) -> tuple[_Found, Floats | None]:
+        chosen = None if kept is None else kept.choose(rows.start, scores[0, valid])
+        return first_pass.near(rows, valid, scores), chosen
+
+    with closing(_each_chunk(store, chunk_products(store, queries), of_chunk, threads)) as chunks:
+        for rows, (found, chosen) in chunks:
             first_pass.add(found)
+            if kept is not None and chosen is not None:
+                kept.add(chosen)
             if progress is not None:
                 progress(rows.stop)
-    return rerank(store, queries, first_pass.candidates(), k, largest=largest)
+    ranking = rerank(store, queries, first_pass.candidates(), k, largest=largest)
+    return ranking if kept is None else replace(ranking, backgrounds=kept.backgrounds(ranking.scores, largest=largest))
 
 
 def scores_by_chunk(

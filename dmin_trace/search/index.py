@@ -5,7 +5,7 @@ HNSW (Malkov and Yashunin, arXiv 1603.09320) finds the C vectors with the larges
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from dmin_trace.errors import QueryError, TraceError
 from dmin_trace.search import index_files as files
+from dmin_trace.search.background import fit_background
 from dmin_trace.search.deflation import Directions
-from dmin_trace.search.exact import Floats, Ranking, Rows, check_queries, rerank, usable_k
+from dmin_trace.search.exact import Floats, Ranking, Rows, check_queries, has_direction, rerank, usable_k
 from dmin_trace.search.hnsw import Graph, GraphError, graph_bytes, load_graph
 from dmin_trace.search.index_files import Depth, Facts, Unavailable, check_file, index_beside, read_array, read_facts
 from dmin_trace.store import Store
@@ -23,6 +24,9 @@ from dmin_trace.store import Store
 Loaded = TypeVar("Loaded")
 
 COMMON_DIRECTIONS = 8  # r, those kept apart; they halve the candidates that are needed
+BACKGROUND_SAMPLES, BACKGROUND_CHUNKS = 512, 64
+"""The samples whose scores give the background of a query, and the chunks that they are taken from: a quarter of a
+second, and an error of the scale of 6 %."""
 DIRECTIONS_SAMPLES = 256  # samples, spread over the store, that the common directions are taken from
 
 
@@ -105,11 +109,13 @@ class Index:
         return candidates
 
 
-def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Ranking:
+def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin", background: bool = False) -> Ranking:
     """The k best of the rows that the graph proposes for each query, by exact scores; ties by the lowest row.
 
-    The queries (Q, R, v) are transformed for the score `kind`. Raises QueryError if k is below 1 or not served
-    (`Facts.depth`), or the queries are not finite or not of the store's shape; TraceError if something is damaged.
+    The queries (Q, R, v) are transformed for the score `kind`. With `background`, the ranking has the background of
+    each query too, by some samples that are chosen by chance: it then takes longer than the search itself. Raises
+    QueryError if k is below 1 or not served (`Facts.depth`), or the queries are not finite or not of the store's shape;
+    TraceError if something is damaged.
     """
     k = usable_k(index.store, k)
     check_queries(index.store, queries)
@@ -117,7 +123,33 @@ def search(index: Index, queries: Floats, k: int, *, kind: str = "dmin") -> Rank
     if depth is None:
         found = f"k is {k}, more than the index was calibrated for"
         raise QueryError(f"{found}. Give a smaller k, or scan all samples (--exact).")
-    return rerank(index.store, queries, index.candidates(queries, depth), k, checksums=index.checksums)
+    ranking = rerank(index.store, queries, index.candidates(queries, depth), k, checksums=index.checksums)
+    if not background:
+        return ranking
+    backgrounds = (
+        fit_background(scores, index.store.valid_count, best.astype(np.float64), index=True)
+        for scores, best in zip(_some_scores(index, queries), ranking.scores, strict=True)
+    )
+    return replace(ranking, backgrounds=tuple(backgrounds))
+
+
+def _some_scores(index: Index, queries: Floats) -> NDArray[np.float64]:
+    """(Q, n) the scores of samples that are chosen by chance, the same ones for every query."""
+    store, generator = index.store, np.random.default_rng(0)
+    # Rows of few chunks: the norm that tells whether a row can be ranked is read with those of its whole chunk.
+    chunks = np.sort(generator.permutation(store.header.chunks)[:BACKGROUND_CHUNKS])
+    each = -(-BACKGROUND_SAMPLES // len(chunks))
+    of_chunks = (store.header.rows(int(chunk)) for chunk in chunks)
+    rows = np.concatenate([rows.start + np.sort(generator.permutation(len(rows))[:each]) for rows in of_chunks])
+    numbers = store.numbers(rows)
+    scores = np.zeros((len(rows), len(queries)))
+    for n, row in enumerate(rows):
+        stored = store.stored_row(int(row), int(index.checksums[row]))
+        scores[n] = np.vecdot(stored.astype(np.float32), queries).astype(np.float64) @ numbers.scale[n]
+    scores = scores[has_direction(numbers.norm)]
+    if not np.isfinite(scores).all():
+        raise TraceError(f"{store.path} is damaged: it holds numbers that are not finite.")
+    return scores.T
 
 
 def open_index(store: Store) -> Index | Unavailable:

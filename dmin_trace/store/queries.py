@@ -72,6 +72,11 @@ class Queries:
         """Q, the number of queries."""
         return len(self.gradients)
 
+    def __getitem__(self, places: slice) -> Self:
+        """Some of the queries, such as `queries[:8]`."""
+        some = self.gradients[places], self.names[places], self.prompts[places]
+        return type(self)(*some, self.trace_id, self.without[places])
+
     def __repr__(self) -> str:
         count, rows, dimension = self.gradients.shape
         return f"Queries({count:,} {'query' if count == 1 else 'queries'}, R={rows}, v={dimension:,})"

@@ -2,7 +2,7 @@
 
 JSON is strict and keeps the original text, escaped to plain ASCII; a number that is NaN or infinite is null. A document
 begins with its "format" and its "version", 1; a reader should refuse any other. Keys are always in the order of the
-docstrings. CSV cells are made safe for spreadsheets.
+docstrings. CSV cells are made safe for spreadsheets. docs/exports.md describes all of it for readers.
 """
 
 import csv
@@ -10,20 +10,21 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+from dmin_trace.version import EXPORT_VERSION
 from dmin_trace.views.describe import describe_score
 from dmin_trace.views.text import spreadsheet_safe
 
 if TYPE_CHECKING:
-    from dmin_trace.query import Hit, TopK
+    from dmin_trace.query import Hit, Table, TopK, Totals
+    from dmin_trace.search import Background
     from dmin_trace.store import Verified
 
-VERSION = 1  # of each JSON format
 
-
-def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
+def hits_json(top: "TopK", trace_facts: Mapping[str, object], totals: "Totals | None" = None) -> str:
     """The hits of all queries as JSON of the format "dmin_trace.hits":
 
         scored_by   the name of the score, such as "deflated"
@@ -31,56 +32,63 @@ def hits_json(top: "TopK", trace_facts: Mapping[str, object]) -> str:
         timesteps   [t, ...]
         groups      [[t, ...], ...]
         trace       the facts of the trace, as given
-        queries     [{name, prompt, without, hits: [{rank, sample, score, per_timestep, columns}, ...]}, ...]
+        totals      {by, samples, overlapping, merged, note}; null if no groups were wanted
+        queries     [{name, prompt, without, background, hits, groups}, ...]
+        background  {samples, scored, median, scale, limit, standing_out, at_least, unknown, largest, verdict}
+        hits        [{rank, sample, score, per_timestep, z, stands_out, columns}, ...]
+        groups      [{group, samples, share, low, high, expected, mean, z, p, standing_out}, ...]; null without totals
 
-    `without` is the prompt without the concept that the query is for, null if it is for the whole image.
+    `without` is the prompt without the concept that the query is for, null if it is for the whole image. `background`
+    is as in `dmin_trace.search.Background`, and `verdict` the sentence that says it; `totals` and `groups` are as in
+    `dmin_trace.Totals`.
     `per_timestep` has one number for each of `groups`: of one timestep, or of several that are pooled. `columns` are
     those of the store, in its order.
     """
     queries = [
-        {"name": name, "prompt": prompt, "without": without, "hits": list(map(_hit, hits))}
-        for name, prompt, without, hits in zip(top.names, top.prompts, top.without, top.hits, strict=True)
+        {
+            "name": name,
+            "prompt": prompt,
+            "without": without,
+            "background": _background(background),
+            "hits": list(map(_hit, hits)),
+            "groups": None if totals is None else [asdict(total) for total in totals.groups[n]],
+        }
+        for n, (name, prompt, without, background, hits) in enumerate(
+            zip(top.names, top.prompts, top.without, top.backgrounds, top.hits, strict=True)
+        )
     ]
     meaning = {"scored_by": top.score, "score": describe_score(top.score, top.groups)}
     times = {"timesteps": top.timesteps, "groups": top.groups}
-    return _json("hits", {**meaning, **times, "trace": trace_facts, "queries": queries})
+    keys = ("by", "samples", "overlapping", "merged", "note")
+    summed = {"totals": None if totals is None else {key: getattr(totals, key) for key in keys}}
+    return to_json("hits", {**meaning, **times, "trace": trace_facts, **summed, "queries": queries})
 
 
-def hits_csv(top: "TopK") -> str:
-    """The hits of all queries as CSV, one row for each (query, hit).
+def table_csv(table: "Table") -> str:
+    """A table as CSV, one line for each row and one for the names of its columns.
 
-    Columns: query, prompt, without (as in JSON), rank, sample, score, scored_by (the name of the score), the columns of
-    the store, then t<timestep> for each timestep, or t<first>-<last> for each group of pooled ones. A store column
-    whose name is taken gets "meta_" before its name. Control characters in text are escaped, and text that a
-    spreadsheet would take for a formula gets a leading "'". A missing value, NaN or infinity is an empty cell. Lines
-    end in a newline alone.
+    Control characters in text are escaped, and text that a spreadsheet would take for a formula gets a leading "'". A
+    name that is then taken gets "meta_" in front. A missing value, NaN or infinity is an empty cell. Lines end in a
+    newline alone.
     """
-    fixed = ["query", "prompt", "without", "rank", "sample", "score", "scored_by"]
-    per_timestep = top.group_names
     # A dict keeps the order in which the names first appear.
-    names = dict.fromkeys(name for hits in top.hits for hit in hits for name in hit.columns)
-    taken = {*fixed, *per_timestep}
-    headings = []
-    for name in names:
+    headings: dict[str, None] = {}
+    for name in table:
         heading = spreadsheet_safe(name)
-        while heading in taken:
+        while heading in headings:
             heading = f"meta_{heading}"
-        taken.add(heading)
-        headings.append(heading)
+        headings[heading] = None
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*fixed, *headings, *per_timestep])
-    for query, prompt, without, hits in zip(top.names, top.prompts, top.without, top.hits, strict=True):
-        for hit in hits:
-            values = [query, prompt, without, hit.rank, hit.sample, hit.score, top.score]
-            values += map(hit.columns.get, names)
-            writer.writerow([_cell(value) for value in [*values, *hit.per_timestep]])
+    writer.writerow(headings)
+    columns = [column.values for column in table.values()]
+    writer.writerows([_cell(value) for value in row] for row in zip(*columns, strict=True))
     return out.getvalue()
 
 
 def measures_json(measures: Sequence[Mapping[str, object]], trace_facts: Mapping[str, object]) -> str:
     """The facts of a trace and the results of its measures, as given, as JSON of the format "dmin_trace.measures"."""
-    return _json("measures", {"trace": trace_facts, "measures": list(measures)})
+    return to_json("measures", {"trace": trace_facts, "measures": list(measures)})
 
 
 def verified_json(found: "Verified") -> str:
@@ -97,17 +105,23 @@ def verified_json(found: "Verified") -> str:
     keys = ("file", "array", "chunk", "rows", "samples", "what")
     damages = [{key: getattr(of, key) for key in keys} | {"array": of.array or None} for of in found.damages]
     counts = {name: getattr(found, name) for name in ("complete", "chunks", "done", "files", "bytes")}
-    return _json("verified", {"whole": not damages, **counts, "damages": damages, "notes": found.notes})
+    return to_json("verified", {"whole": not damages, **counts, "damages": damages, "notes": found.notes})
 
 
 def _hit(hit: "Hit") -> dict[str, object]:
-    return {key: getattr(hit, key) for key in ("rank", "sample", "score", "per_timestep", "columns")}
+    keys = ("rank", "sample", "score", "per_timestep", "z", "stands_out", "columns")
+    return {key: getattr(hit, key) for key in keys}
 
 
-def _json(kind: str, content: Mapping[str, object]) -> str:
-    document = {"format": f"dmin_trace.{kind}", "version": VERSION, **content}
+def _background(background: "Background") -> dict[str, object]:
+    return {**asdict(background), "verdict": background.verdict}
+
+
+def to_json(kind: str, content: Mapping[str, object], *, lines: bool = True) -> str:
+    """The content as JSON of the format "dmin_trace." and `kind`; on one line, if `lines` is False."""
+    document = {"format": f"dmin_trace.{kind}", "version": EXPORT_VERSION, **content}
     # ASCII only, so that the text is safe to show and to pipe, whatever the captions hold.
-    return json.dumps(_plain(document), allow_nan=False, ensure_ascii=True, indent=2)
+    return json.dumps(_plain(document), allow_nan=False, ensure_ascii=True, indent=2 if lines else None)
 
 
 def _plain(value: object) -> object:
@@ -128,5 +142,7 @@ def _plain(value: object) -> object:
 def _cell(value: str | int | float | None) -> str | int | float:
     if isinstance(value, str):
         return spreadsheet_safe(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     # isfinite makes a float of an int, which may be too large for one.
     return "" if value is None or not (isinstance(value, int) or math.isfinite(value)) else value

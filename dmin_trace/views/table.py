@@ -22,6 +22,7 @@ from dmin_trace.views.text import harmless
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dmin_trace.audit import Finding
     from dmin_trace.query import Hit, TopK
     from dmin_trace.store import Verified
 
@@ -40,8 +41,9 @@ def hits_table(
 
     The scores at the timesteps, or of groups of pooled ones, are drawn as one bar each, all of a table on one scale; a
     negative score is a dot. Above 20, neighbours are averaged into 20 bars. A single one would be the score itself, and
-    is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-". With `draw`, the table has the picture
-    of each sample, and `picture`, the query's own, stands above it.
+    is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-". Below the table a sentence says how
+    many of all samples stand out; those of them that are shown have a star behind their z. With `draw`, the table has
+    the picture of each sample, and `picture`, the query's own, stands above it.
     """
     hits, prompt, without = top.hits[query], top.prompts[query], top.without[query]
     title = Text("Most influential training samples for ")
@@ -50,7 +52,9 @@ def hits_table(
         title.append("\n").append(harmless(prompt, ascii_only=ascii_only), style="italic")
     if without is not None:
         title.append("\n").append(harmless(describe_concept(without), ascii_only=ascii_only))
-    table = _table("", caption=describe_score(top.score, top.groups), ascii_only=ascii_only)
+    background, with_z = top.backgrounds[query], any(hit.z is not None for hit in hits)
+    verdict = f"{'* ' if with_z else ''}{background.verdict}"
+    table = text_table("", caption=describe_score(top.score, top.groups), ascii_only=ascii_only)
     shown = [None if draw is None else hit.thumbnail for hit in hits]
     with_pictures = any(image is not None for image in shown)
     if with_pictures:
@@ -58,12 +62,14 @@ def hits_table(
         table.add_column("", no_wrap=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
+    if with_z:
+        table.add_column("z", justify="right", no_wrap=True)
     with_bars = len(top.groups) > 1
     if with_bars:
         table.add_column(_timestep_heading(top.timesteps, len(top.groups)), no_wrap=True)
     table.add_column("sample", justify="right", no_wrap=True)
-    text_column = _choose_column(hits, TEXT_COLUMNS, FILE_COLUMNS)
-    file_column = _choose_column(hits, FILE_COLUMNS, None)
+    text_column = choose_column(hits, TEXT_COLUMNS, FILE_COLUMNS)
+    file_column = choose_column(hits, FILE_COLUMNS, None)
     for column, style in ((text_column, ""), (file_column, "dim")):
         if column is not None:
             heading = Text(harmless(column, MAX_FILE_LENGTH, ascii_only=ascii_only))
@@ -74,7 +80,8 @@ def hits_table(
     values = _align_decimals([hit.score for hit in hits])
     for hit, image, value, scores in zip(hits, shown, values, averaged, strict=True):
         bars = [_draw_bars(scores, peak, ascii_only)] if with_bars else []
-        row: list[RenderableType] = [Text(str(hit.rank)), Text(value), *bars, Text(str(hit.sample))]
+        z = [_draw_z(hit)] if with_z else []
+        row: list[RenderableType] = [Text(str(hit.rank)), Text(value), *z, *bars, Text(str(hit.sample))]
         if with_pictures:
             row.insert(0, Text() if draw is None or image is None else draw(image))
         if text_column is not None:
@@ -85,13 +92,14 @@ def hits_table(
                 path = "…" + path[1 - MAX_FILE_LENGTH :]  # the end of a path tells two files apart
             row.append(Text(harmless(path, MAX_FILE_LENGTH, ascii_only=ascii_only)))
         table.add_row(*row)
-    # A title of the table itself would fold at its width.
-    return Group(title, *([] if draw is None or picture is None else [draw(picture)]), table)
+    # A title or a caption of the table itself would fold at its width.
+    own = [] if draw is None or picture is None else [draw(picture)]
+    return Group(title, *own, table, Text(harmless(verdict, 400, ascii_only=ascii_only), style="bold"))
 
 
 def facts_table(facts: Sequence[tuple[str, str]], title: str, *, ascii_only: bool = False) -> Table:
     """Names and values, one pair a row, under a title. Long values fold; only those above 2,000 characters are cut."""
-    table = _table(title, ("", ""), facts, ascii_only=ascii_only)
+    table = text_table(title, ("", ""), facts, ascii_only=ascii_only)
     table.show_header, table.box, table.columns[0].style = False, box.SIMPLE, "dim"
     return table
 
@@ -100,7 +108,7 @@ def measure_table(
     title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], meaning: str, *, ascii_only: bool = False
 ) -> Table:
     """The figures of a measure under a title, and below them what they mean."""
-    table = _table(title, headings, rows, caption=meaning, ascii_only=ascii_only)
+    table = text_table(title, headings, rows, caption=meaning, ascii_only=ascii_only)
     # Few figures make a narrow table, below which the meaning would have one word a line.
     table.min_width = 60
     for column in table.columns:
@@ -112,10 +120,10 @@ def damage_table(found: "Verified", title: str, *, ascii_only: bool = False) -> 
     """What `verify` found damaged, one row for each file; only cells above 2,000 characters are cut."""
     lost = [_ranges(of.samples) or (f"rows {_ranges(of.rows)}" if of.rows else "") for of in found.damages]
     rows = [(of.file, samples, of.what) for of, samples in zip(found.damages, lost, strict=True)]
-    return _table(f"Damaged in {title}", ("file", "samples", "what is wrong"), rows, ascii_only=ascii_only)
+    return text_table(f"Damaged in {title}", ("file", "samples", "what is wrong"), rows, ascii_only=ascii_only)
 
 
-def _table(
+def text_table(
     title: str, headings: Sequence[str] = (), rows: Sequence[Sequence[str]] = (), caption: str = "", *, ascii_only: bool
 ) -> Table:
     def text(value: str, style: str = "") -> Text:
@@ -146,12 +154,20 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def _draw_z(hit: "Hit") -> Text:
+    """z with one decimal, and a star if the sample stands out."""
+    z = "" if hit.z is None else f"{hit.z:.1f}"
+    return Text(z + ("*" if hit.stands_out else " "), style="bold" if hit.stands_out else "")
+
+
 def _cell(hit: "Hit", column: str) -> str:
     value = hit.columns.get(column)
     return "" if value is None else str(value)
 
 
-def _choose_column(hits: "Sequence[Hit]", wanted: Sequence[str], others: Sequence[str] | None) -> str | None:
+def choose_column(
+    hits: "Sequence[Hit] | Sequence[Finding]", wanted: Sequence[str], others: Sequence[str] | None
+) -> str | None:
     """The first wanted column that has a value in some hit; else the first column that is not among the others."""
     present = dict.fromkeys(name for hit in hits for name, value in hit.columns.items() if value is not None)
     chosen = [name for want in wanted for name in present if name.lower() == want or _is_kind(name.lower(), want)]

@@ -477,7 +477,7 @@ def test_captions_and_names_do_nothing_wherever_they_are_shown(name: str, capsys
         assert len(table) < 20_000
     written = views.hits_json(top, {})
     assert written.isascii() and json.loads(written)["queries"][0]["hits"][0]["columns"]["caption"] == text
-    table = views.hits_csv(top)
+    table = views.table_csv(top.table)
     table.encode("utf-8")
     assert not set(table) & {"\x1b", "\r", "\x9b", "\x85", "\u2028", "\x07", "\ud800"}
     # A message of an error.

@@ -69,9 +69,9 @@ def test_attribute_uses_the_index_unless_it_is_exact(digits: Path, monkeypatch: 
     images = sorted((digits / "others").iterdir())[:2]
     searched: list[int] = []
 
-    def watched(found: Index, queries: np.ndarray, k: int, *, kind: str) -> Ranking:
+    def watched(found: Index, queries: np.ndarray, k: int, *, kind: str, background: bool) -> Ranking:
         searched.append(k)
-        return search(found, queries, k, kind=kind)
+        return search(found, queries, k, kind=kind, background=background)
 
     monkeypatch.setattr(query.search, "search", watched)
     hits = dmin_trace.attribute(path, images, k=3, score="dmin")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
 import points
+import pyarrow.parquet
 import pytest
 import torch
 import zarr
@@ -190,23 +191,51 @@ def test_top_k_as_hits_and_as_a_table(trace: dmin_trace.Trace, tmp_path: Path) -
     assert f"Hit(rank=1, sample=7, score={hit.score:.4f}, name='point 7', score=7)" == repr(hit)
     lines = repr(top).splitlines()
     assert lines[0] == "TopK(2 queries, k=2, dmin, scanned all 12 samples)"
-    assert lines[1] == "  'sample 3':" and lines[5].strip() == repr(hit)
+    assert lines[1] == f"  'sample 3': {top.verdicts[0]}" and lines[5].strip() == repr(hit)
     table = top.to_pandas()
     assert table.columns[:5].tolist() == ["query", "prompt", "without", "rank", "sample"]
+    assert table.columns[5:9].tolist() == ["score", "z", "stands_out", "scored_by"]
     assert table.columns[-2:].tolist() == ["name", "meta_score"]
+    assert top.verdicts[0].endswith("not known: it takes 30 samples or more to tell influence from noise.")
+    assert np.isnan(top.z).all() and top.z.shape == (2, 2) and hit.stands_out is None
     assert table["query"].tolist() == ["sample 3", "sample 3", "sample 7", "sample 7"]
     assert table["sample"].tolist() == top.samples.ravel().tolist()
     assert table["meta_score"].tolist() == table["sample"].tolist()
-    shares = table[[name for name in table.columns if name.startswith("t")]].to_numpy()
+    shares = table[[name for name in table.columns if re.match(r"t\d", name)]].to_numpy()
     assert np.array_equal(shares, top.per_timestep.reshape(4, 3))
     top.to_parquet(tmp_path / "top.parquet")
-    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "top.parquet"), table)
+    written = pyarrow.parquet.read_table(tmp_path / "top.parquet")
+    assert written.column_names == table.columns.tolist()
+    assert written.to_pydict() == {name: list(column.values) for name, column in top.table.items()}
+    assert written.schema.metadata == {b"dmin_trace.format": b"dmin_trace.hits", b"dmin_trace.version": b"1"}
+    kinds = {name: str(written.schema.field(name).type) for name in ("prompt", "sample", "z", "stands_out", "name")}
+    assert kinds == {"prompt": "string", "sample": "int64", "z": "double", "stands_out": "bool", "name": "string"}
     with pytest.raises(QueryError, match="cannot be written"):
         top.to_parquet(tmp_path / "no" / "top.parquet")
     odd = replace(top, names=("\udc80", "b"), answered_by=AnsweredBy(None, "\x1b[2J"))
     with pytest.raises(QueryError, match="cannot be written"):
         odd.to_parquet(tmp_path / "odd.parquet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["top.parquet"]
     assert repr(odd).replace("\n", "").isprintable()
+
+
+def test_hits_say_whether_they_stand_out(tmp_path: Path) -> None:
+    header = make_header(samples=300, dimension=64, rows=32)
+    rows = make_rows(header)
+    rows = rows._replace(sample=rows.sample - 100)
+    rows.grad[[40, 50, 60]] = rows.grad[30]
+    trace = dmin_trace.Trace(write_store(tmp_path / "trace.zarr", header, rows))
+    asked = [int(trace.store.sample[30]), int(trace.store.sample[7])]
+    top = trace.top_k(trace.query_samples(asked), 6, "dmin")
+    scores = trace.scores(trace.query_samples(asked), "dmin")
+    low, middle, high = np.quantile(scores, [0.25, 0.5, 0.75], axis=1)
+    np.testing.assert_allclose(top.z, (top.scores - middle[:, None]) / ((high - low) / 1.3489795)[:, None], rtol=1e-3)
+    assert [[hit.stands_out for hit in hits] for hits in top.hits] == [[True] * 4 + [False] * 2, [True] + [False] * 5]
+    assert top.verdicts == ["4 of 300 samples stand out.", "1 of 300 samples stands out."]
+    assert f", z={top.hits[0][0].z:.1f}, " in repr(top.hits[0][0])
+    assert top.to_pandas()["stands_out"].tolist() == [hit.stands_out for hits in top.hits for hit in hits]
+    lowest = trace.top_k(trace.query_samples(asked), 3, "dmin", largest=False)
+    assert lowest.verdicts[0] == "No sample of 300 stands out against the query." and (lowest.z < 0).all()
 
 
 def test_columns_are_by_data_set_index(tmp_path: Path) -> None:

@@ -143,3 +143,26 @@ def test_products_of_vectors_are_scores_but_for_the_fold() -> None:
     for name, split in {"split": Reduction(shared, 32), "plain": Reduction(np.zeros_like(shared), 32)}.items():
         errors[name] = np.std(split.vectors(queries) @ split.vectors(rows.grad).T - truth)
     assert 0 < errors["split"] < 0.7 * errors["plain"]
+
+
+def test_search_knows_the_background_by_some_samples(stored: tuple[Store, Rows]) -> None:
+    trace, rows = stored
+    queries = like(rows, 8)
+    scanned = exact_top_k(trace, queries, 10, background=True)
+    found = search(opened_index(trace), queries, 10, background=True)
+    assert search(opened_index(trace), queries, 10).backgrounds == ()
+    for whole, part, scores in zip(scanned.backgrounds, found.backgrounds, scanned.scores, strict=True):
+        assert whole.samples == part.samples == 1200
+        assert (whole.at_least, part.at_least) == (False, True)
+        assert whole.scored == 1200 and 500 < part.scored < 600
+        assert abs(part.scale / whole.scale - 1) < 0.3 and abs(part.median - whole.median) < whole.scale / 4
+        assert part.standing_out is not None and whole.standing_out is not None
+        assert part.standing_out == sum(part.stands_out(float(score)) or False for score in scores)
+    assert [one.standing_out for one in found.backgrounds] != [0] * 8
+
+
+def test_a_damaged_sample_of_the_background_is_an_error(indexed: Store) -> None:
+    found = opened_index(indexed)
+    wrong = dataclasses.replace(found, checksums=found.checksums + np.uint32(1))
+    with pytest.raises(TraceError, match="does not have the numbers of its checksum"):
+        search(wrong, indexed.gradients([3]), 1, background=True)

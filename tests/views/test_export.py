@@ -6,17 +6,22 @@ import csv
 import io
 import json
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from answers import ANY_TEXT, answer, hit
+from answers import ANY_TEXT, KNOWN, answer, hit
 from hypothesis import given, settings
 
-from dmin_trace.query import Hit
-from dmin_trace.views.export import hits_csv, hits_json, measures_json
+from dmin_trace.query import Hit, TopK
+from dmin_trace.views.export import hits_json, measures_json, table_csv
 
 TIMESTEPS = tuple(50.0 + 100 * k for k in range(10))
+
+
+def hits_csv(top: TopK) -> str:
+    return table_csv(top.table)
 
 
 def refuse_constant(name: str) -> None:
@@ -34,13 +39,23 @@ def read_csv(text: str) -> list[list[str]]:
 
 def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
     text = 'a "fox"\n\x1b[31m\x7f\x9b\u202e狐\ud800'
-    hits = [[hit(1, (0.5, 0.25), caption=text, label=3)], []]
+    hits = [[replace(hit(1, (0.5, 0.25), caption=text, label=3), z=2.5, stands_out=True)], []]
     names, prompts = ("fox.png", "sample 17"), ("a red fox in the snow", None)
-    top = answer(hits, (50.0, 950.0), names=names, prompts=prompts, without=(text, None))
+    top = answer(hits, (50.0, 950.0), names=names, prompts=prompts, without=(text, None), background=KNOWN)
     written = hits_json(top, {"id": "abc", "dimension": 16384, "parts": (1, None, True)})
     assert all(" " <= character <= "~" or character == "\n" for character in written)
     read = strict(written)
-    assert list(read) == ["format", "version", "scored_by", "score", "timesteps", "groups", "trace", "queries"]
+    assert list(read) == [
+        "format",
+        "version",
+        "scored_by",
+        "score",
+        "timesteps",
+        "groups",
+        "trace",
+        "totals",
+        "queries",
+    ]
     assert read["format"] == "dmin_trace.hits"
     assert read["version"] == 1
     assert read["scored_by"] == "dmin"
@@ -51,13 +66,38 @@ def test_hits_json_has_the_documented_shape_and_the_original_text() -> None:
         "sample": 50_001,
         "score": 0.75,
         "per_timestep": [0.5, 0.25],
+        "z": 2.5,
+        "stands_out": True,
         "columns": {"caption": text, "label": 3},
     }
+    background = {
+        "samples": 1797,
+        "scored": 1797,
+        "median": 0.0,
+        "scale": 0.5,
+        "limit": 4.0,
+        "standing_out": 7,
+        "at_least": False,
+        "unknown": "",
+        "largest": True,
+        "verdict": "7 of 1,797 samples stand out.",
+    }
     assert read["queries"] == [
-        {"name": "fox.png", "prompt": "a red fox in the snow", "without": text, "hits": [found]},
-        {"name": "sample 17", "prompt": None, "without": None, "hits": []},
+        {
+            "name": "fox.png",
+            "prompt": "a red fox in the snow",
+            "without": text,
+            "background": background,
+            "hits": [found],
+            "groups": None,
+        },
+        {"name": "sample 17", "prompt": None, "without": None, "background": background, "hits": [], "groups": None},
     ]
-    assert list(read["queries"][0]["hits"][0]) == ["rank", "sample", "score", "per_timestep", "columns"]
+    assert list(read["queries"][0]) == ["name", "prompt", "without", "background", "hits", "groups"]
+    assert list(read["queries"][0]["hits"][0]) == list(found)
+    unknown = strict(hits_json(answer([[hit(1)]], TIMESTEPS), {}))["queries"][0]
+    assert unknown["background"]["standing_out"] is unknown["background"]["scale"] is unknown["hits"][0]["z"] is None
+    assert unknown["background"]["unknown"] == "it takes 30 samples or more to tell influence from noise"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
@@ -69,6 +109,8 @@ def test_hits_json_has_null_for_a_number_that_json_lacks(bad: float) -> None:
         "sample": 2,
         "score": None,
         "per_timestep": [None, 1.0],
+        "z": None,
+        "stands_out": None,
         "columns": {"depth": None},
     }
     assert read["trace"] == {"loss": None, "deep": {"er": [None]}}
@@ -88,7 +130,10 @@ def test_hits_json_takes_numpy_numbers() -> None:
 
 def test_hits_csv_has_one_row_for_each_hit() -> None:
     hits = [
-        [hit(1, (0.5, -0.25), caption='red, "fox"; quick'), hit(2, (0.25, float("nan")), label=7)],
+        [
+            replace(hit(1, (0.5, -0.25), caption='red, "fox"; quick'), z=1.25, stands_out=False),
+            hit(2, (0.25, float("nan")), label=7),
+        ],
         [hit(1, (1e-9, 1.0), caption=None)],
     ]
     names, prompts = ("fox.png", "sample 17"), ("a red fox in the snow", None)
@@ -102,18 +147,20 @@ def test_hits_csv_has_one_row_for_each_hit() -> None:
             "rank",
             "sample",
             "score",
+            "z",
+            "stands_out",
             "scored_by",
-            "caption",
-            "label",
             "t50",
             "t950.5",
+            "caption",
+            "label",
         ],
         [
-            *("fox.png", "a red fox in the snow", "a fox", "1", "50001", "0.25", "dmin"),
-            *('red, "fox"; quick', "", "0.5", "-0.25"),
+            *("fox.png", "a red fox in the snow", "a fox", "1", "50001", "0.25", "1.25", "false", "dmin"),
+            *("0.5", "-0.25", 'red, "fox"; quick', ""),
         ],
-        ["fox.png", "a red fox in the snow", "a fox", "2", "50002", "", "dmin", "", "7", "0.25", ""],
-        ["sample 17", "", "", "1", "50001", "1.000000001", "dmin", "", "", "1e-09", "1.0"],
+        ["fox.png", "a red fox in the snow", "a fox", "2", "50002", "", "", "", "dmin", "0.25", "", "", "7"],
+        ["sample 17", "", "", "1", "50001", "1.000000001", "", "", "dmin", "1e-09", "1.0", "", ""],
     ]
 
 
@@ -123,11 +170,11 @@ def test_hits_csv_has_no_formula(text: str) -> None:
     heading, row = read_csv(hits_csv(answer([[one]], (1.0,), names=(text,), prompts=(text,), without=(text,))))
     guarded = "'" + text.replace("\t", "\\t").replace("\r", "\\r").replace("\n", "\\n")
     assert row[:3] == [guarded] * 3
-    assert row[7] == guarded
-    assert heading[8] == guarded
+    assert row[10] == guarded
+    assert heading[11] == guarded
     # Numbers are no text: a minus sign stays.
-    assert row[5] == row[-1] == "-0.5"
-    assert row[9] == "-3"
+    assert row[5] == row[9] == "-0.5"
+    assert row[12] == "-3"
 
 
 def test_hits_csv_columns_have_different_names() -> None:
@@ -141,6 +188,8 @@ def test_hits_csv_columns_have_different_names() -> None:
         "rank": "1",
         "sample": "50001",
         "score": "0.5",
+        "z": "",
+        "stands_out": "",
         "scored_by": "dmin",
         "meta_prompt": "mine",
         "meta_meta_prompt": "too",

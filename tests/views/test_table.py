@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
+from dataclasses import replace
 
 import pytest
-from answers import ANY_TEXT, answer, hit
+from answers import ANY_TEXT, KNOWN, answer, hit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
@@ -69,6 +70,16 @@ def test_hits_table_keeps_rank_score_bars_and_sample_on_one_line(width: int, ter
     for one in hits:
         row = re.compile(rf"^ +{one.rank}  +{one.score:.3f}  +[{BARS}·]{{10}}  +{one.sample}  +a long")
         assert sum(bool(row.search(line)) for line in lines) == 1
+
+
+def test_hits_table_says_what_stands_out() -> None:
+    hits = [replace(hit(1), z=12.34, stands_out=True), replace(hit(2), z=-3.21, stands_out=False)]
+    shown = render(hits_table(answer([hits], TIMESTEPS, background=KNOWN), 0), 80)
+    heading, *lines = [line.split() for line in shown.splitlines() if re.match(r" +[#\d]", line)]
+    assert heading[:4] == ["#", "score", "z", "t=50"] and [line[2] for line in lines] == ["12.3*", "-3.2"]
+    assert shown.splitlines()[-1].rstrip() == "* 7 of 1,797 samples stand out."
+    unknown = render(table_of([hit()], TIMESTEPS))
+    assert " z " not in unknown and "How many samples stand out is not known" in unknown
 
 
 def test_hits_table_names_the_query_and_explains_the_score() -> None:

@@ -31,6 +31,7 @@ from dmin_trace.capture.accelerate.driver import LoopDriver
 from dmin_trace.capture.checks import RowChecks
 from dmin_trace.capture.pictures import Pictures
 from dmin_trace.capture.recorder import Turn
+from dmin_trace.capture.thumbnails import SampleThumbnails
 from dmin_trace.capture.used_models import UsedModels, fingerprint_on_device
 from dmin_trace.capture.weights import Trainable
 from dmin_trace.cli.app import main
@@ -46,6 +47,7 @@ CHECKS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("the data set's content", recorder, ("data_fingerprint",)),
     ("the data set's files and repeats", Pictures, ("__init__", "leave_out_repeats")),
     ("the loop's form, before the deferral", LoopDriver, ("_why_unsuitable",)),
+    ("thumbnails", SampleThumbnails, ("begin", "decide", "make", "_note")),
     ("averages of weights", Averages, ("__init__", "changed")),
     ("the weights at the end", ScriptCapture, ("check_final_weights",)),
 )
@@ -88,7 +90,7 @@ def capture_command(
     timesteps: Annotated[int, typer.Option(help="T.")] = 5,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
 ) -> None:
-    """The share of each check in a capture of the digits example, from its first training step to its end."""
+    """The share of each check, and of thumbnails, in a whole capture of the digits example."""
     torch.set_num_threads(threads)
     seconds, opened = Seconds(), list[tuple[float, bool]]()
     open_step = CaptureBatches.open_step

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import typer
-from scipy.linalg import fractional_matrix_power
 from scipy.stats import spearmanr
 from stores import make_header, make_rows, write_store
 from torch.func import functional_call
@@ -289,15 +288,34 @@ def test_orthogonal_rows_have_all_singular_values_near_to_each_other(shape: tupl
         np.testing.assert_allclose(one[:size], expected, atol=1e-4)
 
 
-def test_whitened_rows_are_between_roots_of_covariances() -> None:
-    rows, gradients = layered(40, 30, (3, 5))
-    found = row_kernels.transformed(rows.clone(), "whitened", gradients)
-    matrices = rows[:, :15].reshape(-1, 3, 5).double().numpy()
-    left = np.mean([x @ x.T for x in matrices[:30]], axis=0)
-    right = np.mean([x.T @ x for x in matrices[:30]], axis=0)
-    for one, x in zip(found, matrices, strict=True):
-        expected = fractional_matrix_power(left, -0.25) @ x @ fractional_matrix_power(right, -0.25)
-        np.testing.assert_allclose(one[:15], expected.ravel(), rtol=1e-3, atol=1e-5)
+def test_rows_are_over_the_roots_of_second_moments(gradients: Gradients, tmp_path: Path) -> None:
+    whole = gradients.rows.astype(np.float64) * gradients.norms[:, :, None]
+    for transform in ("whitened", "rotated"):
+        rows, seen = whole[:, [0, 2]].mean(1), whole[:5, [0, 2]].reshape(10, -1)
+        for place, shape in gradients.layers if transform == "rotated" else []:
+            if len(shape) > 1:
+                left, right = (
+                    np.linalg.eigh(sum(of(x.reshape(shape[0], -1)) for x in seen[:, place]))[1]
+                    for of in (lambda x: x @ x.T, lambda x: x.T @ x)
+                )
+                for part in (rows, seen):
+                    part[:, place] = [(left.T @ x.reshape(shape[0], -1) @ right).ravel() for x in part[:, place]]
+        moments = (seen**2).mean(0)
+        rows /= np.sqrt(moments + row_kernels.DAMPING * moments.mean())
+        found = kernel_of(gradients, Row((PASSES[0], PASSES[2]), transform, divided=False), tmp_path / "kernels")
+        lengths = np.linalg.norm(rows, axis=1)
+        np.testing.assert_allclose(found.lengths, lengths[:5] / lengths[:5].mean(), rtol=1e-3)
+        unit = rows / lengths[:, None]
+        np.testing.assert_allclose(found.queries, unit[5:] @ unit[:5].T, atol=2e-3)
+        scores = row_kernels.with_lengths(row_kernels.plain([found]), [found])
+        np.testing.assert_allclose(scores, unit[5:] @ rows[:5].T / lengths[:5].mean(), atol=5e-3)
+
+
+def test_ridge_scores_are_those_of_kernel_ridge_regression() -> None:
+    rows, queries = np.random.default_rng(0).standard_normal((2, 6, 9))
+    kernel = Kernel(rows @ rows.T, queries @ rows.T, np.ones(6))
+    expected = queries @ np.linalg.inv(rows.T @ rows + 2 * np.eye(9)) @ rows.T
+    np.testing.assert_allclose(row_kernels.ridge([kernel], 2.0), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [None, 3])
@@ -315,7 +333,7 @@ def test_deflated_scores_are_those_of_dmin_trace(tmp_path: Path, count: int | No
     if count is None:
         assert principal.eigenvalues.shape[1] == choose_directions(principal.eigenvalues)
     expected = np.einsum("qtv,ntv->qn", principal.deflate(queries.astype(np.float32)).astype(np.float64), rows)
-    kernels = [Kernel(rows[:, t] @ rows[:, t].T, queries[:, t] @ rows[:, t].T) for t in range(2)]
+    kernels = [Kernel(rows[:, t] @ rows[:, t].T, queries[:, t] @ rows[:, t].T, np.ones(len(rows))) for t in range(2)]
     np.testing.assert_allclose(deflated(kernels, count), expected, atol=1e-5)
     plain = np.einsum("qtv,ntv->qn", queries, rows)
     np.testing.assert_allclose(row_kernels.plain(kernels), plain, atol=1e-9)

@@ -87,6 +87,10 @@ def _with(change: Callable[[Doubles], Doubles]) -> Callable[[list[Kernel]], Doub
     return lambda kernels: change(deflated(kernels))
 
 
+def _with_lengths(scores: Callable[[list[Kernel]], Doubles]) -> Callable[[list[Kernel]], Doubles]:
+    return lambda kernels: row_kernels.with_lengths(scores(kernels), kernels)
+
+
 def _directions(count: int) -> Callable[[list[Kernel]], Doubles]:
     return lambda kernels: deflated(kernels, count)
 
@@ -143,6 +147,17 @@ def hypotheses() -> list[Hypothesis]:
         Hypothesis(sums, "rows = 1, five of little noise", pooled(LOW, divided=False)),
         Hypothesis(sums, "rows = 1, T = 19", pooled(every, divided=False)),
     ]
+    white = "gradients over the roots of their second moments"
+    for transform in ("whitened", "rotated"):
+        for count, draws in ((1, 1), (1, 4), (2, 1)):
+            told = f"{transform}, rows = {count}" + (f", {draws} draws" if draws > 1 else "")
+            rows_of = summed(count, draws, transform)
+            listed += [
+                Hypothesis(white, f"{told}: inner products", rows_of, plain),
+                Hypothesis(white, f"{told}: deflated", rows_of),
+                Hypothesis(white, f"{told}: inner products, with lengths", rows_of, _with_lengths(plain)),
+                Hypothesis(white, f"{told}: deflated, with lengths", rows_of, _with_lengths(deflated)),
+            ]
     what = "what is summed"
     squares = row_kernels.signed_squares
     listed += [
@@ -164,7 +179,7 @@ def hypotheses() -> list[Hypothesis]:
     ]
     transforms = "transform"
     for transform in row_kernels.TRANSFORMS:
-        if transform != "sign":
+        if transform not in ("sign", "whitened", "rotated"):
             listed.append(Hypothesis(transforms, f"{transform}, low five", _of(transform, LOW)))
     listed.append(Hypothesis(transforms, "sign, low five", once(LOW)))
     return listed

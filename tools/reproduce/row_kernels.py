@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "whitened")
+TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "whitened", "rotated")
 DEAD = 0.02
 """Elements below this part of their parameter's root mean square have no sign in the dead zone."""
+DAMPING = 0.1
+"""What is added to second moments before gradients are divided by their roots, as a part of the mean of all."""
+LARGEST_SIDE = 3000
+"""Of a matrix that is rotated."""
 BLOCK = 2**16
 """Elements of a gradient that are multiplied at a time."""
 
@@ -41,16 +45,20 @@ class Row:
     @property
     def name(self) -> str:
         """Of the file of its products."""
-        told = f"{self.transform} {sorted(self.passes)} {self.divided}"
+        told = f"{self.transform} {sorted(self.passes)} {self.divided} with lengths"
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Products of normalised rows: of samples (N, N), of queries with samples (Q, N)."""
+    """Products of normalised rows: of samples (N, N), of queries with samples (Q, N).
+
+    lengths: (N,) of the samples' rows before they were normalised, 1 in the mean.
+    """
 
     samples: Doubles
     queries: Doubles
+    lengths: Doubles
 
 
 def kernel_of(gradients: Gradients, row: Row, kept: Path) -> Kernel:
@@ -61,10 +69,10 @@ def kernel_of(gradients: Gradients, row: Row, kept: Path) -> Kernel:
         found = _kernel(made_rows(gradients, row), gradients.samples)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, samples=found.samples, queries=found.queries)
+            np.savez(file, samples=found.samples, queries=found.queries, lengths=found.lengths)
         partial.replace(path)
     with np.load(path, allow_pickle=False) as file:
-        return Kernel(file["samples"].astype(np.float64), file["queries"].astype(np.float64))
+        return Kernel(*(file[name].astype(np.float64) for name in ("samples", "queries", "lengths")))
 
 
 def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
@@ -84,11 +92,56 @@ def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
         total = mean if total is None else total.add_(mean)
     if total is None:
         raise ValueError("A row needs a pass.")
+    if row.transform in ("whitened", "rotated"):
+        return whitened(total, gradients, row.passes, rotated=row.transform == "rotated")
     return transformed(total, row.transform, gradients)
 
 
+def whitened(
+    rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...], *, rotated: bool
+) -> torch.Tensor:
+    """Rows (n, P) over the roots of second moments, which are means over samples and passes of gradients as they are.
+
+    rotated: each matrix is first turned to the eigenvectors of its gradients' covariances on both sides, as in SOAP
+        (arXiv 2409.11321); the inner products are then those of EK-FAC (arXiv 1806.03884) without activations.
+    """
+    places, count = [gradients.passes.index(p) for p in passes], gradients.samples
+    scales = torch.from_numpy(np.array(gradients.norms[:count, places]))
+    scales /= scales.mean()
+    moments = torch.zeros(rows.shape[1])
+    for place, shape in gradients.layers:
+        listed = [gradients.rows[:count, k, place].astype(np.float32) for k in places]
+        part = (torch.from_numpy(np.stack(listed, 1)) * scales[:, :, None]).flatten(0, 1)
+        if rotated and len(shape) > 1:
+            sides = _eigenvectors(part.reshape(len(part), shape[0], -1))
+            part, rows[:, place] = (_turned(x, shape, sides) for x in (part, rows[:, place]))
+        moments[place] = part.square().mean(0)
+    return rows.div_((moments + DAMPING * moments.mean()).sqrt())
+
+
+def _eigenvectors(matrices: torch.Tensor) -> list[torch.Tensor | None]:
+    """Of the covariances of both sides of matrices (n, o, i); None for a side that is too long."""
+    products = ("nij,nkj->ik", "nij,nik->jk")
+    return [
+        torch.linalg.eigh(torch.einsum(product, matrices, matrices).double())[1].float()
+        if matrices.shape[1 + k] <= LARGEST_SIDE
+        else None
+        for k, product in enumerate(products)
+    ]
+
+
+def _turned(part: torch.Tensor, shape: tuple[int, ...], sides: list[torch.Tensor | None]) -> torch.Tensor:
+    matrices = part.reshape(len(part), shape[0], -1)
+    left, right = sides
+    if left is not None:
+        matrices = left.T @ matrices
+    if right is not None:
+        matrices = matrices @ right
+    return matrices.flatten(1)
+
+
 def transformed(rows: torch.Tensor, transform: str, gradients: Gradients) -> torch.Tensor:
-    """Rows (n, P) after one of TRANSFORMS; those that learn from samples use the first N alone."""
+    """Rows (n, P) after one of the first TRANSFORMS; those that learn from samples use the first N alone."""
     if transform == "none":
         return rows
     if transform == "sign":
@@ -104,8 +157,6 @@ def transformed(rows: torch.Tensor, transform: str, gradients: Gradients) -> tor
             rows[:, place] = part / root
         elif transform == "orthogonal":
             rows[:, place] = _orthogonal(part, shape) if len(shape) > 1 else part / root
-        elif transform == "whitened":
-            rows[:, place] = _whitened(part, shape, gradients.samples) if len(shape) > 1 else part / root
         else:
             raise ValueError(f"{transform} is not a transform; expected one of {', '.join(TRANSFORMS)}.")
     return rows
@@ -127,29 +178,15 @@ def _orthogonal(part: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return flat / flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
 
 
-def _whitened(part: torch.Tensor, shape: tuple[int, ...], samples: int) -> torch.Tensor:
-    """L^-1/4 G R^-1/4 with the samples' own covariances L and R of a matrix's sides (Shampoo's powers)."""
-    x = part.reshape(len(part), shape[0], -1)
-    first, count = x[:samples], samples
-    left = torch.einsum("nij,nkj->ik", first, first) / count
-    right = torch.einsum("nij,nik->jk", first, first) / count
-    x = _power(left) @ x @ _power(right)
-    return x.flatten(1)
-
-
-def _power(square: torch.Tensor) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(square.double())
-    values = values.clamp_min(1e-2 * float(values[-1]))  # below, there is the rounding to float16
-    return (vectors * values**-0.25 @ vectors.T).float()
-
-
 def _kernel(rows: torch.Tensor, samples: int) -> Kernel:
-    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    lengths = rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    rows /= lengths
     products = torch.zeros(len(rows), samples, dtype=torch.float64)
     for start in range(0, rows.shape[1], BLOCK):
         block = rows[:, start : start + BLOCK]
         products += block @ block[:samples].T
-    return Kernel(products[:samples].numpy(), products[samples:].numpy())
+    of_samples = lengths[:samples, 0].double()
+    return Kernel(products[:samples].numpy(), products[samples:].numpy(), (of_samples / of_samples.mean()).numpy())
 
 
 # -- scores from kernels -----------------------------------------------------------------------------------------------
@@ -176,6 +213,11 @@ def ridge(kernels: list[Kernel], strength: float) -> Doubles:
     for kernel in kernels:
         total += np.linalg.solve(kernel.samples + strength * np.eye(len(kernel.samples)), kernel.queries.T).T
     return total
+
+
+def with_lengths(scores: Doubles, kernels: list[Kernel]) -> Doubles:
+    """Scores times the lengths of the samples' rows: a sample with a larger gradient has more influence."""
+    return scores * np.mean([kernel.lengths for kernel in kernels], axis=0)
 
 
 def plain(kernels: list[Kernel]) -> Doubles:

@@ -42,8 +42,7 @@ class Points(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.points)
     def __getitem__(self, index):
-        point = self.points[index]
-        return {{"point": point, "index": index, "image": point.reshape(1, 4, 4)}}
+        return {{"point": self.points[index], "index": index, "image": self.points[index].reshape(1, 4, 4)}}
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", default="out")

@@ -257,7 +257,7 @@ def test_the_command_line_shows_the_rows(recorded: Path, tmp_path: Path, capsys:
     assert main(["query", str(recorded), "--sample", "4", "-k", "2", "--csv", str(tmp_path / "hits.csv")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "t=100 900" in shown and "summed over 2 groups of 5 pooled timesteps" in shown
-    assert (tmp_path / "hits.csv").read_text().splitlines()[0].endswith(",t100-500,t700-900")
+    assert (tmp_path / "hits.csv").read_text().splitlines()[0].endswith(",t100-500,t700-900,caption")
 
 
 # -- what cannot be pooled -------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ PARTS = {
         "exec(os.environ.get('ON_CAPTURE', '')) if not model.training else None; noise = torch.randn_like(clean)",
     ).replace("accelerator.backward(loss)", "loss = loss * getattr(builtins, 'TIMES', 1); accelerator.backward(loss)"),
 }
-DATA = 'return {{"point": self.points[index], "index": index}}'.replace("{{", "{").replace("}}", "}")
+DATA = 'return {"point": self.points[index], "index": index'
 
 
 # Whether a capture asks for the item, and not the training.

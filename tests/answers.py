@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 from hypothesis import strategies as st
 
-from dmin_trace.query import AnsweredBy, Hit, TopK
+from dmin_trace.query import AnsweredBy, Hit, Record, TopK
 from dmin_trace.search import Background
 
 KNOWN = Background(samples=1797, scored=1797, median=0.0, scale=0.5, limit=4.0, standing_out=7)
 UNKNOWN = Background(samples=12, scored=12, unknown="it takes 30 samples or more to tell influence from noise")
+
+RECORD = Record(
+    made=datetime(2026, 11, 28, 12, 30, tzinfo=UTC),
+    version="0.1.0",
+    trace="0123456789abcdef" * 2,
+    samples=1797,
+    searched=1797,
+    queries="d" * 64,
+    weights="c" * 64,
+    weights_of="the trained weights",
+    data="e" * 64,
+    script="train.py",
+    script_sha256="f" * 64,
+    settings={"timesteps": 10, "dimension": 16384, "rows": None},
+    writers={"dmin_trace": "0.1.0", "torch": "2.13.0"},
+)
 
 # All of Unicode with surrogates, and the characters that matter much more often than chance would have it.
 ANY_TEXT = st.text(
@@ -54,4 +71,6 @@ def answer(
         deflation="",
         answered_by=AnsweredBy(None, "scanned all samples"),
         backgrounds=(background,) * len(hits),
+        pictures=(None,) * len(hits),
+        record=RECORD,
     )

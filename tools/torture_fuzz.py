@@ -26,6 +26,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ from dmin_trace import store as untrusted
 from dmin_trace import views as report
 from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
-from dmin_trace.query import AnsweredBy, Hit, TopK
+from dmin_trace.query import AnsweredBy, Hit, Record, TopK
 from dmin_trace.query.inputs import image_file
 from dmin_trace.search import Background, Facts, hnsw
 from dmin_trace.search.index import open_directions
@@ -320,7 +321,24 @@ def _write_all(data: bytes) -> None:
     none = np.empty((1, 0))
     by = AnsweredBy(None, text)
     background = Background(samples=2, scored=2, unknown=text)
-    top = TopK(none, none, none, [hits], (text,), (text,), (text,), ((1.0,), (2.0,)), "dmin", "", by, (background,))
+    words = ((text,), (text,), (text,))
+    record = Record(
+        made=datetime.fromtimestamp(0, UTC),
+        version=text,
+        trace=text,
+        samples=2,
+        searched=2,
+        queries=text,
+        weights=text,
+        weights_of=text,
+        data=text,
+        script=text,
+        script_sha256=text,
+        settings={text: text},
+        writers={text: text},
+    )
+    groups = ((1.0,), (2.0,))
+    top = TopK(none, none, none, [hits], *words, groups, "dmin", "", by, (background,), (None,), record)
     written = report.hits_json(top, {text: text})
     assert written.isascii()
     assert json.loads(written)["queries"][0]["prompt"] == text

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dmin_trace.capture.thumbnails import encode
 from dmin_trace.capture.weights import find_trainable
 from dmin_trace.search import build_index
 from dmin_trace.settings import Codec, Dtype
@@ -20,6 +19,7 @@ from dmin_trace.store import (
     Store,
     ThumbnailFacts,
     create,
+    encode_webp,
     open_store,
     quantise,
     weights_beside,
@@ -77,7 +77,7 @@ def make_store(
                 "label": [int(slot) % 20 for slot in here],
                 "weight": [float(slot) / 3 for slot in here],
             },
-            [encode(Image.new("RGB", (4, 4), (int(slot), 0, 255)), 16) for slot in here],
+            [encode_webp(Image.new("RGB", (4, 4), (int(slot), 0, 255)), 16) for slot in here],
         )
     writer.finish()
     trace = open_store(path)

@@ -6,7 +6,6 @@ decided once for a capture, from the samples of which the data set's fingerprint
 process and in every capture of the data set. The store keeps what was decided.
 """
 
-import io
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, features
 
 from dmin_trace.errors import message_of
-from dmin_trace.store import ThumbnailFacts, max_thumbnail_bytes
+from dmin_trace.store import ThumbnailFacts, encode_webp
 
 logger = logging.getLogger(__name__)
 ENTRIES = (
@@ -34,10 +33,6 @@ OTHER_WORDS = (
 CHANNELS = (1, 3)
 TOLERANCE = 0.1
 """By how much an interpolated picture may leave its range."""
-LOSSLESS_BYTES = 2**12
-"""Pictures of so many numbers are kept as they are: of 8 x 8 pixels, each one counts."""
-QUALITIES = (80, 60, 40, 20, 5, 0)
-"""WebP's qualities, tried until the file is small enough."""
 
 
 class SampleThumbnails:
@@ -102,7 +97,7 @@ class SampleThumbnails:
             else:
                 picture = picture_in(self._batch, facts.entry)
                 image = None if picture is None else self._image(picture, facts)
-            return b"" if image is None else encode(image, facts.side)
+            return b"" if image is None else encode_webp(image, facts.side)
         except Exception as error:
             if not self._warned:
                 self._warned = True
@@ -197,22 +192,6 @@ def read_file(path: str, side: int) -> Image.Image | None:
     except Exception:  # a decoder may raise anything
         logger.debug("%s could not be read as a picture.", path, exc_info=True)
         return None
-
-
-def encode(image: Image.Image, side: int) -> bytes:
-    """A WebP file of at most `max_thumbnail_bytes(side)`; without loss if the picture is small."""
-    file = io.BytesIO()
-    if image.width * image.height * len(image.getbands()) <= LOSSLESS_BYTES:
-        # Method 0 is ten times as fast as the default one, and as small.
-        image.save(file, "WEBP", lossless=True, method=0)
-        if file.tell() <= max_thumbnail_bytes(side):
-            return file.getvalue()
-    for quality in QUALITIES:
-        file = io.BytesIO()
-        image.save(file, "WEBP", quality=quality)
-        if file.tell() <= max_thumbnail_bytes(side):
-            return file.getvalue()
-    raise ValueError(f"a picture of {image.width} x {image.height} pixels takes {file.tell()} bytes")
 
 
 def _shrunk(image: Image.Image, side: int) -> Image.Image:

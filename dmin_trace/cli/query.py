@@ -94,7 +94,6 @@ def query(
         group_samples,
         open_trace,
         read_inputs,
-        small_picture,
         with_concepts,
     )
     from dmin_trace.search import check_score, usable_k
@@ -143,10 +142,7 @@ def query(
     console = Console()
     draw = find_draw(console) if shows_pictures(console, shown_images) else None
     for number in range(len(top)):
-        picture = None
-        if draw is not None:
-            picture = opened.thumbnails[sample[number]] if sample else small_picture(inputs[number].image)
-        console.print(hits_table(top, number, ascii_only=console.options.ascii_only, draw=draw, picture=picture))
+        console.print(hits_table(top, number, ascii_only=console.options.ascii_only, draw=draw))
         console.print()
         if totals is not None:
             console.print(totals_table(totals, number, ascii_only=console.options.ascii_only))

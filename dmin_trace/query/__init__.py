@@ -11,6 +11,7 @@ from dmin_trace.query.capture import generate_images
 from dmin_trace.query.concept import with_concepts
 from dmin_trace.query.groups import group_samples
 from dmin_trace.query.inputs import QueryInput, read_inputs, small_picture
+from dmin_trace.query.record import Record, record_of
 from dmin_trace.query.scores_file import check_scores_path
 from dmin_trace.query.tables import Table
 from dmin_trace.query.totals import GroupTotal, Totals

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dmin_trace import search
 from dmin_trace.errors import brief
+from dmin_trace.query.record import Record, record_of
 from dmin_trace.query.tables import Column, Table, column_of, to_pandas, with_columns, write_parquet
 from dmin_trace.store import Store, StoredThumbnail
 
@@ -85,6 +86,8 @@ class TopK:
     score, deflation: the name of the score; what it took out of the queries, in words, "" if nothing.
     answered_by: whether the index or a scan of all samples found them.
     backgrounds: of each query the noise that its scores are compared with, and how many of all samples stand out.
+    pictures: of each query a small picture, as a WebP file; None without.
+    record: what the answer was made from.
     """
 
     samples: NDArray[np.int64]
@@ -99,6 +102,8 @@ class TopK:
     deflation: str
     answered_by: AnsweredBy
     backgrounds: tuple[search.Background, ...]
+    pictures: tuple[bytes | None, ...]
+    record: Record
 
     @property
     def z(self) -> NDArray[np.float64]:
@@ -220,6 +225,7 @@ def answer_queries(
     names: Sequence[str] = (),
     prompts: Sequence[str | None] = (),
     without: Sequence[str | None] = (),
+    pictures: Sequence[bytes | None] = (),
     largest: bool = True,
     exact: bool = False,
     index: search.Index | search.Unavailable | None = None,
@@ -261,6 +267,8 @@ def answer_queries(
         deflation=fitted.description if isinstance(fitted, search.BuiltInScore) else "",
         answered_by=answered_by,
         backgrounds=ranking.backgrounds,
+        pictures=tuple(pictures) or (None,) * len(hits),
+        record=record_of(store, gradients),
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dmin_trace.errors import QueryError
 from dmin_trace.query.tables import import_extra
-from dmin_trace.store import parse
+from dmin_trace.store import PICTURE_SIDE, encode_webp, parse
 
 T = TypeVar("T")
 
@@ -121,9 +121,9 @@ def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
     return Path(shutil.copyfile(file, path.with_suffix(suffix)))
 
 
-def small_picture(image: ImageInput, side: int = 128) -> Image.Image | None:
-    """A query image for people to look at, in RGB, of at most `side` pixels; None for what is no image, such as a
-    video."""
+def small_picture(image: ImageInput) -> bytes | None:
+    """A query image for people to look at, as a WebP file of at most PICTURE_SIDE pixels; None for what is no image,
+    such as a video."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -132,10 +132,10 @@ def small_picture(image: ImageInput, side: int = 128) -> Image.Image | None:
             else:
                 with Image.open(image, formats=IMAGE_FORMATS) as opened:
                     shown = ImageOps.exif_transpose(opened).convert("RGB")
+        shown.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        return encode_webp(shown, PICTURE_SIDE)
     except Exception:  # on bytes from anybody, a decoder may raise anything
         return None
-    shown.thumbnail((side, side))
-    return shown
 
 
 def _write_image(image: Image.Image, path: Path) -> Path:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dmin_trace.query.answer import ScoreMethod
 from dmin_trace.query.groups import Grouping
+from dmin_trace.query.record import Record, record_of
 from dmin_trace.query.tables import Column, Table, to_pandas, write_parquet
 from dmin_trace.search import Background, Score, fit_background
 from dmin_trace.store import Queries
@@ -84,6 +85,7 @@ class Totals:
     score: the name of the score.
     backgrounds: as of `TopK`.
     note: what else a reader should know, as a sentence; "" if nothing.
+    pictures, record: as of `TopK`.
     """
 
     by: str
@@ -97,6 +99,8 @@ class Totals:
     score: str
     backgrounds: tuple[Background, ...]
     note: str
+    pictures: tuple[bytes | None, ...]
+    record: Record
 
     def __len__(self) -> int:
         """Q, the number of queries."""
@@ -181,6 +185,8 @@ def total_groups(
         score=score if isinstance(score, str) else score.name,
         backgrounds=tuple(backgrounds),
         note=grouping.note,
+        pictures=queries.pictures,
+        record=record_of(trace.store, queries.gradients),
     )
 
 

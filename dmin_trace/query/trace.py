@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -15,7 +16,7 @@ from dmin_trace.query.answer import Hit, ScoreMethod, TopK, answer_queries
 from dmin_trace.query.capture import capture_queries
 from dmin_trace.query.columns import Columns
 from dmin_trace.query.groups import Groups, group_samples
-from dmin_trace.query.inputs import ImageInput
+from dmin_trace.query.inputs import ImageInput, small_picture
 from dmin_trace.query.sample_pictures import SamplePictures
 from dmin_trace.query.scores_file import write_scores
 from dmin_trace.query.totals import Totals, total_groups
@@ -171,9 +172,10 @@ class Trace:
         script failed on the queries; TraceError if it is not the script that made the trace. A precision or a device
         that is not the trace's is a QueryError.
         """
-        return capture_queries(
+        queries = capture_queries(
             self.store, images, prompts, conditioning, weights, command, edited_script, any_device, without
         )
+        return replace(queries, pictures=tuple(map(small_picture, images)))
 
     def query_samples(self, samples: Sequence[int]) -> Queries:
         """The stored gradients of training samples, as queries. Raises TraceError for a sample that the trace does not
@@ -187,7 +189,8 @@ class Trace:
             why = "it could not be loaded, or its gradient is zero or not finite"
             raise QueryError(f"{found}: {why}. Give another sample.")
         names = tuple(f"sample {sample}" for sample in samples)
-        return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id)
+        pictures = tuple(self.thumbnails.webp(sample) for sample in samples)
+        return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id, (), pictures)
 
     def query_loss(
         self,
@@ -338,6 +341,7 @@ class Trace:
             names=queries.names,
             prompts=queries.prompts,
             without=queries.without,
+            pictures=queries.pictures,
             largest=largest,
             exact=exact,
             index=self._index if largest and not exact and self.complete else None,

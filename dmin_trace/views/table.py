@@ -15,13 +15,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dmin_trace.settings import MAX_THUMBNAIL
 from dmin_trace.views.describe import describe_concept, describe_score
 from dmin_trace.views.terminal_pictures import Draw
 from dmin_trace.views.text import harmless
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dmin_trace.audit import Finding
     from dmin_trace.query import Hit, TopK
     from dmin_trace.store import Verified
@@ -34,17 +33,17 @@ MAX_TEXT_LENGTH, MAX_FILE_LENGTH, MAX_BARS = 72, 24, 20
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "12345678"
 
 
-def hits_table(
-    top: "TopK", query: int, *, ascii_only: bool = False, draw: Draw | None = None, picture: "Image | None" = None
-) -> Group:
+def hits_table(top: "TopK", query: int, *, ascii_only: bool = False, draw: Draw | None = None) -> Group:
     """The most influential training samples for query number `query` of an answer, and what their score means.
 
     The scores at the timesteps, or of groups of pooled ones, are drawn as one bar each, all of a table on one scale; a
     negative score is a dot. Above 20, neighbours are averaged into 20 bars. A single one would be the score itself, and
     is not drawn. In ASCII bars are the digits 1 to 8, and a negative score "-". Below the table a sentence says how
     many of all samples stand out; those of them that are shown have a star behind their z. With `draw`, the table has
-    the picture of each sample, and `picture`, the query's own, stands above it.
+    the picture of each sample, and the query's own stands above it.
     """
+    from dmin_trace.store import decode_webp
+
     hits, prompt, without = top.hits[query], top.prompts[query], top.without[query]
     title = Text("Most influential training samples for ")
     title.append(harmless(top.names[query], ascii_only=ascii_only), style="bold")
@@ -93,7 +92,8 @@ def hits_table(
             row.append(Text(harmless(path, MAX_FILE_LENGTH, ascii_only=ascii_only)))
         table.add_row(*row)
     # A title or a caption of the table itself would fold at its width.
-    own = [] if draw is None or picture is None else [draw(picture)]
+    picture = top.pictures[query]
+    own = [] if draw is None or picture is None else [draw(decode_webp(picture, MAX_THUMBNAIL))]
     return Group(title, *own, table, Text(harmless(verdict, 400, ascii_only=ascii_only), style="bold"))
 
 

@@ -16,9 +16,9 @@ from sklearn.datasets import load_digits, load_sample_image
 from tiny import EXAMPLE, digit_folder, run
 
 import dmin_trace
-from dmin_trace.capture.thumbnails import SampleThumbnails, encode, find_picture, picture_in, read_file, value_range
+from dmin_trace.capture.thumbnails import SampleThumbnails, find_picture, picture_in, read_file, value_range
 from dmin_trace.query import open_trace
-from dmin_trace.store import Store, ThumbnailFacts, max_thumbnail_bytes, open_store
+from dmin_trace.store import Store, ThumbnailFacts, encode_webp, max_thumbnail_bytes, open_store
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg"))
 GENERATOR = np.random.default_rng(0)
@@ -170,9 +170,9 @@ def test_a_photo_is_the_photo_in_a_few_kilobytes() -> None:
 
 def test_a_small_picture_is_kept_as_it_is() -> None:
     image = GENERATOR.integers(0, 256, (32, 32, 3), np.uint8)
-    assert np.array_equal(decoded(encode(Image.fromarray(image), 128)), image)
+    assert np.array_equal(decoded(encode_webp(Image.fromarray(image), 128)), image)
     grey = GENERATOR.integers(0, 256, (64, 64), np.uint8)
-    assert np.array_equal(decoded(encode(Image.fromarray(grey), 128))[:, :, 1], grey)
+    assert np.array_equal(decoded(encode_webp(Image.fromarray(grey), 128))[:, :, 1], grey)
 
 
 def test_a_file_is_read_as_it_is_turned_and_an_animation_in_its_middle(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dmin_trace.errors import QueryError
-from dmin_trace.store import Queries
+from dmin_trace.store import Queries, encode_webp
 
 
 def some_queries() -> Queries:
@@ -53,6 +54,27 @@ def test_the_prompt_without_a_concept_is_kept(tmp_path: Path) -> None:
         replace(old, without=("a", None))
     with pytest.raises(QueryError, match="has no prompt, but a prompt without a concept"):
         replace(old, without=(None, "a", None))
+
+
+def test_pictures_are_kept_and_read_as_what_they_are(tmp_path: Path) -> None:
+    old = some_queries()
+    assert old.pictures == (None, None, None)
+    picture = encode_webp(Image.new("RGB", (8, 6), (1, 2, 3)), 128)
+    queries = replace(old, pictures=(picture, None, None))
+    queries.save(tmp_path / "queries")
+    assert Queries.load(tmp_path / "queries").pictures == queries.pictures == queries[:3].pictures
+    old.save(tmp_path / "old")
+    with np.load(tmp_path / "old") as arrays:
+        assert b"pictures" not in arrays["texts"].tobytes()
+    with pytest.raises(QueryError, match="3 prompts and 1 pictures"):
+        replace(old, pictures=(picture,))
+    with pytest.raises(QueryError, match=r"picture of the query 'a\.png' is no plain WebP file of at most 512 pixels"):
+        replace(old, pictures=(b"<svg onload=x>", None, None))
+    # A file whose header is right and whose pixels are not.
+    broken = picture[:25] + bytes(len(picture) - 25)
+    replace(old, pictures=(broken, None, None)).save(tmp_path / "broken")
+    with pytest.raises(QueryError, match="cannot be decoded"):
+        Queries.load(tmp_path / "broken")
 
 
 def test_load_runs_no_pickle(tmp_path: Path) -> None:

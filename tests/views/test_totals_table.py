@@ -6,7 +6,7 @@ import io
 import unicodedata
 
 import pytest
-from answers import ANY_TEXT, KNOWN
+from answers import ANY_TEXT, KNOWN, RECORD
 from hypothesis import given, settings
 from rich.console import Console
 
@@ -30,7 +30,7 @@ def total(group: str | None, share: float | None = 0.25, samples: int = 10) -> G
 
 
 def shown(groups: list[GroupTotal], by: str = "artist", name: str = "fox.png", note: str = "") -> str:
-    totals = Totals(by, [groups], (name,), (None,), (None,), 200, 4, None, "deflated", (KNOWN,), note)
+    totals = Totals(by, [groups], (name,), (None,), (None,), 200, 4, None, "deflated", (KNOWN,), note, (None,), RECORD)
     console = Console(file=io.StringIO(), width=80, force_terminal=False, _environ={})
     console.print(totals_table(totals, 0))
     written = console.file

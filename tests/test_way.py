@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import shutil
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from oracle import digit_gradients, digits_model
+from PIL import Image
 from tiny import EXAMPLE, digit_folder, run, without_the_line
 
 from dmin_trace.project import compress_gradient, make_plan
-from dmin_trace.store import Store, open_store
+from dmin_trace.store import Store, decode_webp, open_store
 
 CLI = ("-m", "dmin_trace.cli.app")
 SHORT = ("--max_train_steps", "9", "--train_batch_size", "5", "--learning_rate", "3e-3")
@@ -183,6 +185,8 @@ def test_a_training_image_finds_itself_first(trained: Path) -> None:
             "hits.json",
             "--csv",
             "hits.csv",
+            "--html",
+            "hits.html",
         ],
         trained,
     )
@@ -196,6 +200,17 @@ def test_a_training_image_finds_itself_first(trained: Path) -> None:
     with (trained / "hits.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 300
+    page = (trained / "hits.html").read_text(encoding="utf-8")
+    shown = [part.partition('"')[0] for part in page.split('src="data:image/webp;base64,')[1:]]
+    pixels = [decode_webp(base64.b64decode(one), 128).tobytes() for one in shown]
+    # In the navigation, then of each query: the image, three samples, and three that are most against it.
+    assert len(pixels) == 100 + 100 * 7
+    for k in (0, 42, 99):
+        expected = Image.open(images[k]).convert("RGB").tobytes()
+        assert pixels[k] == pixels[100 + 7 * k] == expected
+        best = Image.open(images[first[k]["sample"]]).convert("RGB").tobytes()
+        assert pixels[101 + 7 * k] == best
+    assert page.count("0042.png") >= 3 and answer["trace"]["id"] in page
     assert lines[3]["query"] == "0001.png"
     assert float(lines[3]["score"]) == pytest.approx(first[1]["score"], rel=1e-5)
 

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmin_trace.audit.labels import LABEL_COLUMNS, Fit, fit_of_values
-from dmin_trace.errors import EvaluationError, brief
-from dmin_trace.query import Trace
-from dmin_trace.query.tables import Column, Table, column_of, to_pandas, with_columns, write_parquet
+from dmin_trace.errors import EvaluationError, SettingsError, brief
+from dmin_trace.query import Record, Trace, record_of
+from dmin_trace.query.sample_pictures import SamplePictures
+from dmin_trace.query.tables import Column, Table, column_of, to_pandas, with_columns, write_page, write_parquet
 from dmin_trace.search import clusters, find_alike, own_parts
 from dmin_trace.search.background import MIN_SAMPLES, NORMAL_QUARTILE
 from dmin_trace.search.deflation import Progress
@@ -69,6 +70,8 @@ class Audit:
     similarity, self_influence, fit: (N,) float64 by data set index: how alike the nearest other sample is; the deflated
         score of a sample for itself, from 0 to 1; how well its label or caption fits, from 0 to 1. NaN if not known.
     notes: what else a reader should know, as sentences.
+    pictures: the pictures of the trace's samples, small, as of `Trace.thumbnails`.
+    record: what the audit was made from.
     """
 
     findings: list[Finding]
@@ -79,6 +82,8 @@ class Audit:
     self_influence: NDArray[np.float64]
     fit: NDArray[np.float64]
     notes: tuple[str, ...]
+    pictures: SamplePictures
+    record: Record
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.of_kind(kind)):,} {kind}" for kind in KINDS)
@@ -116,6 +121,21 @@ class Audit:
         """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pyarrow is not installed or the file
         cannot be written."""
         write_parquet(path, "audit", [self.table])
+
+    def to_html(self, path: str | os.PathLike[str], k: int = 48) -> None:
+        """Writes the first k findings of each list as one HTML page for people, with the pictures of the samples; it
+        needs no other file. Raises SettingsError if k is below 1, and QueryError if the file cannot be written."""
+        from dmin_trace.views.page import audit_page
+
+        if k < 1:
+            raise SettingsError(f"k is {k}; expected 1 or more.")
+        write_page(path, audit_page(self, k))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first findings of each list."""
+        from dmin_trace.views.notebook import audit_html
+
+        return audit_html(self)
 
 
 def audit_trace(trace: Trace, column: str | None = None, *, progress: Progress | None = None) -> Audit:
@@ -167,6 +187,8 @@ def audit_trace(trace: Trace, column: str | None = None, *, progress: Progress |
         self_influence=by_sample(parts.self_influence),
         fit=by_sample(np.full(len(samples), np.nan) if fit is None else fit.share),
         notes=_notes(trace, chosen, len(samples)),
+        pictures=trace.thumbnails,
+        record=record_of(trace.store),
     )
 
 

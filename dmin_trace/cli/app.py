@@ -26,7 +26,7 @@ for command in (store.index, store.info, store.verify, store.pack):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 
-DemoFolder = Annotated[Path, typer.Option(help="A folder for the model, the trace and the picture.")]
+DemoFolder = Annotated[Path, typer.Option(help="A folder for the model, the trace, the picture and the page.")]
 
 
 @app.command()

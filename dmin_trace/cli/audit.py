@@ -12,6 +12,9 @@ from dmin_trace.cli.console import print_note, progress_bar
 from dmin_trace.errors import SettingsError
 from dmin_trace.views import audit_json, audit_lines, audit_tables, table_csv
 
+IN_PAGE = 48
+"""Samples of each list in a page, or as many as -k says, if that is more."""
+
 
 def audit(
     *,
@@ -27,6 +30,7 @@ def audit(
             help="Also write all that might be removed or looked at, and why: a line of JSON each. Nothing is removed.",
         ),
     ] = None,
+    html_path: options.HtmlPath = None,
     json_path: options.JsonPath = None,
     csv_path: options.CsvPath = None,
     parquet_path: options.ParquetPath = None,
@@ -34,7 +38,7 @@ def audit(
 ) -> None:
     """Show near-copies, outliers, labels that do not fit and samples without influence. It needs no query.
 
-    dmin-trace audit TRACE --out list.jsonl
+    dmin-trace audit TRACE --out list.jsonl --html audit.html
 
     Nothing is changed: the list is for a person, or for a program of your own.
     """
@@ -60,6 +64,9 @@ def audit(
     counted = f"{found.samples:,} samples were audited; {len(found.findings):,} findings. Nothing was changed."
     for note in (counted, *found.notes):
         print_note(console, note)
+    if html_path is not None:
+        found.to_html(html_path, max(k, IN_PAGE))
+        print_note(console, f"Page: {html_path}", style="")
     if json_path is not None:
         json_path.write_text(audit_json(found, options.trace_facts(opened)), encoding="utf-8")
     if csv_path is not None:

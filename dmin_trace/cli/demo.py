@@ -19,14 +19,15 @@ from dmin_trace.store import core_count
 from dmin_trace.views import hits_table
 
 GENERATED_COUNT, QUERY_COUNT, HIT_COUNT = 40, 5, 10
+PAGE_COUNT, AGAINST_COUNT = 24, 8
 TRAINING_ARGUMENTS = ("--num_epochs", "40", "--learning_rate", "2e-3", "--seed", "0")
 BATCH_SIZE = 64
 
 
 def run_demo(folder: Path, console: Console) -> float:
-    """Trains, captures, generates and queries in a new folder; prints the tables and the path of a picture. Returns the
-    fraction of the training samples shown that have the digit of their query. Raises QueryError if the folder exists or
-    the demo's packages are not installed, and ScriptError if the training fails."""
+    """Trains, captures, generates and queries in a new folder; prints the tables, and where a picture and a page are.
+    Returns the fraction of the training samples shown that have the digit of their query. Raises QueryError if the
+    folder exists or the demo's packages are not installed, and ScriptError if the training fails."""
     missing = [name for name in ("diffusers", "sklearn") if find_spec(name) is None]
     if missing:
         install = "python -m pip install 'dmin_trace[demo]'"
@@ -58,7 +59,8 @@ def run_demo(folder: Path, console: Console) -> float:
         with Console(stderr=True).status("Capturing the gradients of the generated digits"):
             queries = trace.query_images(paths)
             names = tuple(f"{path.name} (a {digit})" for path, digit in zip(paths, digits, strict=True))
-            top = trace.top_k(replace(queries, names=names), HIT_COUNT)
+            queries = replace(queries, names=names)
+            top = trace.top_k(queries, HIT_COUNT)
 
     for number in range(len(top)):
         console.print(hits_table(top, number, ascii_only=console.options.ascii_only))
@@ -70,6 +72,11 @@ def run_demo(folder: Path, console: Console) -> float:
     draw_hits(images, top.hits).save(picture)
     console.print(f"Same digit as the query: {share:.0%} of the top {HIT_COUNT}; chance would give {chance:.0%}.")
     console.print(f"Picture: {picture}", soft_wrap=True)
+    page = folder / "answer.html"
+    trace.top_k(queries, PAGE_COUNT).to_html(
+        page, lowest=trace.top_k(queries, AGAINST_COUNT, largest=False), totals=trace.totals(queries, "label")
+    )
+    console.print(f"Page: {page}", soft_wrap=True)
     console.print(f"Ask more: dmin-trace query {trace.path} {paths[0]}", soft_wrap=True)
     return share
 

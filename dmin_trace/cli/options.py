@@ -79,6 +79,12 @@ CsvPath = Annotated[
     Path | None,
     typer.Option("--csv", callback=check_folder, help="Also write the result as CSV.", rich_help_panel=OUTPUT),
 ]
+HtmlPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", callback=check_folder, help="Also write a page with pictures, for people.", rich_help_panel=OUTPUT
+    ),
+]
 Concepts = Annotated[
     list[str] | None,
     typer.Option(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dmin_trace.query import QueryInput, Trace
     from dmin_trace.store import Queries
 
+MOST_AGAINST = 8
+"""Samples most against each query that a page shows."""
+
 
 def query(
     *,
@@ -49,6 +52,7 @@ def query(
     k: Annotated[
         int, typer.Option("-k", help="Number of training samples to show.", rich_help_panel=options.OUTPUT)
     ] = 10,
+    html_path: options.HtmlPath = None,
     json_path: options.JsonPath = None,
     csv_path: options.CsvPath = None,
     parquet_path: options.ParquetPath = None,
@@ -85,6 +89,8 @@ def query(
     dmin-trace query TRACE heart.png --prompt "a red heart" --concept red
 
     dmin-trace query TRACE a.png --by artist
+
+    dmin-trace query TRACE a.png -k 24 --html answer.html
 
     The script's command is remembered from the capture on this machine. Elsewhere give it after --.
     """
@@ -139,6 +145,10 @@ def query(
         status.update("Scoring")
         top = opened.top_k(queries, k, score, exact=exact)
         totals = opened.totals(queries, by, groups, merge=merge, score=score) if grouped else None
+        # Those that are most against a query take a scan: they are looked for where there was one already.
+        lowest = None
+        if html_path is not None and top.answered_by.recall is None:
+            lowest = opened.top_k(queries, min(k, MOST_AGAINST), score, largest=False)
     console = Console()
     draw = find_draw(console) if shows_pictures(console, shown_images) else None
     for number in range(len(top)):
@@ -150,6 +160,11 @@ def query(
     print_note(console, top.answered_by.description)
     if top.deflation:
         print_note(console, f"{top.score} scores: took out {top.deflation}")
+    if html_path is not None:
+        top.to_html(html_path, lowest=lowest, totals=totals)
+        if lowest is None:
+            print_note(console, "The page is without the samples most against the queries, which take a scan: --exact.")
+        print_note(console, f"Page: {html_path}", style="")
     if json_path is not None:
         facts = {
             **options.trace_facts(opened),

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from dmin_trace import search
 from dmin_trace.errors import brief
 from dmin_trace.query.record import Record, record_of
-from dmin_trace.query.tables import Column, Table, column_of, to_pandas, with_columns, write_parquet
+from dmin_trace.query.tables import Column, Table, column_of, to_pandas, with_columns, write_page, write_parquet
 from dmin_trace.store import Store, StoredThumbnail
 
 if TYPE_CHECKING:
     import pandas
     from PIL.Image import Image
 
+    from dmin_trace.query.totals import Totals
     from dmin_trace.query.trace import Trace
 
 MAX_SHOWN_QUERIES, MAX_SHOWN_HITS = 3, 10  # in a TopK's repr
@@ -57,6 +58,12 @@ class Hit:
         columns = "".join(f", {brief(name)[1:-1]}={brief(value)}" for name, value in self.columns.items())
         z = "" if self.z is None else f", z={self.z:.1f}"
         return f"Hit(rank={self.rank}, sample={self.sample}, score={self.score:.4f}{z}{columns})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from dmin_trace.views.notebook import hit_html
+
+        return hit_html(self)
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,28 @@ class TopK:
         """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pyarrow is not installed or the file
         cannot be written."""
         write_parquet(path, "hits", [self.table])
+
+    def to_html(
+        self, path: str | os.PathLike[str], *, lowest: "TopK | None" = None, totals: "Totals | None" = None
+    ) -> None:
+        """Writes the answer as one HTML page for people, with the pictures of the samples; it needs no other file.
+
+        Args:
+            lowest: the samples that speak most against the same queries, of `Trace.top_k` with `largest=False`, to show
+                beside them.
+            totals: the totals of groups for the same queries, of `Trace.totals`.
+
+        Raises QueryError if these are of other queries, or the file cannot be written.
+        """
+        from dmin_trace.views.page import answer_page
+
+        write_page(path, answer_page(self, lowest, totals))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first queries and their first hits."""
+        from dmin_trace.views.notebook import answer_html
+
+        return answer_html(self)
 
 
 def group_names(groups: Iterable[Sequence[float]]) -> list[str]:

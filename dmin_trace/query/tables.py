@@ -87,6 +87,13 @@ def write_parquet(path: str | os.PathLike[str], kind: str, tables: Iterable[Tabl
                 writer.close()
 
 
+def write_page(path: str | os.PathLike[str], page: str) -> None:
+    """Writes an HTML page, whole or not at all. Raises QueryError if it cannot be written."""
+    with whole_file(Path(path)) as part:
+        # A lone surrogate is no text that a page can have; views make all texts harmless before.
+        part.write_text(page, encoding="utf-8", newline="\n")
+
+
 @contextmanager
 def whole_file(path: Path) -> "Iterator[Path]":
     """A path beside `path`, where the caller writes what then takes its place. After an error nothing is left.

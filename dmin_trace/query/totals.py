@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dmin_trace.query.answer import ScoreMethod
 from dmin_trace.query.groups import Grouping
 from dmin_trace.query.record import Record, record_of
-from dmin_trace.query.tables import Column, Table, to_pandas, write_parquet
+from dmin_trace.query.tables import Column, Table, to_pandas, write_page, write_parquet
 from dmin_trace.search import Background, Score, fit_background
 from dmin_trace.store import Queries
 
@@ -137,6 +137,19 @@ class Totals:
         """Writes the table of `to_pandas` to a Parquet file. Raises QueryError if pyarrow is not installed or the file
         cannot be written."""
         write_parquet(path, "totals", [self.table])
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the totals as one HTML page for people; it needs no other file. `TopK.to_html` has them with the
+        samples. Raises QueryError if the file cannot be written."""
+        from dmin_trace.views.page import totals_page
+
+        write_page(path, totals_page(self))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first queries."""
+        from dmin_trace.views.notebook import totals_html
+
+        return totals_html(self)
 
 
 def total_groups(

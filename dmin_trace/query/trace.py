@@ -84,6 +84,12 @@ class Trace:
         size = f"{header.samples:,} samples, T={len(header.timesteps)}{rows}, v={header.dimension:,}"
         return f"Trace({size}, {header.dtype}, {state})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what the trace holds, and the pictures of its first samples."""
+        from dmin_trace.views.notebook import trace_html
+
+        return trace_html(self)
+
     def __enter__(self) -> Self:
         return self
 
@@ -199,6 +205,7 @@ class Trace:
         loss: Callable[[Any, Any], Any],
         *,
         without: Sequence[Any] | None = None,
+        pictures: Sequence[ImageInput | None] | None = None,
     ) -> Queries:
         """The gradients of a loss on items, computed in this process: for a trace that `recording` made.
 
@@ -209,6 +216,7 @@ class Trace:
                 timestep in the same way; both are pinned to those of the trace.
             without: for queries for a concept, each item again with a prompt without that concept, and otherwise the
                 same; None for a query for the whole item. Such a query is the difference between both gradients.
+            pictures: what each item shows, a file or a PIL image, for people to look at beside its samples.
 
         Raises QueryError if there are no items, the two prompts of a query for a concept make no difference, or the
         gradients cannot be compared with those of the trace,
@@ -220,6 +228,8 @@ class Trace:
             raise QueryError("No item was given. Give at least one.")
         if without is not None and len(without) != len(items):
             raise QueryError(f"{len(items)} items were given and {len(without)} without a concept. Give one for each.")
+        if pictures is not None and len(pictures) != len(items):
+            raise QueryError(f"{len(items)} items were given and {len(pictures)} pictures. Give one for each.")
         with recording(model, samples=len(items), like=self.store) as record:
             for i in record.samples:
                 for k in record.timesteps:
@@ -228,7 +238,8 @@ class Trace:
                             loss(model, without[i]).backward()
                     with record.step(i, k):
                         loss(model, items[i]).backward()
-        return record.queries
+        shown = () if pictures is None else tuple(None if one is None else small_picture(one) for one in pictures)
+        return replace(record.queries, pictures=shown)
 
     def scores(
         self,

@@ -74,9 +74,9 @@ def hits_table(top: "TopK", query: int, *, ascii_only: bool = False, draw: Draw 
             heading = Text(harmless(column, MAX_FILE_LENGTH, ascii_only=ascii_only))
             table.add_column(heading, overflow="fold", style=style)
 
-    averaged = [_average_neighbours(hit.per_timestep) for hit in hits]
+    averaged = [average_neighbours(hit.per_timestep) for hit in hits]
     peak = max((score for row in averaged for score in row if math.isfinite(score)), default=0.0)
-    values = _align_decimals([hit.score for hit in hits])
+    values = align_decimals([hit.score for hit in hits])
     for hit, image, value, scores in zip(hits, shown, values, averaged, strict=True):
         bars = [_draw_bars(scores, peak, ascii_only)] if with_bars else []
         z = [_draw_z(hit)] if with_z else []
@@ -187,9 +187,9 @@ def _timestep_heading(timesteps: tuple[float, ...], bars: int) -> str:
     return first + " " * max(1, min(bars, MAX_BARS) - len(first) - len(last)) + last
 
 
-def _average_neighbours(scores: Sequence[float]) -> list[float]:
-    """The scores, or the means of MAX_BARS groups of neighbours where there are more."""
-    bars = min(len(scores), MAX_BARS)
+def average_neighbours(scores: Sequence[float], most: int = MAX_BARS) -> list[float]:
+    """The scores, or the means of `most` groups of neighbours where there are more."""
+    bars = min(len(scores), most)
     edges = [len(scores) * k // bars for k in range(bars + 1)]
     return [sum(scores[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -211,7 +211,7 @@ def _draw_bars(scores: Sequence[float], peak: float, ascii_only: bool) -> Text:
     return bars
 
 
-def _align_decimals(scores: Sequence[float]) -> list[str]:
+def align_decimals(scores: Sequence[float]) -> list[str]:
     """The scores with the same number of decimals, which gives the largest four digits."""
     largest = max((abs(score) for score in scores if math.isfinite(score)), default=0.0)
     if largest != 0 and not 1e-4 <= largest < 1e6:

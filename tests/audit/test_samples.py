@@ -142,7 +142,7 @@ def test_the_command_shows_and_writes_the_audit(
     trace: dmin_trace.Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(trace.path)
-    files = {kind: str(tmp_path / f"a.{kind}") for kind in ("json", "csv", "parquet")}
+    files = {kind: str(tmp_path / f"a.{kind}") for kind in ("json", "csv", "parquet", "html")}
     written = [part for kind, path in files.items() for part in (f"--{kind}", path)]
     command = ["audit", str(trace.path), "-k", "2", "--out", str(tmp_path / "list.jsonl"), *written]
     assert main(command) == 0
@@ -170,6 +170,8 @@ def test_the_command_shows_and_writes_the_audit(
     assert parquet["sample"].to_pylist() == [one.sample for one in found.findings]
     assert parquet.schema.metadata[b"dmin_trace.format"] == b"dmin_trace.audit"
     assert (tmp_path / "a.csv").read_text().splitlines()[0] == "kind,sample,value,z,of,why,label,note"
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("data-sample=") == len(found.findings) < 48 and found.findings[0].why in page
     assert main(["audit", str(trace.path), "-k", "0"]) == 1
     assert main(["audit", str(trace.path), "--column", "no"]) == 1
 

@@ -31,6 +31,9 @@ def test_the_demo_ends_with_tables_and_a_picture(tmp_path: Path, monkeypatch: py
     generated = list((tmp_path / "demo").glob("generated-*.png"))
     assert text.count("Most influential training samples for generated-") == len(generated) >= 1
     assert f"Same digit as the query: {share:.0%} of the top 10; chance would give" in text
+    page = (tmp_path / "demo" / "answer.html").read_text(encoding="utf-8")
+    assert text.count(f"Page: {tmp_path / 'demo' / 'answer.html'}") == 1
+    assert page.count("data-sample=") == len(generated) * (24 + 8) and "Influence by label" in page
     picture = np.asarray(Image.open(tmp_path / "demo" / "demo.png"))
     assert picture.shape[1] > 800
     assert picture.std() > 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -15,10 +16,20 @@ from dmin_trace.store import ThumbnailFacts, create, encode_webp, open_store, qu
 TIMESTEPS, DIMENSION = 5, 256
 
 
-def picture(sample: int, side: int = 8) -> Image.Image:
-    """Of a sample: noise, another for each."""
-    pixels = np.random.default_rng(sample).integers(0, 256, (side, side, 3), np.uint8)
-    return Image.fromarray(pixels)
+Kind = Literal["noise", "smooth"]
+
+
+def picture(sample: int, side: int = 8, kind: Kind = "noise") -> Image.Image:
+    """Of a sample, another for each: noise, or noise at several scales, of which the large ones are the strongest."""
+    random = np.random.default_rng(sample)
+    if kind == "noise":
+        return Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8))
+    layers = [
+        np.asarray(Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).resize((side, side))) / size
+        for size in (2, 4, 8, 16, 32)
+    ]
+    summed = sum(layers[1:], layers[0])
+    return Image.fromarray((255 * (summed - summed.min()) / np.ptp(summed)).astype(np.uint8))
 
 
 def pictured_store(
@@ -28,6 +39,7 @@ def pictured_store(
     artists: Sequence[str] = ("Ann", "Ben", "Cem"),
     files: Sequence[str] | None = None,
     side: int = 8,
+    kind: Kind = "noise",
     without: Sequence[int] = (),
     copies: bool = False,
 ) -> Trace:
@@ -56,7 +68,7 @@ def pictured_store(
             "file_name": [files[n] for n in held],
             "artist": [artists[n % len(artists)] for n in held],
         }
-        pictures = [b"" if n in without else encode_webp(picture(n, side), facts.side) for n in held]
+        pictures = [b"" if n in without else encode_webp(picture(n, side, kind), facts.side) for n in held]
         stored = quantise(grad[held].astype(np.float32), header.dtype)
         writer.write(chunk, *stored, ones, ones, np.array(held, np.int64), texts, pictures)
     writer.finish()

@@ -27,6 +27,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,12 +55,19 @@ from dmin_trace.store import Header, Store, chunk_file, open_store, weights_besi
 from dmin_trace.store.metadata import DIGEST, digest_of
 from dmin_trace.store.thumbnails import decode_webp
 from dmin_trace.views import describe_store, summarize_index
+from dmin_trace.views.page import answer_page
 
 console = Console(width=120)
 SPARE = 2**31
 """Bytes of addresses that a target may take beyond those it starts with."""
 PATIENCE = 20
 """Seconds for an input."""
+PAGE_TAGS = {
+    *("html", "head", "meta", "title", "link", "style", "script", "body", "header", "main", "nav", "section", "footer"),
+    *("div", "p", "h1", "h2", "h3", "ul", "li", "dl", "dt", "dd", "a", "img", "span", "i", "kbd", "dialog", "button"),
+    *("input", "label", "select", "option", "table", "thead", "tbody", "tr", "th", "td", "svg", "path", "line", "rect"),
+}
+"""The elements that a page may have."""
 GUIDED = """
 import sys, atheris
 with atheris.instrument_imports(include=["dmin_trace"]):
@@ -349,6 +357,24 @@ def _write_all(data: bytes) -> None:
     paper.print(report.hits_table(top, 0))
     said = paper.file.getvalue()  # type: ignore[attr-defined]
     assert said.replace("\n", "").isprintable()
+    for page in (answer_page(top, top), top._repr_html_()):
+        page.encode("utf-8")
+        Tags().feed(page)
+
+
+class Tags(HTMLParser):
+    """Refuses a page in which a text became an element, or an attribute that acts."""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        acting = [name for name, _ in attributes if name.startswith("on") or name == "style"]
+        sources = [value or "" for name, value in attributes if name in ("src", "href")]
+        others = [value for value in sources if not value.startswith(("data:", "#"))]
+        if tag not in PAGE_TAGS or acting or others:
+            raise AssertionError(f"a text became {tag} {attributes}")
+
+    def handle_data(self, data: str) -> None:
+        if not data.replace("\n", "").isprintable():
+            raise AssertionError(f"a page shows {data!r}")
 
 
 def _arrays(samples: int) -> bytes:

@@ -25,7 +25,7 @@ import tempfile
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -357,7 +357,8 @@ def _write_all(data: bytes) -> None:
     paper.print(report.hits_table(top, 0))
     said = paper.file.getvalue()  # type: ignore[attr-defined]
     assert said.replace("\n", "").isprintable()
-    for page in (answer_page(top, top), top._repr_html_()):
+    lowest = replace(top, backgrounds=(replace(background, largest=False),))
+    for page in (answer_page(top, lowest), top._repr_html_()):
         page.encode("utf-8")
         Tags().feed(page)
 

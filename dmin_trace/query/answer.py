@@ -191,7 +191,7 @@ class TopK:
                 beside them.
             totals: the totals of groups for the same queries, of `Trace.totals`.
 
-        Raises QueryError if these are of other queries, or the file cannot be written.
+        Raises QueryError if these are of other queries or by another score, or the file cannot be written.
         """
         from dmin_trace.views.page import answer_page
 

@@ -7,11 +7,12 @@ lets a browser run the one script and the one style of the page, by their hashes
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dmin_trace.errors import QueryError
 from dmin_trace.version import VERSION
@@ -106,15 +107,16 @@ class Section:
 
 def answer_page(top: "TopK", lowest: "TopK | None" = None, totals: "Totals | None" = None) -> str:
     """The page of an answer: each query with its hits; with those of `lowest`, which speak against it; and with the
-    totals of groups. Raises QueryError if `lowest` or `totals` is of other queries or of another trace."""
-    for other in (lowest, totals):
-        if other is not None and (other.names, other.record.queries, other.record.trace) != (
-            top.names,
-            top.record.queries,
-            top.record.trace,
-        ):
-            what = "lowest" if other is lowest else "totals"
-            raise QueryError(f"{what} is not of the queries that the answer is of. Make both from the same queries.")
+    totals of groups.
+
+    Raises QueryError if `lowest` or `totals` is of other queries, of another trace or by another score, or `lowest` has
+    the largest scores.
+    """
+    for what, other in (("lowest", lowest), ("totals", totals)):
+        if other is not None and _asked(other) != _asked(top):
+            raise QueryError(f"{what} is not of the queries and the score of the answer. Make both with the same ones.")
+    if lowest is not None and _is_largest(lowest):
+        raise QueryError("lowest has the largest scores. Make it with top_k(..., largest=False).")
     sections = answer_sections(top, lowest, totals)
     count = "1 query" if len(top) == 1 else f"{len(top):,} queries"
     k = top.samples.shape[1]
@@ -123,7 +125,7 @@ def answer_page(top: "TopK", lowest: "TopK | None" = None, totals: "Totals | Non
     if top.deflation:
         facts.append(("taken out", top.deflation))
     return _page(
-        title="Most influential training samples" if _is_largest(top) else "Training samples most against",
+        title="Most influential training samples" if _is_largest(top) else "Most negative training samples",
         about=top.names[0] if len(top) == 1 else count,
         summary=f"{count}, {k:,} samples each of {top.record.samples:,}, by the {top.score} score.",
         sections=sections,
@@ -288,13 +290,13 @@ def strip_of(top: "TopK", lowest: "TopK | None", query: int) -> Strip | None:
     if not hits:
         return None
     limit = background.z(background.limit)
-    known = [z for z, _ in hits] + against + ([] if limit is None or limit != limit else [limit])
+    known = [z for z, _ in hits] + against + ([] if limit is None or math.isnan(limit) else [limit])
     low, high = min(*known, -2.0) - 0.5, max(*known, 2.0) + 0.5
 
     def place(z: float) -> str:
         return f"{1000 * (z - low) / (high - low):.1f}"
 
-    edge = None if limit is None or limit != limit else place(limit)
+    edge = None if limit is None or math.isnan(limit) else place(limit)
     # Samples stand out on the right of the limit, or, of the lowest scores, on the left of it, which is not shaded.
     beyond = "0" if edge is None or limit is None or not background.largest else f"{1000 - float(edge):.1f}"
     standing = [z for z, stands in hits if stands]
@@ -352,7 +354,25 @@ def asset(name: str) -> str:
     return files("dmin_trace.views").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _page(*, sections: Sequence[Section], orders: Sequence[tuple[str, str]], **content: Any) -> str:
+def _page(
+    *,
+    title: str,
+    about: str,
+    summary: str,
+    sections: Sequence[Section],
+    navigation: str,
+    orders: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    record: Sequence[tuple[str, str]],
+) -> str:
+    """A page with these sections.
+
+    Args:
+        about: what is in the title of the window behind `title`; "" for nothing.
+        navigation: what the sections are, in words.
+        orders: names and keys by which the script can sort cards, besides those that all cards have.
+        notes, record: sentences, and names and values, at the foot of the page.
+    """
     listed = [card for section in sections for of in section.lists for card in of.cards]
     more = [("sample number", "sample")]
     more += [("caption", "caption")] if any(card.texts.caption for card in listed) else []
@@ -372,9 +392,14 @@ def _page(*, sections: Sequence[Section], orders: Sequence[tuple[str, str]], **c
         environment()
         .get_template("page.html")
         .render(
-            **content,
+            title=title,
+            about=about,
+            summary=summary,
             sections=sections,
+            navigation=navigation,
             orders=[*orders, *more],
+            notes=[note for note in notes if note],
+            record=record,
             has_cards=bool(listed),
             any_stands=any(card.stands_out for card in listed) and not all(card.stands_out for card in listed),
             policy=policy,
@@ -395,6 +420,11 @@ def _finalize(value: object) -> object:
     return harmless(value, MAX_TEXT) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
+def _asked(answer: "TopK | Totals") -> tuple[object, ...]:
+    """What an answer is to: two that have the same can stand beside each other."""
+    return answer.names, answer.record.trace, answer.record.queries, answer.score
+
+
 def _is_largest(top: "TopK") -> bool:
     return all(background.largest for background in top.backgrounds)
 
@@ -404,7 +434,7 @@ def _concept(without: str | None) -> str:
 
 
 def _meaning_of_z(backgrounds: "Sequence[Background]") -> str:
-    if all(background.scale != background.scale for background in backgrounds):
+    if all(math.isnan(background.scale) for background in backgrounds):
         return ""
     return (
         "z: the distance of a score from the median of the scores of all samples, in a robust scale. A sample stands "

@@ -156,14 +156,18 @@ def test_a_sample_without_a_picture_has_a_card_of_words(trace: Trace, tmp_path: 
 
 def test_totals_of_other_queries_are_refused(trace: Trace, top: TopK, tmp_path: Path) -> None:
     other = trace.query_samples([2, 31])
-    with pytest.raises(QueryError, match="lowest is not of the queries"):
+    with pytest.raises(QueryError, match="lowest is not of the queries and the score"):
         top.to_html(tmp_path / "page.html", lowest=trace.top_k(other, 3, largest=False))
-    with pytest.raises(QueryError, match="totals is not of the queries"):
+    with pytest.raises(QueryError, match="totals is not of the queries and the score"):
         top.to_html(tmp_path / "page.html", totals=trace.totals(other, "artist"))
+    with pytest.raises(QueryError, match="lowest has the largest scores"):
+        top.to_html(tmp_path / "page.html", lowest=top)
+    with pytest.raises(QueryError, match="totals is not of the queries and the score"):
+        top.to_html(tmp_path / "page.html", totals=trace.totals(trace.query_samples([2, 30]), "artist", score="dmin"))
     # The same names do not make the same queries.
     queries = trace.query_samples([2, 30])
     changed = replace(queries, gradients=queries.gradients[::-1])
-    with pytest.raises(QueryError, match="lowest is not of the queries"):
+    with pytest.raises(QueryError, match="lowest is not of the queries and the score"):
         top.to_html(tmp_path / "page.html", lowest=trace.top_k(changed, 3, largest=False))
     assert list(tmp_path.iterdir()) == []
 
@@ -228,9 +232,22 @@ def hostile(text: str) -> list[str]:
     others = replace(total, group=None)
     lists = [[total, others]] * 2
     totals = Totals(
-        text, lists, top.names, top.prompts, top.without, 9, 1, 2, "dmin", top.backgrounds, text, top.pictures, record
+        text,
+        lists,
+        top.names,
+        top.prompts,
+        top.without,
+        9,
+        1,
+        2,
+        top.score,
+        top.backgrounds,
+        text,
+        top.pictures,
+        record,
     )
-    pages = [answer_page(top, top, totals), totals_page(totals)]
+    lowest = replace(top, backgrounds=(replace(KNOWN, largest=False),) * 2)
+    pages = [answer_page(top, lowest, totals), totals_page(totals)]
     return [*pages, answer_html(top), hit_html(hits[0]), hit_html(hits[1]), totals_html(totals)]
 
 

@@ -242,7 +242,7 @@ def main(
         f"{len(judge.losses)} seeds; the truth is their mean. LDS of {len(judge.kinds['reported'])} reported queries; "
         "the strength of each method is the best of the other, the development half. Whole gradients, ten even "
         "timesteps, one noise. A perfect score could reach "
-        + ", ".join(f"{c.value:.3f} ({c.low:.2f} to {c.high:.2f}; {kind})" for kind, c in ceilings.items())
+        + ", ".join(f"{c.value:.3f} ({c.low:.2f} to {c.high:.2f}; {kind})" for kind, c in ceilings.items() if c)
         + ".",
     )
     lines = []
@@ -264,7 +264,7 @@ def main(
                         f"{values['reported']:.3f}",
                         f"{whole.low:.2f} to {whole.high:.2f}",
                         f"{low:+.3f} to {high:+.3f}",
-                        f"{values['reported'] / ceilings['reported'].value:.0%}",
+                        f"{values['reported'] / highest.value:.0%}" if (highest := ceilings["reported"]) else "",
                         f"{values['held out']:.3f}",
                         f"{values['generated']:.3f}",
                     ),

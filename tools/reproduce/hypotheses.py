@@ -34,6 +34,8 @@ from dmin_trace.audit.datamodeling import spearman
 from dmin_trace.audit.intervals import Estimate
 
 RESAMPLES = 400
+MIN_TWINS = 8
+"""Halves that are trained on twice, from which a ceiling is computed."""
 LOW = EVEN[:5]
 Passes = tuple[tuple[int, int], ...]
 
@@ -148,8 +150,10 @@ def hypotheses() -> list[Hypothesis]:
         Hypothesis(sums, "rows = 1, T = 19", pooled(every, divided=False)),
     ]
     white = "gradients over the roots of their second moments"
-    for transform in ("whitened", "rotated"):
-        for count, draws in ((1, 1), (1, 4), (2, 1)):
+    ridge = partial(row_kernels.ridge, strength=3.0)
+    every_way = ("scaled", ((1, 1), (1, 4), (2, 1), (10, 1))), ("rotated", ((1, 1),)), ("whitened", ((1, 1),))
+    for transform, ways in every_way:
+        for count, draws in ways:
             told = f"{transform}, rows = {count}" + (f", {draws} draws" if draws > 1 else "")
             rows_of = summed(count, draws, transform)
             listed += [
@@ -157,6 +161,7 @@ def hypotheses() -> list[Hypothesis]:
                 Hypothesis(white, f"{told}: deflated", rows_of),
                 Hypothesis(white, f"{told}: inner products, with lengths", rows_of, _with_lengths(plain)),
                 Hypothesis(white, f"{told}: deflated, with lengths", rows_of, _with_lengths(deflated)),
+                Hypothesis(white, f"{told}: ridge 3, with lengths", rows_of, _with_lengths(ridge)),
             ]
     what = "what is summed"
     squares = row_kernels.signed_squares
@@ -179,7 +184,7 @@ def hypotheses() -> list[Hypothesis]:
     ]
     transforms = "transform"
     for transform in row_kernels.TRANSFORMS:
-        if transform not in ("sign", "whitened", "rotated"):
+        if transform not in ("sign", "scaled", "whitened", "rotated"):
             listed.append(Hypothesis(transforms, f"{transform}, low five", _of(transform, LOW)))
     listed.append(Hypothesis(transforms, "sign, low five", once(LOW)))
     return listed
@@ -246,9 +251,14 @@ class Judge:
         found: Doubles = spearman(self.sums(scores), -self.losses.mean(0))
         return found
 
-    def ceiling(self, queries: NDArray[np.int64]) -> Estimate:
-        """What a perfect score could have on these queries: with one training, or with the mean of two."""
+    def ceiling(self, queries: NDArray[np.int64]) -> Estimate | None:
+        """What a perfect score could have on these queries: with one training, or with the mean of two.
+
+        None where fewer than MIN_TWINS halves were trained on twice.
+        """
         both = ~np.isnan(self.twins).any((0, 2))
+        if len(self.twins) < 2 or both.sum() < MIN_TWINS:
+            return None
         found = ceiling(self.twins[:, both][:, :, queries])
         return found.one if len(self.losses) == 1 else found.mean
 
@@ -343,7 +353,7 @@ def write_page(judges: list[Judge], found: list[list[Found]], path: Path, truths
     page.table(
         ("truth", "queries", "ceiling", "95 %"),
         [
-            (j.name, kind, f"{c.value:.3f}", f"{c.low:.2f} to {c.high:.2f}")
+            (j.name, kind, f"{c.value:.3f}", f"{c.low:.2f} to {c.high:.2f}") if c else (j.name, kind, "not known", "")
             for j, of in zip(judges, ceilings, strict=True)
             for kind, c in of.items()
         ],
@@ -366,7 +376,7 @@ def write_page(judges: list[Judge], found: list[list[Found]], path: Path, truths
                 line += [
                     f"{f.development:.3f}",
                     f"{kept['reported']:.3f} [{low:+.3f} {high:+.3f}]",
-                    f"{kept['reported'] / of['reported'].value:.0%}",
+                    f"{kept['reported'] / of['reported'].value:.0%}" if of["reported"] else "",
                     f"{kept['held out']:.3f} / {kept['generated']:.3f}",
                 ]
             lines.append(line)

@@ -1,6 +1,7 @@
 """What commands print: notes, progress bars and the log. All texts are made harmless first."""
 
 import logging
+import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -31,13 +32,23 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
 
 def show_log(verbose: bool) -> bool:
     """Shows the library's warnings and errors, and with `verbose` all of its log. Returns `verbose`, for typer."""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(_HarmlessFormatter("dmin-trace: %(message)s"))
     library = logging.getLogger("dmin_trace")
     library.addHandler(handler)
     library.setLevel(logging.DEBUG if verbose else logging.WARNING)
     library.propagate = False
     return verbose
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what is standard error now: a line of progress puts itself in its place, and stays below the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 class _HarmlessFormatter(logging.Formatter):

@@ -198,7 +198,8 @@ class Recorder:
         if checks.noise is None:
             raise CaptureError("No sample was recorded before its header. This is an error of dmin_trace; report it.")
         reached = zip(trained.names, checks.reached, strict=True)
-        data_sha256 = "" if fetch is None else data_fingerprint(source.samples, self._thumbnails.watch(fetch))
+        watched = self._thumbnails.watch
+        data_sha256 = "" if fetch is None else data_fingerprint(source.samples, watched(fetch, source.columns.file))
         self._thumbnails.decide()
         return Header(
             id=uuid.uuid4().hex,

@@ -2,9 +2,11 @@
 
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dmin_trace.views import harmless
@@ -28,6 +30,21 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
     columns = columns or (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def step_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each step of some work, which calls what this gives: with a step, how much is done, of how
+    much."""
+    tasks: dict[str, TaskID] = {}
+    with progress_bar() as progress:
+
+        def show(step: str, done: int, of: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step)
+            progress.update(tasks[step], completed=done, total=of)
+
+        yield show
 
 
 def show_log(verbose: bool) -> bool:

@@ -311,6 +311,30 @@ def test_rows_are_over_the_roots_of_second_moments(gradients: Gradients, tmp_pat
         np.testing.assert_allclose(scores, unit[5:] @ rows[:5].T / lengths[:5].mean(), atol=5e-3)
 
 
+def test_scaled_rows_know_the_moments_of_few_samples_by_rows_and_columns(
+    gradients: Gradients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_kernels, "SCALED_FROM", 3)
+    whole = gradients.rows.astype(np.float64) * gradients.norms[:, :, None]
+    few = np.sort(np.random.default_rng(0).permutation(5)[:3])
+    moments = np.empty(whole.shape[2])
+    for place, shape in gradients.layers:
+        squares = (whole[few][:, [0, 2], place] ** 2).mean((0, 1)).reshape(shape)
+        if len(shape) > 1:
+            flat = squares.reshape(shape[0], -1)
+            squares = np.array(
+                [[flat[i].mean() * flat[:, j].mean() for j in range(flat.shape[1])] for i in range(len(flat))]
+            )
+            squares /= flat.mean()
+        moments[place] = squares.ravel()
+    rows = whole[:, [0, 2]].mean(1) / np.sqrt(moments + row_kernels.SCALED_DAMPING * moments.mean())
+    found = kernel_of(gradients, Row((PASSES[0], PASSES[2]), "scaled", divided=False), tmp_path / "kernels")
+    lengths = np.linalg.norm(rows, axis=1)
+    np.testing.assert_allclose(found.lengths, lengths[:5] / lengths[:5].mean(), rtol=1e-3)
+    unit = rows / lengths[:, None]
+    np.testing.assert_allclose(found.queries, unit[5:] @ unit[:5].T, atol=2e-3)
+
+
 def test_ridge_scores_are_those_of_kernel_ridge_regression() -> None:
     rows, queries = np.random.default_rng(0).standard_normal((2, 6, 9))
     kernel = Kernel(rows @ rows.T, queries @ rows.T, np.ones(6))

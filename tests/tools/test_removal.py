@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "reproduce"))
 import emoji_base
 import emoji_data
 import finetune
+import finetune_concepts
 import finetune_removal
 import finetune_retrieval
 import methods
@@ -55,6 +56,11 @@ class Place:
         finetune_retrieval.main(**self._same())  # type: ignore[arg-type]
         return (self.folder / "out" / f"finetune_retrieval_{RECIPE}.md").read_text("utf-8")
 
+    def conceive(self) -> str:
+        """Asks for concepts; the page."""
+        finetune_concepts.main(**self._same())  # type: ignore[arg-type]
+        return (self.folder / "out" / f"finetune_concepts_{RECIPE}.md").read_text("utf-8")
+
     def _same(self) -> dict[str, object]:
         folders = {name: self.folder / name for name in ("work", "out", "truths", "bases")}
         return {"data": self.folder / "data.npz", "recipe": RECIPE, **folders}
@@ -74,9 +80,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         patch.setattr(finetune, "divide", lambda emoji, *_: emoji_data.divide(emoji, 30, 8))
         for name, value in (("QUERIES", 8), ("SAMPLING_STEPS", 2)):
             patch.setattr(finetune, name, value)
-        for module in (methods, finetune_retrieval):
+        for module in (methods, finetune_retrieval, finetune_concepts):
             patch.setattr(module, "TIMESTEPS", TIMESTEPS)
-        for module in (finetune_removal, finetune_retrieval):
+        for module in (finetune_removal, finetune_retrieval, finetune_concepts):
             patch.setattr(module, "RESAMPLES", 20)
         patch.setattr(finetune_retrieval, "COPIED", 3)
         patch.setattr(finetune_retrieval, "ASKED", 1)
@@ -303,3 +309,67 @@ def test_gradients_of_more_queries_lie_beside_those_of_the_samples(place: Place,
     scores = methods.scores_of(more, methods.methods(), "paper")["paper"]
     np.testing.assert_allclose(scores[:2, :4], products, atol=2e-3)
     assert len(scores) == len(wanted.images)
+
+
+# -- concepts ----------------------------------------------------------------------------------------------------------
+
+
+def test_concepts_are_words_that_some_samples_have() -> None:
+    captions = ["a red heart", "a red flag", "the Red sun", "a blue heart", "a moon", "a blue moon", "a star"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_concepts, "LEAST", 2)
+        patch.setattr(finetune_concepts, "MOST", 0.4)
+        concepts = finetune_concepts.concepts_of(captions)
+    assert {word: np.flatnonzero(has).tolist() for word, has in concepts.items()} == {
+        "blue": [3, 5],
+        "heart": [0, 3],
+        "moon": [4, 5],
+    }
+    asked = finetune_concepts.askings(["a blue heart of stone", "a star"], concepts)
+    assert asked == [finetune_concepts.Asking(0, "blue", "heart"), finetune_concepts.Asking(0, "heart", "blue")]
+    asked = finetune_concepts.askings(["a heart"], concepts)
+    assert asked == [finetune_concepts.Asking(0, "heart")]
+
+
+def test_what_is_asked_for_a_concept_is_the_difference_of_two_gradients(place: Place) -> None:
+    queries = place.truth.queries
+    n = next(n for n, caption in enumerate(queries.captions) if "heart" in caption)
+    asked = finetune_concepts.ask_differences(place.tuning, queries, [finetune_concepts.Asking(n, "heart")])
+    found = asked.gradients(torch.zeros(1, dtype=torch.int64), *place_passes()[0])[0]
+    less = queries.captions[n].replace("heart ", "")
+    assert less != queries.captions[n]
+    gradients = [
+        ask_pictures(place.tuning, queries.images[n : n + 1], [caption], 0).gradients(
+            torch.zeros(1, dtype=torch.int64), *place_passes()[0]
+        )[0]
+        for caption in (queries.captions[n], less)
+    ]
+    torch.testing.assert_close(found, gradients[0] - gradients[1], rtol=1e-3, atol=1e-6)
+    assert float(found.abs().max()) > 0
+
+
+def place_passes() -> list[tuple[int, int]]:
+    """Of the queries."""
+    return [(t, 0) for t in TIMESTEPS]
+
+
+def test_concepts_in_small(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LEAST", 2), ("MOST", 0.5), ("EACH", 1)):
+        monkeypatch.setattr(finetune_concepts, name, value)
+    page = place.conceive()
+    captions = list(place.tuning.division.tuning.captions)
+    concepts = finetune_concepts.concepts_of(captions)
+    asked = finetune_concepts.askings(place.truth.queries.captions, concepts)
+    assert f"| all ({len(asked)}) | deflated |" in page and f"| all ({len(asked)}) | dmin |" in page
+    # Again, without a gradient computed anew.
+    assert place.conceive().splitlines()[7:] == page.splitlines()[7:]
+
+
+def test_precisions_are_of_the_samples_that_have_the_word() -> None:
+    concepts = {"red": np.array([True, False, True, False]), "heart": np.array([False, True, True, False])}
+    asked = [finetune_concepts.Asking(0, "heart", "red"), finetune_concepts.Asking(0, "red", "heart")]
+    of_words, of_wholes = np.array([[1.0, 4, 3, 2], [4, 1, 3, 2]]), np.array([[1.0, 2, 3, 4]])
+    found = finetune_concepts.precisions(asked, concepts, of_words, of_wholes)
+    np.testing.assert_allclose(found.concept, [1.0, 1.0])
+    np.testing.assert_allclose(found.whole, [(1 / 2 + 2 / 3) / 2, (1 / 2 + 2 / 4) / 2])
+    np.testing.assert_allclose(found.other, [(1 / 2 + 2 / 4) / 2, (1 / 2 + 2 / 4) / 2])

@@ -91,7 +91,7 @@ def write_page(report: Report, folder: Path) -> Path:
     """Writes emoji.md, emoji.png and emoji_found.png; gives the first."""
     folder.mkdir(parents=True, exist_ok=True)
     _plot(report, folder / "emoji.png")
-    _picture(report.examples).save(folder / "emoji_found.png", optimize=True)
+    found_picture(report.examples).save(folder / "emoji_found.png", optimize=True)
     path = folder / "emoji.md"
     path.write_text("\n".join(_lines(report)) + "\n", encoding="utf-8")
     return path
@@ -263,7 +263,7 @@ def _plot(report: Report, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _picture(examples: Sequence[Example]) -> Image.Image:
+def found_picture(examples: Sequence[Example]) -> Image.Image:
     """A row for each query: its picture, then what each score found."""
     gap, left, top = 4, 190, 26
     scores = list(examples[0].found)

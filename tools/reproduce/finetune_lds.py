@@ -29,12 +29,12 @@ from hypotheses import DEFAULT, Judge, judge_tuned, paired, summed
 from methods import pixels
 from page import Page
 from rich.progress import track
-from row_kernels import Doubles, Row, deflated, kernel_of, plain, signed_squares
+from row_kernels import Doubles, Row, deflated, kernel_of, plain, signed_squares, with_lengths
 
 from dmin_trace.audit import linear_datamodeling_score
 
 RIDGES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-DAMPINGS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 """Of EK-FAC, relative to the mean eigenvalue."""
 CURVATURE_PASSES = 8
 DIRECTIONS = (16, 32, 64, 128)
@@ -60,6 +60,8 @@ def methods(recipe: str, work: Path, data: Path) -> Iterator[Method]:
     for count in (1, 2):
         yield Method(f"rows = {count}", "", partial(_summed, gradients, kept, count, 1))
         yield Method(f"rows = {count}, four noises", "", partial(_summed, gradients, kept, count, 4))
+    for draws, told in ((1, ""), (4, ", four noises")):
+        yield Method(f"rows = 1, scaled, lengths{told}", "", partial(_scaled, gradients, kept, draws))
     yield Method("sign, inner products", "", partial(_plain, gradients, kept, "sign"))
     yield Method("DMin (the paper): none, inner products", "", partial(_plain, gradients, kept, "none"))
     train, query = _means(gradients, normalised=False)
@@ -102,6 +104,12 @@ def _plain(gradients: Gradients, kept: Path, transform: str) -> Doubles:
 
 def _summed(gradients: Gradients, kept: Path, count: int, draws: int) -> Doubles:
     return deflated([kernel_of(gradients, row, kept) for row in summed(count, draws)])
+
+
+def _scaled(gradients: Gradients, kept: Path, draws: int) -> Doubles:
+    """What `row_kernels.scaled` says, times the samples' lengths."""
+    kernels = [kernel_of(gradients, row, kept) for row in summed(1, draws, "scaled")]
+    return with_lengths(deflated(kernels), kernels)
 
 
 def _means(gradients: Gradients, *, normalised: bool, draw: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -148,8 +148,10 @@ def hypotheses() -> list[Hypothesis]:
         Hypothesis(sums, "rows = 1, T = 19", pooled(every, divided=False)),
     ]
     white = "gradients over the roots of their second moments"
-    for transform in ("whitened", "rotated"):
-        for count, draws in ((1, 1), (1, 4), (2, 1)):
+    ridge = partial(row_kernels.ridge, strength=3.0)
+    every_way = ("scaled", ((1, 1), (1, 4), (2, 1), (10, 1))), ("rotated", ((1, 1),)), ("whitened", ((1, 1),))
+    for transform, ways in every_way:
+        for count, draws in ways:
             told = f"{transform}, rows = {count}" + (f", {draws} draws" if draws > 1 else "")
             rows_of = summed(count, draws, transform)
             listed += [
@@ -157,6 +159,7 @@ def hypotheses() -> list[Hypothesis]:
                 Hypothesis(white, f"{told}: deflated", rows_of),
                 Hypothesis(white, f"{told}: inner products, with lengths", rows_of, _with_lengths(plain)),
                 Hypothesis(white, f"{told}: deflated, with lengths", rows_of, _with_lengths(deflated)),
+                Hypothesis(white, f"{told}: ridge 3, with lengths", rows_of, _with_lengths(ridge)),
             ]
     what = "what is summed"
     squares = row_kernels.signed_squares
@@ -179,7 +182,7 @@ def hypotheses() -> list[Hypothesis]:
     ]
     transforms = "transform"
     for transform in row_kernels.TRANSFORMS:
-        if transform not in ("sign", "whitened", "rotated"):
+        if transform not in ("sign", "scaled", "whitened", "rotated"):
             listed.append(Hypothesis(transforms, f"{transform}, low five", _of(transform, LOW)))
     listed.append(Hypothesis(transforms, "sign, low five", once(LOW)))
     return listed

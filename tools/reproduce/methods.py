@@ -5,6 +5,7 @@ lowers the loss of a query more. To add one, add a line to `methods`.
 
     deflated    DMin's default: rows of signs, of ten timesteps, deflated
     one-row     the same with one row, of the mean gradient of the ten timesteps
+    scaled-row  one row of the mean gradient, scaled by second moments, deflated, times the samples' lengths
     paper       the paper's: rows as they are, inner products
     sign        rows of signs, inner products
     pixels      likeness of the pictures; it knows nothing of the model
@@ -26,7 +27,7 @@ from finetune import Tuning
 from finetune_truth import Truth
 from gradient_file import EVEN, Gradients, Objective, ask_pictures, open_gradients
 from numpy.typing import NDArray
-from row_kernels import Doubles, Floats, Kernel, Row, deflated, kernel_of, plain
+from row_kernels import Doubles, Floats, Kernel, Row, deflated, kernel_of, plain, with_lengths
 
 TIMESTEPS = EVEN
 """Of all methods, with one draw of noise each: they cost the same passes."""
@@ -63,6 +64,7 @@ def methods(ridge: float = RIDGE) -> list[Method]:
     return [
         ("deflated", lambda given: deflated(_kernels(given, "sign"))),
         ("one-row", lambda given: deflated([_one_row(given)])),
+        ("scaled-row", _scaled_row),
         (PAPER, lambda given: plain(_kernels(given, "none"))),
         ("sign", lambda given: plain(_kernels(given, "sign"))),
         ("pixels", lambda given: pixels(given.samples, given.queries)),
@@ -144,8 +146,13 @@ def _kernels(given: Given, transform: str) -> list[Kernel]:
     return [kernel_of(given.loss, Row(((t, 0),), transform), given.kept) for t in TIMESTEPS]
 
 
-def _one_row(given: Given) -> Kernel:
-    return kernel_of(given.loss, Row(tuple((t, 0) for t in TIMESTEPS), divided=False), given.kept)
+def _one_row(given: Given, transform: str = "sign") -> Kernel:
+    return kernel_of(given.loss, Row(tuple((t, 0) for t in TIMESTEPS), transform, divided=False), given.kept)
+
+
+def _scaled_row(given: Given) -> Doubles:
+    kernels = [_one_row(given, "scaled")]
+    return with_lengths(deflated(kernels), kernels)
 
 
 def _cosine(one: Floats, other: Floats) -> float:

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "whitened", "rotated")
+TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "scaled", "whitened", "rotated")
 DEAD = 0.02
 """Elements below this part of their parameter's root mean square have no sign in the dead zone."""
 DAMPING = 0.1
 """What is added to second moments before gradients are divided by their roots, as a part of the mean of all."""
+SCALED_DAMPING, SCALED_FROM = 0.03, 32
+"""The same for scaled gradients, and the samples whose moments are known to them."""
 LARGEST_SIDE = 3000
 """Of a matrix that is rotated."""
 BLOCK = 2**16
@@ -92,6 +94,8 @@ def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
         total = mean if total is None else total.add_(mean)
     if total is None:
         raise ValueError("A row needs a pass.")
+    if row.transform == "scaled":
+        return scaled(total, gradients, row.passes)
     if row.transform in ("whitened", "rotated"):
         return whitened(total, gradients, row.passes, rotated=row.transform == "rotated")
     return transformed(total, row.transform, gradients)
@@ -117,6 +121,24 @@ def whitened(
             part, rows[:, place] = (_turned(x, shape, sides) for x in (part, rows[:, place]))
         moments[place] = part.square().mean(0)
     return rows.div_((moments + DAMPING * moments.mean()).sqrt())
+
+
+def scaled(rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """Rows (n, P) over the roots of second moments of few samples, each matrix's by its rows and columns alone, as in
+    Adafactor (arXiv 1804.04235, equation 4)."""
+    places = [gradients.passes.index(p) for p in passes]
+    few = np.sort(np.random.default_rng(0).permutation(gradients.samples)[:SCALED_FROM])
+    scales = torch.from_numpy(np.array(gradients.norms[few][:, places]))
+    scales /= torch.from_numpy(np.array(gradients.norms[: gradients.samples, places])).mean()
+    moments = torch.zeros(rows.shape[1])
+    for place, shape in gradients.layers:
+        listed = [gradients.rows[few, k, place].astype(np.float32) for k in places]
+        of = (torch.from_numpy(np.stack(listed, 1)) * scales[:, :, None]).square().mean((0, 1))
+        if len(shape) > 1:
+            of = of.reshape(shape[0], -1)
+            of = (of.mean(1, keepdim=True) * of.mean(0) / of.mean().clamp_min(1e-30)).flatten()
+        moments[place] = of
+    return rows.div_((moments + SCALED_DAMPING * moments.mean()).sqrt())
 
 
 def _eigenvectors(matrices: torch.Tensor) -> list[torch.Tensor | None]:

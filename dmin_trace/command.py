@@ -55,6 +55,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     strict: an error in the capture ends the training.
     edited_script: continue a store that was begun with another state of the script.
     any_device: queries may run on another type of device than the trace's.
+    stages: a file to which a job for queries writes what it does, a line for each stage.
     """
 
     mode: Literal["final", "now", "estimate"]
@@ -70,6 +71,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     strict: bool = False
     edited_script: bool = False
     any_device: bool = False
+    stages: str | None = None
 
     def to_json(self) -> str:
         """The job as text, for another process."""

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -24,7 +24,14 @@ from dmin_trace.command import Command, Job, is_launch_variable
 from dmin_trace.errors import DminTraceError, ScriptError, StoppedError
 
 JOB_FILE, REFUSAL_FILE, COST_FILE = "job.json", "refusal.json", "cost.json"
+STAGES_FILE, READ_FILE = "stages.jsonl", "read.json"
 """What a job and the process that started it exchange: never by printed text, which the script's own may hide."""
+LOADING, GRADIENTS = "Loading the model", "Gradients"
+"""The stages that a job for queries tells, after it was started."""
+POLL_SECONDS = 0.1
+"""How often the stages of a job are looked at."""
+Tell = Callable[[str, int, int], None]
+"""Called with the stage that a job is in, how much of it is done, and how much there is; 0 and 0 if that is unknown."""
 _PYTHON = re.compile(r"python[\d.]*(\.exe)?")
 _OPTION = re.compile(r"""["'](--[A-Za-z][\w-]*)["']""")
 """An option's name, as a script gives it to argparse."""
@@ -68,18 +75,18 @@ def _full_name(word: str, options: set[str]) -> str:
     return found[0] + equals + value if len(found) == 1 else word
 
 
-def start_job(job: Job, folder: Path, log: BinaryIO | None = None) -> int:
+def start_job(job: Job, folder: Path, log: BinaryIO | None = None, tell: Tell | None = None) -> int:
     """Runs a job in a process of its own, and returns the exit code; `folder` is for the files that they exchange.
 
-    The job's output goes to `log`, or to the terminal. Raises the error that the job refused or failed with.
+    The job's output goes to `log`, or to the terminal. `tell` is called with each stage of a job with a log. Raises the
+    error that the job refused or failed with.
     """
+    if tell is not None:
+        job = msgspec.structs.replace(job, stages=str(folder / STAGES_FILE))
     (folder / JOB_FILE).write_text(job.to_json(), encoding="utf-8")
     command = job.command
     launch = [*(command.launcher or [sys.executable]), "-m", "dmin_trace.capture.launch", str(folder / JOB_FILE)]
-    environment = dict(os.environ)
-    if command.environment is not None:
-        environment = {name: value for name, value in environment.items() if not is_launch_variable(name)}
-        environment |= command.environment
+    environment = job_environment(command)
     # Otherwise a folder named dmin_trace in the working directory would be imported.
     environment["PYTHONSAFEPATH"] = "1"
     if log is None:
@@ -88,18 +95,52 @@ def start_job(job: Job, folder: Path, log: BinaryIO | None = None) -> int:
     else:
         # `datasets` would keep a copy of every query.
         environment["HF_DATASETS_CACHE"] = str(folder / "cache")
-        code = subprocess.run(
-            launch,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            cwd=command.folder,
-            check=False,
-        ).returncode
+        nothing = subprocess.DEVNULL
+        with subprocess.Popen(
+            launch, stdin=nothing, stdout=log, stderr=log, env=environment, cwd=command.folder
+        ) as process:
+            try:
+                code = _wait(process, folder / STAGES_FILE, tell)
+            except BaseException:
+                process.kill()
+                raise
     if (folder / REFUSAL_FILE).is_file():
         raise _read_refusal(folder / REFUSAL_FILE)
     return code
+
+
+def job_environment(command: Command) -> dict[str, str]:
+    """The environment variables that a command is started with: those of this process, or of the run it repeats."""
+    environment = dict(os.environ)
+    if command.environment is not None:
+        environment = {name: value for name, value in environment.items() if not is_launch_variable(name)}
+        environment |= command.environment
+    return environment
+
+
+def tell_stage(job: Job, stage: str, done: int = 0, total: int = 0) -> None:
+    """Tells the process that started a job for queries what the job does now; nothing for another job."""
+    if job.stages is not None:
+        with Path(job.stages).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([stage, done, total]) + "\n")
+
+
+def _wait(process: subprocess.Popen[bytes], stages: Path, tell: Tell | None) -> int:
+    """Waits until a job ends, and tells its stages meanwhile. Returns its exit code."""
+    told = 0
+    while True:
+        try:
+            code = process.wait(None if tell is None else POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = None
+        if tell is not None and stages.is_file():
+            # The last line may be half written.
+            lines = stages.read_text(encoding="utf-8").split("\n")[:-1]
+            for line in lines[told:]:
+                tell(*json.loads(line))
+            told = len(lines)
+        if code is not None:
+            return code
 
 
 def write_refusal(folder: Path, error: DminTraceError) -> None:

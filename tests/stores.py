@@ -127,13 +127,14 @@ def write(writer: Writer, rows: Rows, chunk: int) -> None:
     writer.write(chunk, *stored, rows.norm[here], rows.loss[here], rows.sample[here], columns)
 
 
-def write_store(path: Path, header: Header, rows: Rows) -> Store:
-    """A finished store of these rows."""
+def write_store(path: Path, header: Header, rows: Rows, done: int | None = None) -> Store:
+    """A store of these rows: finished, or with so many chunks `done`."""
     writer = create(path, header)
-    for chunk in writer.pending():
+    for chunk in writer.pending()[:done]:
         write(writer, rows, chunk)
-    writer.finish()
-    return open_store(path)
+    if done is None:
+        writer.finish()
+    return open_store(path, unfinished=done is not None)
 
 
 def content(folder: Path) -> dict[str, bytes]:

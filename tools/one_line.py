@@ -415,6 +415,7 @@ def _steps(script: Script, examples: Path, work: Path, outcome: Outcome) -> Iter
         "-m",
         "dmin_trace.cli.app",
         "query",
+        "--no-cache",
         "--score",
         "dmin",
         demanded,

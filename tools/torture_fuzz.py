@@ -14,6 +14,7 @@ import copy
 import importlib.util
 import io
 import json
+import logging
 import os
 import random
 import resource
@@ -47,6 +48,8 @@ from dmin_trace import views as report
 from dmin_trace.capture import weight_files as weights
 from dmin_trace.errors import DminTraceError
 from dmin_trace.query import AnsweredBy, Hit, Record, TopK
+from dmin_trace.query.file_marks import mark_of
+from dmin_trace.query.gradient_cache import GradientCache
 from dmin_trace.query.inputs import image_file
 from dmin_trace.search import Background, Facts, hnsw
 from dmin_trace.search.index import open_directions
@@ -220,10 +223,29 @@ def targets(folder: Path) -> dict[str, Target]:
         _put(harmed / "retrained.npz", data)
         examine.read_retrained(harmed / "retrained.npz", trace.header.samples, 2)
 
+    def read_entry(data: bytes) -> None:
+        _put(cache.folder / f"{key}.npz", data)
+        logging.disable()  # each refusal is a line
+        try:
+            found = cache.find(key, (2, 8))
+        finally:
+            logging.disable(logging.NOTSET)
+        if found is None:
+            raise RefusedError
+        assert found.shape == (2, 8) and np.isfinite(found).all()
+
+    def read_entry_facts(data: bytes) -> None:
+        read_entry(_entry(json.dumps(_edited(entry_facts, data)).encode()))
+
     def read_image(data: bytes) -> None:
         _put(harmed / "image.png", data)
         image_file(harmed / "image.png", harmed / "made.png")
 
+    key, cache = "a" * 64, GradientCache(folder / "cache")
+    cache.keep(key, np.ones((2, 8), np.float32), [mark for mark in (mark_of(trace.path / "zarr.json"),) if mark])
+    entry = (cache.folder / f"{key}.npz").read_bytes()
+    with np.load(io.BytesIO(entry)) as arrays_of_entry:
+        entry_facts = json.loads(arrays_of_entry["facts"].tobytes())
     shutil.copytree(folder / "plain", harmed)
     shutil.copytree(folder / "plain", harmed / "plain")
     shutil.copytree(folder / "packed", harmed / "packed")
@@ -253,6 +275,8 @@ def targets(folder: Path) -> dict[str, Target]:
         "weights": Target(4, [safetensors], read_weights),
         "arrays": Target(3, [_arrays(trace.header.samples)], read_arrays),
         "image": Target(3, images, read_image),
+        "cached query": Target(3, [entry], read_entry),
+        "cached facts": Target(3, edits, read_entry_facts),
     }
 
 
@@ -376,6 +400,13 @@ class Tags(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not data.replace("\n", "").isprintable():
             raise AssertionError(f"a page shows {data!r}")
+
+
+def _entry(facts: bytes) -> bytes:
+    """An entry of the cache of queries, with these facts."""
+    file = io.BytesIO()
+    np.savez(file, gradients=np.ones((2, 8), np.float32), facts=np.frombuffer(facts, np.uint8))
+    return file.getvalue()
 
 
 def _arrays(samples: int) -> bytes:

@@ -89,6 +89,11 @@ class Columns:
             }
         return {name: _converted(self._find(name, sample, item), kind) for name, kind in self.kinds.items()}
 
+    def file(self, sample: int) -> str | None:
+        """The file of the sample that was read last, if it is known without its item."""
+        opened = () if self._reading is None else self._reading().files
+        return None if self._pictures is None else self._pictures.file(sample, opened)
+
     def _find(self, name: str, sample: int, item: Any) -> Value | None:
         reading = None if self._reading is None else self._reading()
         opened, drawn = ((), ()) if reading is None else (reading.files, reading.texts)

@@ -20,11 +20,12 @@ from dmin_trace.capture.accelerate.attach import ScriptCapture, find_args
 from dmin_trace.capture.accelerate.driver import CaptureFinished
 from dmin_trace.capture.host import script_host
 from dmin_trace.capture.random_calls import medians
+from dmin_trace.capture.read_files import ReadFiles
 from dmin_trace.capture.subsets import DrawnSubsets
 from dmin_trace.capture.write_guard import protect_older_files
 from dmin_trace.command import Command, Job
 from dmin_trace.errors import DminTraceError, ScriptError
-from dmin_trace.start import COST_FILE, write_refusal
+from dmin_trace.start import COST_FILE, LOADING, READ_FILE, tell_stage, write_refusal
 
 
 class _ScriptExitError(ScriptError):
@@ -85,6 +86,7 @@ def _as_main(job: Job, captures: list[ScriptCapture]) -> Iterator[None]:
         make(self, *args, **options)
         if subsets is not None:
             subsets.watch_datasets()
+        tell_stage(job, LOADING)
         captures.append(
             ScriptCapture(self, job, find_args(), launched=True, subsets=subsets, draws_before=draws_before)
         )
@@ -124,9 +126,13 @@ def main() -> int:
     os.environ.pop("PYTHONSAFEPATH", None)
     job = Job.from_json(path.read_text(encoding="utf-8"))
     try:
+        read = None
         if job.like is not None:
             protect_older_files(path.parent)
+            read = ReadFiles()
         capture = run_script(job)
+        if read is not None:
+            (path.parent / READ_FILE).write_text(json.dumps(read.names()), encoding="utf-8")
         if job.mode == "estimate":
             from dmin_trace.capture.estimate import estimate_cost
 

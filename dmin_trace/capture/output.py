@@ -25,6 +25,7 @@ class CaptureOutput:
     reserve: bytes that must stay free on the disk for what the script saves at its end; None for no such limit.
     trial: capture two samples, check them, and write nothing.
     created: called with the header of a new store.
+    progressed: called with how many rows this process has recorded, and how many it will.
     ranks: the processes that fill the store.
     """
 
@@ -34,6 +35,7 @@ class CaptureOutput:
     reserve: int | None = None
     trial: bool = False
     created: Callable[[Header], None] = lambda header: None
+    progressed: Callable[[int, int], None] = lambda done, total: None
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:

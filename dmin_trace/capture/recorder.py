@@ -140,6 +140,7 @@ class Recorder:
         if ranks.rank == 0:
             self._progress.add_task("capture", total=self._longest, rate="")
             self._progress.start()
+        self.output.progressed(0, self._longest)
         samples += [samples[-1] if samples else 0] * (self._longest - len(samples))
         # The last is recorded again, as the first row. The first sample of a store that is continued must be as it was.
         if samples and self.output.like is None:
@@ -197,7 +198,8 @@ class Recorder:
         if checks.noise is None:
             raise CaptureError("No sample was recorded before its header. This is an error of dmin_trace; report it.")
         reached = zip(trained.names, checks.reached, strict=True)
-        data_sha256 = "" if fetch is None else data_fingerprint(source.samples, self._thumbnails.watch(fetch))
+        watched = self._thumbnails.watch
+        data_sha256 = "" if fetch is None else data_fingerprint(source.samples, watched(fetch, source.columns.file))
         self._thumbnails.decide()
         return Header(
             id=uuid.uuid4().hex,
@@ -328,6 +330,7 @@ class Recorder:
     def _end_row(self, row: Row | None) -> None:
         """Keeps a row, unless it is a repeated one, and stops here after a signal."""
         self._rows += 1
+        self.output.progressed(self._rows, self._longest)
         for task in self._progress.tasks:
             self._progress.update(task.id, advance=1, rate=f"{task.speed:.1f}/s" if task.speed else "")
         chunks, ranks = self._chunks, self._ranks

@@ -2,13 +2,13 @@
 
 The batch of a sample has its picture as a tensor, whose values a script scales to [-1, 1], to [0, 1] or otherwise.
 Which of these it is cannot be told from one sample: a bright picture has no values below zero either way. So it is
-decided once for a capture, from the samples of which the data set's fingerprint is made. They are the same in every
-process and in every capture of the data set. The store keeps what was decided.
+decided once for a capture, from the samples of which the data set's fingerprint is made, and from how bright their
+files are. They are the same in every process and in every capture of the data set. The store keeps what was decided.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ OTHER_WORDS = (
 CHANNELS = (1, 3)
 TOLERANCE = 0.1
 """By how much an interpolated picture may leave its range."""
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COMPARED_SIDE = 64
+"""Pixels of the longer side of a file's picture, of which the mean is taken."""
 
 
 class SampleThumbnails:
@@ -51,19 +54,25 @@ class SampleThumbnails:
         self._batch: Any = None
         self._file: str | None = None
         self._low, self._high = math.inf, -math.inf
+        # The entry with the pictures in the batches that were looked at.
+        self._entry: str | None = None
+        self._means: list[tuple[float, float]] = []
         self._warned = False
 
     def begin(self, batch: Any, file: object = None) -> None:
         """Begins a sample, by its batch and its file; None for what is not known."""
         self._batch, self._file = batch, file if isinstance(file, str) else None
 
-    def watch(self, fetch: Callable[[int], Any]) -> Callable[[int], Any]:
-        """The same function; the values in the batches that it gives tell the range of the pictures."""
+    def watch(
+        self, fetch: Callable[[int], Any], file_of: Callable[[int], str | None] = lambda sample: None
+    ) -> Callable[[int], Any]:
+        """The same function; the values in the batches that it gives, and the files of the samples, which `file_of`
+        gives after each, tell the range of the pictures."""
 
         def watched(sample: int) -> Any:
             batch = fetch(sample)
             try:
-                self._note(batch)
+                self._note(batch, file_of(sample))
             except Exception:
                 logger.debug("The values of a batch could not be read.", exc_info=True)
             return batch
@@ -75,12 +84,11 @@ class SampleThumbnails:
         if not self._side:
             return
         try:
-            if (entry := find_picture(self._batch)) is not None:
-                if self._low > self._high:
-                    self._note(self._batch)
-                low, high = value_range(self._low, self._high)
-                self.facts = ThumbnailFacts(side=self._side, entry=entry, low=low, high=high)
-            elif self._file is not None and read_file(self._file, self._side) is not None:
+            self._note(self._batch, self._file)
+            if self._entry is not None:
+                low, high = value_range(self._low, self._high, self._means)
+                self.facts = ThumbnailFacts(side=self._side, entry=self._entry, low=low, high=high)
+            elif self._file is not None and _may_be_picture(self._file, self._side):
                 self.facts = ThumbnailFacts(side=self._side, entry="", low=0.0, high=255.0)
         except Exception:
             logger.debug("The first sample's picture could not be read.", exc_info=True)
@@ -104,15 +112,21 @@ class SampleThumbnails:
                 logger.warning("The picture of a sample could not be made: %s. It has none.", message_of(error))
             return b""
 
-    def _note(self, batch: Any) -> None:
-        if (entry := find_picture(batch)) is None or (picture := picture_in(batch, entry)) is None:
+    def _note(self, batch: Any, file: str | None) -> None:
+        """Looks at the picture in a sample's batch, and compares it with that in its file, if both are known."""
+        entry = find_picture(batch) if self._entry is None else self._entry
+        if entry is None or (picture := picture_in(batch, entry)) is None:
             return
+        self._entry = entry
         if picture.dtype == torch.uint8:
             self._low, self._high = 0.0, 255.0
             return
         finite = picture[torch.isfinite(picture)].float()
-        if finite.numel():
-            self._low, self._high = min(self._low, finite.min().item()), max(self._high, finite.max().item())
+        if not finite.numel():
+            return
+        self._low, self._high = min(self._low, finite.min().item()), max(self._high, finite.max().item())
+        if file is not None and (image := read_file(file, COMPARED_SIDE)) is not None:
+            self._means.append((finite.mean().item(), float(np.asarray(image).mean() / 255)))
 
     def _image(self, picture: torch.Tensor, facts: ThumbnailFacts) -> Image.Image:
         values = picture.detach().float()
@@ -162,16 +176,22 @@ def picture_in(batch: Any, entry: str) -> torch.Tensor | None:
     return first if first.shape[0] in CHANNELS else None
 
 
-def value_range(low: float, high: float) -> tuple[float, float]:
+def value_range(low: float, high: float, means: Sequence[tuple[float, float]] = ()) -> tuple[float, float]:
     """The values of black and white, by the least and the largest value in the pictures of several samples.
 
     Scripts scale pictures to [-1, 1], which shows in values below zero, to [0, 1], or leave them in [0, 255]. Anything
     else (a mean and a deviation of the data set, say) is taken to reach from black to white.
+
+    `means`: for samples whose files are known, the mean of the values and that of the file, from 0 to 1. They tell
+    pictures that are all bright from those in [0, 1]. A crop changes a mean, but little.
     """
     if -1 - TOLERANCE <= low < -TOLERANCE and high <= 1 + TOLERANCE:
         return -1.0, 1.0
     if low >= -TOLERANCE and high <= 1 + TOLERANCE:
-        return 0.0, 1.0
+        as_signed = sum(abs(ours - (2 * theirs - 1)) for ours, theirs in means)
+        as_unsigned = sum(abs(ours - theirs) for ours, theirs in means)
+        is_bright = as_signed < min(as_unsigned / 2, TOLERANCE * len(means))
+        return (-1.0, 1.0) if is_bright else (0.0, 1.0)
     if low >= -TOLERANCE and 16 < high <= 255 * (1 + TOLERANCE):
         return 0.0, 255.0
     return low, max(high, low + 1e-3)
@@ -192,6 +212,11 @@ def read_file(path: str, side: int) -> Image.Image | None:
     except Exception:  # a decoder may raise anything
         logger.debug("%s could not be read as a picture.", path, exc_info=True)
         return None
+
+
+def _may_be_picture(path: str, side: int) -> bool:
+    """Whether a file is a picture; or would be by its name, where this one is missing or damaged."""
+    return Path(path).suffix.lower() in PICTURE_ENDINGS or read_file(path, side) is not None
 
 
 def _shrunk(image: Image.Image, side: int) -> Image.Image:

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import TaskID
 
 from dmin_trace.cli import options
-from dmin_trace.cli.console import print_note, progress_bar
+from dmin_trace.cli.console import print_note, step_bars
 from dmin_trace.errors import SettingsError
 from dmin_trace.views import audit_json, audit_lines, audit_tables, table_csv
 
@@ -48,14 +47,7 @@ def audit(
     if k < 1:
         raise SettingsError(f"k is {k}; expected 1 or more.")
     opened = open_trace(trace, unfinished=True)
-    tasks: dict[str, TaskID] = {}
-    with progress_bar() as progress:
-
-        def show(step: str, done: int, of: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step)
-            progress.update(tasks[step], completed=done, total=of)
-
+    with step_bars() as show:
         found = audit_trace(opened, column, progress=show)
     console = Console()
     for table in audit_tables(found, k, ascii_only=console.options.ascii_only):

@@ -1,9 +1,12 @@
 """What commands print: notes, progress bars and the log. All texts are made harmless first."""
 
 import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from dmin_trace.views import harmless
@@ -29,15 +32,40 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+@contextmanager
+def step_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each step of some work, which calls what this gives: with a step, how much is done, of how
+    much."""
+    tasks: dict[str, TaskID] = {}
+    with progress_bar() as progress:
+
+        def show(step: str, done: int, of: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step)
+            progress.update(tasks[step], completed=done, total=of)
+
+        yield show
+
+
 def show_log(verbose: bool) -> bool:
     """Shows the library's warnings and errors, and with `verbose` all of its log. Returns `verbose`, for typer."""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(_HarmlessFormatter("dmin-trace: %(message)s"))
     library = logging.getLogger("dmin_trace")
     library.addHandler(handler)
     library.setLevel(logging.DEBUG if verbose else logging.WARNING)
     library.propagate = False
     return verbose
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what is standard error now: a line of progress puts itself in its place, and stays below the log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 class _HarmlessFormatter(logging.Formatter):

@@ -66,6 +66,7 @@ def lds(
     score: options.ScoreName = "deflated",
     json_path: options.JsonPath = None,
     edited_script: options.EditedScript = False,
+    no_cache: options.NoCache = False,
 ) -> None:
     """Linear datamodeling score: how well scores predict which retrained model has the lower loss on a query.
 
@@ -83,8 +84,9 @@ def lds(
     inputs = read_inputs(images or [], prompt or [], conditioning or [])
     # Read before the queries are captured, which takes long.
     retrained = read_retrained(models, len(opened), len(sample or inputs))
-    with Console(stderr=True).status("Capturing the gradients of the queries") as status:
-        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script)
+    with Console(stderr=True).status("Reading the queries") as status:
+        asked = context.obj, edited_script, False, not no_cache, status.update
+        queries = read_queries(opened, sample, inputs, weights, *asked)
         status.update("Scoring every sample")
         found = measure_datamodeling(opened, queries, retrained, score=score, seed=seed)
     _show(found, opened, json_path)

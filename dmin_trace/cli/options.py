@@ -140,6 +140,12 @@ AnyDevice = Annotated[
         rich_help_panel=EXPERT,
     ),
 ]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache", help="Run the script, even for queries that are known from before.", rich_help_panel=EXPERT
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", callback=show_log, help="Show the whole log.", rich_help_panel=EXPERT)
 ]

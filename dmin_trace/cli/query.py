@@ -1,6 +1,6 @@
 """The command query: which training samples influenced an image most."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,6 +79,8 @@ def query(
     ] = False,
     edited_script: options.EditedScript = False,
     any_device: options.AnyDevice = False,
+    no_cache: options.NoCache = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Show the most influential training samples for each image.
 
@@ -96,6 +98,7 @@ def query(
     """
     from dmin_trace.query import (
         QueryInput,
+        Stages,
         generate_images,
         group_samples,
         open_trace,
@@ -127,10 +130,11 @@ def query(
         # A mistake in the groups is found before the queries are captured.
         group_samples(opened, by, groups)
     with Console(stderr=True).status("Reading the queries") as status:
+        stages = Stages(status.update)
         if prompt and not images:
             # A concept that is not in its prompt is found before the images are made.
             pairs = with_concepts([QueryInput(trace, text) for text in prompt], concept or [], without or [])
-            status.update("Making images")
+            stages.begin("Making images")
             folder = made or trace.absolute().parent / "generated"
             count = 1 if num is None else num
             made_images = generate_images(opened.store, prompt, folder, num=count, seed=seed or 0, command=context.obj)
@@ -140,15 +144,17 @@ def query(
             inputs = with_concepts(
                 read_inputs(images or [], prompt or [], conditioning or []), concept or [], without or []
             )
-        status.update("Capturing the gradients of the queries")
-        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script, any_device)
-        status.update("Scoring")
+        stages.end()
+        asked = context.obj, edited_script, any_device, not no_cache, status.update
+        queries = read_queries(opened, sample, inputs, weights, *asked)
+        stages.begin("Searching")
         top = opened.top_k(queries, k, score, exact=exact)
         totals = opened.totals(queries, by, groups, merge=merge, score=score) if grouped else None
         # Those that are most against a query take a scan: they are looked for where there was one already.
         lowest = None
         if html_path is not None and top.answered_by.recall is None:
             lowest = opened.top_k(queries, min(k, MOST_AGAINST), score, largest=False)
+        stages.end()
     console = Console()
     draw = find_draw(console) if shows_pictures(console, shown_images) else None
     for number in range(len(top)):
@@ -193,6 +199,8 @@ def read_queries(
     command: Sequence[str],
     edited_script: bool,
     any_device: bool = False,
+    cache: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> "Queries":
     """The queries: stored samples, or else images. `command` is the script's, or empty for the remembered one."""
     if samples:
@@ -208,4 +216,6 @@ def read_queries(
         command=command,
         edited_script=edited_script,
         any_device=any_device,
+        cache=cache,
+        progress=progress,
     )

@@ -30,6 +30,8 @@ def scores(
     score: options.ScoreName = "deflated",
     edited_script: options.EditedScript = False,
     any_device: options.AnyDevice = False,
+    no_cache: options.NoCache = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Write the influence score of every training sample for each image to a file.
 
@@ -51,8 +53,8 @@ def scores(
     with Console(stderr=True).status("Reading the queries") as status:
         inputs = read_inputs(images or [], prompt or [], conditioning or [])
         inputs = with_concepts(inputs, concept or [], without or [])
-        status.update("Capturing the gradients of the queries")
-        queries = read_queries(opened, sample, inputs, weights, context.obj, edited_script, any_device)
+        asked = context.obj, edited_script, any_device, not no_cache, status.update
+        queries = read_queries(opened, sample, inputs, weights, *asked)
     with progress_bar() as progress:
         task = progress.add_task("writing scores", total=len(queries))
         opened.write_scores(

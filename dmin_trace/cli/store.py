@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from dmin_trace import views
-from dmin_trace.cli.console import print_note, progress_bar
+from dmin_trace.cli.console import print_note, progress_bar, step_bars
 from dmin_trace.cli.options import JsonPath, TracePath, Verbose
 from dmin_trace.errors import SettingsError
 from dmin_trace.settings import Codec, Dtype, make_settings
@@ -90,14 +90,7 @@ def index(
     if fold != "auto" and not fold.isdecimal():
         raise SettingsError(f"--fold is {fold!r}; expected auto, or a number such as 128.")
     store = open_store(trace)
-    tasks: dict[str, TaskID] = {}
-    with progress_bar() as progress:
-
-        def show(step: str, done: int, of: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step)
-            progress.update(tasks[step], completed=done, total=of)
-
+    with step_bars() as show:
         facts = build_index(
             store,
             recall=recall,

@@ -1,11 +1,11 @@
-"""Images and prompts in, query gradients out: the traced script runs once more, in a process of its own, with the
-traced weights, and with its data argument pointed at a folder with the queries."""
+"""Images and prompts in, query gradients out: checks what a query must have, takes what is known from before from the
+cache, and runs the traced script on the rest (`script_runs`)."""
 
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,13 +13,19 @@ import numpy as np
 from PIL import Image
 
 from dmin_trace.capture.host import Host, script_host
-from dmin_trace.command import Command, Job, recall, script_of
-from dmin_trace.errors import QueryError, ScriptError, WeightsError, brief
+from dmin_trace.command import Command, recall, script_of
+from dmin_trace.errors import QueryError, WeightsError, brief
+from dmin_trace.query.file_marks import weight_marks
+from dmin_trace.query.gradient_cache import GradientCache
 from dmin_trace.query.inputs import ImageInput, QueryInput, image_file
-from dmin_trace.start import given_command, start_job, with_full_names
-from dmin_trace.store import FILE_COLUMN, Queries, Store, check_script, open_store, query_gradients, weights_beside
+from dmin_trace.query.query_key import query_key, run_key
+from dmin_trace.query.script_runs import ScriptQuery, ScriptRuns
+from dmin_trace.query.stages import Stages
+from dmin_trace.start import given_command, with_full_names
+from dmin_trace.store import Queries, Store, check_script, weights_beside
 
 logger = logging.getLogger(__name__)
+CHECKING = "Checking the queries"
 
 
 def capture_queries(
@@ -32,8 +38,12 @@ def capture_queries(
     edited_script: bool = False,
     any_device: bool = False,
     without: Sequence[str | None] | None = None,
+    cache: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> Queries:
     """The projected gradients of images. Arguments and errors are those of `Trace.query_images`."""
+    stages = Stages(progress)
+    stages.begin(CHECKING)
     if not images:
         raise QueryError("No image was given. Give at least one.")
     prompts = [None] * len(images) if prompts is None else list(prompts)
@@ -45,9 +55,10 @@ def capture_queries(
             raise QueryError(f"{len(images)} images were given and {len(given)} {what}. Give one for each image.")
     names = tuple(f"image {n}" if isinstance(one, Image.Image) else Path(one).name for n, one in enumerate(images))
     run = traced_command(store, command)
+    # Nothing is known of a script that is missing; running it says so.
+    script = script_of(run.script)
     if not edited_script:
-        # Nothing is known of a script that is missing; running it says so.
-        script, same = script_of(run.script), "if its loss and its data are the same"
+        same = "if its loss and its data are the same"
         advice = f"Query with the script as it was; or, {same}, with --edited-script (edited_script=True)."
         check_script(store.path, store.header, script.name, script.sha256, advice)
     host, batch = script_host(), store.header.batch
@@ -67,44 +78,34 @@ def capture_queries(
     loaded = Path(weights) if weights is not None else weights_beside(store.path)
     if not loaded.exists():
         raise WeightsError(f"There are no weights at {loaded}. Give those that were traced, with --weights.")
-    gradients = np.zeros((len(images), store.header.gradient_count, store.header.dimension), np.float32)
+    shape = store.header.gradient_count, store.header.dimension
+    gradients = np.zeros((len(images), *shape), np.float32)
+    # What a launcher tells the script is not known before it is run.
+    kept = GradientCache() if cache and script.sha256 and not run.launcher else None
+    keys = [""] * len(images)
     with tempfile.TemporaryDirectory(prefix="dmin-trace-query-") as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary).resolve()
         videos = host.takes_videos(run.arguments)
         files = [image_file(image, folder / f"given{k}.png", video=videos) for k, image in enumerate(images)]
         source_files = [None if s is None else image_file(s, folder / f"source{k}.png") for k, s in enumerate(sources)]
-        wholes = [(k, prompts[k]) for k, lack in enumerate(lacking) if lack is None]
-        # Of a query for a concept, one sample has the prompt, and the next one the prompt without the concept.
-        pairs = [(k, text) for k, lack in enumerate(lacking) if lack is not None for text in (prompts[k], lack)]
-        for samples, differences in ((wholes, False), (pairs, True)):
-            if not samples:
-                continue
-            place = folder / ("pairs" if differences else "wholes")
-            place.mkdir()
-            queries, texts = [k for k, _ in samples], [text for _, text in samples]
-            of_samples = [files[k] for k in queries], texts, [source_files[k] for k in queries]
-            for n, query_run in enumerate(host.prepare_queries(run.arguments, columns, *of_samples, place)):
-                part = place / f"part{n}"
-                part.mkdir()
-                job = Job(
-                    mode="now",
-                    command=msgspec.structs.replace(run, arguments=query_run.arguments),
-                    settings={},
-                    out=str(part / "queries.zarr"),
-                    weights=str(loaded.absolute()),
-                    like=str(store.path.absolute()),
-                    any_device=any_device,
-                    samples=len(query_run.queries),
-                    differences=differences,
-                )
-                if differences:
-                    check_pairs(query_run.queries)
-                _run(job, part)
-                captured = open_store(part / "queries.zarr")
-                group = [queries[sample] for sample in query_run.queries[:: 2 if differences else 1]]
-                group = [group[k] for k in _order(captured)]
-                concepts = range(len(group)) if differences else ()
-                gradients[group] = query_gradients(captured, [names[k] for k in group], concepts)
+        queries = list(map(ScriptQuery, names, files, prompts, source_files, lacking))
+        missing = list(range(len(queries)))
+        if kept is not None:
+            shared = run_key(store.header, run, script, weight_marks(loaded), any_device=any_device)
+            keys = [query_key(shared, one.image, one.prompt, one.without, one.conditioning) for one in queries]
+            known = {k: found for k, key in enumerate(keys) if (found := kept.find(key, shape)) is not None}
+            for k, found in known.items():
+                gradients[k] = found
+            missing = [k for k in missing if k not in known]
+            logger.info("%d of %d queries are known from before.", len(known), len(queries))
+        runs = ScriptRuns(store, host, columns, run, loaded, any_device, folder, stages)
+        for captured in runs.of([queries[k] for k in missing]):
+            for number, of_query in zip(captured.queries, captured.gradients, strict=True):
+                k = missing[number]
+                gradients[k] = of_query
+                if kept is not None and captured.files is not None:
+                    kept.keep(keys[k], of_query, captured.files)
+    stages.end()
     return Queries(gradients, names, tuple(prompts), store.header.id, tuple(lacking))
 
 
@@ -194,16 +195,6 @@ def _check_concept(name: str, prompt: str | None, without: str | None, with_prom
         raise QueryError(f"The two prompts of {name} are the same, {brief(prompt)}, so they make no difference.")
 
 
-def check_pairs(samples: Sequence[int]) -> None:
-    """Raises QueryError unless a run of the script has both samples of each difference, one after the other."""
-    firsts = samples[::2]
-    if list(samples) != [n for first in firsts for n in (first, first + 1)] or any(first % 2 for first in firsts):
-        raise QueryError(
-            "The script takes one prompt for all its images (--instance_prompt), so it cannot run two prompts on one "
-            "picture. Query the whole image: leave out what is without the concept (--concept, --without)."
-        )
-
-
 def _check_conditioning(name: str, source: ImageInput | None, column: str | None) -> None:
     """Raises QueryError if a conditioning image is missing, or given where the data set has no column of them."""
     if column is not None and source is None:
@@ -233,48 +224,3 @@ def _with_data_argument(command: Command) -> Command:
     if name == "{data}":
         return command
     return msgspec.structs.replace(command, arguments=(*command.arguments, name, ""))
-
-
-def _order(captured: Store) -> list[int]:
-    """For each captured sample the number of its query among those of the run, which is in the name of its file.
-
-    A script may shuffle its data. Where files have no such names, samples are in the order of the queries.
-    """
-    count = captured.header.samples
-    names = captured.column(FILE_COLUMN) if captured.header.columns.get(FILE_COLUMN) == "string" else []
-    numbers = [int(stem) if (stem := Path(name).stem).isdecimal() else -1 for name in names]
-    return numbers if sorted(numbers) == list(range(count)) else list(range(count))
-
-
-def _run(job: Job, folder: Path) -> None:
-    """Runs a script on queries, in a copy of its working directory. What it prints is shown only if it fails without
-    saying why."""
-    (work := folder / "work").mkdir()
-    own = Path(job.command.folder)
-    try:
-        for entry in own.iterdir():
-            (work / entry.name).symlink_to(entry)
-    except OSError as error:
-        raise ScriptError(f"The script's folder {own} cannot be read: {error.strerror or error}.") from None
-    arguments = tuple(_from_elsewhere(argument, own) for argument in job.command.arguments)
-    command = msgspec.structs.replace(job.command, arguments=arguments, folder=str(work))
-    with (folder / "log.txt").open("w+b") as log:
-        code = start_job(msgspec.structs.replace(job, command=command), folder, log)
-    if made := sorted(entry.name for entry in work.iterdir() if not entry.is_symlink()):
-        logger.warning("On the query the script wrote %s to its working directory; it is thrown away.", ", ".join(made))
-    if code:
-        said = _last_line((folder / "log.txt").read_text(encoding="utf-8", errors="replace"))
-        raise ScriptError(f"{job.command.script} failed on the query with exit code {code}: {said}")
-
-
-def _last_line(log: str) -> str:
-    """The last line of a script's output that is no progress bar."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", log)]
-    return next((line for line in reversed(lines) if line and not re.search(r"\d+%\|", line)), "it printed nothing")
-
-
-def _from_elsewhere(argument: str, folder: Path) -> str:
-    """An argument, or the value in `--name=value`, with a path that leads out of its folder made absolute."""
-    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    leads_out = value.startswith("..") and (folder / value).exists()
-    return f"{name}{equals}{(folder / value).resolve()}" if leads_out else argument

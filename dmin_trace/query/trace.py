@@ -156,8 +156,10 @@ class Trace:
         command: Sequence[str] | None = None,
         edited_script: bool = False,
         any_device: bool = False,
+        cache: bool = True,
+        progress: Callable[[str], None] | None = None,
     ) -> Queries:
-        """The gradients of images, from one more run of the traced script.
+        """The gradients of images, from one more run of the traced script, or from an earlier one.
 
         Args:
             images: files or PIL images, of the size that the model was trained on; or video files.
@@ -171,6 +173,9 @@ class Trace:
                 that run if not given. `{data}` in an argument stands for the folder with the queries.
             edited_script: the script was edited since the trace was made, but neither its loss nor its data.
             any_device: accept another type of device than the trace's, whose generators draw other noise.
+            cache: keep the gradients in the user's cache folder, and use those that are there: the script is run for
+                the queries that were not asked before, or of which something has changed.
+            progress: called with what the query does now, in words, such as "Gradients 3 of 8".
 
         Raises QueryError if an image is missing, of another size, or lacks its prompt, if the two prompts of a query
         for a concept make no difference or the script takes one prompt for all images, or the command is not known;
@@ -179,7 +184,17 @@ class Trace:
         that is not the trace's is a QueryError.
         """
         queries = capture_queries(
-            self.store, images, prompts, conditioning, weights, command, edited_script, any_device, without
+            self.store,
+            images,
+            prompts,
+            conditioning,
+            weights,
+            command,
+            edited_script,
+            any_device,
+            without,
+            cache,
+            progress,
         )
         return replace(queries, pictures=tuple(map(small_picture, images)))
 
@@ -432,6 +447,7 @@ def attribute(
     exact: bool = False,
     edited_script: bool = False,
     any_device: bool = False,
+    cache: bool = True,
 ) -> list[list[Hit]]:
     """The k training samples with the largest influence score for each image, best first. `trace` may be a path.
 
@@ -451,5 +467,6 @@ def attribute(
         command=command,
         edited_script=edited_script,
         any_device=any_device,
+        cache=cache,
     )
     return opened.top_k(queries, k, score, exact=exact).hits

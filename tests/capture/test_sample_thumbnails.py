@@ -103,6 +103,43 @@ def test_a_range_that_a_later_sample_breaks_is_said_once(caplog: pytest.LogCaptu
     assert len(caplog.records) == 1 and "darker than the pictures" in caplog.text
 
 
+@pytest.mark.parametrize("least", [128, 200, 240])
+@pytest.mark.parametrize("name", ["[-1, 1]", "[0, 1]"])
+def test_pictures_that_are_all_bright_are_told_by_their_files(tmp_path: Path, name: str, least: int) -> None:
+    scale, expected = SCALES[name]
+    files, batches, pixels = [], [], []
+    for k in range(8):
+        pixels.append(np.random.default_rng(k).integers(least, 256, (40, 60, 3), np.uint8))
+        Image.fromarray(pixels[-1]).save(tmp_path / f"{k}.png")
+        files.append(str(tmp_path / f"{k}.png"))
+        # The script crops them.
+        batches.append({"pixel_values": torch.from_numpy(scale(pixels[-1])).permute(2, 0, 1)[None, :, :32, 20:52]})
+    thumbnails = SampleThumbnails(128)
+    fetch = thumbnails.watch(lambda sample: batches[sample], lambda sample: files[sample])
+    for sample in range(8):
+        fetch(sample)
+    thumbnails.begin(batches[0], files[0])
+    thumbnails.decide()
+    assert thumbnails.facts == ThumbnailFacts(side=128, entry="pixel_values", low=expected[0], high=expected[1])
+    shown = decoded(thumbnails.make()).astype(int)
+    assert np.abs(shown - pixels[0][:32, 20:52]).mean() < 12
+
+
+def test_a_file_of_another_picture_changes_no_range() -> None:
+    assert value_range(0.2, 0.9, [(0.5, 0.5)]) == (0, 1)
+    assert value_range(0.2, 0.9, [(0.4, 0.7)]) == (-1, 1)
+    # Neither range fits: the picture is inverted, say.
+    assert value_range(0, 0.9, [(0.1, 0.9)]) == (0, 1)
+    assert value_range(-0.9, 0.9, [(0.5, 0.5)]) == (-1, 1)
+
+
+def test_a_first_sample_without_a_picture_costs_only_its_own() -> None:
+    batches = [{"pixel_values": None}, *({"pixel_values": CHW + k / 4} for k in range(-3, 4))]
+    facts, found = made(batches)
+    assert facts == ThumbnailFacts(side=128, entry="pixel_values", low=-1, high=1)
+    assert found[0] == b"" and all(found[1:])
+
+
 CHW, HW = torch.zeros(1, 3, 8, 6), torch.zeros(1, 8, 6)
 BATCHES: dict[str, tuple[Any, str | None]] = {
     "text to image": ({"pixel_values": CHW, "input_ids": torch.zeros(1, 77).long()}, "pixel_values"),
@@ -202,10 +239,18 @@ def test_latents_have_the_pictures_of_their_files(tmp_path: Path) -> None:
     for file in (None, str(tmp_path / "b.png"), 7):
         thumbnails.begin(latents, file)
         assert thumbnails.make() == b""
-    without = SampleThumbnails(128)
-    without.begin(latents, None)
-    without.decide()
-    assert without.facts is None and without.make() == b""
+    # The first file is missing: others need not be.
+    thumbnails = SampleThumbnails(128)
+    thumbnails.begin(latents, str(tmp_path / "missing.JPG"))
+    thumbnails.decide()
+    assert thumbnails.make() == b""
+    thumbnails.begin(latents, str(tmp_path / "a.png"))
+    assert np.array_equal(decoded(thumbnails.make()), picture(3))
+    for file in (None, str(tmp_path / "a.mp4")):
+        without = SampleThumbnails(128)
+        without.begin(latents, file)
+        without.decide()
+        assert without.facts is None and without.make() == b""
 
 
 def test_an_error_costs_the_picture_and_nothing_else(

@@ -15,7 +15,7 @@ from dmin_trace.errors import DminTraceError
 
 READERS = (
     *("json", "header", "header text", "settings", "index facts", "outputs", "store", "index", "graph", "captions"),
-    *("thumbnails", "thumbnail", "packed chunk", "list", "weights", "arrays", "image"),
+    *("thumbnails", "thumbnail", "packed chunk", "list", "weights", "arrays", "image", "cached query", "cached facts"),
 )
 
 

@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import Encoder
 from oracle import slot_seed, unshuffled
 from PIL import Image
 from rich.filesize import decimal
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import run, without_the_line
 from tiny_pipelines import caption, captioned_images, command_line, picture, tiny_pipeline
 from transformers import CLIPTextModel
@@ -249,6 +249,27 @@ def test_a_query_for_a_concept_is_the_difference_of_two_gradients(
         assert [hit["sample"] for hit in of_command["hits"]] == top.samples[row].tolist()
     whole = trace.query_images([picture(2)], [caption(2)]).gradients[0]
     assert np.linalg.norm(queries.gradients[1] - whole) <= 1e-6 * np.linalg.norm(whole)
+
+
+def test_a_query_with_prompts_is_asked_again_without_the_script(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(made / "with" / "state"))
+    trace, seen = dmin_trace.open_trace(made / "with" / "out.trace" / "trace.zarr"), list[str]()
+    prompts, without = [caption(5), caption(2), caption(2)], ["5", None, "cross"]
+    asked = trace.query_images([picture(5), picture(2), picture(2)], prompts, without=without, progress=seen.append)
+    assert "Gradients 3 of 3" in seen
+    seen.clear()
+    again = trace.query_images([picture(2), picture(5)], prompts[1::-1], without=[None, "5"], progress=seen.append)
+    assert seen == ["Checking the queries"]
+    assert again.gradients.tobytes() == asked.gradients[[1, 0]].tobytes()
+    # Compiled code reads the frozen models, in folders whose configurations python reads.
+    path = next((made / "sd" / "vae").glob("*.safetensors"))
+    before = path.read_bytes()
+    values = load_file(path)
+    name = next(name for name in values if name.startswith("encoder"))
+    save_file(values | {name: values[name] + 1e-3}, path)
+    with pytest.raises(dmin_trace.DminTraceError, match="that do not train are not the same"):
+        trace.query_images([picture(2)], [caption(2)])
+    path.write_bytes(before)
 
 
 def test_a_concept_that_makes_no_difference_is_refused(made: Path) -> None:

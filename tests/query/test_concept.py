@@ -15,9 +15,9 @@ import dmin_trace
 from dmin_trace.capture.pinning import pinned_timesteps
 from dmin_trace.errors import CaptureError, DminTraceError, QueryError
 from dmin_trace.project import compress_gradient, make_plan
-from dmin_trace.query.capture import check_pairs
 from dmin_trace.query.concept import prompt_without, with_concepts
 from dmin_trace.query.inputs import QueryInput
+from dmin_trace.query.script_runs import check_pairs
 from dmin_trace.settings import make_settings
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-from stores import make_header, make_rows, write, write_store
+from stores import make_header, make_rows, write_store
 
 import dmin_trace
 from dmin_trace.cli.app import main
 from dmin_trace.errors import QueryError
 from dmin_trace.query import scores_file
-from dmin_trace.store import create
 
 
 def made(path: Path, done: int | None = None, samples: int = 60) -> dmin_trace.Trace:
@@ -23,12 +22,7 @@ def made(path: Path, done: int | None = None, samples: int = 60) -> dmin_trace.T
     rows = rows._replace(sample=rows.sample - 100)
     rows.norm[3, 1], rows.norm[17] = np.nan, 0
     rows.grad[[20, 30]] = rows.grad[10]
-    if done is None:
-        return dmin_trace.Trace(write_store(path, header, rows))
-    writer = create(path, header)
-    for chunk in range(done):
-        write(writer, rows, chunk)
-    return dmin_trace.open_trace(path, unfinished=True)
+    return dmin_trace.Trace(write_store(path, header, rows, done))
 
 
 def asked(trace: dmin_trace.Trace) -> dmin_trace.Queries:

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import zarr
-from stores import make_header, make_rows, write, write_store
+from stores import make_header, make_rows, write_store
 
 import dmin_trace
 from dmin_trace.cli.app import main
@@ -23,7 +23,6 @@ from dmin_trace.query import AnsweredBy
 from dmin_trace.query.answer import answer_queries
 from dmin_trace.search import build_index
 from dmin_trace.settings import Dtype
-from dmin_trace.store import create
 
 SAMPLES = 12
 NAMES = [f"point {k}" for k in range(SAMPLES)]
@@ -53,12 +52,7 @@ def shuffled(path: Path, dtype: Dtype = "int8", done: int | None = None, **chang
     rows = make_rows(header)
     rows = rows._replace(sample=rows.sample - 100)
     rows.norm[3, 1], rows.norm[17] = np.nan, 0
-    if done is None:
-        return dmin_trace.Trace(write_store(path, header, rows))
-    writer = create(path, header)
-    for chunk in range(done):
-        write(writer, rows, chunk)
-    return dmin_trace.open_trace(path, unfinished=True)
+    return dmin_trace.Trace(write_store(path, header, rows, done))
 
 
 def product(path: Path, queries: dmin_trace.Queries) -> np.ndarray:

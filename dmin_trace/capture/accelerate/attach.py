@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Unpack
@@ -42,6 +43,7 @@ from dmin_trace.errors import (
     message_of,
 )
 from dmin_trace.settings import Settings, SettingsOverrides, given_settings, make_settings
+from dmin_trace.start import GRADIENTS, tell_stage
 from dmin_trace.store import Header, Store
 
 logger = logging.getLogger(__name__)
@@ -311,6 +313,7 @@ class ScriptCapture:
             reserve=4 * sum(size_of_models) if self.job.mode == "final" else None,
             trial=trial,
             created=self._remember if self._like is None else lambda header: None,
+            progressed=partial(tell_stage, self.job, GRADIENTS),
             ranks=self.ranks,
         )
         self.recorder = Recorder(self.settings, trainable, source, output)

@@ -34,6 +34,8 @@ CHANNELS = (1, 3)
 TOLERANCE = 0.1
 """By how much an interpolated picture may leave its range."""
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What is read of samples' files, by their bytes. Pillow knows more; its EPS would run a program."""
 COMPARED_SIDE = 64
 """Pixels of the longer side of a file's picture, of which the mean is taken."""
 
@@ -200,12 +202,12 @@ def value_range(low: float, high: float, means: Sequence[tuple[float, float]] = 
 def read_file(path: str, side: int) -> Image.Image | None:
     """The picture in a sample's file, of at most `side` pixels; the middle frame of an animation.
 
-    None if there is no such file, or Pillow reads no picture in it.
+    None if there is no such file, or no picture of PICTURE_FORMATS in it.
     """
     try:
         if not Path(path).is_file():
             return None
-        with Image.open(path) as opened:
+        with Image.open(path, formats=PICTURE_FORMATS) as opened:
             opened.draft("RGB", (side, side))
             opened.seek(getattr(opened, "n_frames", 1) // 2)
             return _shrunk(ImageOps.exif_transpose(opened).convert("RGB"), side)

@@ -228,6 +228,15 @@ def test_a_file_is_read_as_it_is_turned_and_an_animation_in_its_middle(tmp_path:
         assert read_file(str(tmp_path / name) if name else "", 64) is None
 
 
+def test_only_pictures_of_usual_formats_are_read(tmp_path: Path) -> None:
+    # Pillow reads a PPM file, and would read an EPS file by running a program.
+    image = Image.new("RGB", (8, 8), "red")
+    for kind in ("PPM", "TGA", "PNG"):
+        image.save(tmp_path / "picture.png", kind)
+        found = read_file(str(tmp_path / "picture.png"), 64)
+        assert (found is not None) == (kind == "PNG")
+
+
 def test_latents_have_the_pictures_of_their_files(tmp_path: Path) -> None:
     Image.fromarray(picture(3)).save(tmp_path / "a.png")
     thumbnails = SampleThumbnails(128)

@@ -210,7 +210,7 @@ class Trace:
             why = "it could not be loaded, or its gradient is zero or not finite"
             raise QueryError(f"{found}: {why}. Give another sample.")
         names = tuple(f"sample {sample}" for sample in samples)
-        pictures = tuple(self.thumbnails.webp(sample) for sample in samples)
+        pictures = tuple(self.store.thumbnails.webp(int(row)) for row in rows)
         return Queries(self.store.gradients(rows), names, (None,) * len(names), self.store.header.id, (), pictures)
 
     def query_loss(

@@ -151,7 +151,12 @@ def hypotheses() -> list[Hypothesis]:
     ]
     white = "gradients over the roots of their second moments"
     ridge = partial(row_kernels.ridge, strength=3.0)
-    every_way = ("scaled", ((1, 1), (1, 4), (2, 1), (10, 1))), ("rotated", ((1, 1),)), ("whitened", ((1, 1),))
+    every_way = (
+        ("scaled", ((1, 1), (1, 4), (2, 1), (10, 1))),
+        ("turned", ((1, 1),)),
+        ("rotated", ((1, 1),)),
+        ("whitened", ((1, 1),)),
+    )
     for transform, ways in every_way:
         for count, draws in ways:
             told = f"{transform}, rows = {count}" + (f", {draws} draws" if draws > 1 else "")
@@ -184,7 +189,7 @@ def hypotheses() -> list[Hypothesis]:
     ]
     transforms = "transform"
     for transform in row_kernels.TRANSFORMS:
-        if transform not in ("sign", "scaled", "whitened", "rotated"):
+        if transform not in ("sign", "scaled", "turned", "whitened", "rotated"):
             listed.append(Hypothesis(transforms, f"{transform}, low five", _of(transform, LOW)))
     listed.append(Hypothesis(transforms, "sign, low five", once(LOW)))
     return listed

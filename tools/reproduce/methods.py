@@ -7,6 +7,7 @@ lowers the loss of a query more. To add one, add a line to `methods`.
     five-rows   the same with five rows, each of the mean gradient of two timesteps
     one-row     the same with one row, of the mean gradient of the ten timesteps
     scaled-row  one row of the mean gradient, scaled by second moments, deflated, times the samples' lengths
+    turned-row  the same with each matrix turned before, and ridge 3 in place of deflation
     paper       the paper's: rows as they are, inner products
     sign        rows of signs, inner products
     pixels      likeness of the pictures; it knows nothing of the model
@@ -29,6 +30,7 @@ from finetune_truth import Truth
 from gradient_file import EVEN, Gradients, Objective, ask_pictures, open_gradients
 from numpy.typing import NDArray
 from row_kernels import Doubles, Floats, Kernel, Row, deflated, kernel_of, plain, with_lengths
+from row_kernels import ridge as ridge_of
 
 TIMESTEPS = EVEN
 """Of all methods, with one draw of noise each: they cost the same passes."""
@@ -66,7 +68,8 @@ def methods(ridge: float = RIDGE) -> list[Method]:
         ("deflated", lambda given: deflated(_kernels(given, "sign"))),
         ("five-rows", lambda given: deflated(_five_rows(given))),
         ("one-row", lambda given: deflated([_one_row(given)])),
-        ("scaled-row", _scaled_row),
+        ("scaled-row", lambda given: _with_lengths(given, "scaled", deflated)),
+        ("turned-row", lambda given: _with_lengths(given, "turned", lambda kernels: ridge_of(kernels, 3.0))),
         (PAPER, lambda given: plain(_kernels(given, "none"))),
         ("sign", lambda given: plain(_kernels(given, "sign"))),
         ("pixels", lambda given: pixels(given.samples, given.queries)),
@@ -158,9 +161,9 @@ def _five_rows(given: Given) -> list[Kernel]:
     return [kernel_of(given.loss, row, given.kept) for row in rows]
 
 
-def _scaled_row(given: Given) -> Doubles:
-    kernels = [_one_row(given, "scaled")]
-    return with_lengths(deflated(kernels), kernels)
+def _with_lengths(given: Given, transform: str, scores: Callable[[list[Kernel]], Doubles]) -> Doubles:
+    kernels = [_one_row(given, transform)]
+    return with_lengths(scores(kernels), kernels)
 
 
 def _cosine(one: Floats, other: Floats) -> float:

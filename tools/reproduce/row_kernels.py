@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "scaled", "whitened", "rotated")
+TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "scaled", "turned", "whitened", "rotated")
 DEAD = 0.02
 """Elements below this part of their parameter's root mean square have no sign in the dead zone."""
 DAMPING = 0.1
@@ -94,8 +94,8 @@ def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
         total = mean if total is None else total.add_(mean)
     if total is None:
         raise ValueError("A row needs a pass.")
-    if row.transform == "scaled":
-        return scaled(total, gradients, row.passes)
+    if row.transform in ("scaled", "turned"):
+        return scaled(total, gradients, row.passes, turned=row.transform == "turned")
     if row.transform in ("whitened", "rotated"):
         return whitened(total, gradients, row.passes, rotated=row.transform == "rotated")
     return transformed(total, row.transform, gradients)
@@ -123,9 +123,14 @@ def whitened(
     return rows.div_((moments + DAMPING * moments.mean()).sqrt())
 
 
-def scaled(rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def scaled(
+    rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...], *, turned: bool = False
+) -> torch.Tensor:
     """Rows (n, P) over the roots of second moments of few samples, each matrix's by its rows and columns alone, as in
-    Adafactor (arXiv 1804.04235, equation 4)."""
+    Adafactor (arXiv 1804.04235, equation 4).
+
+    turned: each matrix is first turned as by `whitened` with `rotated`; few samples' gradients give the eigenvectors.
+    """
     places = [gradients.passes.index(p) for p in passes]
     few = np.sort(np.random.default_rng(0).permutation(gradients.samples)[:SCALED_FROM])
     scales = torch.from_numpy(np.array(gradients.norms[few][:, places]))
@@ -133,7 +138,11 @@ def scaled(rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, in
     moments = torch.zeros(rows.shape[1])
     for place, shape in gradients.layers:
         listed = [gradients.rows[few, k, place].astype(np.float32) for k in places]
-        of = (torch.from_numpy(np.stack(listed, 1)) * scales[:, :, None]).square().mean((0, 1))
+        part = (torch.from_numpy(np.stack(listed, 1)) * scales[:, :, None]).flatten(0, 1)
+        if turned and len(shape) > 1:
+            sides = _eigenvectors(part.reshape(len(part), shape[0], -1))
+            part, rows[:, place] = (_turned(x, shape, sides) for x in (part, rows[:, place]))
+        of = part.square().mean(0)
         if len(shape) > 1:
             of = of.reshape(shape[0], -1)
             of = (of.mean(1, keepdim=True) * of.mean(0) / of.mean().clamp_min(1e-30)).flatten()

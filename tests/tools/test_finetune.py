@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -288,40 +289,23 @@ def test_orthogonal_rows_have_all_singular_values_near_to_each_other(shape: tupl
         np.testing.assert_allclose(one[:size], expected, atol=1e-4)
 
 
-def test_rows_are_over_the_roots_of_second_moments(gradients: Gradients, tmp_path: Path) -> None:
-    whole = gradients.rows.astype(np.float64) * gradients.norms[:, :, None]
-    for transform in ("whitened", "rotated"):
-        rows, seen = whole[:, [0, 2]].mean(1), whole[:5, [0, 2]].reshape(10, -1)
-        for place, shape in gradients.layers if transform == "rotated" else []:
-            if len(shape) > 1:
-                left, right = (
-                    np.linalg.eigh(sum(of(x.reshape(shape[0], -1)) for x in seen[:, place]))[1]
-                    for of in (lambda x: x @ x.T, lambda x: x.T @ x)
-                )
-                for part in (rows, seen):
-                    part[:, place] = [(left.T @ x.reshape(shape[0], -1) @ right).ravel() for x in part[:, place]]
-        moments = (seen**2).mean(0)
-        rows /= np.sqrt(moments + row_kernels.DAMPING * moments.mean())
-        found = kernel_of(gradients, Row((PASSES[0], PASSES[2]), transform, divided=False), tmp_path / "kernels")
-        lengths = np.linalg.norm(rows, axis=1)
-        np.testing.assert_allclose(found.lengths, lengths[:5] / lengths[:5].mean(), rtol=1e-3)
-        unit = rows / lengths[:, None]
-        np.testing.assert_allclose(found.queries, unit[5:] @ unit[:5].T, atol=2e-3)
-        scores = row_kernels.with_lengths(row_kernels.plain([found]), [found])
-        np.testing.assert_allclose(scores, unit[5:] @ rows[:5].T / lengths[:5].mean(), atol=5e-3)
-
-
-@pytest.mark.parametrize("transform", ["scaled", "turned"])
-def test_scaled_rows_know_the_moments_of_few_samples_by_rows_and_columns(
+@pytest.mark.parametrize("transform", ["scaled", "turned", "whitened", "rotated"])
+def test_rows_are_over_the_roots_of_second_moments(
     gradients: Gradients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transform: str
 ) -> None:
-    monkeypatch.setattr(row_kernels, "SCALED_FROM", 3)
+    known = row_kernels.MOMENTS[transform]
+    if known.samples is not None:
+        known = replace(known, samples=3)
+        monkeypatch.setitem(row_kernels.MOMENTS, transform, known)
+    assert known.factored == (transform in ("scaled", "turned")) and known.turned == (
+        transform in ("turned", "rotated")
+    )
     whole = gradients.rows.astype(np.float64) * gradients.norms[:, :, None]
-    few = np.sort(np.random.default_rng(0).permutation(5)[:3])
-    rows, seen = whole[:, [0, 2]].mean(1), whole[few][:, [0, 2]].reshape(6, -1)
+    of_samples = np.sort(np.random.default_rng(0).permutation(5)[: known.samples])
+    rows, seen = whole[:, [0, 2]].mean(1), whole[of_samples][:, [0, 2]].reshape(2 * len(of_samples), -1)
     moments = np.empty(whole.shape[2])
     for place, shape in gradients.layers:
-        if len(shape) > 1 and transform == "turned":
+        if len(shape) > 1 and known.turned:
             left, right = (
                 np.linalg.eigh(sum(of(x.reshape(shape[0], -1)) for x in seen[:, place]))[1]
                 for of in (lambda x: x @ x.T, lambda x: x.T @ x)
@@ -329,17 +313,19 @@ def test_scaled_rows_know_the_moments_of_few_samples_by_rows_and_columns(
             for part in (rows, seen):
                 part[:, place] = [(left.T @ x.reshape(shape[0], -1) @ right).ravel() for x in part[:, place]]
         squares = (seen[:, place] ** 2).mean(0)
-        if len(shape) > 1:
+        if len(shape) > 1 and known.factored:
             flat = squares.reshape(shape[0], -1)
             products = [[flat[i].mean() * flat[:, j].mean() for j in range(flat.shape[1])] for i in range(len(flat))]
             squares = np.array(products).ravel() / flat.mean()
         moments[place] = squares
-    rows /= np.sqrt(moments + row_kernels.SCALED_DAMPING * moments.mean())
+    rows /= np.sqrt(moments + known.damping * moments.mean())
     found = kernel_of(gradients, Row((PASSES[0], PASSES[2]), transform, divided=False), tmp_path / "kernels")
     lengths = np.linalg.norm(rows, axis=1)
     np.testing.assert_allclose(found.lengths, lengths[:5] / lengths[:5].mean(), rtol=2e-3)
     unit = rows / lengths[:, None]
     np.testing.assert_allclose(found.queries, unit[5:] @ unit[:5].T, atol=3e-3)
+    scores = row_kernels.with_lengths(row_kernels.plain([found]), [found])
+    np.testing.assert_allclose(scores, unit[5:] @ rows[:5].T / lengths[:5].mean(), atol=5e-3)
 
 
 def test_ridge_scores_are_those_of_kernel_ridge_regression() -> None:

@@ -12,7 +12,6 @@ on from there.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import typer
 from emoji_base import BASES
 from emoji_page import Example, found_picture
 from finetune import RECIPES, Queries, Tuning
-from finetune_retrieval import joined
+from finetune_retrieval import joined, kept_folder
 from finetune_truth import TRUTHS, Truth
 from gradient_file import Asked, Gradients, Loss, ask_pictures, capture, open_gradients
 from methods import TIMESTEPS, given_of
@@ -202,13 +201,11 @@ def main(
     began = time.monotonic()
     torch.set_num_threads(1)
     tuning = Tuning(RECIPES[recipe], data, compiled=False, bases=bases)
-    queries = Truth.read(truths / f"{recipe}.npz").queries
-    given = given_of(tuning, Truth.read(truths / f"{recipe}.npz"), truths, work, recipe)
+    truth = Truth.read(truths / f"{recipe}.npz")
+    queries, given = truth.queries, given_of(tuning, truth, truths, work, recipe)
     concepts = concepts_of(list(tuning.division.tuning.captions))
     asked = askings(queries.captions, concepts)
-    # Of another model, other data or other words there is another folder.
-    told = (truths / f"{recipe}.safetensors").read_bytes() + tuning.fingerprint.encode() + repr(asked).encode()
-    folder = work / "concepts" / f"{recipe}-{hashlib.sha256(told).hexdigest()[:12]}"
+    folder = kept_folder(work / "concepts", truths, recipe, tuning, repr(asked))
     capture(ask_differences(tuning, queries, asked), folder / "loss", tuple((t, 0) for t in TIMESTEPS))
     of_words = joined(given.loss, open_gradients(folder / "loss"))
 

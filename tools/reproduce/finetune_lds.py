@@ -29,7 +29,7 @@ from hypotheses import DEFAULT, Judge, judge_tuned, paired, summed
 from methods import pixels
 from page import Page
 from rich.progress import track
-from row_kernels import Doubles, Row, deflated, kernel_of, plain, signed_squares, with_lengths
+from row_kernels import Doubles, Row, deflated, kernel_of, plain, ridge, signed_squares, with_lengths
 
 from dmin_trace.audit import linear_datamodeling_score
 
@@ -62,31 +62,34 @@ def methods(recipe: str, work: Path, data: Path) -> Iterator[Method]:
         yield Method(f"rows = {count}, four noises", "", partial(_summed, gradients, kept, count, 4))
     for draws, told in ((1, ""), (4, ", four noises")):
         yield Method(f"rows = 1, scaled, lengths{told}", "", partial(_scaled, gradients, kept, draws))
+    yield Method("rows = 1, turned, scaled, lengths, ridge 3", "", partial(_turned, gradients, kept))
     yield Method("sign, inner products", "", partial(_plain, gradients, kept, "sign"))
     yield Method("DMin (the paper): none, inner products", "", partial(_plain, gradients, kept, "none"))
     train, query = _means(gradients, normalised=False)
-    for ridge in RIDGES:
-        yield Method("TRAK", f"{ridge:g}", partial(baselines.trak, train, query, ridge))
+    for strength in RIDGES:
+        yield Method("TRAK", f"{strength:g}", partial(baselines.trak, train, query, strength))
     four = [_means(gradients, normalised=False, draw=draw) for draw in range(4)]
     of_four = [np.mean(parts, axis=0) for parts in zip(*four, strict=True)]
     del four
-    for ridge in RIDGES:
-        yield Method("TRAK, four noises", f"{ridge:g}", partial(baselines.trak, of_four[0], of_four[1], ridge))
+    for strength in RIDGES:
+        yield Method("TRAK, four noises", f"{strength:g}", partial(baselines.trak, of_four[0], of_four[1], strength))
     del of_four
     yield from _curvature(recipe, data, gradients, train, query)
     del train, query
     squared = _open(work, recipe, "squared-output")
     train, query = _means(squared, normalised=False)
-    for ridge in RIDGES:
-        yield Method("D-TRAK", f"{ridge:g}", partial(baselines.d_trak, train, query, ridge))
+    for strength in RIDGES:
+        yield Method("D-TRAK", f"{strength:g}", partial(baselines.d_trak, train, query, strength))
     mean = _open(work, recipe, "mean-output")
     errors = baselines.das_errors(_losses(recipe, data))
     for normalised in (True, False):
         train, query = _means(mean, normalised=normalised)
-        for ridge in RIDGES:
+        for strength in RIDGES:
             for square in (True, False):
                 name = f"DAS{'' if normalised else ', gradients undivided'}{', squared' if square else ''}"
-                yield Method(name, f"{ridge:g}", partial(baselines.das, train, query, errors, ridge, squared=square))
+                yield Method(
+                    name, f"{strength:g}", partial(baselines.das, train, query, errors, strength, squared=square)
+                )
     yield Method("likeness of pixels", "", partial(_pixels, recipe, data))
 
 
@@ -107,9 +110,14 @@ def _summed(gradients: Gradients, kept: Path, count: int, draws: int) -> Doubles
 
 
 def _scaled(gradients: Gradients, kept: Path, draws: int) -> Doubles:
-    """What `row_kernels.scaled` says, times the samples' lengths."""
+    """One row over the roots of second moments, deflated, times the samples' lengths."""
     kernels = [kernel_of(gradients, row, kept) for row in summed(1, draws, "scaled")]
     return with_lengths(deflated(kernels), kernels)
+
+
+def _turned(gradients: Gradients, kept: Path) -> Doubles:
+    kernels = [kernel_of(gradients, row, kept) for row in summed(1, transform="turned")]
+    return with_lengths(ridge(kernels, 3.0), kernels)
 
 
 def _means(gradients: Gradients, *, normalised: bool, draw: int = 0) -> tuple[np.ndarray, np.ndarray]:

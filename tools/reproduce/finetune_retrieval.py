@@ -129,6 +129,12 @@ def wanted_of(tuning: Tuning, path: Path) -> Wanted:
     return Wanted.read(path)
 
 
+def kept_folder(work: Path, truths: Path, recipe: str, tuning: Tuning, asked: str = "") -> Path:
+    """Where queries and gradients of a model are kept: of another model, other data or other queries it is another."""
+    told = (truths / f"{recipe}.safetensors").read_bytes() + tuning.fingerprint.encode() + asked.encode()
+    return work / f"{recipe}-{hashlib.sha256(told).hexdigest()[:12]}"
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +242,7 @@ def main(
     torch.set_num_threads(1)
     tuning = Tuning(RECIPES[recipe], data, compiled=False, bases=bases)
     samples = given_of(tuning, Truth.read(truths / f"{recipe}.npz"), truths, work, recipe)
-    # Of another model or other data there is another folder.
-    told = (truths / f"{recipe}.safetensors").read_bytes() + tuning.fingerprint.encode()
-    folder = work / "retrieval" / f"{recipe}-{hashlib.sha256(told).hexdigest()[:12]}"
+    folder = kept_folder(work / "retrieval", truths, recipe, tuning)
     wanted = wanted_of(tuning, folder / "queries.npz")
     scores = scores_of(given_for(tuning, wanted, samples, folder), methods(ridge), only)
     page = Page(

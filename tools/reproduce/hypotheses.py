@@ -189,7 +189,7 @@ def hypotheses() -> list[Hypothesis]:
     ]
     transforms = "transform"
     for transform in row_kernels.TRANSFORMS:
-        if transform not in ("sign", "scaled", "turned", "whitened", "rotated"):
+        if transform != "sign" and transform not in row_kernels.MOMENTS:
             listed.append(Hypothesis(transforms, f"{transform}, low five", _of(transform, LOW)))
     listed.append(Hypothesis(transforms, "sign, low five", once(LOW)))
     return listed

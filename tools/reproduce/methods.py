@@ -19,10 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import baselines
 import numpy as np
+import row_kernels
 import torch
 import typer
 from finetune import Tuning
@@ -30,7 +32,6 @@ from finetune_truth import Truth
 from gradient_file import EVEN, Gradients, Objective, ask_pictures, open_gradients
 from numpy.typing import NDArray
 from row_kernels import Doubles, Floats, Kernel, Row, deflated, kernel_of, plain, with_lengths
-from row_kernels import ridge as ridge_of
 
 TIMESTEPS = EVEN
 """Of all methods, with one draw of noise each: they cost the same passes."""
@@ -69,7 +70,7 @@ def methods(ridge: float = RIDGE) -> list[Method]:
         ("five-rows", lambda given: deflated(_five_rows(given))),
         ("one-row", lambda given: deflated([_one_row(given)])),
         ("scaled-row", lambda given: _with_lengths(given, "scaled", deflated)),
-        ("turned-row", lambda given: _with_lengths(given, "turned", lambda kernels: ridge_of(kernels, 3.0))),
+        ("turned-row", lambda given: _with_lengths(given, "turned", partial(row_kernels.ridge, strength=3.0))),
         (PAPER, lambda given: plain(_kernels(given, "none"))),
         ("sign", lambda given: plain(_kernels(given, "sign"))),
         ("pixels", lambda given: pixels(given.samples, given.queries)),

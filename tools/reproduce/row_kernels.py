@@ -22,14 +22,37 @@ Doubles = NDArray[np.float64]
 TRANSFORMS = ("none", "sign", "dead zone", "rms", "layers", "orthogonal", "scaled", "turned", "whitened", "rotated")
 DEAD = 0.02
 """Elements below this part of their parameter's root mean square have no sign in the dead zone."""
-DAMPING = 0.1
-"""What is added to second moments before gradients are divided by their roots, as a part of the mean of all."""
-SCALED_DAMPING, SCALED_FROM = 0.03, 32
-"""The same for scaled gradients, and the samples whose moments are known to them."""
 LARGEST_SIDE = 3000
-"""Of a matrix that is rotated."""
+"""Of a matrix that is turned."""
 BLOCK = 2**16
 """Elements of a gradient that are multiplied at a time."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What gradients are divided by: the roots of their second moments, means over samples and passes.
+
+    samples: whose moments are known, drawn by chance; None for all.
+    factored: each matrix's moments are known by its rows and columns alone, as in Adafactor (arXiv 1804.04235,
+        equation 4).
+    turned: each matrix is first turned to the eigenvectors of its gradients' covariances on both sides, as in SOAP
+        (arXiv 2409.11321); the inner products are then those of EK-FAC (arXiv 1806.03884) without activations.
+    damping: is added to the moments, as a part of the mean of all.
+    """
+
+    samples: int | None
+    factored: bool
+    turned: bool
+    damping: float
+
+
+MOMENTS = {
+    "scaled": Moments(32, factored=True, turned=False, damping=0.03),
+    "turned": Moments(32, factored=True, turned=True, damping=0.03),
+    "whitened": Moments(None, factored=False, turned=False, damping=0.1),
+    "rotated": Moments(None, factored=False, turned=True, damping=0.1),
+}
+"""Of the last transforms."""
 
 
 @dataclass(frozen=True)
@@ -94,60 +117,32 @@ def made_rows(gradients: Gradients, row: Row) -> torch.Tensor:
         total = mean if total is None else total.add_(mean)
     if total is None:
         raise ValueError("A row needs a pass.")
-    if row.transform in ("scaled", "turned"):
-        return scaled(total, gradients, row.passes, turned=row.transform == "turned")
-    if row.transform in ("whitened", "rotated"):
-        return whitened(total, gradients, row.passes, rotated=row.transform == "rotated")
+    if row.transform in MOMENTS:
+        return over_moments(total, gradients, row.passes, MOMENTS[row.transform])
     return transformed(total, row.transform, gradients)
 
 
-def whitened(
-    rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...], *, rotated: bool
+def over_moments(
+    rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...], known: Moments
 ) -> torch.Tensor:
-    """Rows (n, P) over the roots of second moments, which are means over samples and passes of gradients as they are.
-
-    rotated: each matrix is first turned to the eigenvectors of its gradients' covariances on both sides, as in SOAP
-        (arXiv 2409.11321); the inner products are then those of EK-FAC (arXiv 1806.03884) without activations.
-    """
-    places, count = [gradients.passes.index(p) for p in passes], gradients.samples
-    scales = torch.from_numpy(np.array(gradients.norms[:count, places]))
+    """Rows (n, P) over the roots of second moments of gradients as they are."""
+    places = [gradients.passes.index(p) for p in passes]
+    seen = np.sort(np.random.default_rng(0).permutation(gradients.samples)[: known.samples])
+    scales = torch.from_numpy(np.array(gradients.norms[seen][:, places]))
     scales /= scales.mean()
     moments = torch.zeros(rows.shape[1])
     for place, shape in gradients.layers:
-        listed = [gradients.rows[:count, k, place].astype(np.float32) for k in places]
+        listed = [gradients.rows[seen, k, place].astype(np.float32) for k in places]
         part = (torch.from_numpy(np.stack(listed, 1)) * scales[:, :, None]).flatten(0, 1)
-        if rotated and len(shape) > 1:
-            sides = _eigenvectors(part.reshape(len(part), shape[0], -1))
-            part, rows[:, place] = (_turned(x, shape, sides) for x in (part, rows[:, place]))
-        moments[place] = part.square().mean(0)
-    return rows.div_((moments + DAMPING * moments.mean()).sqrt())
-
-
-def scaled(
-    rows: torch.Tensor, gradients: Gradients, passes: tuple[tuple[int, int], ...], *, turned: bool = False
-) -> torch.Tensor:
-    """Rows (n, P) over the roots of second moments of few samples, each matrix's by its rows and columns alone, as in
-    Adafactor (arXiv 1804.04235, equation 4).
-
-    turned: each matrix is first turned as by `whitened` with `rotated`; few samples' gradients give the eigenvectors.
-    """
-    places = [gradients.passes.index(p) for p in passes]
-    few = np.sort(np.random.default_rng(0).permutation(gradients.samples)[:SCALED_FROM])
-    scales = torch.from_numpy(np.array(gradients.norms[few][:, places]))
-    scales /= torch.from_numpy(np.array(gradients.norms[: gradients.samples, places])).mean()
-    moments = torch.zeros(rows.shape[1])
-    for place, shape in gradients.layers:
-        listed = [gradients.rows[few, k, place].astype(np.float32) for k in places]
-        part = (torch.from_numpy(np.stack(listed, 1)) * scales[:, :, None]).flatten(0, 1)
-        if turned and len(shape) > 1:
+        if known.turned and len(shape) > 1:
             sides = _eigenvectors(part.reshape(len(part), shape[0], -1))
             part, rows[:, place] = (_turned(x, shape, sides) for x in (part, rows[:, place]))
         of = part.square().mean(0)
-        if len(shape) > 1:
+        if known.factored and len(shape) > 1:
             of = of.reshape(shape[0], -1)
             of = (of.mean(1, keepdim=True) * of.mean(0) / of.mean().clamp_min(1e-30)).flatten()
         moments[place] = of
-    return rows.div_((moments + SCALED_DAMPING * moments.mean()).sqrt())
+    return rows.div_((moments + known.damping * moments.mean()).sqrt())
 
 
 def _eigenvectors(matrices: torch.Tensor) -> list[torch.Tensor | None]:
@@ -172,7 +167,7 @@ def _turned(part: torch.Tensor, shape: tuple[int, ...], sides: list[torch.Tensor
 
 
 def transformed(rows: torch.Tensor, transform: str, gradients: Gradients) -> torch.Tensor:
-    """Rows (n, P) after one of the first TRANSFORMS; those that learn from samples use the first N alone."""
+    """Rows (n, P) after one of the other TRANSFORMS; those that learn from samples use the first N alone."""
     if transform == "none":
         return rows
     if transform == "sign":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, features
 
 from dmin_trace.errors import message_of
-from dmin_trace.store import ThumbnailFacts, encode_webp
+from dmin_trace.store import PICTURE_ENDINGS, PICTURE_FORMATS, ThumbnailFacts, encode_webp
 
 logger = logging.getLogger(__name__)
 ENTRIES = (
@@ -33,9 +33,6 @@ OTHER_WORDS = (
 CHANNELS = (1, 3)
 TOLERANCE = 0.1
 """By how much an interpolated picture may leave its range."""
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What is read of samples' files, by their bytes. Pillow knows more; its EPS would run a program."""
 COMPARED_SIDE = 64
 """Pixels of the longer side of a file's picture, of which the mean is taken."""
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from dmin_trace.errors import QueryError
 from dmin_trace.query.tables import import_extra
-from dmin_trace.store import PICTURE_SIDE, encode_webp, parse
+from dmin_trace.store import PICTURE_ENDINGS, PICTURE_FORMATS, PICTURE_SIDE, encode_webp, parse
 
 T = TypeVar("T")
 
@@ -29,13 +29,7 @@ IMAGE_SUFFIXES = {
     "GIF": ".gif",
     "TIFF": ".tif",
 }
-"""The kinds of image that are read, by their bytes and not by their names, and the ending by which scripts find each.
-Pillow knows more; its EPS would run a program."""
-IMAGE_FORMATS = tuple(
-    kind for kind in IMAGE_SUFFIXES if kind != "MPO"
-)  # an MPO is opened as the JPEG that it begins with
-KNOWN_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Endings of files in a folder that must be images."""
+"""The ending by which scripts find each kind of image. An MPO is opened as the JPEG that it begins with."""
 STRAY_NAMES = ("thumbs.db", "desktop.ini")
 """Files that a desktop leaves in folders. Others of that kind begin with a dot: .DS_Store, ._a.png."""
 LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -108,7 +102,7 @@ def image_file(image: ImageInput, path: Path, *, video: bool = False) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=IMAGE_FORMATS) as opened:
+            with Image.open(file, formats=PICTURE_FORMATS) as opened:
                 opened.load()
                 suffix = IMAGE_SUFFIXES[str(opened.format)]
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -130,7 +124,7 @@ def small_picture(image: ImageInput) -> bytes | None:
             if isinstance(image, Image.Image):
                 shown = ImageOps.exif_transpose(image).convert("RGB")
             else:
-                with Image.open(image, formats=IMAGE_FORMATS) as opened:
+                with Image.open(image, formats=PICTURE_FORMATS) as opened:
                     shown = ImageOps.exif_transpose(opened).convert("RGB")
         shown.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         return encode_webp(shown, PICTURE_SIDE)
@@ -184,7 +178,7 @@ def _images_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if file.is_file())
     stray = [file for file in files if file.name.startswith(".") or file.name.lower() in STRAY_NAMES]
     others = [file for file in files if file not in stray]
-    images = [file for file in others if file.suffix.lower() in KNOWN_SUFFIXES or _is_image(file)]
+    images = [file for file in others if file.suffix.lower() in PICTURE_ENDINGS or _is_image(file)]
     if not images:
         raise QueryError(f"The folder {folder} holds no images. Give images, or a folder with PNG or JPEG files.")
     if passed := [repr(file.name) for file in files if file not in images]:
@@ -196,7 +190,7 @@ def _images_in(folder: Path) -> list[Path]:
 def _is_image(file: Path) -> bool:
     """Whether a file is an image of a kind that is read, by its first bytes."""
     try:
-        with Image.open(file, formats=IMAGE_FORMATS):
+        with Image.open(file, formats=PICTURE_FORMATS):
             return True
     except Exception:  # on bytes from anybody, a decoder may raise anything
         return False

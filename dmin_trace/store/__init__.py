@@ -37,6 +37,14 @@ from dmin_trace.store.processor_cores import core_count
 from dmin_trace.store.quantisation import quantise, row_checksum
 from dmin_trace.store.queries import PICTURE_SIDE, Queries, query_gradients
 from dmin_trace.store.reader import RowNumbers, Store, UnrankedSamples, open_store
-from dmin_trace.store.thumbnails import StoredThumbnail, Thumbnails, decode_webp, encode_webp, webp_size
+from dmin_trace.store.thumbnails import (
+    PICTURE_ENDINGS,
+    PICTURE_FORMATS,
+    StoredThumbnail,
+    Thumbnails,
+    decode_webp,
+    encode_webp,
+    webp_size,
+)
 from dmin_trace.store.untrusted import ArrayHeader, digest, parse, read_arrays, size_of, size_within
 from dmin_trace.store.writer import Writer, create, resume

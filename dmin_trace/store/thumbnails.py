@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""The kinds of image that are read of samples and queries, by their bytes and not by their names. Pillow knows more;
+its EPS would run a program."""
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of files that must be such images."""
 LOSSY, LOSSLESS = b"VP8 ", b"VP8L"
 """The chunk that a plain WebP file begins with. An extended one, VP8X, may hold animations and profiles."""
 LOSSY_BYTES, LOSSLESS_BYTES = 30, 25

@@ -253,7 +253,7 @@ def _misfits(fit: Fit, samples: NDArray[np.int64], values: Sequence[Any]) -> lis
             value=float(fit.share[place]),
             z=None,
             of=None,
-            why=f"It has {brief(values[samples[place]])}; of the samples nearest by gradient "
+            why=f"It has {brief(str(values[samples[place]]))}; of the samples nearest by gradient "
             f"{fit.other_share[place]:.0%} have {brief(fit.others[place])}.",
             columns={},
         )

@@ -53,7 +53,10 @@ def read_header(path: Path) -> tuple[Header, Finished | None]:
     try:
         metadata = untrusted.read_json(path, ["zarr.json"])
     except (ValueError, OSError) as error:
-        raise TraceError(f"{path}/zarr.json cannot be read as JSON: {_reason(error)}; the store is damaged.") from None
+        raise TraceError(
+            f"{path}/zarr.json cannot be read as JSON: {_reason(error)}; the store is damaged. Restore the file from a "
+            "copy, or capture again."
+        ) from None
     if not isinstance(metadata, dict):
         raise TraceError(f"{path}/zarr.json holds no JSON object; the store is damaged.")
     attributes = metadata.get("attributes")

@@ -271,7 +271,7 @@ def found_picture(examples: Sequence[Example]) -> Image.Image:
     size = (left + TILE + 3 * gap + len(scores) * block, top + len(examples) * (TILE + gap) + gap)
     picture = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    draw.text((left, 6), "made", fill="black", font=font)
+    draw.text((left, 6), "query", fill="black", font=font)
     starts = {score: left + TILE + 4 * gap + n * block for n, score in enumerate(scores)}
     for score, start in starts.items():
         draw.text((start, 6), f"found: {score}", fill="black", font=font)
